@@ -1,0 +1,63 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# Compiled once and kept: SGLang's processes start in half the time.
+unexport PYTHONDONTWRITEBYTECODE
+export HF_HUB_OFFLINE = 1
+
+# Sizes of the long counts; `make test` runs a small slice of each.
+FAULT_ROUNDS ?= 200
+DAMAGE_CASES ?= 0
+BENCH_ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types imports unit e2e faults bench format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## make .venv with stock SGLang and this package; does nothing the second time
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --prerelease=allow --editable ".[dev]"
+	touch $@
+
+demo: setup ## run the main job on the real server and print what was restored
+	$(BIN)/python -m bench.demo
+
+test: check unit e2e ## lint, types, import contracts and all tests, the real server included
+
+check: lint types imports ## what needs no test run
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+unit: setup ## tests without a server
+	$(BIN)/python -m pytest tests --ignore tests/e2e
+
+e2e: setup ## tests against the real server
+	$(BIN)/python -m pytest tests/e2e --durations=15
+
+faults: setup ## the full counts: FAULT_ROUNDS kills of a writer; every damage to every file under a server
+	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/storage
+	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
+
+bench: setup ## time to first token: no tier, kv, hidden
+	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
+
+format: setup ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and what tests and benches left in .cache
+	rm -rf $(VENV) .cache

@@ -1,0 +1,56 @@
+"""The one configuration object, made from the flags in the launcher, carried to every scheduler process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+LINKER_CLASS = "HCacheLinker"
+LINKER_MODULE = "sglang_hcache.linker"
+
+DEFAULT_PAGE_SIZE = 64  # tokens
+DEFAULT_HOST_RATIO = 2.0  # host tier's bytes over the device pool's, SGLang's own default for HiCache
+
+
+class Representation(StrEnum):
+    """What is stored of a page: the inputs of attention, or K and V themselves."""
+
+    HIDDEN = "hidden"
+    KV = "kv"
+
+
+REPRESENTATION_CHOICES = ("auto", *Representation)
+
+
+def default_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sglang-hcache"
+
+
+@dataclass(frozen=True)
+class HCacheConfig:
+    """What the flags say, apart from what SGLang's own fields carry."""
+
+    directories: tuple[str, ...]  # absolute paths, one store each, striped
+    representation: str = "auto"  # one of REPRESENTATION_CHOICES
+
+    def to_linker_config(self) -> dict[str, Any]:
+        """The value of SGLang's `--unified-cache-external-linker-config`."""
+        return {
+            "linker": LINKER_CLASS,
+            "linker_module_path": LINKER_MODULE,
+            "linker_extra_config": asdict(self),
+        }
+
+    @classmethod
+    def from_linker_extra(cls, extra: dict[str, Any]) -> HCacheConfig:
+        """Inverse of `to_linker_config`, after a trip through JSON."""
+        return cls(directories=tuple(extra["directories"]), representation=extra["representation"])
+
+
+def names_our_linker(linker_config: object) -> bool:
+    """Whether a server's external-linker configuration is this package's."""
+    return isinstance(linker_config, dict) and linker_config.get("linker_module_path") == LINKER_MODULE

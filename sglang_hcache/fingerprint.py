@@ -1,0 +1,87 @@
+"""Fingerprints: a digest of everything the bytes of a chunk depend on, so that a mismatch is a miss."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+_SCHEMA = 1
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+_BLOCK_BYTES = 16 << 20
+
+
+def fingerprint(parts: Iterable[tuple[str, object]]) -> bytes:
+    """16 bytes from named parts; their order matters, their representation is `repr`."""
+    digest = xxhash.xxh3_128(f"hcache schema {_SCHEMA}".encode())
+    for name, value in parts:
+        digest.update(f"\n{name}={value!r}".encode())
+    return digest.digest()
+
+
+def checkpoint_identity(model_path: str, memo: Path) -> str:
+    """A digest of a checkpoint's configuration and every byte of its weights, whatever the folder is called.
+
+    model_path: a local folder or file. Weights are read once at memory or disk speed; the result is kept in
+    the file `memo` under each file's inode, size and modification time, so the next start does not read them.
+    Raises OSError when there are no weights to read, or they cannot be read.
+    """
+    root = Path(model_path)
+    files = sorted(p for p in (root.iterdir() if root.is_dir() else [root]) if p.suffix in _WEIGHT_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"no weight files in {root}")
+    known = _read_memo(memo)
+    stats = {path: _stat_key(path) for path in files}
+    unknown = [path for path in files if stats[path] not in known]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        known.update(zip((stats[path] for path in unknown), pool.map(_digest_file, unknown), strict=True))
+    if unknown:
+        _write_memo(memo, known)
+    config = root / "config.json"
+    digest = xxhash.xxh3_128(config.read_bytes() if config.is_file() else b"")
+    for path in files:
+        digest.update(f"{path.name}:{known[stats[path]]}".encode())
+    return digest.hexdigest()
+
+
+def process_identity() -> str:
+    """An identity no other process shares: what is stored under it is never found again."""
+    return f"process {os.getpid()} {secrets.token_hex(16)}"
+
+
+def _stat_key(path: Path) -> str:
+    info = path.stat()
+    return f"{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}"
+
+
+def _digest_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_memo(memo: Path) -> dict[str, str]:
+    try:
+        content = json.loads(memo.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {str(key): str(value) for key, value in content.items()}
+
+
+def _write_memo(memo: Path, known: dict[str, str]) -> None:
+    """Best effort: without the memo the next start reads the weights again."""
+    temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(known, indent=1))
+        temporary.replace(memo)
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,182 @@
+"""The flags: what `--hicache-backend hcache` means in SGLang's own fields, and what contradicts it.
+
+SGLang's `ServerArgs` is sealed, so the flags are turned into its external-linker fields before one is made.
+Everything here works on a plain mapping of field names to values: an argparse namespace's `__dict__`, or the
+keyword arguments of `sglang.Engine`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sglang_hcache.config import (
+    DEFAULT_PAGE_SIZE,
+    REPRESENTATION_CHOICES,
+    HCacheConfig,
+    default_directory,
+)
+
+GB = 10**9
+
+# field → (value without a conflict, why it excludes the tier, what to do). Booleans conflict when true.
+_CONFLICTS: dict[str, tuple[object, str, str]] = {
+    "enable_hierarchical_cache": (False, "SGLang's own HiCache and this tier replace each other", "drop one"),
+    "hicache_storage_backend": (None, "it belongs to SGLang's own HiCache", "use --hcache-dir instead"),
+    "disable_radix_cache": (False, "the tier restores what the radix cache evicts", "drop it"),
+    "radix_cache_backend": (None, "the tier needs SGLang's default radix cache", "drop it"),
+    "enable_lmcache": (False, "only one cache tier can serve the radix cache", "drop one"),
+    "enable_flexkv": (False, "only one cache tier can serve the radix cache", "drop one"),
+    "speculative_algorithm": (None, "the draft model's cache is not captured yet", "drop it"),
+    "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported yet", "drop it"),
+    "enable_pdmux": (False, "layers of one batch run interleaved with another's", "drop it"),
+    "enable_two_batch_overlap": (False, "layers of one batch run interleaved with another's", "drop it"),
+    "pp_size": (1, "pipeline parallelism is not supported yet", "use --tp instead"),
+    "dcp_size": (1, "context parallelism is not supported yet", "drop it"),
+    "attn_cp_size": (1, "context parallelism is not supported yet", "drop it"),
+    "attn_dp_size": (1, "data-parallel attention is not supported yet", "drop it"),
+    "enable_dp_attention": (False, "data-parallel attention is not supported yet", "drop it"),
+    "enable_unified_cache_external_linker": (False, "the tier is itself the external linker", "drop one"),
+}
+
+
+class FlagError(ValueError):
+    """Flags that contradict each other or this machine; the message is one line and says what to do."""
+
+
+def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER hook of `ServerArgs.add_cli_args`."""
+    group = parser.add_argument_group("hcache", "hidden-state cache tier (sglang-hcache)")
+    group.add_argument(
+        "--hicache-backend",
+        choices=("sglang", "hcache"),
+        default="sglang",
+        help="Cache tier behind the radix cache: SGLang's own HiCache (as set by its flags), or hcache, "
+        "which keeps evicted prefixes restorable as hidden states in host memory (--hicache-size, --hicache-ratio) "
+        f"and files (--hcache-dir). With hcache, --page-size defaults to {DEFAULT_PAGE_SIZE}.",
+    )
+    group.add_argument(
+        "--hcache-dir",
+        default=None,
+        metavar="PATH[,PATH...]",
+        help="Where hcache keeps its files; several paths, best on several drives, are striped. "
+        f"Default: {default_directory()}",
+    )
+    group.add_argument(
+        "--hcache-representation",
+        choices=REPRESENTATION_CHOICES,
+        default=None,
+        help="What hcache stores of a page: hidden states, K and V, or (auto, the default) whichever is "
+        "smaller for the model.",
+    )
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """AROUND hook of `ServerArgs.from_cli_args`: one line on stderr and exit for flags that cannot be."""
+    try:
+        translate(vars(args))
+    except FlagError as error:
+        raise SystemExit(f"sglang: error: {error}") from None
+    return original(cls, args)
+
+
+def server_kwargs(**kwargs: Any) -> dict[str, Any]:
+    """Keyword arguments for `sglang.ServerArgs`, `Engine` or `Runtime` with the tier switched on.
+
+    Takes SGLang's own arguments plus `hcache_dir` and `hcache_representation`.
+    Raises `FlagError` for a contradiction.
+    """
+    values = {**kwargs, "hicache_backend": "hcache"}
+    translate(values)
+    return values
+
+
+class EngineArguments:
+    """Stands in for `Engine.server_args_class`, so that `Engine(hicache_backend="hcache")` works."""
+
+    def __init__(self, server_args_class: Callable[..., Any]) -> None:
+        self._server_args_class = server_args_class
+
+    def __call__(self, **kwargs: Any) -> Any:
+        translate(kwargs)
+        return self._server_args_class(**kwargs)
+
+
+def translate(values: MutableMapping[str, Any]) -> None:
+    """Replace the tier's own flags in `values` by SGLang's fields, in place. Raises `FlagError`."""
+    backend = values.pop("hicache_backend", None) or "sglang"
+    directories = values.pop("hcache_dir", None)
+    representation = values.pop("hcache_representation", None)
+    if backend not in ("sglang", "hcache"):
+        raise FlagError(f"--hicache-backend: {backend!r} is not one of sglang, hcache")
+    if backend == "sglang":
+        for flag, value in (("--hcache-dir", directories), ("--hcache-representation", representation)):
+            if value is not None:
+                raise FlagError(f"{flag} does nothing without --hicache-backend hcache: add that, or drop this")
+        return
+    if representation not in (None, *REPRESENTATION_CHOICES):
+        choices = ", ".join(REPRESENTATION_CHOICES)
+        raise FlagError(f"--hcache-representation: {representation!r} is not one of {choices}")
+    _refuse_conflicts(values)
+    _check_host_size(values)
+    config = HCacheConfig(
+        directories=_writable_directories(directories),
+        representation=representation or "auto",
+    )
+    if values.get("page_size") is None:
+        values["page_size"] = DEFAULT_PAGE_SIZE
+    values["enable_unified_cache_external_linker"] = True
+    values["unified_cache_external_linker_backend"] = "dynamic"
+    values["unified_cache_external_linker_config"] = config.to_linker_config()
+
+
+def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
+    for name, (harmless, why, what_to_do) in _CONFLICTS.items():
+        value = values.get(name)
+        if value is not None and value != harmless:
+            raise FlagError(f"{_flag(name)} excludes --hicache-backend hcache: {why}; {what_to_do}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_host_size(values: MutableMapping[str, Any]) -> None:
+    ratio = values.get("hicache_ratio")
+    if ratio is not None and ratio <= 0:
+        raise FlagError(f"--hicache-ratio {ratio} leaves no host memory to the tier: give a positive ratio")
+    size_gb = values.get("hicache_size") or 0
+    if size_gb < 0:
+        raise FlagError(f"--hicache-size {size_gb} is negative: give gigabytes, or drop it")
+    ranks = values.get("tp_size") or 1
+    wanted, available = size_gb * GB * ranks, psutil.virtual_memory().available
+    if wanted > available:
+        raise FlagError(
+            f"--hicache-size {size_gb} does not fit: {wanted / GB:.1f} GB for {ranks} rank(s), "
+            f"{available / GB:.1f} GB of host memory available; give at most {int(available / GB / ranks)}"
+        )
+
+
+def _writable_directories(flag: str | None) -> tuple[str, ...]:
+    paths = [Path(part).expanduser().absolute() for part in flag.split(",")] if flag else [default_directory()]
+    if flag and not all(part.strip() for part in flag.split(",")):
+        raise FlagError(f"--hcache-dir {flag!r} has an empty path in it: give PATH[,PATH...]")
+    if len(set(paths)) != len(paths):
+        raise FlagError(f"--hcache-dir {flag!r} names a directory twice: name each once")
+    for path in paths:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise FlagError(
+                f"--hcache-dir {path} cannot be written ({reason}): make it writable, or name another"
+            ) from None
+    return tuple(str(path) for path in paths)

@@ -1,0 +1,313 @@
+"""The linker: SGLang's external-linker interface on top of a chunk store, capture and restore."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+from sglang.srt.runtime_context import get_memory, get_parallel
+
+from sglang_hcache import serving
+from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representation
+from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
+from sglang_hcache.flags import GB
+from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
+from sglang_hcache.model import Unsupported, check_pool, kv_row_bytes
+from sglang_hcache.projector import KVProjector, Projector, ReplayProjector
+from sglang_hcache.restore import Load, Restorer
+from sglang_hcache.savers import HiddenSaver, KVSaver, Saver
+from sglang_hcache.selftest import run_self_test
+from sglang_hcache.storage.layout import ChunkLayout
+from sglang_hcache.storage.store import ChunkStore, LocalStore
+
+logger = logging.getLogger(__name__)
+
+_MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
+
+
+class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyped here
+    """One a scheduler process. SGLang calls every method from the scheduler's thread.
+
+    `lookup` leases what it promises, so that `load` can only accept and all ranks decide alike; what a request
+    leases is given back when its load is done, or when SGLang releases the request.
+    """
+
+    def __init__(
+        self,
+        server_args: Any,
+        params: Any,
+        *,
+        components: set[Any],
+        extra_config: dict[str, Any],
+        forward_stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self._config = HCacheConfig.from_linker_extra(extra_config)
+        self._server_args = server_args
+        self.forward_stream = forward_stream
+        self._page_tokens: int = params.page_size
+        try:
+            self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
+            if self._page_tokens < _MIN_PAGE_TOKENS:
+                raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
+            self.representation, self._reason = self._choose_representation()
+        except Unsupported as error:
+            raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
+        self.pools = {PoolName.KV: self._pool}
+        self._work: HostWork = StreamWork() if torch.cuda.is_available() else InlineWork()
+        self._queued: list[Load] = []
+        self._started: dict[int, list[Load]] = {}
+        self._leased: dict[str, list[int]] = {}
+        self._completed_offloads = 0
+        self._tokens_restored = 0
+        self._loads = {"accepted": 0, "refused": 0, "failed": 0}
+        self._failed_batches: set[int] = set()
+        self._open(self._fingerprint(self._model_identity()), self._config.directories)
+        serving.linker = self
+        self._log_start()
+
+    # ---- lookup and load ----
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        keys = [bytes.fromhex(key) for key in transfers[0].keys]
+        self._leased[rid] = self._store.lease(rid, keys)
+        return list(range(1, len(self._leased[rid]) + 1))
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        transfer = transfers[0]
+        chunks = self._leased.get(rid, [])[: len(transfer.keys)]
+        if len(chunks) < len(transfer.keys):
+            self._loads["refused"] += 1
+            self.forget_request(rid)
+            return False
+        self._saver.overwrite(transfer.device_indices)
+        self._queued.append(Load(rid, tuple(chunks), transfer.device_indices))
+        self._loads["accepted"] += 1
+        return True
+
+    def start_layer_wise_loading(self) -> int:
+        if not self._queued:
+            return -1
+        loads, self._queued = self._queued, []
+        try:
+            index = self._restorer.run(loads)
+        except Exception:
+            # SGLang aborts the requests of a failed load; the server must live on for all others.
+            logger.exception("hcache: restoring failed; %d request(s) will be aborted by SGLang", len(loads))
+            index = self.layer_done_counter.new_batch()
+            self._failed_batches.add(index)
+            self._loads["failed"] += len(loads)
+        self._started[index] = loads
+        return index
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        self.layer_done_counter.synchronize(counter_index)
+        landed = counter_index not in self._failed_batches
+        self._failed_batches.discard(counter_index)
+        for load in self._started.pop(counter_index, []):
+            self.forget_request(load.rid)
+            self._tokens_restored += len(load.chunks) * self._page_tokens * landed
+        return landed
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        kept = [load for load in self._queued if load.rid != rid]
+        cancelled = len(kept) < len(self._queued)
+        self._queued = kept
+        if cancelled:
+            self.forget_request(rid)
+        return cancelled
+
+    def forget_request(self, rid: str) -> None:
+        """Give back what a request has leased, unless its load is queued or under way."""
+        under_way = [*self._queued, *(load for loads in self._started.values() for load in loads)]
+        if rid in self._leased and all(load.rid != rid for load in under_way):
+            del self._leased[rid]
+            self._store.release(rid)
+
+    # ---- offload ----
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        transfer = transfers[0]
+        self._saver.save([bytes.fromhex(key) for key in transfer.keys], transfer.device_indices)
+        # What the store needs of the device pages is copied or captured by now: they need not stay locked.
+        self._completed_offloads += 1
+        return True
+
+    def num_completed_offloads(self) -> int:
+        return self._completed_offloads
+
+    def pop_completed_offload(self) -> bool:
+        self._completed_offloads -= 1
+        return True
+
+    # ---- life cycle ----
+
+    def reset(self) -> None:
+        """`/flush_cache`: empties the host tier; files stay, as HiCache's storage does."""
+        for index in list(self._started):
+            self.finish_layer_wise_loading(index)
+        self._queued.clear()
+        for rid in list(self._leased):
+            self.forget_request(rid)
+        self._completed_offloads = 0
+        self._saver.clear()
+        self._store.drop_host()
+
+    def weights_changed(self) -> None:
+        """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us."""
+        self.reset()
+        self._store.close()
+        self._open(self._fingerprint(process_identity()), directories=())
+        logger.warning("hcache: weights were changed in place; from now on pages are kept in host memory only")
+
+    def close(self) -> None:
+        self._work.close()
+        self._store.close()
+
+    def stats(self) -> dict[str, Any]:
+        """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
+        return {
+            "representation": str(self.representation),
+            "representation_reason": self._reason,
+            "bytes_per_token": self._row_bytes * self._pool.layer_num,
+            "page_size": self._page_tokens,
+            "loads_accepted": self._loads["accepted"],
+            "loads_refused": self._loads["refused"],
+            "loads_failed": self._loads["failed"],
+            "tokens_restored": self._tokens_restored,
+            **self._saver.stats(),
+            **self._store.stats(),
+        }
+
+    # ---- start ----
+
+    def _open(self, identity: bytes, directories: tuple[str, ...]) -> None:
+        layers, page = self._pool.layer_num, self._page_tokens
+        layout = ChunkLayout(page_tokens=page, layer_bytes=(page * self._row_bytes,) * layers)
+        # Hidden states are the same on every rank: one rank writes them. K and V are each rank's own.
+        writes = self.representation is Representation.KV or get_parallel().tp_rank == 0
+        self._store: ChunkStore = LocalStore(
+            layout,
+            identity,
+            self._host_bytes(),
+            [Path(directory) for directory in directories],
+            writable=writes,
+        )
+        projectors: list[Projector]
+        if self.representation is Representation.HIDDEN:
+            assert serving.capture is not None
+            projectors = [ReplayProjector(serving.capture.sites, self._pool)] * layers
+            saver = HiddenSaver(self._store, self._work, layers=layers, row_bytes=self._row_bytes)
+            self._saver: Saver = saver
+            serving.capture.sink = saver
+            dtype, width = self._hidden_dtype, self._row_bytes // self._hidden_dtype.itemsize
+        else:
+            projectors = [KVProjector(self._pool)] * layers
+            self._saver = KVSaver(
+                self._store,
+                self._work,
+                self._pool,
+                row_bytes=self._row_bytes,
+                forward_stream=self.forward_stream,
+            )
+            dtype, width = torch.uint8, self._row_bytes
+        self._restorer = Restorer(self._store, projectors, width=width, dtype=dtype, device=str(self._pool.device))
+        self.layer_done_counter = self._restorer.events
+
+    def _choose_representation(self) -> tuple[Representation, str]:
+        """By size, and only what has just been proven on this model; sets `_row_bytes` and `_hidden_dtype`."""
+        wanted, capture = self._config.representation, serving.capture
+        kv_bytes = sum(kv_row_bytes(self._pool, 0))
+        kv_bytes_all_ranks = kv_bytes * get_parallel().tp_size
+        model = serving.runner.model_config
+        self._hidden_dtype: torch.dtype = model.dtype
+        hidden_bytes = model.hidden_size * model.dtype.itemsize
+        if wanted != Representation.KV:
+            obstacle = self._obstacle_to_hidden_states()
+            if obstacle is None and (wanted == Representation.HIDDEN or hidden_bytes < kv_bytes_all_ranks):
+                self._row_bytes = hidden_bytes
+                return (
+                    Representation.HIDDEN,
+                    f"{hidden_bytes} bytes a token and layer, {kv_bytes_all_ranks} as K and V",
+                )
+            if wanted == Representation.HIDDEN:
+                raise Unsupported(f"--hcache-representation hidden: {obstacle}; use auto or kv")
+            reason = obstacle or f"{kv_bytes_all_ranks} bytes a token and layer, {hidden_bytes} as hidden states"
+        else:
+            reason = "as --hcache-representation says"
+        if capture is not None:
+            capture.remove()
+            serving.capture = None
+        self._row_bytes = kv_bytes
+        return Representation.KV, reason
+
+    def _obstacle_to_hidden_states(self) -> str | None:
+        """Why hidden states cannot be restored here; None when the self-test has just shown that they can."""
+        capture, runner = serving.capture, serving.runner
+        if capture is None:
+            return "hidden states are larger than K and V, or the attention modules cannot be replayed"
+        if len(capture.sites) != self._pool.layer_num:
+            return f"{len(capture.sites)} attention modules for {self._pool.layer_num} layers of the KV pool"
+        if self._server_args.enable_lora:
+            return "with LoRA the projection depends on the request"
+        if runner.model_config.model_is_mrope:
+            return "positions of several dimensions (M-RoPE) are not stored"
+        projector = ReplayProjector(capture.sites, self._pool)
+        result = run_self_test(runner, capture, projector, self._pool, self._page_tokens)
+        verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
+        logger.info("hcache: self-test of hidden states %s (%s)", "passed" if result.passed else "FAILED", verdict)
+        return None if result.passed else f"the self-test failed ({verdict})"
+
+    def _model_identity(self) -> str:
+        model_path = serving.runner.model_config.model_path
+        if self._server_args.load_format == "dummy":
+            return process_identity()
+        try:
+            return checkpoint_identity(model_path, memo=Path(self._config.directories[0]) / "checkpoints.json")
+        except OSError as error:
+            logger.warning(
+                "hcache: cannot identify the weights of %s (%s): pages will not outlive this process",
+                model_path,
+                error,
+            )
+            return process_identity()
+
+    def _fingerprint(self, model_identity: str) -> bytes:
+        args = self._server_args
+        parts: list[tuple[str, object]] = [
+            ("model", model_identity),
+            ("override", args.json_model_override_args),
+            ("dtype", str(self._hidden_dtype)),
+            ("kv_dtype", str(self._pool.dtype)),
+            ("quantization", serving.runner.model_config.quantization),
+            ("page_size", self._page_tokens),
+            ("layers", self._pool.layer_num),
+            ("row_bytes", self._row_bytes),
+            ("representation", str(self.representation)),
+        ]
+        if self.representation is Representation.KV:
+            parallel = get_parallel()
+            parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
+        return fingerprint(parts)
+
+    def _host_bytes(self) -> int:
+        memory = get_memory()
+        if memory.hicache_size > 0:
+            return int(memory.hicache_size * GB)
+        ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
+        return int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
+
+    def _log_start(self) -> None:
+        state = self._store.stats()
+        logger.info(
+            "hcache: storing %s (%s), %d layers; host tier %d pages of %d tokens; files in %s",
+            self.representation,
+            self._reason,
+            self._pool.layer_num,
+            state["pages_total"],
+            self._page_tokens,
+            ", ".join(self._config.directories),
+        )

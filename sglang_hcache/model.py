@@ -1,0 +1,69 @@
+"""What the tier has to know of a model: its attention modules, and what it costs to store of each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+_REPLAYED = {"hidden_states", "positions", "forward_batch"}
+
+
+class Unsupported(Exception):
+    """The model cannot be served by the tier; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One decoder layer's attention module, the one that owns the layer's only `RadixAttention`."""
+
+    module: torch.nn.Module
+    attention: RadixAttention
+    signature: inspect.Signature  # of `module.forward`, without self
+
+    def hidden_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The attention's input, `[tokens, width]`, among the arguments of a call of the module."""
+        hidden: torch.Tensor = self.signature.bind(*args, **kwargs).arguments["hidden_states"]
+        return hidden
+
+
+def attention_sites(model: torch.nn.Module) -> list[AttentionSite]:
+    """The model's attention modules in layer order; empty when they cannot all be replayed.
+
+    A module qualifies when it has exactly one `RadixAttention` child and its `forward` can be called with
+    hidden states, positions and a forward batch alone.
+    """
+    sites = []
+    for module in model.modules():
+        owned = [child for child in module.children() if isinstance(child, RadixAttention)]
+        if not owned:
+            continue
+        signature = inspect.signature(module.forward)
+        required = {name for name, p in signature.parameters.items() if p.default is p.empty and p.kind <= 1}
+        if len(owned) != 1 or "hidden_states" not in signature.parameters or required - _REPLAYED:
+            return []
+        sites.append(AttentionSite(module, owned[0], signature))
+    sites.sort(key=lambda site: site.attention.layer_id)
+    layers = [site.attention.layer_id for site in sites]
+    return sites if layers == list(range(len(sites))) else []
+
+
+def check_pool(pool: Any, components: set[Any]) -> MHATokenToKVPool:
+    """The device pool, if it is of the kind the tier can read and write; raises `Unsupported` if not."""
+    names = {component.name for component in components}
+    if names != {"FULL"}:
+        raise Unsupported(f"the radix cache holds {', '.join(sorted(names))} state; only full attention is supported")
+    if type(pool) is not MHATokenToKVPool or pool.is_quantized_kv_cache or pool.use_hnd:
+        raise Unsupported(f"a KV pool of type {type(pool).__name__} is not supported yet")
+    return pool
+
+
+def kv_row_bytes(pool: MHATokenToKVPool, layer: int) -> tuple[int, int]:
+    """Bytes of one token's K and V in a layer of this rank's pool."""
+    key, value = pool.k_buffer[layer], pool.v_buffer[layer]
+    return key[0].numel() * key.element_size(), value[0].numel() * value.element_size()

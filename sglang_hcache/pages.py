@@ -1,0 +1,111 @@
+"""Open pages: captured rows on their way from device slots into whole chunks of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sglang_hcache.storage.layout import positions as chunk_positions
+from sglang_hcache.storage.store import ChunkStore
+
+
+def chunk_rows(store: ChunkStore, *, layers: int, row_bytes: int) -> NDArray[np.uint8]:
+    """A view of the store's memory as `[slots, layers, page_tokens, row_bytes]`, layers of equal size."""
+    layout = store.layout
+    stride = layout.layer_offset(1) - layout.layer_offset(0) if layers > 1 else layout.record_bytes
+    return np.lib.stride_tricks.as_strided(
+        store.memory[:, layout.layer_offset(0) :],
+        shape=(store.memory.shape[0], layers, layout.page_tokens, row_bytes),
+        strides=(store.memory.strides[0], stride, row_bytes, 1),
+    )
+
+
+@dataclass
+class _OpenPage:
+    slot: int  # in the store's memory
+    filled: int  # leading rows that are there
+
+
+class OpenPages:
+    """Collects rows by device page and commits a page once SGLang names it.
+
+    A device page is written front to back by one sequence: a row 0 starts the page anew, a gap abandons it, and
+    only a page with all its rows is ever committed. Tokens that cannot be kept are counted, never waited for.
+    """
+
+    def __init__(self, store: ChunkStore, *, layers: int, row_bytes: int) -> None:
+        layout = store.layout
+        self._store = store
+        self._page_tokens = layout.page_tokens
+        self._open: dict[int, _OpenPage] = {}
+        self._chunks = chunk_rows(store, layers=layers, row_bytes=row_bytes)
+        self.tokens_captured = 0
+        self.tokens_not_captured = 0
+
+    def write(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        """slots, positions `[n]`; rows `[layers, n, row_bytes]`."""
+        for start, stop, page, offset in self._runs(slots):
+            chunk = self._chunk_for(page, offset)
+            if chunk is None:
+                self.tokens_not_captured += stop - start
+                continue
+            end = offset + stop - start
+            self._chunks[chunk.slot, :, offset:end] = rows[:, start:stop]
+            chunk_positions(self._store.memory[chunk.slot], self._store.layout)[offset:end] = positions[start:stop]
+            chunk.filled = end
+            self.tokens_captured += stop - start
+
+    def drop(self, slots: NDArray[np.int64]) -> None:
+        self.tokens_not_captured += len(slots)
+        self.forget(slots)
+
+    def forget(self, slots: NDArray[np.int64]) -> None:
+        """The device pages of these slots now hold something else."""
+        for page in np.unique(slots // self._page_tokens).tolist():
+            self._abandon(page)
+
+    def commit(self, page: int, key: bytes) -> bool:
+        """Device page `page` holds the page named `key`; False when its rows were not captured whole."""
+        chunk = self._open.get(page)
+        if chunk is None or chunk.filled < self._page_tokens:
+            return False
+        del self._open[page]
+        self._store.commit(key, chunk.slot)
+        return True
+
+    def clear(self) -> None:
+        for page in list(self._open):
+            self._abandon(page)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def _runs(self, slots: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int]]:
+        """(start, stop, device page, offset in it) of each run of tokens in consecutive slots of one page."""
+        pages, offsets = np.divmod(slots, self._page_tokens)
+        breaks = np.flatnonzero((np.diff(pages) != 0) | (np.diff(offsets) != 1)) + 1
+        bounds = [0, *breaks.tolist(), len(slots)] if len(slots) else [0]
+        for start, stop in pairwise(bounds):
+            yield start, stop, int(pages[start]), int(offsets[start])
+
+    def _chunk_for(self, page: int, offset: int) -> _OpenPage | None:
+        chunk = self._open.get(page)
+        if offset == 0:
+            if chunk is None:
+                slot = self._store.reserve()
+                if slot is None:
+                    return None
+                chunk = self._open[page] = _OpenPage(slot, 0)
+            return chunk
+        if chunk is not None and chunk.filled == offset:
+            return chunk
+        self._abandon(page)
+        return None
+
+    def _abandon(self, page: int) -> None:
+        if chunk := self._open.pop(page, None):
+            self._store.abandon(chunk.slot)

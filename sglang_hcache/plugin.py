@@ -1,0 +1,88 @@
+"""Where the package meets SGLang: every hook it attaches is named here.
+
+SGLang calls `register` in the launcher and in every process it starts. Only what gives the flags is attached
+then; what serves them is attached in a scheduler process whose server was started with them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import sglang
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_hcache import TESTED_SGLANG, flags
+from sglang_hcache.config import names_our_linker
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+_ENGINE_MODULE = "sglang.srt.entrypoints.engine"
+_WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+
+def register() -> None:
+    """Entry point of group `sglang.srt.plugins`."""
+    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", flags.add_cli_args, HookType.AFTER)
+    HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", flags.from_cli_args, HookType.AROUND)
+    if engine_module := sys.modules.get(_ENGINE_MODULE):
+        engine = engine_module.Engine
+        engine.server_args_class = flags.EngineArguments(engine.server_args_class)
+    if _SCHEDULER_MODULE in sys.modules:
+        HookRegistry.register(f"{_SCHEDULER_MODULE}.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
+
+
+def _before_scheduler(_scheduler: object, server_args: Any, *_args: object, **_kwargs: object) -> None:
+    if names_our_linker(server_args.unified_cache_external_linker_config):
+        _attach_serving_hooks()
+
+
+def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
+    from sglang_hcache import serving
+
+    return [
+        (
+            "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+            serving.after_load_model,
+            HookType.AFTER,
+        ),
+        (
+            "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+            serving.around_forward,
+            HookType.AROUND,
+        ),
+        (
+            "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper.release_request",
+            serving.before_release_request,
+            HookType.BEFORE,
+        ),
+        (
+            "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+            ".get_internal_state",
+            serving.after_internal_state,
+            HookType.AFTER,
+        ),
+        *(
+            (f"{_WEIGHTS}.{method}", serving.after_weights_changed, HookType.AFTER)
+            for method in (
+                "update_weights_from_disk",
+                "load_weights_from_distributed",
+                "update_weights_from_tensor",
+                "update_weights_from_ipc",
+            )
+        ),
+    ]
+
+
+def _attach_serving_hooks() -> None:
+    hooks = _serving_hooks()
+    for target, hook, kind in hooks:
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
+    missing = [target for target, _, _ in hooks if target not in HookRegistry._patched]
+    if missing:
+        raise RuntimeError(
+            f"--hicache-backend hcache: SGLang {sglang.__version__} lacks {', '.join(missing)}; this version of "
+            f"sglang-hcache is tested with SGLang {TESTED_SGLANG}. Install one of these, or drop the flag."
+        )

@@ -1,0 +1,116 @@
+"""Projectors: a layer's stored rows become K and V in the device pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from sglang_hcache.model import AttentionSite, kv_row_bytes
+
+
+class Projector(Protocol):
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write layer `layer`'s K and V of `n` tokens to the pool, on the current stream.
+
+        rows: `[n, width]` as stored, on the device; positions, slots: int64 `[n]`, on the device.
+        """
+
+
+class _Stored(Exception):
+    """K and V are in the pool: the rest of the attention module need not run."""
+
+
+class _StoreAndStop(AttentionBackend):  # type: ignore[misc]  # SGLang is untyped here
+    """An attention backend that takes K and V and stops."""
+
+    def __init__(self, pool: MHATokenToKVPool) -> None:
+        self.token_to_kv_pool = pool
+
+    def forward(
+        self,
+        _q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **_kwargs: object,
+    ) -> NoReturn:
+        if save_kv_cache:
+            k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+            v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
+        raise _Stored
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        pass
+
+
+class ReplayProjector:
+    """Calls the model's own attention module on the stored inputs and stops it where it would attend.
+
+    Whatever the module does to K and V (norms, biases, partial or scaled RoPE, quantised weights) is done by
+    its own code. It computes Q as well, for nothing.
+    """
+
+    def __init__(self, sites: Sequence[AttentionSite], pool: MHATokenToKVPool) -> None:
+        self._sites = sites
+        self._context = ForwardContext(attn_backend=_StoreAndStop(pool))
+
+    @torch.no_grad()
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        site = self._sites[layer]
+        batch = _bare_batch(positions, slots)
+        arguments = {"hidden_states": rows, "positions": positions, "forward_batch": batch}
+        accepted = {name: value for name, value in arguments.items() if name in site.signature.parameters}
+        with forward_context(self._context, forward_batch=batch):
+            try:
+                # `forward`, not a call of the module: capture's hook is not for replayed rows.
+                site.module.forward(**accepted)
+            except _Stored:
+                return
+        raise RuntimeError(f"the attention module of layer {layer} ended without attending")
+
+
+class KVProjector:
+    """Stored K and V go back as they are: rows are K then V of each token."""
+
+    def __init__(self, pool: MHATokenToKVPool) -> None:
+        self._pool = pool
+
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        key, value = self._pool.k_buffer[layer], self._pool.v_buffer[layer]
+        key_bytes, _ = kv_row_bytes(self._pool, layer)
+        for buffer, part in ((key, rows[:, :key_bytes]), (value, rows[:, key_bytes:])):
+            buffer[slots] = part.contiguous().view(buffer.dtype).view(-1, *buffer.shape[1:])
+
+
+def gather_kv(pool: MHATokenToKVPool, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of device slots as bytes, `[n, bytes]` each, on the device."""
+    key, value = (buffer[layer][slots].flatten(1).view(torch.uint8) for buffer in (pool.k_buffer, pool.v_buffer))
+    return key, value
+
+
+def _bare_batch(positions: torch.Tensor, slots: torch.Tensor) -> ForwardBatch:
+    count = slots.numel()
+    lengths = torch.tensor([count], device=slots.device)
+    return ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=torch.zeros_like(slots),
+        req_pool_indices=torch.zeros_like(lengths),
+        seq_lens=lengths,
+        out_cache_loc=slots,
+        seq_lens_sum=count,
+        positions=positions,
+        extend_num_tokens=count,
+        extend_seq_lens=lengths,
+        extend_prefix_lens=torch.zeros_like(lengths),
+    )

@@ -1,0 +1,137 @@
+"""The host tier's memory, cut in slots of one record each."""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Iterable
+from enum import Enum
+
+import numpy as np
+
+from sglang_hcache.storage.layout import Record
+
+
+class Backing(Enum):
+    """What stands behind a cached slot."""
+
+    DIRTY = "must be written to a file first"
+    CLEAN = "is in a file, too"
+    UNBACKED = "is in memory only, and may be lost"
+
+
+class Arena:
+    """Slots, which page lies in which, and the order in which they are given up.
+
+    A slot is free, open (whoever reserved it fills it) or cached (it holds a page). A cached slot can be leased,
+    by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
+    Not thread-safe; no call blocks.
+
+    `memory`: uint8 [slots, record_bytes], rows aligned to pages of memory, committed by the system as they are used.
+    """
+
+    def __init__(self, slots: int, record_bytes: int) -> None:
+        assert slots > 0
+        assert record_bytes % mmap.PAGESIZE == 0
+        region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory: Record = np.frombuffer(region, np.uint8).reshape(slots, record_bytes)
+        self.slots = slots
+        self._free = list(range(slots - 1, -1, -1))
+        self._open: set[int] = set()
+        self._slot_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._backing: dict[int, Backing] = {}
+        self._leases: dict[int, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+
+    def reserve(self) -> int | None:
+        """A slot to fill, open until `cache` or `abandon`; None where nothing can be evicted."""
+        if not self._free:
+            if not self._evictable:
+                return None
+            self._evict(next(iter(self._evictable)))
+        slot = self._free.pop()
+        self._open.add(slot)
+        return slot
+
+    def abandon(self, slot: int) -> None:
+        self._open.remove(slot)
+        self._free.append(slot)
+
+    def cache(self, key: bytes, slot: int, backing: Backing) -> None:
+        """The open slot holds page `key` from now on."""
+        assert key not in self._slot_of
+        self._open.remove(slot)
+        self._slot_of[key] = slot
+        self._key_of[slot] = key
+        self._backing[slot] = backing
+        self._settle(slot)
+
+    def slot_of(self, key: bytes) -> int | None:
+        return self._slot_of.get(key)
+
+    def mark(self, slot: int, backing: Backing) -> None:
+        """Say what stands behind a cached slot now; it becomes the most recently used."""
+        assert slot in self._backing
+        self._backing[slot] = backing
+        self._settle(slot)
+
+    def lease(self, slot: int) -> None:
+        assert slot in self._key_of
+        self._leases[slot] = self._leases.get(slot, 0) + 1
+        self._evictable.pop(slot, None)
+
+    def release(self, slots: Iterable[int]) -> None:
+        """End one lease of each; the first of them are kept longest, as a page needs all pages before it."""
+        for slot in reversed(list(slots)):
+            self._leases[slot] -= 1
+            if not self._leases[slot]:
+                del self._leases[slot]
+                self._settle(slot)
+
+    def evict_all(self) -> None:
+        """Evict everything that can be."""
+        for slot in list(self._evictable):
+            self._evict(slot)
+
+    @property
+    def cached(self) -> int:
+        return len(self._slot_of)
+
+    @property
+    def leased(self) -> int:
+        return len(self._leases)
+
+    @property
+    def opened(self) -> int:
+        return len(self._open)
+
+    @property
+    def dirty(self) -> int:
+        return sum(backing is Backing.DIRTY for backing in self._backing.values())
+
+    def is_leased(self, slot: int) -> bool:
+        return slot in self._leases
+
+    def check(self) -> None:
+        """Assert that each slot is in exactly one state, and that all maps agree."""
+        cached = set(self._key_of)
+        assert len(self._free) == len(set(self._free))
+        assert sorted([*self._free, *self._open, *cached]) == list(range(self.slots))
+        assert {slot: key for key, slot in self._slot_of.items()} == self._key_of
+        assert set(self._backing) == cached
+        assert set(self._leases) <= cached
+        assert all(count > 0 for count in self._leases.values())
+        held = {slot for slot in cached if self._backing[slot] is Backing.DIRTY or slot in self._leases}
+        assert set(self._evictable) == cached - held
+
+    def _settle(self, slot: int) -> None:
+        self._evictable.pop(slot, None)
+        if self._backing[slot] is not Backing.DIRTY and slot not in self._leases:
+            self._evictable[slot] = None
+
+    def _evict(self, slot: int) -> None:
+        del self._evictable[slot]
+        del self._slot_of[self._key_of.pop(slot)]
+        del self._backing[slot]
+        self._free.append(slot)

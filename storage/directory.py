@@ -1,0 +1,210 @@
+"""One directory, open for one fingerprint: its lock, its index, its segments.
+
+    hcache.lock                      shared while open; exclusive while the first to open it checks the index
+    index/{data.mdb, lock.mdb}       of all fingerprints
+    segments/<fingerprint>/*.seg     of one
+
+Several processes may have it open, for the same or other fingerprints. What the index names was whole and durable when it
+was named; records the index does not name are free.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
+from sglang_hcache.storage.index import Index, prepare
+from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
+from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.segments import Segments
+
+LOCK_WAIT_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Directory:
+    """`locate`, `read` from any thread; everything else from one. Methods raise OSError or lmdb.Error."""
+
+    def __init__(
+        self,
+        path: Path,
+        layout: ChunkLayout,
+        fingerprint: bytes,
+        writable: bool,
+        segment_bytes: int,
+        damage: Damage,
+    ) -> None:
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._writable = writable
+        self._damage = damage
+        self._pages = 0
+        make_private(path)
+        self._lock = _open_shared(path, damage)
+        try:
+            self._index = Index(path / "index", fingerprint)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        try:
+            folder = path / "segments" / fingerprint.hex()
+            self._segments = Segments(folder, layout.record_bytes, segment_bytes)
+            self._recover()
+        except BaseException:
+            self._index.close()
+            os.close(self._lock)
+            raise
+
+    @property
+    def pages(self) -> int:
+        """Pages on file, as far as this process knows: not those that others wrote since it was opened."""
+        return self._pages
+
+    def bytes_on_disk(self) -> int:
+        return self._segments.bytes_on_disk()
+
+    def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        """Where those of the pages lie that are here."""
+        return self._index.get_many(keys)
+
+    def read(self, key: bytes, entry: Entry, out: Record) -> bool:
+        """Read a located page into `out`, uint8 [record_bytes], and verify it; False where it is damaged.
+
+        A damaged page is counted and leaves the index, unless it has been replaced there in the meantime.
+        """
+        try:
+            self._segments.reader(entry.segment).read(entry.slot, out)
+        except ChunkDamaged as damaged:
+            self._segments.retire(entry.segment)
+            self._forget(key, entry, damaged.reason)
+            return False
+        try:
+            verify(out, self._layout, self._fingerprint, key)
+        except ChunkDamaged as damaged:
+            self._forget(key, entry, damaged.reason)
+            return False
+        return True
+
+    def write(self, pages: Sequence[tuple[bytes, Record]]) -> None:
+        """Write sealed records and name them in the index; durable on return, and not named where it raises."""
+        placed, writers = [], set()
+        for key, record in pages:
+            writer, slot = self._segments.place()
+            writer.write(slot, record)
+            writers.add(writer)
+            placed.append((key, Entry(writer.name, slot)))
+        for writer in writers:
+            writer.sync()
+        self._index.put_many(placed)
+        self._pages += len(placed)
+        self._segments.let_go_full()
+
+    def probe(self) -> None:
+        """Raise unless a write can be expected to succeed: there is room for a record, and the index takes entries."""
+        self._index.mark()
+        if self._writable:
+            self._segments.make_room()
+
+    def close(self) -> None:
+        """Everything is closed also where it raises OSError."""
+        try:
+            self._segments.close()
+        finally:
+            self._index.close()
+            os.close(self._lock)
+
+    def _forget(self, key: bytes, entry: Entry, reason: str) -> None:
+        self._damage.page(self._segments.file(entry.segment), reason)
+        self._pages -= self._index.delete_many([(key, entry)])
+
+    def _recover(self) -> None:
+        with self._segments.census():
+            if not self._index.is_marked():
+                self._rebuild()
+                self._index.mark()
+            used = self._drop_lost()
+            if self._writable:
+                self._segments.lock_unfilled(used)
+                self._segments.reclaim(self._used())
+            self._pages = sum(map(len, used.values()))
+
+    def _drop_lost(self) -> dict[str, set[int]]:
+        """Drop entries of records that are not there; the used records of each segment."""
+        lengths = self._segments.lengths()
+        entries = self._index.entries()
+        lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]
+        for _, entry in lost:
+            reason = "the file is too short" if entry.segment in lengths else "the file is missing"
+            self._damage.page(self._segments.file(entry.segment), reason)
+        if lost:
+            self._index.delete_many(lost)
+        return self._used()
+
+    def _used(self) -> dict[str, set[int]]:
+        used: dict[str, set[int]] = defaultdict(set)
+        for _, entry in self._index.entries():
+            used[entry.segment].add(entry.slot)
+        return used
+
+    def _rebuild(self) -> None:
+        """List the pages whose headers hold. Whether their payloads do is verified on reading, as always."""
+        lengths = self._segments.lengths()
+        found: dict[bytes, Entry] = {}
+        record = np.empty(self._layout.header_bytes, np.uint8)
+        for name, records in lengths.items():
+            try:
+                reader = SegmentReader(self._segments.file(name), self._layout.record_bytes)
+            except ChunkDamaged as damaged:
+                self._damage.file(self._segments.file(name), damaged.reason)
+                continue
+            for slot in range(records):
+                try:
+                    reader.read(slot, record)
+                    header = read_header(record, self._layout)
+                except ChunkDamaged as damaged:
+                    log.debug("record %d of %s is not listed: %s", slot, name, damaged)
+                    continue
+                if header.fingerprint == self._fingerprint:
+                    found[header.key] = Entry(name, slot)
+        if lengths:
+            self._index.put_many(found.items())
+            self._damage.rebuilt(self._index.path, len(found))
+
+
+def _open_shared(path: Path, damage: Damage) -> int:
+    """Hold the directory's lock; if nobody else does, check the index first."""
+    while True:
+        lock = _open_lock(path / "hcache.lock", damage)
+        try:
+            if try_lock(lock, exclusive=True):
+                prepare(path / "index", damage)
+            lock_within(lock, exclusive=False, timeout_s=LOCK_WAIT_S)
+            if _is_still(path / "hcache.lock", lock):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _open_lock(path: Path, damage: Damage) -> int:
+    if os.path.lexists(path) and not path.is_file():
+        damage.file(path, "it is not a regular file")
+        remove(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,56 @@
+"""What several modules do with files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+_POLL_S = 0.01
+
+
+def make_private(path: Path) -> None:
+    """Make a directory, and those above it, that only this user can enter; one that is there stays as it is."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> bool:
+    """Remove whatever is there, file or directory with all it holds; whether there was anything."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except (IsADirectoryError, PermissionError):
+        if path.is_symlink() or not path.is_dir():
+            raise
+        shutil.rmtree(path)
+    return True
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def try_lock(fd: int, exclusive: bool) -> bool:
+    """Lock an open file, if nobody who minds has it."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock_within(fd: int, exclusive: bool, timeout_s: float) -> None:
+    """Lock an open file; raises TimeoutError where another process keeps it for that long."""
+    deadline = time.monotonic() + timeout_s
+    while not try_lock(fd, exclusive):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process has kept a lock in this directory for {timeout_s:g} s")
+        time.sleep(_POLL_S)

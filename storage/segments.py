@@ -1,0 +1,194 @@
+"""The segment files of one fingerprint in one directory: where the next record goes, and reading any."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_hcache.storage.files import lock_within, make_private, sync_directory
+from sglang_hcache.storage.layout import ChunkDamaged
+from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
+
+LOCK_WAIT_S = 30.0
+OPEN_READERS = 128  # files kept open for reading
+ADOPT_AT_MOST = 64  # files with free records kept open for writing
+
+_FILE_NAME = re.compile(r"[0-9a-f]{16}\.seg")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Held:
+    """A segment this process writes: its unused records, lowest last, and the end of the used ones."""
+
+    writer: SegmentWriter
+    free: list[int]
+    end: int
+
+
+class Segments:
+    """Readers may be used from any thread, everything else from one. Methods raise OSError where the disk says so."""
+
+    def __init__(self, path: Path, record_bytes: int, segment_bytes: int) -> None:
+        self.path = path
+        self._record_bytes = record_bytes
+        self._segment_records = max(1, segment_bytes // record_bytes)
+        self._held: list[_Held] = []
+        self._retired: set[str] = set()
+        self._readers: OrderedDict[str, SegmentReader] = OrderedDict()
+        self._readers_lock = threading.Lock()
+        make_private(path)
+
+    def file(self, name: str) -> Path:
+        return self.path / f"{name}.seg"
+
+    @contextmanager
+    def census(self) -> Iterator[None]:
+        """While it lasts no process creates, adopts or deletes a segment here."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            lock_within(fd, exclusive=True, timeout_s=LOCK_WAIT_S)
+            yield
+        finally:
+            os.close(fd)
+
+    def lengths(self) -> dict[str, int]:
+        """How many whole records each segment has room for, by name."""
+        found = {}
+        for entry in os.scandir(self.path):
+            if _FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                name = entry.name.removesuffix(".seg")
+                found[name] = entry.stat(follow_symlinks=False).st_size // self._record_bytes
+        return found
+
+    def bytes_on_disk(self) -> int:
+        """What the files take of the disk, including what is preallocated."""
+        total = 0
+        for path in self.path.iterdir():
+            status = path.lstat()
+            total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+        return total
+
+    def lock_unfilled(self, used: Mapping[str, set[int]]) -> None:
+        """Under `census`: take the segments that may have room and that no other process writes."""
+        for name in self.lengths():
+            if len(self._held) >= ADOPT_AT_MOST:
+                return
+            if len(used.get(name, ())) < self._segment_records:
+                try:
+                    writer = SegmentWriter.adopt(self.file(name), self._record_bytes)
+                except ChunkDamaged as damaged:
+                    log.debug("%s is left alone: %s", self.file(name), damaged)
+                    continue
+                if writer is not None:
+                    self._held.append(_Held(writer, [], 0))
+
+    def reclaim(self, used: Mapping[str, set[int]]) -> None:
+        """Under `census`, after `lock_unfilled`: delete taken segments without a used record, reuse gaps in the rest.
+
+        `used` must have been looked up after the segments were taken.
+        """
+        taken, self._held = self._held, []
+        for held in taken:
+            in_use = used.get(held.writer.name, set())
+            if in_use:
+                held.end = max(in_use) + 1
+                held.free = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
+                self._held.append(held)
+            else:
+                held.writer.path.unlink()
+                held.writer.close()
+
+    def place(self) -> tuple[SegmentWriter, int]:
+        """A segment and an unused record in it, for one page; makes room where there is none."""
+        held = self._with_room()
+        slot = held.free.pop()
+        held.end = max(held.end, slot + 1)
+        return held.writer, slot
+
+    def make_room(self) -> None:
+        """See to it that the next `place` needs nothing of the disk."""
+        self._with_room()
+
+    def let_go_full(self) -> None:
+        """Close segments that can take no more; only after their records are committed."""
+        for held in list(self._held):
+            full = not held.free and held.writer.records >= self._segment_records
+            if full or held.writer.name in self._retired:
+                self._held.remove(held)
+                held.writer.close()
+
+    def retire(self, name: str) -> None:
+        """The file is not what it was: nothing more is written to it, and it is opened anew to read. Any thread."""
+        self._retired.add(name)
+        with self._readers_lock:
+            self._readers.pop(name, None)
+
+    def reader(self, name: str) -> SegmentReader:
+        """Raises ChunkDamaged where the segment is missing or no file. Any thread."""
+        with self._readers_lock:
+            reader = self._readers.get(name)
+            if reader is None:
+                reader = self._readers[name] = SegmentReader(self.file(name), self._record_bytes)
+            self._readers.move_to_end(name)
+            if len(self._readers) > OPEN_READERS:
+                self._readers.popitem(last=False)
+        return reader
+
+    def close(self) -> None:
+        """Give preallocated space back, and all files. A segment without a record is deleted."""
+        with self._readers_lock:
+            self._readers.clear()
+        taken, self._held = self._held, []
+        try:
+            if taken:
+                with self.census():
+                    for held in taken:
+                        if held.end:
+                            held.writer.truncate_to(held.end)
+                        else:
+                            held.writer.path.unlink(missing_ok=True)
+        finally:
+            for held in taken:
+                held.writer.close()
+
+    def _with_room(self) -> _Held:
+        for held in self._held:
+            if held.writer.name in self._retired:
+                continue
+            if held.free:
+                return held
+            if held.writer.records < self._segment_records:
+                self._grow(held)
+                return held
+        held = self._create()
+        self._held.append(held)
+        return held
+
+    def _grow(self, held: _Held) -> None:
+        start = held.writer.records
+        held.writer.grow_to(self._segment_records)
+        held.free = list(range(self._segment_records - 1, start - 1, -1))
+
+    def _create(self) -> _Held:
+        with self.census():
+            writer = SegmentWriter.create(self.file(secrets.token_hex(8)), self._record_bytes)
+        held = _Held(writer, [], 0)
+        try:
+            self._grow(held)
+            sync_directory(self.path)
+        except OSError:
+            writer.path.unlink(missing_ok=True)
+            writer.close()
+            raise
+        return held

@@ -1,0 +1,178 @@
+"""A directory that may fail, and come back."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import lmdb
+
+from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.layout import ChunkLayout, Record
+
+log = logging.getLogger(__name__)
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free space there",
+    errno.EDQUOT: "the disk quota is used up: raise it or free space there",
+    errno.EFBIG: "files may not grow that large: raise the file size limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only: mount it writable",
+    errno.EACCES: "this user may not write there: change owner or permissions",
+    errno.EPERM: "this user may not write there: change owner or permissions",
+    errno.EIO: "the disk reports input/output errors: look at the kernel's log",
+    errno.EMFILE: "this process has too many open files: raise the limit (ulimit -n)",
+    errno.ENOENT: "the directory or a file in it has been removed: put it back",
+}
+
+
+class Volume:
+    """No method raises for what a disk does: it fails the volume, which then takes no writes until a retry succeeds.
+
+    A failed volume still reads what can be read. `write`, `retry` and `close` are for one thread, the rest for any.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: ChunkLayout,
+        fingerprint: bytes,
+        writable: bool,
+        segment_bytes: int,
+        retry_s: float,
+    ) -> None:
+        self.path = path
+        self.damage = Damage()
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._writable = writable
+        self._segment_bytes = segment_bytes
+        self._retry_s = retry_s
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        self._retry_at = 0.0
+        self._directory: Directory | None = None
+        try:
+            self._directory = self._open()
+        except (OSError, lmdb.Error) as error:
+            self._fail(error)
+
+    @property
+    def state(self) -> str:
+        failure = self._failure
+        return "ok" if failure is None else f"failed: {failure}"
+
+    @property
+    def healthy(self) -> bool:
+        return self._failure is None
+
+    @property
+    def pages(self) -> int:
+        directory = self._directory
+        return directory.pages if directory else 0
+
+    def bytes_on_disk(self) -> int:
+        directory = self._directory
+        try:
+            return directory.bytes_on_disk() if directory else 0
+        except OSError as error:
+            log.debug("%s: %s", self.path, error)
+            return 0
+
+    def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        """Where those of the pages lie that are here."""
+        directory = self._directory
+        if directory is None or not keys:
+            return {}
+        try:
+            return directory.locate(keys)
+        except (OSError, lmdb.Error) as error:
+            self._fail(error, directory)
+            return {}
+
+    def read(self, key: bytes, entry: Entry, out: Record) -> bool:
+        """Read a located page into `out`, uint8 [record_bytes]; False where that is not, whole, what `out` holds now."""
+        directory = self._directory
+        if directory is None:
+            return False
+        try:
+            return directory.read(key, entry, out)
+        except (OSError, lmdb.Error) as error:
+            self._fail(error, directory)
+            return False
+
+    def write(self, pages: Sequence[tuple[bytes, Record]]) -> bool:
+        """Write sealed records; True once they are durable, False where none of them counts as written."""
+        directory = self._directory
+        if directory is None or not self.healthy:
+            return False
+        try:
+            directory.write(pages)
+        except (OSError, lmdb.Error) as error:
+            self._fail(error, directory)
+            return False
+        return True
+
+    def retry(self) -> None:
+        """Open a failed volume anew, if it is time."""
+        if self.healthy or time.monotonic() < self._retry_at:
+            return
+        self.close()
+        try:
+            self._directory = self._open()
+            self._directory.probe()
+        except (OSError, lmdb.Error) as error:
+            self._fail(error)
+            self._retry_at = time.monotonic() + self._retry_s
+            return
+        self._failure = None
+        log.info("%s works again; pages are written to it.", self.path)
+
+    def close(self) -> None:
+        directory, self._directory = self._directory, None
+        if directory is None:
+            return
+        try:
+            directory.close()
+        except (OSError, lmdb.Error) as error:
+            log.warning("%s could not be tidied up on closing; the next opening does it. (%s)", self.path, error)
+
+    def _open(self) -> Directory:
+        return Directory(self.path, self._layout, self._fingerprint, self._writable, self._segment_bytes, self.damage)
+
+    def _fail(self, error: Exception, directory: Directory | None = None) -> None:
+        reason = _explain(error)
+        with self._lock:
+            if directory is not self._directory and directory is not None:
+                return  # an error of a directory that has been closed since
+            if self._failure is None:
+                self._retry_at = time.monotonic() + self._retry_s
+            changed, self._failure = self._failure != reason, reason
+        if changed:
+            log.warning(
+                "%s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",
+                self.path,
+                reason,
+                self._retry_s,
+            )
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, lmdb.MapFullError):
+        return "its index is full: delete the directory, or use another one as well"
+    code = (
+        error.errno
+        if isinstance(error, OSError)
+        else next((code for code in _ADVICE if _message(code) in str(error)), None)
+    )
+    advice = _ADVICE.get(code or 0)
+    return f"{advice} ({error})" if advice else f"{error}"
+
+
+def _message(code: int) -> str:
+    return str(OSError(code, "").strerror) or ""
