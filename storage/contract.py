@@ -13,9 +13,9 @@ Stats = dict[str, int | float | str | list[dict[str, int | str]]]
 class ChunkStore(Protocol):
     """Pages by key (32 bytes), as records in slots of host memory, with files behind it.
 
-    Users: capture (`reserve`, `abandon`, `commit`), the linker (`contains`) and restore (`lease`, `release`). Every method
-    may be called from any thread, but `lease` and `release` of one owner not at the same time. No method raises for what
-    a disk does; a page that cannot be had whole is not there. None may be called after `close`.
+    Users: capture (`reserve`, `abandon`, `commit`), the linker (`contains`) and restore (`lease`, `release`). Every
+    method may be called from any thread, but `lease` and `release` of one owner not at the same time. No method
+    raises for what a disk does; a page that cannot be had whole is not there. None may be called after `close`.
     """
 
     @property
@@ -46,8 +46,8 @@ class ChunkStore(Protocol):
     def commit(self, key: bytes, slot: int) -> None:
         """The reserved slot, filled, becomes page `key`; from now on it can be found, and must not be written.
 
-        Where the page is there already, the slot is given back and the page stays as it is. Writing it to a file starts
-        in the background. Does not block on I/O.
+        Where the page is there already, the slot is given back and the page stays as it is. Writing it to a file
+        starts in the background. Does not block on I/O.
         """
         ...
 
@@ -61,9 +61,9 @@ class ChunkStore(Protocol):
     def lease(self, owner: str, keys: Sequence[bytes]) -> list[int]:
         """Slots of the longest leading run of `keys` that can be had; they stay, unchanged, until `release(owner)`.
 
-        Pages that are only on file are read into memory and verified. A new lease of an owner replaces its former one;
-        what is in both stays in place. The run is also cut where too much is leased, or memory lacks a slot. Blocks
-        while it reads; meanwhile other calls go on.
+        Pages that are only on file are read into memory and verified. A new lease of an owner replaces its former
+        one; what is in both stays in place. The run is also cut where too much is leased, or memory lacks a slot.
+        Blocks while it reads; meanwhile other calls go on.
         """
         ...
 

@@ -4,8 +4,8 @@
     index/{data.mdb, lock.mdb}       of all fingerprints
     segments/<fingerprint>/*.seg     of one
 
-Several processes may have it open, for the same or other fingerprints. What the index names was whole and durable when it
-was named; records the index does not name are free.
+Several processes may have it open, for the same or other fingerprints. What the index names was whole and
+durable when it was named; records the index does not name are free.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class Directory:
         path: Path,
         layout: ChunkLayout,
         fingerprint: bytes,
+        *,
         writable: bool,
         segment_bytes: int,
         damage: Damage,
@@ -49,20 +51,15 @@ class Directory:
         self._damage = damage
         self._pages = 0
         make_private(path)
-        self._lock = _open_shared(path, damage)
-        try:
+        folder = path / "segments" / fingerprint.hex()
+        with ExitStack() as opened:
+            opened.callback(os.close, _open_shared(path, damage))
             self._index = Index(path / "index", fingerprint)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        try:
-            folder = path / "segments" / fingerprint.hex()
+            opened.callback(self._index.close)
             self._segments = Segments(folder, layout.record_bytes, segment_bytes)
+            opened.callback(self._segments.close)
             self._recover()
-        except BaseException:
-            self._index.close()
-            os.close(self._lock)
-            raise
+            self._opened = opened.pop_all()
 
     @property
     def pages(self) -> int:
@@ -109,18 +106,14 @@ class Directory:
         self._segments.let_go_full()
 
     def probe(self) -> None:
-        """Raise unless a write can be expected to succeed: there is room for a record, and the index takes entries."""
+        """Raise unless the next write can be expected to succeed: there is room, and the index takes entries."""
         self._index.mark()
         if self._writable:
             self._segments.make_room()
 
     def close(self) -> None:
         """Everything is closed also where it raises OSError."""
-        try:
-            self._segments.close()
-        finally:
-            self._index.close()
-            os.close(self._lock)
+        self._opened.close()
 
     def _forget(self, key: bytes, entry: Entry, reason: str) -> None:
         self._damage.page(self._segments.file(entry.segment), reason)
@@ -143,7 +136,9 @@ class Directory:
         entries = self._index.entries()
         lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]
         for _, entry in lost:
-            reason = "the file is too short" if entry.segment in lengths else "the file is missing"
+            reason = (
+                "the file is too short" if entry.segment in lengths else "the file is missing or not a regular one"
+            )
             self._damage.page(self._segments.file(entry.segment), reason)
         if lost:
             self._index.delete_many(lost)

@@ -13,7 +13,9 @@ _POLL_S = 0.01
 
 def make_private(path: Path) -> None:
     """Make a directory, and those above it, that only this user can enter; one that is there stays as it is."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.is_dir():
+        make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 def remove(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Which page lies where in the segment files of a directory: an LMDB file, shared by all processes that use it.
 
-Name of an entry: fingerprint (16 bytes), then the page's key (32 bytes). A fingerprint alone names its mark: all pages its
-segments hold are in the index. The index is derived data; without a mark it is rebuilt from the segments.
+Name of an entry: fingerprint (16 bytes), then the page's key (32 bytes). A fingerprint alone names its mark: all
+pages its segments hold are in the index. The index is derived data; without a mark it is rebuilt from the segments.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 def prepare(path: Path, damage: Damage) -> None:
     """Make the index in a directory safe to open, for a caller who alone uses it.
 
-    Keeps every sound entry of an index that can be read, in a fresh file; removes one that cannot. Starts a process and
-    waits for it. Raises OSError where the disk does not let it.
+    Keeps every sound entry of an index that can be read, in a fresh file; removes one that cannot. Starts a process
+    and waits for it. Raises OSError where the disk does not let it.
     """
     if os.path.lexists(path) and not path.is_dir():
         damage.file(path, "it is not a directory")

@@ -1,9 +1,9 @@
 """The format of the index's entries, and the check of a whole index.
 
-LMDB maps its file into memory and trusts every byte of it: a damaged or truncated file can crash the process that reads
-it, or make it loop. So the check is run as a program, `index_check.py SOURCE TARGET`, by a process that can afford to lose
-it. It needs only the standard library, lmdb and xxhash, and nothing of this package. It reads every entry of SOURCE and
-writes those that are sound to a fresh index in TARGET; prints how many it dropped.
+LMDB maps its file into memory and trusts every byte of it: a damaged or truncated file can crash the process that
+reads it, or make it loop. So the check is run as a program, `index_check.py SOURCE TARGET`, by a process that can
+afford to lose it. It needs only the standard library, lmdb and xxhash, and nothing of this package. It reads every
+entry of SOURCE and writes those that are sound to a fresh index in TARGET; prints how many it dropped.
 
 Exit status: 0 done; 2 SOURCE cannot be read to its end; 3 TARGET cannot be written. Anything else: it crashed.
 """

@@ -91,22 +91,21 @@ class Segments:
                     log.debug("%s is left alone: %s", self.file(name), damaged)
                     continue
                 if writer is not None:
-                    self._held.append(_Held(writer, [], 0))
+                    self._held.append(_Held(writer, [], writer.records))
 
     def reclaim(self, used: Mapping[str, set[int]]) -> None:
         """Under `census`, after `lock_unfilled`: delete taken segments without a used record, reuse gaps in the rest.
 
         `used` must have been looked up after the segments were taken.
         """
-        taken, self._held = self._held, []
-        for held in taken:
+        for held in list(self._held):
             in_use = used.get(held.writer.name, set())
             if in_use:
                 held.end = max(in_use) + 1
                 held.free = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
-                self._held.append(held)
             else:
                 held.writer.path.unlink()
+                self._held.remove(held)
                 held.writer.close()
 
     def place(self) -> tuple[SegmentWriter, int]:

@@ -32,9 +32,9 @@ class LocalStore:
     """A ChunkStore in this process: an arena, volumes, one thread that writes and a few that read.
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `directories`: striped; none for host memory only.
-    `writable`: False reads files, but writes none. `segment_bytes`: size of a segment file. `retry_s`: how often a failed
-    directory is tried again. `lease_limit`: fraction of the slots that may be leased in all. Raises ValueError for bad
-    values; a directory that cannot be opened is skipped until it can.
+    `writable`: False reads files, but writes none. `segment_bytes`: size of a segment file. `retry_s`: how often a
+    failed directory is tried again. `lease_limit`: fraction of the slots that may be leased in all. Raises
+    ValueError for bad values; a directory that cannot be opened is skipped until it can.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class LocalStore:
         fingerprint: bytes,
         host_bytes: int,
         directories: Sequence[Path],
+        *,
         writable: bool = True,
         segment_bytes: int = SEGMENT_BYTES,
         retry_s: float = RETRY_S,
@@ -68,7 +69,17 @@ class LocalStore:
         self._hits_host = self._hits_file = 0
         self._written = self._write_failed = self._reserve_failed = 0
         self._files = Stripe(
-            [Volume(Path(d), layout, fingerprint, writable, segment_bytes, retry_s) for d in directories]
+            [
+                Volume(
+                    Path(directory),
+                    layout,
+                    fingerprint,
+                    writable=writable,
+                    segment_bytes=segment_bytes,
+                    retry_s=retry_s,
+                )
+                for directory in directories
+            ]
         )
         self._new_page = Backing.DIRTY if writable and directories else Backing.UNBACKED
         self._tick_s = min(1.0, retry_s)

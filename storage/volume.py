@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class Volume:
         path: Path,
         layout: ChunkLayout,
         fingerprint: bytes,
+        *,
         writable: bool,
         segment_bytes: int,
         retry_s: float,
@@ -96,7 +98,7 @@ class Volume:
             return {}
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
-        """Read a located page into `out`, uint8 [record_bytes]; False where that is not, whole, what `out` holds now."""
+        """Read a located page into `out`, uint8 [record_bytes]; False where it cannot be had whole."""
         directory = self._directory
         if directory is None:
             return False
@@ -143,7 +145,14 @@ class Volume:
             log.warning("%s could not be tidied up on closing; the next opening does it. (%s)", self.path, error)
 
     def _open(self) -> Directory:
-        return Directory(self.path, self._layout, self._fingerprint, self._writable, self._segment_bytes, self.damage)
+        return Directory(
+            self.path,
+            self._layout,
+            self._fingerprint,
+            writable=self._writable,
+            segment_bytes=self._segment_bytes,
+            damage=self.damage,
+        )
 
     def _fail(self, error: Exception, directory: Directory | None = None) -> None:
         reason = _explain(error)
@@ -165,14 +174,10 @@ class Volume:
 def _explain(error: Exception) -> str:
     if isinstance(error, lmdb.MapFullError):
         return "its index is full: delete the directory, or use another one as well"
-    code = (
-        error.errno
-        if isinstance(error, OSError)
-        else next((code for code in _ADVICE if _message(code) in str(error)), None)
-    )
-    advice = _ADVICE.get(code or 0)
-    return f"{advice} ({error})" if advice else f"{error}"
+    advice = next((text for code, text in _ADVICE.items() if _is(error, code)), None)
+    return f"{advice} ({error})" if advice else str(error)
 
 
-def _message(code: int) -> str:
-    return str(OSError(code, "").strerror) or ""
+def _is(error: Exception, code: int) -> bool:
+    """LMDB's errors carry the system's message, not its number."""
+    return error.errno == code if isinstance(error, OSError) else os.strerror(code) in str(error)

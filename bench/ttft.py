@@ -1,0 +1,190 @@
+"""Time to first token of a long evicted prefix: prefilled again, restored as K and V, restored as hidden states.
+
+    python -m bench.ttft [--json] [--rounds N] [--prefix-tokens N] [--hidden-size N] [--layers N]
+
+Method: an MHA Llama in float32 is served three times, one after another: without a tier, with K and V, with
+hidden states. The KV pool holds one conversation and a little more, and two conversations take turns, so each
+request finds its prefix evicted. Each asks for its prefix and 64 tokens never seen before. Times are medians
+over all requests after the two that filled the store; bytes are what the store's directory occupies on disk
+after the server has stopped, everything counted, over the tokens it holds. The greedy answers of the three
+servers are compared token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sglang
+import torch
+
+from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
+
+RESULTS = Path(__file__).parent / "results"
+NEW_TOKENS = 64
+ANSWER_TOKENS = 4
+PAGE_TOKENS = 64
+CONVERSATIONS = 2
+MODES = ("recompute", "kv", "hidden")
+
+
+@dataclass(frozen=True)
+class Case:
+    prefix_tokens: int
+    hidden_size: int
+    layers: int
+    rounds: int  # timed requests a server, half of them of each conversation
+
+    @property
+    def model(self) -> ModelSpec:
+        return ModelSpec(
+            "llama",
+            hidden_size=self.hidden_size,
+            layers=self.layers,
+            heads=self.hidden_size // 64,
+            intermediate=self.hidden_size * 11 // 4,
+            max_position_embeddings=2 * self.prefix_tokens,
+        )
+
+    def prompt(self, conversation: int, turn: int) -> list[int]:
+        prefix = random_prompt(self.prefix_tokens, seed=conversation)
+        return prefix + random_prompt(NEW_TOKENS, seed=1000 + conversation + CONVERSATIONS * turn)
+
+
+@dataclass(frozen=True)
+class Measured:
+    answers: list[Answer]
+    disk_bytes: int
+    stored_tokens: int
+
+    @property
+    def ttft_s(self) -> float:
+        return statistics.median(answer.ttft_s for answer in self.answers)
+
+
+def measure(case: Case, mode: str, folder: Path) -> Measured:
+    """Serve all requests of the case in one mode; the first of each conversation only fills the store."""
+    store = folder / f"store-{mode}"
+    # One conversation with its answer and a little more: the other one is always evicted.
+    pool_tokens = -(-(case.prefix_tokens + NEW_TOKENS + ANSWER_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS + 256
+    args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(pool_tokens)]
+    if mode != "recompute":
+        args += ["--hicache-backend", "hcache", "--hcache-dir", str(store), "--hcache-representation", mode]
+        args += ["--hicache-ratio", "4"]
+    model = make_model(folder / "model", case.model)
+    with Server(model, args, log=folder / f"{mode}.log") as server:
+        answers = []
+        for request in range(CONVERSATIONS + case.rounds):
+            turn, conversation = divmod(request, CONVERSATIONS)
+            answer = server.generate(case.prompt(conversation, turn), ANSWER_TOKENS)
+            _progress(f"{mode}: request {request + 1} of {CONVERSATIONS + case.rounds}, {answer.ttft_s:.2f} s")
+            answers.append(answer)
+        stored = 0
+        if mode != "recompute":
+            stored = _state(server)["pages_written"] * PAGE_TOKENS
+            _require_restored(case, answers[CONVERSATIONS:])
+    return Measured(answers[CONVERSATIONS:], _disk_bytes(store) if stored else 0, stored)
+
+
+def run(case: Case, folder: Path) -> dict[str, Any]:
+    """The report; its keys are what `--json` prints."""
+    measured = {mode: measure(case, mode, folder) for mode in MODES}
+    ttft_s = {mode: measured[mode].ttft_s for mode in MODES}
+    reference = measured["recompute"].answers
+    return {
+        "prefix_tokens": case.prefix_tokens,
+        "new_tokens": NEW_TOKENS,
+        "model": {"hidden_size": case.hidden_size, "layers": case.layers, "dtype": case.model.dtype},
+        "rounds": case.rounds,
+        "ttft_s": ttft_s,
+        "ratio_recompute": ttft_s["recompute"] / ttft_s["hidden"],
+        "ratio_kv": ttft_s["kv"] / ttft_s["hidden"],
+        "bytes_per_token": {
+            mode: measured[mode].disk_bytes / measured[mode].stored_tokens for mode in MODES if mode != "recompute"
+        },
+        "tokens_equal": all(
+            compare(answer, wanted).same_tokens
+            for mode in MODES
+            for answer, wanted in zip(measured[mode].answers, reference, strict=True)
+        ),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {"sglang": sglang.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "date": datetime.date.today().isoformat(),
+        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+    }
+
+
+def _require_restored(case: Case, answers: list[Answer]) -> None:
+    short = [answer.cached_host for answer in answers if answer.cached_host < case.prefix_tokens]
+    if short:
+        raise RuntimeError(f"a timed request was not restored: {short} of {case.prefix_tokens} prefix tokens")
+
+
+def _state(server: Server) -> dict[str, Any]:
+    state: dict[str, Any] = server.server_info()["internal_states"][0]["hcache"]
+    return state
+
+
+def _disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="hcache-ttft-") as temporary:
+        yield Path(temporary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument("--prefix-tokens", type=int, default=4096)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6, help="timed requests in each mode")
+    parser.add_argument("--keep", type=Path, help="folder for model, logs and stores; default: a temporary one")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results/ttft.json")
+    arguments = parser.parse_args()
+    case = Case(arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds)
+    with _folder(arguments.keep) as folder:
+        report = run(case, folder)
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "ttft.json").write_text(json.dumps(report, indent=2) + "\n")
+    for mode in MODES:
+        print(f"{mode:>10}: {report['ttft_s'][mode]:7.3f} s to the first token")
+    print(f"restored as hidden states: {report['ratio_recompute']:.1f} x faster than prefilling again")
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

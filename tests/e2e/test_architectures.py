@@ -1,0 +1,90 @@
+"""The replay projector needs no line for any model: the same equality for one architecture after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.harness import Answer, ModelSpec, Server, random_prompt
+from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.scenarios import FLOAT32_TOLERANCE, assert_equal, compare, tail_logprobs, whole_pages, worst
+
+PROMPT_TOKENS = 700
+ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "256")
+
+REPRESENTATIONS = {
+    "qwen3": "hidden",  # K norm
+    "olmo2": "hidden",  # K norm over all heads
+    "olmoe": "hidden",  # mixture of experts
+    "opt": "hidden",  # learned positions, biases
+    "gemma": "hidden",
+    "phi3": "hidden",  # fused QKV
+    "stablelm": "hidden",  # partial RoPE
+    "gptj": "hidden",  # interleaved RoPE
+    "qwen2": "hidden",  # QKV biases
+    "llama_gqa": "kv",
+}
+
+
+def restore_once(server: Server) -> list[Answer]:
+    """A prompt, other traffic that evicts it, and the prompt again with another ending."""
+    prompt = random_prompt(PROMPT_TOKENS, seed=1)
+    first = server.send(tail_logprobs(prompt))
+    for i in range(3):
+        server.generate(random_prompt(PROMPT_TOKENS, seed=20 + i), 1)
+    return [first, server.send(tail_logprobs(prompt + random_prompt(30, seed=2)))]
+
+
+@pytest.mark.parametrize("architecture", REPRESENTATIONS)
+def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> None:
+    spec = ModelSpec(architecture)
+    with workshop.stock(spec, ARGS) as server:
+        wanted = restore_once(server)
+        changed = random_prompt(PROMPT_TOKENS, seed=1)
+        changed[5] += 1
+        control = compare(server.send(tail_logprobs(changed)), wanted[0])
+    with workshop.tiered(fresh_store, spec, ARGS) as server:
+        answers = restore_once(server)
+        state = tier_state(server)
+    assert state["representation"] == REPRESENTATIONS[architecture], state["representation_reason"]
+    assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
+    assert_equal(answers, wanted)
+    assert control.logprob > 5 * FLOAT32_TOLERANCE, "the model's output does not depend on its prefix"
+
+
+def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop, fresh_store: Path) -> None:
+    """SGLang's own prefix cache changes log-probabilities in bf16 a little; the tier changes them no more."""
+    spec = ModelSpec("llama", dtype="bfloat16")
+    prompts = [random_prompt(PROMPT_TOKENS, seed=40 + i) for i in range(6)]
+    with workshop.stock(spec, ARGS) as server:
+        fresh = [server.send(tail_logprobs(prompt, 4)) for prompt in prompts]
+        for prompt in prompts:
+            server.flush_cache()
+            server.generate(prompt, 1)
+            cached = server.send(tail_logprobs(prompt, 4))
+            assert cached.cached_device > 0
+            fresh.append(cached)
+    spread = worst(fresh[6:], fresh[:6]).logprob
+    with workshop.tiered(fresh_store, spec, ARGS) as server:
+        for prompt in prompts:
+            server.generate(prompt, 1)
+        restored = [server.send(tail_logprobs(prompt, 4)) for prompt in prompts[:4]]
+    assert [answer.cached_host for answer in restored] == [whole_pages(PROMPT_TOKENS - 9)] * 4
+    assert worst(restored, fresh[:4]).logprob <= spread
+
+
+def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
+    options = {"env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+    args = (*ARGS, "--tp", "2")
+    with workshop.stock(args=args, **options) as server:
+        wanted = restore_once(server)
+    with workshop.tiered(fresh_store, args=args, **options) as server:
+        answers = restore_once(server)
+        assert len(server.pids("sglang::scheduler")) == 2
+    with workshop.tiered(fresh_store, args=args, **options) as server:
+        again = server.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
+        state = tier_state(server)
+    assert answers[1].cached_host == again.cached_host == whole_pages(PROMPT_TOKENS)
+    assert state["representation"] == "hidden"
+    assert_equal([*answers, again], [*wanted, wanted[1]])

@@ -1,0 +1,107 @@
+"""A disk that is full, and a directory that turns read-only, while the server runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.harness import Answer, Server, random_prompt
+from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.scenarios import SCENARIOS, assert_equal
+
+Reference = dict[str, list[Answer]]
+
+DISK_BYTES = 600 << 20
+RECOVERY_S = 60.0  # a failed directory is tried again every 30 s, when there is something to write
+
+
+class ServerOnSmallDisk(Server):
+    """A server in a mount namespace of its own, with a small file system at `mount_point`."""
+
+    mount_point = Path()
+
+    def command(self) -> list[str]:
+        script = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "{self.mount_point}" && exec "$@"'
+        return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *super().command()]
+
+    @property
+    def disk(self) -> Path:
+        """The small file system as seen from outside."""
+        scheduler = self.pids("sglang::scheduler")[0]
+        return Path(f"/proc/{scheduler}/root") / self.mount_point.relative_to("/")
+
+
+class ServerBoundByPermissions(Server):
+    """A server that permission bits hold back even when root starts it."""
+
+    def command(self) -> list[str]:
+        if os.geteuid() != 0:
+            return super().command()
+        return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *super().command()]
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(1.0)
+    return holds()
+
+
+def volume_state(server: Server) -> str:
+    return str(tier_state(server)["volumes"][0]["state"])
+
+
+def write_something(server: Server, seeds: Iterator[int]) -> None:
+    server.generate(random_prompt(300, seed=next(seeds)), 1)
+
+
+def assert_survives(server: Server, reference: Reference, harm: Callable[[], None], heal: Callable[[], None]) -> None:
+    """The server goes on as long as the harm lasts, says so, and writes again once it is healed."""
+    seeds = iter(range(5000, 6000))
+    harm()
+    assert_equal(SCENARIOS["evicted_prefix"](server), reference["evicted_prefix"])
+    assert wait_until(lambda: volume_state(server).startswith("failed"), 10.0), tier_state(server)
+    log = server.log_text()
+    assert tier_state(server)["pages_write_failed"] > 0
+    assert tier_state(server)["tokens_restored"] > 1000, "the host tier no longer serves"
+    heal()
+
+    def recovered() -> bool:
+        write_something(server, seeds)
+        return volume_state(server) == "ok" and tier_state(server)["pages_written"] > 0
+
+    assert wait_until(recovered, RECOVERY_S), tier_state(server)
+    warnings = [line for line in log.splitlines() if "hcache" in line and "failed" in line.lower()]
+    assert 1 <= len(warnings) <= 3, warnings
+    assert server.healthy()
+
+
+def test_disk_full(workshop: Workshop, reference: Reference, tmp_path: Path) -> None:
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    server = workshop.tiered(mount_point / "store", server_class=ServerOnSmallDisk)
+    server.mount_point = mount_point
+    with server:
+        ballast = server.disk / "ballast"
+
+        def fill() -> None:
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, DISK_BYTES - (8 << 20))
+
+        assert_survives(server, reference, harm=fill, heal=ballast.unlink)
+
+
+def test_directory_turns_read_only(workshop: Workshop, reference: Reference, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+
+    def permit(mode: int) -> None:
+        for folder in (store / "segments", *(store / "segments").iterdir(), store / "index", store):
+            folder.chmod(mode)
+
+    with workshop.tiered(store, server_class=ServerBoundByPermissions) as server:
+        assert_survives(server, reference, harm=lambda: permit(0o500), heal=lambda: permit(0o700))

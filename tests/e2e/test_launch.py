@@ -1,0 +1,84 @@
+"""The flag where people set it: on the launcher, in a configuration file, and in `sglang.Engine`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.harness import CPU_ARGS, on_accelerator
+from tests.e2e.conftest import Workshop
+from tests.e2e.scenarios import LLAMA
+
+ENGINE_SCRIPT = """
+import json, sys
+import sglang
+
+def main():
+    options = json.loads(sys.argv[1])
+    engine = sglang.Engine(**options)
+    info = engine.get_server_info()
+    print(json.dumps(info["internal_states"][0]["hcache"]))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def launch(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_help_shows_the_flags() -> None:
+    shown = launch("--help").stdout
+    for flag in ("--hicache-backend {sglang,hcache}", "--hcache-dir PATH[,PATH...]", "--hcache-representation"):
+        assert flag in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--disable-radix-cache"], "--disable-radix-cache excludes --hicache-backend hcache"),
+        (["--hcache-dir", "/proc/nowhere"], "--hcache-dir /proc/nowhere cannot be written"),
+    ],
+)
+def test_a_contradiction_stops_the_launch_with_one_line(flags: list[str], says: str) -> None:
+    refused = launch("--model-path", "anywhere", "--hicache-backend", "hcache", *flags)
+    assert refused.returncode != 0
+    assert says in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+
+
+def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE_SCRIPT)
+    words = () if on_accelerator() else CPU_ARGS
+    names = (word.removeprefix("--").replace("-", "_") for word in words[::2])
+    options = {name: float(value) if value[0].isdigit() else value for name, value in zip(names, words[1::2], strict=True)}
+    options |= {
+        "model_path": str(workshop.model(LLAMA)),
+        "dtype": LLAMA.dtype,
+        "max_total_tokens": 1024,
+        "hicache_backend": "hcache",
+        "hcache_dir": str(fresh_store),
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    state = json.loads(run.stdout.splitlines()[-1])
+    assert state["representation"] == "hidden"
+    assert state["page_size"] == 64
+    assert state["volumes"][0]["path"] == str(fresh_store)

@@ -1,0 +1,66 @@
+"""What was on disk is restored by the next server on the same directory, and only by the right one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.harness import Answer, random_prompt
+from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
+
+Reference = dict[str, list[Answer]]
+
+PREFIX_TOKENS = 1200
+STRANGERS = {
+    "another model": (replace(LLAMA, sharpness=2.4), SERVER_ARGS),
+    "another dtype": (LLAMA, (*SERVER_ARGS, "--dtype", "bfloat16")),
+    "another page size": (LLAMA, (*SERVER_ARGS, "--page-size", "128")),
+}
+
+
+@pytest.fixture(scope="module")
+def store(workshop: Workshop, reference: Reference) -> Path:
+    """A store that a server has filled with the prefix of scenario `evicted_prefix`, and left on SIGTERM."""
+    store = workshop.folder / "store-restart"
+    with workshop.tiered(store) as server:
+        server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+    return store
+
+
+def assert_restored(workshop: Workshop, store: Path, reference: Reference, *, kill: bool = False) -> None:
+    prompt = random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)
+    with workshop.tiered(store) as server:
+        answer = server.send(tail_logprobs(prompt))
+        state = tier_state(server)
+        if kill:
+            server.kill()
+    assert answer.cached_host == whole_pages(PREFIX_TOKENS)
+    assert state["hits_file"] == PREFIX_TOKENS // 64
+    assert state["pages_damaged"] == state["files_damaged"] == 0
+    assert_equal([answer], [reference["evicted_prefix"][1]])
+
+
+def test_after_sigterm(workshop: Workshop, store: Path, reference: Reference) -> None:
+    assert_restored(workshop, store, reference, kill=True)
+
+
+def test_after_sigkill(workshop: Workshop, store: Path, reference: Reference) -> None:
+    """The server of the test before was killed on this directory."""
+    assert_restored(workshop, store, reference)
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_stranger_misses(stranger: str, workshop: Workshop, store: Path) -> None:
+    spec, args = STRANGERS[stranger]
+    with workshop.tiered(store, spec, args) as server:
+        answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+        state = tier_state(server)
+    assert answer.cached_tokens == 0
+    assert state["hits_file"] == state["pages_damaged"] == state["files_damaged"] == 0
+
+
+def test_strangers_destroy_nothing(workshop: Workshop, store: Path, reference: Reference) -> None:
+    assert_restored(workshop, store, reference)

@@ -1,0 +1,119 @@
+"""Evicted prefixes come back as hidden states, and no output changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.harness import Answer, Server, random_prompt
+from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.scenarios import (
+    FLOAT32_TOLERANCE,
+    SCENARIOS,
+    assert_equal,
+    compare,
+    evict_everything,
+    tail_logprobs,
+    whole_pages,
+)
+
+Reference = dict[str, list[Answer]]
+
+SPOILT_PLUGIN = Path(__file__).parent / "spoilt"
+WAYS_TO_SPOIL = ("zero a page", "swap two pages", "skip a layer", "shift positions")
+
+
+@pytest.fixture(scope="module")
+def server(workshop: Workshop, reference: Reference) -> Iterator[Server]:
+    with workshop.tiered(workshop.folder / "store-restore") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def restored(server: Server) -> Reference:
+    return {name: scenario(server) for name, scenario in SCENARIOS.items()}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_outputs_equal_those_without_the_tier(scenario: str, restored: Reference, reference: Reference) -> None:
+    assert_equal(restored[scenario], reference[scenario])
+
+
+def test_a_long_prefix_is_restored_whole(restored: Reference, reference: Reference) -> None:
+    again = restored["evicted_prefix"][1]
+    assert again.cached_host == whole_pages(1200)
+    assert again.cached_device == 0
+    assert reference["evicted_prefix"][1].cached_tokens == 0, "other traffic does not evict the prefix"
+
+
+def test_generated_tokens_are_restored(restored: Reference) -> None:
+    for former, answer in zip(restored["conversation"], restored["conversation"][1:], strict=False):
+        # The last token of an answer has no K and V yet when the answer ends.
+        assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
+
+
+def test_concurrent_conversations_are_restored(restored: Reference, server: Server) -> None:
+    answers = restored["eight_conversations"]
+    assert all(answer.finish_reason == "length" for answer in answers)
+    later_turns = [answer for i, answer in enumerate(answers) if i % 3]
+    assert sum(answer.cached_host > 0 for answer in later_turns) >= len(later_turns) // 2
+    assert "leak" not in server.log_text()
+
+
+def test_tenants_never_share_pages(restored: Reference) -> None:
+    first, second = restored["two_tenants"][:4], restored["two_tenants"][4:]
+    assert [answer.cached_tokens for answer in first] == [0] * 4
+    assert [answer.cached_host for answer in second] == [whole_pages(699)] * 4
+
+
+def test_state_accounts_for_what_was_restored(restored: Reference, server: Server) -> None:
+    before = tier_state(server)
+    evict_everything(server, seed=900)
+    between = tier_state(server)
+    again = server.send(tail_logprobs(random_prompt(1200, seed=1) + random_prompt(40, seed=2)))
+    after = tier_state(server)
+    assert between["tokens_restored"] > before["tokens_restored"]
+    assert after["tokens_restored"] - between["tokens_restored"] == again.cached_host == whole_pages(1232)
+    assert after["loads_accepted"] - between["loads_accepted"] == 1
+    assert after["representation"] == "hidden"
+    assert after["loads_failed"] == after["pages_damaged"] == after["pages_leased"] == 0
+    assert [volume["state"] for volume in after["volumes"]] == ["ok"]
+
+
+def test_the_whole_prefix_decides_the_output(server: Server) -> None:
+    """Control: without this, equal outputs would prove nothing."""
+    prompt = random_prompt(1200, seed=1)
+    changed = [*prompt[:5], prompt[5] + 1, *prompt[6:]]
+    difference = compare(server.send(tail_logprobs(prompt)), server.send(tail_logprobs(changed)))
+    assert difference.logprob > 20 * FLOAT32_TOLERANCE
+
+
+def test_without_the_flag_nothing_is_attached(reference_log: str) -> None:
+    assert "Executed general plugin: hcache" in reference_log
+    applied = [line for line in reference_log.splitlines() if "hook(s) to" in line]
+    assert {line.split("hook(s) to ")[1].split()[0].rsplit(".", 1)[1] for line in applied} == {
+        "add_cli_args",
+        "from_cli_args",
+        "__init__",
+    }
+    assert "unified_cache_linker" not in reference_log
+
+
+def test_the_comparison_notices_a_spoilt_restoration(workshop: Workshop, fresh_store: Path) -> None:
+    """Control: each way to spoil what is restored makes the outputs differ."""
+    way = workshop.folder / "way-to-spoil"
+    way.write_text("not at all")
+    env = {"HCACHE_SPOIL": str(way), "PYTHONPATH": str(SPOILT_PLUGIN)}
+    prompt = random_prompt(1200, seed=1)
+    with workshop.tiered(fresh_store, env=env) as server:
+        prefilled = server.send(tail_logprobs(prompt))
+        noticed = {}
+        for spoilt in ("not at all", *WAYS_TO_SPOIL):
+            way.write_text(spoilt)
+            evict_everything(server)
+            answer = server.send(tail_logprobs(prompt))
+            assert answer.cached_host == whole_pages(1199 - 8)
+            noticed[spoilt] = compare(answer, prefilled).logprob > FLOAT32_TOLERANCE
+    assert noticed == {"not at all": False} | dict.fromkeys(WAYS_TO_SPOIL, True)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sglang_hcache import server_kwargs
+from sglang_hcache.config import HCacheConfig, names_our_linker
+from sglang_hcache.flags import FlagError, translate
+
+
+def switched_on(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    return server_kwargs(hcache_dir=str(tmp_path), **values)
+
+
+def test_becomes_sglangs_own_fields(tmp_path: Path) -> None:
+    two = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    values = server_kwargs(hcache_dir=two, hcache_representation="kv", model_path="m")
+    linker = values["unified_cache_external_linker_config"]
+    assert values["enable_unified_cache_external_linker"] is True
+    assert values["page_size"] == 64
+    assert values["model_path"] == "m"
+    assert not {"hicache_backend", "hcache_dir", "hcache_representation"} & values.keys()
+    assert names_our_linker(linker)
+    config = HCacheConfig.from_linker_extra(linker["linker_extra_config"])
+    assert config == HCacheConfig((str(tmp_path / "a"), str(tmp_path / "b")), "kv")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+
+
+def test_default_directory_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    linker = server_kwargs()["unified_cache_external_linker_config"]
+    assert linker["linker_extra_config"]["directories"] == (str(tmp_path / "sglang-hcache"),)
+
+
+def test_a_page_size_that_was_asked_for_stays(tmp_path: Path) -> None:
+    assert switched_on(tmp_path, page_size=128)["page_size"] == 128
+
+
+def test_without_the_backend_nothing_changes() -> None:
+    values = {"model_path": "m", "page_size": None, "hicache_backend": "sglang", "hcache_dir": None}
+    translate(values)
+    assert values == {"model_path": "m", "page_size": None}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("enable_hierarchical_cache", True),
+        ("hicache_storage_backend", "file"),
+        ("disable_radix_cache", True),
+        ("radix_cache_backend", "other"),
+        ("speculative_algorithm", "EAGLE"),
+        ("disaggregation_mode", "prefill"),
+        ("pp_size", 2),
+        ("enable_dp_attention", True),
+    ],
+)
+def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(FlagError) as caught:
+        switched_on(tmp_path, **{field: value})
+    message = str(caught.value)
+    assert message.startswith("--" + field.replace("_", "-"))
+    assert "; " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("harmless", [{"disaggregation_mode": "null"}, {"pp_size": 1}, {"disable_radix_cache": False}])
+def test_a_default_is_no_contradiction(harmless: dict[str, Any], tmp_path: Path) -> None:
+    assert switched_on(tmp_path, **harmless)["enable_unified_cache_external_linker"]
+
+
+def test_more_memory_than_there_is(tmp_path: Path) -> None:
+    too_much = psutil.virtual_memory().total // 10**9 + 1
+    with pytest.raises(FlagError, match=f"--hicache-size {too_much} does not fit.*give at most"):
+        switched_on(tmp_path, hicache_size=too_much)
+
+
+def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FlagError, match=r"--hcache-dir .*file cannot be written"):
+        server_kwargs(hcache_dir=str(tmp_path / "file"))
+    with pytest.raises(FlagError, match="empty path"):
+        server_kwargs(hcache_dir=f"{tmp_path},")
+    with pytest.raises(FlagError, match="twice"):
+        server_kwargs(hcache_dir=f"{tmp_path},{tmp_path}")
+
+
+def test_the_tiers_flags_do_nothing_alone() -> None:
+    with pytest.raises(FlagError, match="--hcache-dir does nothing without --hicache-backend hcache"):
+        translate({"hcache_dir": "/tmp/x"})

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import mmap
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sglang_hcache.storage.arena import Arena, Backing
+
+SLOTS = 4
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    """Knows who must still be there: what is dirty or leased."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena(SLOTS, mmap.PAGESIZE)
+        self.open: list[int] = []
+        self.dirty: dict[bytes, int] = {}
+        self.leases: list[tuple[bytes, int]] = []
+        self.next_key = 0
+
+    @rule()
+    def reserve(self) -> None:
+        held = set(self.open) | set(self.dirty.values()) | {slot for _, slot in self.leases}
+        slot = self.arena.reserve()
+        assert (slot is None) == (len(held) == SLOTS)
+        if slot is not None:
+            assert slot not in held
+            self.open.append(slot)
+
+    @precondition(lambda self: self.open)
+    @rule(backing=st.sampled_from(Backing))
+    def cache(self, backing: Backing) -> None:
+        key, slot = b"%d" % self.next_key, self.open.pop()
+        self.next_key += 1
+        self.arena.cache(key, slot, backing)
+        if backing is Backing.DIRTY:
+            self.dirty[key] = slot
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def abandon(self) -> None:
+        self.arena.abandon(self.open.pop())
+
+    @precondition(lambda self: self.dirty)
+    @rule(backing=st.sampled_from([Backing.CLEAN, Backing.UNBACKED]))
+    def written(self, backing: Backing) -> None:
+        self.arena.mark(self.dirty.popitem()[1], backing)
+
+    @rule(back=st.integers(1, SLOTS))
+    def lease(self, back: int) -> None:
+        key = b"%d" % (self.next_key - back)
+        slot = self.arena.slot_of(key)
+        if slot is not None:
+            self.arena.lease(slot)
+            self.leases.append((key, slot))
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def release(self) -> None:
+        self.arena.release([self.leases.pop(0)[1]])
+
+    @rule()
+    def evict_all(self) -> None:
+        self.arena.evict_all()
+        held = set(self.dirty.values()) | {slot for _, slot in self.leases}
+        assert self.arena.cached == len(held)
+
+    @invariant()
+    def holds(self) -> None:
+        self.arena.check()
+        for key, slot in [*self.dirty.items(), *self.leases]:
+            assert self.arena.slot_of(key) == slot
+        assert self.arena.opened == len(self.open)
+
+
+TestArena = ArenaMachine.TestCase
+TestArena.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_least_recently_used_page_goes_first() -> None:
+    arena = Arena(3, mmap.PAGESIZE)
+    slots = {}
+    for key in (b"a", b"b", b"c"):
+        slot = arena.reserve()
+        assert slot is not None
+        slots[key] = slot
+        arena.cache(key, slot, Backing.CLEAN)
+    arena.lease(slots[b"a"])
+    arena.release([slots[b"a"]])
+    order = []
+    for _ in range(3):
+        there = {key for key in slots if arena.slot_of(key) is not None}
+        arena.reserve()
+        order += [key for key in there if arena.slot_of(key) is None]
+    assert order == [b"b", b"c", b"a"]
+
+
+def test_of_a_released_run_the_last_page_goes_first() -> None:
+    arena = Arena(2, mmap.PAGESIZE)
+    slots = [arena.reserve(), arena.reserve()]
+    for key, slot in zip((b"root", b"leaf"), slots, strict=True):
+        assert slot is not None
+        arena.cache(key, slot, Backing.CLEAN)
+        arena.lease(slot)
+    arena.release(slot for slot in slots if slot is not None)
+    arena.reserve()
+    assert arena.slot_of(b"root") is not None
+    assert arena.slot_of(b"leaf") is None

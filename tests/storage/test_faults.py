@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import lmdb
+import pytest
+
+from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.segment import SegmentWriter
+from tests.storage.pages import LAYOUT, counters, open_store, save, segment_files, served, states
+
+ROUNDS = int(os.environ.get("HCACHE_FAULT_ROUNDS", "2"))
+REPOSITORY = Path(__file__).parents[2]
+PAGES = 20
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.storage.child", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    chance = random.Random(str(path.stat().st_mtime_ns))
+    for _ in range(max(1, len(data) // 200)):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def become_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "something").write_text("")
+
+
+DAMAGES: list[Callable[[Path], object]] = [
+    flip,
+    truncate,
+    lambda path: os.truncate(path, 0),
+    Path.unlink,
+    become_directory,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["flip", "truncate", "empty", "delete", "directory"])
+@pytest.mark.parametrize("name", ["hcache.lock", "index/lock.mdb", "index/data.mdb", "segment"])
+def test_damaged_files_are_found_and_cost_nothing_else(
+    tmp_path: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    for round_ in range(ROUNDS):
+        directory = tmp_path / str(round_)
+        store = open_store(directory)
+        save(store, range(PAGES))
+        store.close()
+        path = segment_files(directory)[round_ % 3] if name == "segment" else directory / name
+        if damage is flip and not path.stat().st_size:
+            path.write_bytes(b"\xff" * 100)
+        damage(path)
+
+        store = open_store(directory)
+        assert states(store) == ["ok"]
+        found = served(store, range(PAGES))
+        count = counters(store)
+        if name == "segment":
+            assert found != list(range(PAGES)) or damage is flip
+            assert count["pages_damaged"] == PAGES - len(found)
+            assert count["files_damaged"] == (len(found) < PAGES)
+        elif name == "index/data.mdb" and damage is flip:
+            assert len(found) == PAGES or count["pages_damaged"] > 0 or count["index_rebuilt"] > 0
+        elif name == "index/data.mdb":
+            assert found == list(range(PAGES))
+            assert count["index_rebuilt"] == 1
+        else:
+            assert found == list(range(PAGES))
+
+        save(store, (page for page in range(PAGES) if page not in found))
+        store.close()
+        store = open_store(directory)
+        assert served(store, range(PAGES)) == list(range(PAGES)), "what was lost can be stored again"
+        store.check()
+        store.close()
+
+
+@pytest.mark.parametrize("offset", [0, 8, 16, 40, 4096, 8192 + 16])
+def test_an_index_with_a_damaged_page_does_not_crash_the_store(tmp_path: Path, offset: int) -> None:
+    store = open_store(tmp_path)
+    save(store, range(PAGES))
+    store.close()
+    data = tmp_path / "index" / "data.mdb"
+    with data.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 64)
+    store = open_store(tmp_path)
+    assert states(store) == ["ok"]
+    served(store, range(PAGES))
+    store.close()
+
+
+def test_what_is_damaged_while_open_is_a_miss(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, range(PAGES))
+    assert store.flush(30)
+    store.drop_host()
+    for segment in segment_files(tmp_path):
+        flip(segment)
+    found = served(store, range(PAGES))
+    assert counters(store)["pages_damaged"] == PAGES - len(found) > 0
+    store.close()
+
+
+def test_nothing_is_written_to_a_deleted_file_once_it_is_missed(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, range(3))
+    assert store.flush(30)
+    store.drop_host()
+    for segment in segment_files(tmp_path):
+        segment.unlink()
+    assert served(store, range(3)) == []
+    save(store, range(3))
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, range(3)) == [0, 1, 2]
+    assert counters(store)["files_damaged"] == 1
+    store.close()
+
+
+def test_the_index_names_only_what_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for owner, name in ((SegmentWriter, "write"), (SegmentWriter, "sync"), (Index, "put_many")):
+        original = getattr(owner, name)
+
+        def noted(*args: object, _original: Callable[..., object] = original, _name: str = name) -> object:
+            calls.append(_name)
+            return _original(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+    store = open_store(tmp_path)
+    calls.clear()
+    save(store, [0])
+    assert store.flush(30)
+    assert calls == ["write", "sync", "put_many"]
+    store.close()
+
+
+def test_a_failed_index_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path, retry_s=0.2)
+    save(store, range(3))
+    assert store.flush(30)
+    with monkeypatch.context() as patch:
+        error = lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.ENOSPC)}")
+        patch.setattr(Index, "put_many", Mock(side_effect=error))
+        save(store, range(3, 6))
+        assert store.flush(30)
+        assert "the disk is full" in states(store)[0]
+        store.drop_host()
+        assert served(store, range(6)) == [0, 1, 2], "it still reads"
+    deadline = time.monotonic() + 10
+    while states(store) != ["ok"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    save(store, range(3, 6))
+    store.close()
+    store = open_store(tmp_path)
+    assert served(store, range(6)) == list(range(6))
+    store.close()
+
+
+def test_a_killed_writer_leaves_whole_pages(tmp_path: Path) -> None:
+    reported = 0
+    chance = random.Random(1)
+    for _ in range(ROUNDS * 3):
+        child = start("write_forever", tmp_path, reported)
+        assert child.stdout is not None
+        assert child.stdout.readline()
+        time.sleep(chance.random() * 0.3)
+        child.kill()
+        lines = child.communicate()[0].split()
+        reported = int(lines[-1]) + 1 if lines else reported + 1
+        store = open_store(tmp_path)
+        assert served(store, range(reported + 50))[:reported] == list(range(reported))
+        assert counters(store)["pages_damaged"] == 0
+        store.close()
+    used = sum(path.stat().st_size for path in segment_files(tmp_path))
+    assert used <= (reported + 8 * ROUNDS * 3) * LAYOUT.record_bytes, "what a crash leaves behind is reused"
+
+
+def test_two_processes_use_one_directory(tmp_path: Path) -> None:
+    child = start("write_then_wait", tmp_path, 10)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "written\n"
+    store = open_store(tmp_path)
+    assert served(store, range(10)) == list(range(10))
+    save(store, range(5, 20))
+    assert store.flush(30)
+    store.drop_host()
+    assert child.communicate("go on\n", timeout=60)[0] == "10\n"
+    assert served(store, range(20)) == list(range(20))
+    assert counters(store)["pages_damaged"] == 0
+    store.close()
+    store = open_store(tmp_path)
+    assert served(store, range(20)) == list(range(20))
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("role", "reason"), [("write_on_full_disk", "file size limit"), ("write_unwritable", "permissions")]
+)
+def test_a_disk_that_refuses_is_said_to_and_comes_back(tmp_path: Path, role: str, reason: str) -> None:
+    child = start(role, tmp_path)
+    out = child.communicate(timeout=60)[0]
+    if out.startswith("cannot drop"):
+        pytest.skip(out)
+    failed, memory, recovered = out.splitlines()
+    assert failed.startswith("failed: ")
+    assert reason in failed
+    assert memory == "[0, 1, 2, 3] 4"
+    assert recovered == "ok [10, 11, 12, 13]"
+    assert child.returncode == 0
+
+
+def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path) -> None:
+    directory = tmp_path / "volume"
+    store = open_store(directory, retry_s=0.1)
+    save(store, range(4))
+    assert store.flush(30)
+    shutil.rmtree(directory)
+    for page in range(10, 60):
+        save(store, [page])
+        assert store.flush(30)
+    store.close()
+    store = open_store(directory)
+    assert states(store) == ["ok"]
+    served(store, range(60))
+    store.close()
