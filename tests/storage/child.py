@@ -1,4 +1,7 @@
-"""A process with a store of its own, for tests that kill or restrict it: `-m tests.storage.child ROLE DIRECTORY [ARGUMENT]`."""
+"""A process with a store of its own, for tests that kill or restrict it.
+
+Usage: `python -m tests.storage.child ROLE DIRECTORY [ARGUMENT]` in the repository.
+"""
 
 from __future__ import annotations
 
