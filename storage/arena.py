@@ -34,6 +34,8 @@ class Arena:
         assert slots > 0
         assert record_bytes % mmap.PAGESIZE == 0
         region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            region.madvise(mmap.MADV_HUGEPAGE)  # the first touch of a record is then a fault or two, not hundreds
         self.memory: Record = np.frombuffer(region, np.uint8).reshape(slots, record_bytes)
         self.slots = slots
         self._free = list(range(slots - 1, -1, -1))

@@ -1,9 +1,10 @@
-"""Servers and reference answers that tests share. One server runs at a time: an idle one takes a core, too."""
+"""Servers and reference answers that tests share."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from bench.harness import Answer, ModelSpec, Server, make_model
 from tests.e2e.scenarios import LLAMA, SCENARIOS, SERVER_ARGS
 
 AnyServer = TypeVar("AnyServer", bound=Server)
+Environment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,34 @@ class Workshop:
         logs.mkdir(exist_ok=True)
         return logs / f"{len(list(logs.iterdir())):02}-{name}.log"
 
-    def stock(self, spec: ModelSpec = LLAMA, args: Sequence[str] = SERVER_ARGS, **options: Any) -> Server:
+    def stock(
+        self, spec: ModelSpec = LLAMA, args: Sequence[str] = SERVER_ARGS, *, env: Environment | None = None
+    ) -> Server:
         """A server without the tier."""
-        return Server(self.model(spec), args, log=self.log("stock"), **options)
+        return Server(self.model(spec), args, log=self.log("stock"), env=env)
 
     def tiered(
         self,
         store: Path,
         spec: ModelSpec = LLAMA,
         args: Sequence[str] = SERVER_ARGS,
-        server_class: type[AnyServer] = Server,  # type: ignore[assignment]  # a default for a type variable
-        **options: Any,
-    ) -> AnyServer:
+        *,
+        env: Environment | None = None,
+    ) -> Server:
         """A server with the tier, its files in `store`."""
+        return self.tiered_by(Server, store, spec, args, env=env)
+
+    def tiered_by(
+        self,
+        server_class: type[AnyServer],
+        store: Path,
+        spec: ModelSpec = LLAMA,
+        args: Sequence[str] = SERVER_ARGS,
+        *,
+        env: Environment | None = None,
+    ) -> AnyServer:
         tier = ("--hicache-backend", "hcache", "--hcache-dir", str(store))
-        return server_class(self.model(spec), (*args, *tier), log=self.log("tiered"), **options)
+        return server_class(self.model(spec), (*args, *tier), log=self.log("tiered"), env=env)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +76,7 @@ def reference_log(workshop: Workshop, reference: dict[str, list[Answer]]) -> str
 @pytest.fixture(scope="session")
 def reference(workshop: Workshop) -> dict[str, list[Answer]]:
     """The answers of a server without the tier to every scenario."""
-    with workshop.stock() as server:
+    with started_together(workshop.stock()) as (server,):
         return {name: scenario(server) for name, scenario in SCENARIOS.items()}
 
 
@@ -70,13 +85,16 @@ def fresh_store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.fixture
-def copy_of() -> Callable[[Path, Path], Path]:
-    def copy(source: Path, target: Path) -> Path:
-        shutil.rmtree(target, ignore_errors=True)
-        return Path(shutil.copytree(source, target))
-
-    return copy
+@contextmanager
+def started_together(*servers: Server) -> Iterator[tuple[Server, ...]]:
+    """Servers that start at the same time, most of which is imports, and are killed at the end."""
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Server.start, servers))
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
 
 
 def tier_state(server: Server, rank: int = 0) -> dict[str, Any]:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from bench.harness import Answer, Difference, ModelSpec, Request, Server, compare, random_prompt
 
 PAGE = 64
 POOL_TOKENS = 4096
 LLAMA = ModelSpec("llama", hidden_size=128, layers=3)
-SERVER_ARGS = ("--page-size", str(PAGE), "--max-total-tokens", str(POOL_TOKENS), "--chunked-prefill-size", "256")
+SERVER_ARGS = (
+    "--page-size",
+    str(PAGE),
+    "--max-total-tokens",
+    str(POOL_TOKENS),
+    "--chunked-prefill-size",
+    "256",
+    "--sleep-on-idle",
+)
 
 FLOAT32_TOLERANCE = 1e-3  # of log-probabilities
 
@@ -26,7 +35,7 @@ def whole_pages(tokens: int) -> int:
     return tokens // PAGE * PAGE
 
 
-def tail_logprobs(prompt: Sequence[int], new_tokens: int = 16, **extra: str) -> Request:
+def tail_logprobs(prompt: Sequence[int], new_tokens: int = 16, **extra: Any) -> Request:
     """A request with log-probabilities of its answer and of the prompt's last tokens, which no cache holds."""
     return Request(prompt, new_tokens, logprobs_from=len(prompt) - 8, **extra)
 
@@ -79,7 +88,7 @@ def eight_conversations(server: Server) -> list[Answer]:
 def two_tenants(server: Server) -> list[Answer]:
     """One prompt by two salts and two extra keys; then again, evicted, by each of them."""
     prompt = random_prompt(700, seed=300)
-    tenants: tuple[dict[str, str], ...] = (
+    tenants: tuple[dict[str, Any], ...] = (
         {"cache_salt": "alice"},
         {"cache_salt": "bob"},
         {"extra_key": "alice"},

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import Answer, ModelSpec, Server, random_prompt
-from tests.e2e.conftest import Workshop, tier_state
-from tests.e2e.scenarios import FLOAT32_TOLERANCE, assert_equal, compare, tail_logprobs, whole_pages, worst
+from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
+from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.scenarios import FLOAT32_TOLERANCE, assert_equal, tail_logprobs, whole_pages, worst
 
 PROMPT_TOKENS = 700
-ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "256")
+ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "256", "--sleep-on-idle")
 
 REPRESENTATIONS = {
     "qwen3": "hidden",  # K norm
@@ -39,14 +39,12 @@ def restore_once(server: Server) -> list[Answer]:
 @pytest.mark.parametrize("architecture", REPRESENTATIONS)
 def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> None:
     spec = ModelSpec(architecture)
-    with workshop.stock(spec, ARGS) as server:
-        wanted = restore_once(server)
-        changed = random_prompt(PROMPT_TOKENS, seed=1)
-        changed[5] += 1
-        control = compare(server.send(tail_logprobs(changed)), wanted[0])
-    with workshop.tiered(fresh_store, spec, ARGS) as server:
-        answers = restore_once(server)
-        state = tier_state(server)
+    changed = random_prompt(PROMPT_TOKENS, seed=1)
+    changed[5] += 1
+    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (stock, tiered):
+        wanted, answers = restore_once(stock), restore_once(tiered)
+        control = compare(stock.send(tail_logprobs(changed)), wanted[0])
+        state = tier_state(tiered)
     assert state["representation"] == REPRESENTATIONS[architecture], state["representation_reason"]
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
@@ -57,7 +55,7 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
     """SGLang's own prefix cache changes log-probabilities in bf16 a little; the tier changes them no more."""
     spec = ModelSpec("llama", dtype="bfloat16")
     prompts = [random_prompt(PROMPT_TOKENS, seed=40 + i) for i in range(6)]
-    with workshop.stock(spec, ARGS) as server:
+    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (server, tiered):
         fresh = [server.send(tail_logprobs(prompt, 4)) for prompt in prompts]
         for prompt in prompts:
             server.flush_cache()
@@ -65,24 +63,23 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
             cached = server.send(tail_logprobs(prompt, 4))
             assert cached.cached_device > 0
             fresh.append(cached)
-    spread = worst(fresh[6:], fresh[:6]).logprob
-    with workshop.tiered(fresh_store, spec, ARGS) as server:
         for prompt in prompts:
-            server.generate(prompt, 1)
-        restored = [server.send(tail_logprobs(prompt, 4)) for prompt in prompts[:4]]
+            tiered.generate(prompt, 1)
+        restored = [tiered.send(tail_logprobs(prompt, 4)) for prompt in prompts[:4]]
+    spread = worst(fresh[6:], fresh[:6]).logprob
     assert [answer.cached_host for answer in restored] == [whole_pages(PROMPT_TOKENS - 9)] * 4
     assert worst(restored, fresh[:4]).logprob <= spread
 
 
 def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
-    options = {"env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     args = (*ARGS, "--tp", "2")
-    with workshop.stock(args=args, **options) as server:
+    with workshop.stock(args=args, env=env) as server:
         wanted = restore_once(server)
-    with workshop.tiered(fresh_store, args=args, **options) as server:
+    with workshop.tiered(fresh_store, args=args, env=env) as server:
         answers = restore_once(server)
         assert len(server.pids("sglang::scheduler")) == 2
-    with workshop.tiered(fresh_store, args=args, **options) as server:
+    with workshop.tiered(fresh_store, args=args, env=env) as server:
         again = server.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
         state = tier_state(server)
     assert answers[1].cached_host == again.cached_host == whole_pages(PROMPT_TOKENS)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
 
 from bench.harness import Answer, Server, random_prompt
 from tests.e2e.conftest import Workshop, tier_state
@@ -84,7 +81,7 @@ def assert_survives(server: Server, reference: Reference, harm: Callable[[], Non
 def test_disk_full(workshop: Workshop, reference: Reference, tmp_path: Path) -> None:
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
-    server = workshop.tiered(mount_point / "store", server_class=ServerOnSmallDisk)
+    server = workshop.tiered_by(ServerOnSmallDisk, mount_point / "store")
     server.mount_point = mount_point
     with server:
         ballast = server.disk / "ballast"
@@ -103,5 +100,5 @@ def test_directory_turns_read_only(workshop: Workshop, reference: Reference, tmp
         for folder in (store / "segments", *(store / "segments").iterdir(), store / "index", store):
             folder.chmod(mode)
 
-    with workshop.tiered(store, server_class=ServerBoundByPermissions) as server:
+    with workshop.tiered_by(ServerBoundByPermissions, store) as server:
         assert_survives(server, reference, harm=lambda: permit(0o500), heal=lambda: permit(0o700))

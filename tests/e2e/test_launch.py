@@ -60,7 +60,9 @@ def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path
     script.write_text(ENGINE_SCRIPT)
     words = () if on_accelerator() else CPU_ARGS
     names = (word.removeprefix("--").replace("-", "_") for word in words[::2])
-    options = {name: float(value) if value[0].isdigit() else value for name, value in zip(names, words[1::2], strict=True)}
+    options = {
+        name: float(value) if value[0].isdigit() else value for name, value in zip(names, words[1::2], strict=True)
+    }
     options |= {
         "model_path": str(workshop.model(LLAMA)),
         "dtype": LLAMA.dtype,

@@ -9,7 +9,7 @@ import pytest
 
 from bench.harness import Answer, random_prompt
 from tests.e2e.conftest import Workshop, tier_state
-from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
+from tests.e2e.scenarios import LLAMA, PAGE, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
 
 Reference = dict[str, list[Answer]]
 
@@ -37,8 +37,7 @@ def assert_restored(workshop: Workshop, store: Path, reference: Reference, *, ki
         state = tier_state(server)
         if kill:
             server.kill()
-    assert answer.cached_host == whole_pages(PREFIX_TOKENS)
-    assert state["hits_file"] == PREFIX_TOKENS // 64
+    assert whole_pages(PREFIX_TOKENS) <= answer.cached_host == state["hits_file"] * PAGE
     assert state["pages_damaged"] == state["files_damaged"] == 0
     assert_equal([answer], [reference["evicted_prefix"][1]])
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import Answer, Server, random_prompt
+from bench.harness import Answer, Server, compare, random_prompt
 from tests.e2e.conftest import Workshop, tier_state
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     SCENARIOS,
     assert_equal,
-    compare,
     evict_everything,
     tail_logprobs,
     whole_pages,

@@ -67,7 +67,9 @@ def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("harmless", [{"disaggregation_mode": "null"}, {"pp_size": 1}, {"disable_radix_cache": False}])
+@pytest.mark.parametrize(
+    "harmless", [{"disaggregation_mode": "null"}, {"pp_size": 1}, {"disable_radix_cache": False}]
+)
 def test_a_default_is_no_contradiction(harmless: dict[str, Any], tmp_path: Path) -> None:
     assert switched_on(tmp_path, **harmless)["enable_unified_cache_external_linker"]
 

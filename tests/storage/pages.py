@@ -43,7 +43,12 @@ def holds(record: npt.NDArray[np.uint8], page: int) -> bool:
 
 
 def open_store(*directories: Path, slots: int = 64, **options: Any) -> LocalStore:
-    options = {"fingerprint": FINGERPRINT, "lease_limit": 1.0, "segment_bytes": 8 * LAYOUT.record_bytes} | options
+    defaults: dict[str, Any] = {
+        "fingerprint": FINGERPRINT,
+        "lease_limit": 1.0,
+        "segment_bytes": 8 * LAYOUT.record_bytes,
+    }
+    options = defaults | options
     return LocalStore(LAYOUT, host_bytes=slots * LAYOUT.record_bytes, directories=directories, **options)
 
 
