@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.mem_cache.utils import get_hash_str
 from sglang.srt.runtime_context import get_memory, get_parallel
 
 from sglang_hcache import serving
@@ -68,7 +67,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._failed_batches: set[int] = set()
         self._open(self._fingerprint(self._model_identity()), self._config.directories)
         serving.linker = self
-        get_hash_str([0])  # compiles SGLang's native hash on a machine's first start, not on its first request
         self._log_start()
 
     # ---- lookup and load ----

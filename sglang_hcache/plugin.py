@@ -6,6 +6,7 @@ then; what serves them is attached in a scheduler process whose server was start
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_hcache import TESTED_SGLANG, flags
 from sglang_hcache.config import names_our_linker
+
+logger = logging.getLogger(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
@@ -75,8 +78,22 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
     ]
 
 
+def _page_hash_hook() -> list[tuple[str, Callable[..., Any], HookType]]:
+    """Compiles SGLang's native hash now rather than on the first request; where that fails, replaces it."""
+    from sglang.srt.mem_cache.cpp_utils import native_hash
+
+    from sglang_hcache.page_hash import page_hash
+
+    try:
+        native_hash.get_native_hash([0], None)
+    except RuntimeError as error:
+        logger.warning("hcache: hashing pages in Python: %s (%s)", error, error.__cause__)
+        return [(f"{native_hash.__name__}.get_native_hash", page_hash, HookType.REPLACE)]
+    return []
+
+
 def _attach_serving_hooks() -> None:
-    hooks = _serving_hooks()
+    hooks = _serving_hooks() + _page_hash_hook()
     for target, hook, kind in hooks:
         HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()

@@ -1,0 +1,433 @@
+"""Two chats that outgrow the KV pool, on the real server: what was restored, how fast, and whether it is right.
+
+    python -m bench.demo        (or `make demo`)
+
+A small Llama with random weights is served with `--hicache-backend hcache` and talked to over HTTP. The two
+conversations take turns, so each finds a part of its context evicted when it comes back. Then the server is
+stopped, started again on the same directory, and the oldest conversation goes on. A server without the tier
+answers the same requests first; its restart is an emptied cache, which is all that a restart does to it.
+
+Model, logs and store are under `.cache/demo/`. The exit status is 1 if an output differs or a server dies.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import string
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from bench.harness import (
+    Answer,
+    ModelSpec,
+    RequestFailed,
+    Server,
+    ServerDied,
+    compare,
+    make_model,
+    on_accelerator,
+)
+from sglang_hcache.config import DEFAULT_PAGE_SIZE
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".cache" / "demo"
+STORE = FOLDER / "store"
+
+CONVERSATIONS = ("A", "B")
+TURNS = 4  # of each conversation before the restart
+DOCUMENT_CHARS = 1500  # of a conversation's first message; a character is a token
+QUESTION_CHARS = 180  # of its other messages
+ANSWER_TOKENS = 24
+POOL_TOKENS = 3072  # holds one conversation to its end, but not both
+COMMON_ARGS = ("--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle")
+TIER_ARGS = ("--hicache-backend", "hcache", "--hcache-dir", str(STORE))
+VOCABULARY = 261  # special tokens and bytes: without merges the text of an answer is tokenised as it was generated
+SPOKEN = string.ascii_letters + string.digits + string.punctuation + " "
+WORDS = (
+    "the a one of and to in over under while because river harbour letter engine winter garden window market "
+    "captain baker teacher stranger carries opens repairs forgets paints measures old narrow quiet distant"
+)
+
+PLAIN_UPDATE_S = 10.0  # between two progress lines where they cannot overwrite each other
+MAX_WIDTH = 110  # of a line of the shown command
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What this machine serves."""
+
+    device: str
+    spec: ModelSpec
+    args: tuple[str, ...]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        spec, item = self.spec, 4 if self.spec.dtype == "float32" else 2
+        return 2 * spec.layers * spec.num_kv_heads * spec.head_dim * item
+
+
+@dataclass(frozen=True)
+class Turn:
+    conversation: str
+    number: int
+    message: str
+    after_restart: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.conversation}{self.number}" + (" after restart" if self.after_restart else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One turn of the table."""
+
+    turn: Turn
+    answer: Answer
+    without_tier: Answer
+
+    @property
+    def equal(self) -> bool:
+        return compare(self.answer, self.without_tier).same_tokens
+
+    def cells(self) -> list[str]:
+        answer = self.answer
+        prefilled = answer.prompt_tokens - answer.cached_device - answer.cached_host
+        counts = (answer.prompt_tokens, answer.cached_device, answer.cached_host, prefilled)
+        times = (answer.ttft_s, self.without_tier.ttft_s)
+        return [self.turn.name, *(f"{n:,}" for n in counts), *map(_seconds, times), "yes" if self.equal else "NO"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the first server left in the store."""
+
+    bytes_on_disk: int
+    tokens: int
+    form: str  # "hidden" or "kv"
+
+
+class Progress:
+    """One line that is overwritten on a terminal; elsewhere, lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._overwrites = stream.isatty()
+        self._plain_due_s = 0.0
+
+    def show(self, line: str) -> None:
+        """Replaces the line shown before."""
+        if self._overwrites:
+            columns = shutil.get_terminal_size().columns
+            self._write(f"\r\x1b[K{line[: columns - 1]}")
+        elif time.monotonic() >= self._plain_due_s:
+            self._plain_due_s = time.monotonic() + PLAIN_UPDATE_S
+            self._write(f"{line}\n")
+
+    def keep(self, line: str) -> None:
+        """Replaces the line shown before, for good."""
+        self._plain_due_s = time.monotonic() + PLAIN_UPDATE_S
+        self._write(f"\r\x1b[K{line}\n" if self._overwrites else f"{line}\n")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+# ---- the machine and the model ----
+
+
+def choose_setup() -> Setup:
+    """On a GPU bfloat16 is what the kernels take, and equal outputs need SGLang's deterministic mode."""
+    if not on_accelerator():
+        spec = ModelSpec("llama", hidden_size=1024, layers=8, heads=16, intermediate=2816, vocab=VOCABULARY)
+        return Setup(f"CPU, {os.cpu_count()} cores", spec, ("--chunked-prefill-size", "1024"))
+    import torch
+
+    spec = ModelSpec(
+        "llama", hidden_size=2048, layers=16, heads=32, intermediate=5632, vocab=VOCABULARY, dtype="bfloat16"
+    )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
+    return Setup(str(name), spec, ("--attention-backend", "triton", "--enable-deterministic-inference"))
+
+
+def speaking_model(directory: Path, spec: ModelSpec) -> Path:
+    """A random model that says printable ASCII only, so that its answers survive the way through text."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    make_model(directory, spec)
+    marker, weights = directory / "speaks_ascii", directory / "model.safetensors"
+    if marker.exists():
+        return directory
+    tensors = load_file(weights)
+    head = tensors["lm_head.weight"]
+    spoken = AutoTokenizer.from_pretrained(directory)(SPOKEN, add_special_tokens=False).input_ids
+    silent = torch.ones(len(head), dtype=torch.bool)
+    silent[spoken] = False
+    head[silent] = 0.0  # never the largest logit
+    scratch = weights.with_suffix(".new")
+    save_file(tensors, scratch, metadata={"format": "pt"})
+    os.replace(scratch, weights)
+    marker.touch()
+    return directory
+
+
+# ---- the script ----
+
+
+def script() -> list[Turn]:
+    """Both conversations in turns, then the older one again after the restart."""
+    turns = [Turn(name, number, _message(name, number)) for number in range(1, TURNS + 1) for name in CONVERSATIONS]
+    oldest, last = CONVERSATIONS[0], TURNS + 1
+    return [*turns, Turn(oldest, last, _message(oldest, last), after_restart=True)]
+
+
+def _message(conversation: str, number: int) -> str:
+    generator = random.Random(f"{conversation}{number}")
+    length = DOCUMENT_CHARS if number == 1 else QUESTION_CHARS
+    text = f"Message {number} of conversation {conversation}:"
+    while len(text) < length:
+        text += " " + generator.choice(WORDS.split())
+    return text[:length]
+
+
+def messages(turns: Sequence[Turn], index: int, answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """The conversation up to and including turn `index`; `answers` are those to the turns before it, or more."""
+    history = []
+    for turn, answer in zip(turns[:index], answers, strict=False):
+        if turn.conversation == turns[index].conversation:
+            history.append({"role": "user", "content": turn.message})
+            history.append({"role": "assistant", "content": answer.text})
+    return [*history, {"role": "user", "content": turns[index].message}]
+
+
+def ask(server: Server, conversation: list[dict[str, str]]) -> Answer:
+    answer = server.chat(conversation, ANSWER_TOKENS)
+    if len(answer.output_ids) != ANSWER_TOKENS:
+        raise RequestFailed(f"the answer broke off after {len(answer.output_ids)} of {ANSWER_TOKENS} tokens")
+    return answer
+
+
+# ---- the runs ----
+
+
+class Demo:
+    def __init__(self, setup: Setup, progress: Progress) -> None:
+        self.setup = setup
+        self.progress = progress
+        self.turns = script()
+        self.log = FOLDER  # of the server started last
+        self._model = FOLDER / "model"
+
+    def run(self) -> tuple[list[Row], Stored]:
+        shutil.rmtree(STORE, ignore_errors=True)
+        self._prepare_model()
+        wanted = self._without_tier()
+        answers, stored = self._with_tier(wanted)
+        rows = [Row(*cells) for cells in zip(self.turns, answers, wanted, strict=True)]
+        return rows, stored
+
+    def _prepare_model(self) -> None:
+        spec = self.setup.spec
+        began = time.monotonic()
+        self.progress.show(f"making a random Llama: {spec.layers} layers of {spec.hidden_size}, {spec.dtype}")
+        speaking_model(self._model, spec)
+        size = sum(path.stat().st_size for path in self._model.iterdir())
+        self.progress.keep(f"model ready: {_relative(str(self._model))}, {size / 1e6:,.0f} MB{_took(began)}")
+
+    def _without_tier(self) -> list[Answer]:
+        """The answers to compare with."""
+        answers: list[Answer] = []
+        # The tier's default page, so that both servers find the same pages in the pool.
+        with self._server("reference", "--page-size", str(DEFAULT_PAGE_SIZE)) as server:
+            self._started(server, "server without the tier")
+            began = time.monotonic()
+            for index, turn in enumerate(self.turns):
+                if turn.after_restart:
+                    server.flush_cache()
+                answers.append(self._turn(server, index, answers, "without the tier"))
+            self._answered(len(answers), began)
+            self.progress.show("stopping the server without the tier")
+        return answers
+
+    def _with_tier(self, wanted: Sequence[Answer]) -> tuple[list[Answer], Stored]:
+        restart = next(index for index, turn in enumerate(self.turns) if turn.after_restart)
+        server = self._server("tier", *TIER_ARGS)
+        self.progress.keep(f"\n{_shown(server.command())}\n")
+        with server:
+            self._started(server, "server with the tier")
+            answers = self._part(server, range(restart), wanted)
+            self.progress.show("stopping the server; pages still in memory are written to files")
+        self.progress.keep(f"server stopped in {server.stop_s:.0f} s; starting it again on the same directory")
+        disk = _disk_bytes(STORE)
+        with self._server("tier-restarted", *TIER_ARGS) as server:
+            self._started(server, "server with the tier, restarted")
+            state = server.server_info()["internal_states"][0]["hcache"]
+            stored = Stored(disk, state["pages_file"] * state["page_size"], state["representation"])
+            answers += self._part(server, range(restart, len(self.turns)), wanted)
+            self.progress.show("stopping the server")
+        return answers, stored
+
+    def _part(self, server: Server, indices: range, wanted: Sequence[Answer]) -> list[Answer]:
+        began = time.monotonic()
+        answers = [self._turn(server, index, wanted, "with the tier") for index in indices]
+        self._answered(len(answers), began)
+        return answers
+
+    def _turn(self, server: Server, index: int, history: Sequence[Answer], where: str) -> Answer:
+        turn = self.turns[index]
+        self.progress.show(f"{where}: turn {turn.name} ({index + 1} of {len(self.turns)})")
+        return ask(server, messages(self.turns, index, history))
+
+    def _server(self, name: str, *args: str) -> Server:
+        self.log = FOLDER / f"{name}.log"
+        return Server(self._model, (*COMMON_ARGS, *self.setup.args, *args), log=self.log, progress=self._starting)
+
+    def _starting(self, elapsed_s: float, last_log_line: str) -> None:
+        self.progress.show(f"starting the server: {elapsed_s:.0f} s  {last_log_line}")
+
+    def _started(self, server: Server, title: str) -> None:
+        self.progress.keep(f"{title}: up after {server.start_s:.0f} s, log in {_relative(str(server.log))}")
+
+    def _answered(self, turns: int, began: float) -> None:
+        self.progress.keep(f"{turns} turn{'s' * (turns > 1)} answered{_took(began)}")
+
+
+# ---- what is printed ----
+
+
+def report(rows: Sequence[Row], stored: Stored, setup: Setup) -> str:
+    return "\n".join([*_table(rows, setup), "", *_summary(rows, stored, setup)])
+
+
+def _table(rows: Sequence[Row], setup: Setup) -> list[str]:
+    spec = setup.spec
+    title = f"Llama, {spec.layers} layers of {spec.hidden_size}, {spec.dtype}, on {setup.device}; "
+    title += f"KV pool of {POOL_TOKENS:,} tokens; times to the first token"
+    head = ["turn", "prompt", "from device", "restored", "prefilled", "with tier", "without", "same output"]
+    cells = [head, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [_aligned(line, widths) for line in cells]
+    return [title, "", lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+
+
+def _summary(rows: Sequence[Row], stored: Stored, setup: Setup) -> list[str]:
+    restored = [row for row in rows if row.answer.cached_host]
+    tokens = sum(row.answer.cached_host for row in restored)
+    from_files = sum(row.answer.cached_host for row in restored if row.turn.after_restart)
+    lines = [
+        f"{tokens:,} prompt tokens were restored instead of prefilled, {from_files:,} of them after the restart."
+    ]
+    if restored:
+        tier = statistics.median(row.answer.ttft_s for row in restored)
+        without = statistics.median(row.without_tier.ttft_s for row in restored)
+        lines.append(
+            f"Median time to first token of these {len(restored)} turns: {_seconds(tier)} with the tier, "
+            f"{_seconds(without)} without ({without / tier:.1f} x)."
+        )
+    form = "hidden states" if stored.form == "hidden" else "K and V"
+    lines.append(
+        f"Stored as {form}: {stored.bytes_on_disk / max(stored.tokens, 1):,.0f} bytes a token on disk, index "
+        f"included; K and V alone are {setup.kv_bytes_per_token:,}."
+    )
+    return lines
+
+
+def complaints(rows: Sequence[Row]) -> list[str]:
+    """What must not be: a differing output, or a tier that restored nothing."""
+    found = [f"turn {row.turn.name}: {_first_difference(row)}" for row in rows if not row.equal]
+    found += [
+        f"turn {row.turn.name}: nothing was restored"
+        for row in rows
+        if row.turn.after_restart and not row.answer.cached_host
+    ]
+    return found
+
+
+def _first_difference(row: Row) -> str:
+    at = compare(row.answer, row.without_tier).first_token_apart
+    return f"the output differs from the run without the tier from token {at} on"
+
+
+def _shown(command: Sequence[str]) -> str:
+    """The command as one types it in the repository's root, a few flags a line, the tier's on the last."""
+    words = [_relative(word) for word in command]
+    groups = [words[: words.index("-m") + 2]]
+    for word in words[len(groups[0]) :]:
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    lines = ["  "]
+    for group in groups:
+        text = shlex.join(group)
+        if len(lines[-1]) + len(text) > MAX_WIDTH or group[0] == TIER_ARGS[0]:
+            lines.append("     ")
+        lines[-1] += f" {text}"
+    return " \\\n".join(lines)
+
+
+def _relative(word: str) -> str:
+    return word.removeprefix(f"{ROOT}{os.sep}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.0f} ms"
+
+
+def _took(began: float) -> str:
+    return f" ({time.monotonic() - began:.0f} s)"
+
+
+def _disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+# ---- the command ----
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """As for Ctrl-C: leaving the `with` blocks takes the servers down."""
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    progress = Progress(sys.stdout)
+    setup = choose_setup()
+    demo = Demo(setup, progress)
+    try:
+        rows, stored = demo.run()
+    except KeyboardInterrupt:
+        progress.keep("interrupted; the server is stopped")
+        return 128 + signal.SIGINT
+    except (ServerDied, RequestFailed, http.client.HTTPException, OSError) as error:
+        progress.keep(f"demo: {type(error).__name__}: {error}")
+        progress.keep(f"demo: FAILED; the server's log is {_relative(str(demo.log))}")
+        return 1
+    progress.keep(f"\n{report(rows, stored, setup)}")
+    wrong = complaints(rows)
+    for line in wrong:
+        progress.keep(f"demo: FAILED: {line}; logs are in {_relative(str(FOLDER))}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

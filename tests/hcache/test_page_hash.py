@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
+
+from sglang_hcache.page_hash import page_hash
+
+tokens = st.lists(st.one_of(st.integers(0, 2**20), st.integers(0, 2**63 - 1)), max_size=40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native() -> None:
+    try:
+        get_native_hash([0], None)
+    except RuntimeError as error:
+        pytest.skip(f"SGLang's native hash cannot be compiled here: {error}")
+
+
+@given(tokens, st.one_of(st.none(), st.binary(min_size=32, max_size=32)), st.sampled_from([None, 1, 4, 16]))
+def test_is_sglangs_own(token_ids: list[int], prior: bytes | None, page_size: int | None) -> None:
+    assert page_hash(token_ids, prior, page_size) == get_native_hash(token_ids, prior, page_size)
