@@ -42,13 +42,14 @@ class Capture:
         self.sink: CaptureSink | None = None
         self._staging = torch.empty((len(sites), rows, width), dtype=dtype, device=device)
         self._rows_seen = [0] * len(sites)
+        self._usable = True  # until a module is called with something other than `[tokens, width]`
         self._hooks: list[RemovableHandle] = [
             site.module.register_forward_pre_hook(partial(self._stage, index), with_kwargs=True)
             for index, site in enumerate(sites)
         ]
 
     def remove(self) -> None:
-        """Take the hooks off and free the buffer. A CUDA graph captured before goes on writing into it."""
+        """Take the hooks off. The buffer stays on a GPU: a graph captured before goes on writing into it."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -58,12 +59,13 @@ class Capture:
 
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)
-        rows = hidden.shape[0]
+        if hidden.shape[1:] != self._staging.shape[2:]:
+            self._usable = False
+            return
+        # A graph's padding may go beyond the buffer; the rows before it are valid all the same.
+        rows = min(hidden.shape[0], self._staging.shape[1])
+        self._staging[index, :rows].copy_(hidden[:rows])
         self._rows_seen[index] = rows
-        if rows <= self._staging.shape[1] and hidden.shape[1:] == self._staging.shape[2:]:
-            self._staging[index, :rows].copy_(hidden)
-        else:
-            self._rows_seen[index] = -1
 
     def before_forward(self) -> None:
         self._rows_seen = [0] * len(self.sites)
@@ -77,8 +79,8 @@ class Capture:
         if self.sink is None:
             return
         count = slots.numel()
-        staged = count <= self._staging.shape[1] and (from_graph or all(n >= count for n in self._rows_seen))
-        if staged:
+        complete = from_graph or min(self._rows_seen) >= count
+        if self._usable and complete and count <= self._staging.shape[1]:
             self.sink.write(slots, positions, self._staging[:, :count])
         else:
             self.sink.drop(slots)

@@ -81,7 +81,8 @@ def _write_memo(memo: Path, known: dict[str, str]) -> None:
     """Best effort: without the memo the next start reads the weights again."""
     temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(known, indent=1))
+        with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            json.dump(known, file, indent=1)
         temporary.replace(memo)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
@@ -214,7 +215,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
                 forward_stream=self.forward_stream,
             )
             dtype, width = torch.uint8, self._row_bytes
-        self._restorer = Restorer(self._store, projectors, width=width, dtype=dtype, device=str(self._pool.device))
+        self._restorer = Restorer(
+            self._store,
+            projectors,
+            width=width,
+            dtype=dtype,
+            device=str(self._pool.device),
+            forward_stream=self.forward_stream,
+        )
         self.layer_done_counter = self._restorer.events
 
     def _choose_representation(self) -> tuple[Representation, str]:
@@ -240,7 +248,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             reason = "as --hcache-representation says"
         if capture is not None:
             capture.remove()
-            serving.capture = None
         self._row_bytes = kv_bytes
         return Representation.KV, reason
 
@@ -298,7 +305,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if memory.hicache_size > 0:
             return int(memory.hicache_size * GB)
         ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
-        return int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
+        wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
+        available = psutil.virtual_memory().available // get_parallel().tp_size
+        if wanted > available:
+            raise RuntimeError(
+                f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
+                f"{available / GB:.1f} GB available; give a smaller ratio, or --hicache-size"
+            )
+        return wanted
 
     def _log_start(self) -> None:
         state = self._store.stats()

@@ -74,6 +74,7 @@ class Restorer:
         width: int,
         dtype: torch.dtype,
         device: str,
+        forward_stream: torch.cuda.Stream | None,
     ) -> None:
         layout = store.layout
         self._store = store
@@ -87,6 +88,7 @@ class Restorer:
             for layer in range(len(projectors))
         ]
         self._stream = torch.cuda.Stream() if device.startswith("cuda") else None
+        self._forward_stream = forward_stream
         self.events = LayerEvents(len(projectors))
 
     def run(self, loads: Sequence[Load]) -> int:
@@ -125,4 +127,6 @@ class Restorer:
         if self._stream is None:
             return contextlib.nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream())
+        if self._forward_stream is not None:  # a forward under way may still read slots that were freed since
+            self._stream.wait_stream(self._forward_stream)
         return torch.cuda.stream(self._stream)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
 
@@ -18,6 +18,7 @@ def _native() -> None:
         pytest.skip(f"SGLang's native hash cannot be compiled here: {error}")
 
 
+@settings(deadline=None)  # the first call loads the native extension
 @given(tokens, st.one_of(st.none(), st.binary(min_size=32, max_size=32)), st.sampled_from([None, 1, 4, 16]))
 def test_is_sglangs_own(token_ids: list[int], prior: bytes | None, page_size: int | None) -> None:
     assert page_hash(token_ids, prior, page_size) == get_native_hash(token_ids, prior, page_size)

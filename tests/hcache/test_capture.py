@@ -1,0 +1,173 @@
+"""Capture and open pages on toy modules: what the real server does not make happen on purpose."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_hcache.capture import Capture
+from sglang_hcache.model import AttentionSite
+from sglang_hcache.pages import OpenPages
+from sglang_hcache.storage.layout import ChunkLayout, positions
+from sglang_hcache.storage.store import LocalStore
+
+WIDTH, PAGE, LAYERS, ROWS = 8, 16, 2, 40
+
+
+class Attention(torch.nn.Module):
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self.dropped: list[int] = []
+
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+        self.rows = rows.clone()
+
+    def drop(self, slots: torch.Tensor) -> None:
+        self.dropped += slots.tolist()
+
+
+@pytest.fixture
+def modules() -> list[Attention]:
+    return [Attention() for _ in range(LAYERS)]
+
+
+@pytest.fixture
+def capture(modules: list[Attention]) -> Capture:
+    sites = [AttentionSite(module, module, inspect.signature(module.forward)) for module in modules]
+    capture = Capture(sites, rows=ROWS, width=WIDTH, dtype=torch.float32, device="cpu")
+    capture.sink = Sink()
+    return capture
+
+
+def forward(capture: Capture, modules: list[Attention], hidden: torch.Tensor, count: int, **after: bool) -> Sink:
+    capture.before_forward()
+    for layer, module in enumerate(modules):
+        module(torch.arange(len(hidden)), hidden_states=hidden + layer, forward_batch=None)
+    capture.after_forward(torch.arange(count), torch.arange(count), **{"from_graph": False, **after})
+    assert isinstance(capture.sink, Sink)
+    return capture.sink
+
+
+def test_rows_of_every_layer_without_padding(capture: Capture, modules: list[Attention]) -> None:
+    hidden = torch.randn(10, WIDTH)
+    sink = forward(capture, modules, hidden, count=7)
+    assert sink.rows is not None
+    assert torch.equal(sink.rows, torch.stack([hidden[:7], hidden[:7] + 1]))
+
+
+def test_padding_beyond_the_buffer_is_left_out(capture: Capture, modules: list[Attention]) -> None:
+    hidden = torch.randn(ROWS + 8, WIDTH)
+    sink = forward(capture, modules, hidden, count=ROWS)
+    assert sink.rows is not None
+    assert torch.equal(sink.rows[0], hidden[:ROWS])
+
+
+def test_more_rows_than_the_buffer_holds_are_dropped(capture: Capture, modules: list[Attention]) -> None:
+    sink = forward(capture, modules, torch.randn(ROWS + 1, WIDTH), count=ROWS + 1)
+    assert sink.rows is None
+    assert sink.dropped == list(range(ROWS + 1))
+
+
+def test_a_layer_that_was_not_called_drops_the_forward(capture: Capture, modules: list[Attention]) -> None:
+    sink = forward(capture, modules[:1], torch.randn(4, WIDTH), count=4)
+    assert sink.rows is None
+    assert sink.dropped == [0, 1, 2, 3]
+
+
+def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Attention]) -> None:
+    forward(capture, modules, torch.randn(4, WIDTH + 1), count=4)
+    sink = forward(capture, modules, torch.randn(4, WIDTH), count=4, from_graph=True)
+    assert sink.rows is None
+
+
+# ---- open pages ----
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    layout = ChunkLayout(page_tokens=PAGE, layer_bytes=(PAGE * WIDTH,) * LAYERS)
+    return LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
+
+
+@pytest.fixture
+def pages(store: LocalStore) -> OpenPages:
+    return OpenPages(store, layers=LAYERS, row_bytes=WIDTH)
+
+
+def rows(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, (LAYERS, count, WIDTH), np.uint8)
+
+
+def write(pages: OpenPages, first_slot: int, values: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    slots = np.arange(first_slot, first_slot + values.shape[1])
+    pages.write(slots, slots + 1000, values)
+
+
+def held(store: LocalStore, key: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    (slot,) = store.lease("test", [key])
+    record = store.memory[slot]
+    return np.stack([store.layout.payload(record, layer).reshape(PAGE, WIDTH) for layer in range(LAYERS)])
+
+
+def test_a_page_filled_piece_by_piece(pages: OpenPages, store: LocalStore) -> None:
+    values = rows(PAGE)
+    for start, stop in ((0, 5), (5, 6), (6, PAGE)):
+        write(pages, 3 * PAGE + start, values[:, start:stop])
+        assert pages.commit(3, bytes(32)) == (stop == PAGE)
+    assert np.array_equal(held(store, bytes(32)), values)
+    (slot,) = store.lease("test", [bytes(32)])
+    assert positions(store.memory[slot], store.layout).tolist() == list(range(1048, 1064))
+
+
+def test_rows_of_several_pages_in_one_forward(pages: OpenPages, store: LocalStore) -> None:
+    values = rows(2 * PAGE)
+    slots = np.concatenate([np.arange(5 * PAGE, 6 * PAGE), np.arange(2 * PAGE, 3 * PAGE)])
+    pages.write(slots, slots, values)
+    assert pages.commit(5, b"a" * 32)
+    assert pages.commit(2, b"b" * 32)
+    assert np.array_equal(held(store, b"a" * 32), values[:, :PAGE])
+    assert np.array_equal(held(store, b"b" * 32), values[:, PAGE:])
+
+
+@pytest.mark.parametrize("harm", ["gap", "drop", "forget"])
+def test_a_page_that_is_not_whole_is_never_committed(harm: str, pages: OpenPages, store: LocalStore) -> None:
+    write(pages, 0, rows(8))
+    if harm == "gap":
+        write(pages, 10, rows(PAGE - 10))
+    elif harm == "drop":
+        pages.drop(np.arange(8, 10))
+    else:
+        pages.forget(np.arange(PAGE))
+    write(pages, 8, rows(8))
+    assert not pages.commit(0, bytes(32))
+    assert store.contains([bytes(32)]) == [False]
+    assert len(pages) == 0
+    store.check()
+
+
+def test_a_page_that_is_used_again_starts_anew(pages: OpenPages, store: LocalStore) -> None:
+    write(pages, 0, rows(PAGE, seed=1))
+    write(pages, 0, rows(4, seed=2))
+    assert not pages.commit(0, bytes(32))
+    values = rows(PAGE, seed=3)
+    write(pages, 0, values)
+    assert pages.commit(0, bytes(32))
+    assert np.array_equal(held(store, bytes(32)), values)
+
+
+def test_tokens_without_a_slot_are_counted(pages: OpenPages, store: LocalStore) -> None:
+    for page in range(store.memory.shape[0] + 2):
+        write(pages, page * PAGE, rows(PAGE))
+    assert pages.tokens_captured == store.memory.shape[0] * PAGE
+    assert pages.tokens_not_captured == 2 * PAGE
+    store.check()
