@@ -45,10 +45,10 @@ STORE = FOLDER / "store"
 
 CONVERSATIONS = ("A", "B")
 TURNS = 4  # of each conversation before the restart
-DOCUMENT_CHARS = 1500  # of a conversation's first message; a character is a token
-QUESTION_CHARS = 180  # of its other messages
-ANSWER_TOKENS = 24
-POOL_TOKENS = 3072  # holds one conversation to its end, but not both
+DOCUMENT_CHARS = 1600  # of a conversation's first message; a character is a token
+QUESTION_CHARS = 120  # of its other messages
+ANSWER_TOKENS = 16
+POOL_TOKENS = 3584  # holds one conversation to its end, but not both
 COMMON_ARGS = ("--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle")
 TIER_ARGS = ("--hicache-backend", "hcache", "--hcache-dir", str(STORE))
 VOCABULARY = 261  # special tokens and bytes: without merges the text of an answer is tokenised as it was generated
@@ -58,6 +58,7 @@ WORDS = (
     "captain baker teacher stranger carries opens repairs forgets paints measures old narrow quiet distant"
 )
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PLAIN_UPDATE_S = 10.0  # between two progress lines where they cannot overwrite each other
 MAX_WIDTH = 110  # of a line of the shown command
 
@@ -117,6 +118,10 @@ class Stored:
     form: str  # "hidden" or "kv"
 
 
+class Stopped(BaseException):
+    """A signal asked the demo to end; its number is the argument."""
+
+
 class Progress:
     """One line that is overwritten on a terminal; elsewhere, lines."""
 
@@ -150,7 +155,7 @@ class Progress:
 def choose_setup() -> Setup:
     """On a GPU bfloat16 is what the kernels take, and equal outputs need SGLang's deterministic mode."""
     if not on_accelerator():
-        spec = ModelSpec("llama", hidden_size=1024, layers=8, heads=16, intermediate=2816, vocab=VOCABULARY)
+        spec = ModelSpec("llama", hidden_size=768, layers=6, heads=12, intermediate=2112, vocab=VOCABULARY)
         return Setup(f"CPU, {os.cpu_count()} cores", spec, ("--chunked-prefill-size", "1024"))
     import torch
 
@@ -166,7 +171,9 @@ def speaking_model(directory: Path, spec: ModelSpec) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     make_model(directory, spec)
     marker, weights = directory / "speaks_ascii", directory / "model.safetensors"
     if marker.exists():
@@ -228,7 +235,7 @@ class Demo:
         self.setup = setup
         self.progress = progress
         self.turns = script()
-        self.log = FOLDER  # of the server started last
+        self.server: Server | None = None  # the one made last
         self._model = FOLDER / "model"
 
     def run(self) -> tuple[list[Row], Stored]:
@@ -238,6 +245,11 @@ class Demo:
         answers, stored = self._with_tier(wanted)
         rows = [Row(*cells) for cells in zip(self.turns, answers, wanted, strict=True)]
         return rows, stored
+
+    def end(self) -> None:
+        """Leaves no process behind, also where stopping a server was itself interrupted."""
+        if self.server is not None:
+            self.server.kill()
 
     def _prepare_model(self) -> None:
         spec = self.setup.spec
@@ -292,11 +304,13 @@ class Demo:
         return ask(server, messages(self.turns, index, history))
 
     def _server(self, name: str, *args: str) -> Server:
-        self.log = FOLDER / f"{name}.log"
-        return Server(self._model, (*COMMON_ARGS, *self.setup.args, *args), log=self.log, progress=self._starting)
+        log = FOLDER / f"{name}.log"
+        args = (*COMMON_ARGS, *self.setup.args, *args)
+        self.server = Server(self._model, args, log=log, progress=self._starting)
+        return self.server
 
     def _starting(self, elapsed_s: float, last_log_line: str) -> None:
-        self.progress.show(f"starting the server: {elapsed_s:.0f} s  {last_log_line}")
+        self.progress.show(f"starting the server: {elapsed_s:.0f} s")
 
     def _started(self, server: Server, title: str) -> None:
         self.progress.keep(f"{title}: up after {server.start_s:.0f} s, log in {_relative(str(server.log))}")
@@ -403,24 +417,29 @@ def _disk_bytes(folder: Path) -> int:
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    """As for Ctrl-C: leaving the `with` blocks takes the servers down."""
-    raise SystemExit(128 + number)
+    """Ends the demo, once: taking the server down must not be interrupted."""
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def main() -> int:
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, _end)
     progress = Progress(sys.stdout)
     setup = choose_setup()
     demo = Demo(setup, progress)
     try:
         rows, stored = demo.run()
-    except KeyboardInterrupt:
-        progress.keep("interrupted; the server is stopped")
-        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        demo.end()
+        progress.keep("demo: stopped, and so is the server")
+        return 128 + int(stopped.args[0])
     except (ServerDied, RequestFailed, http.client.HTTPException, OSError) as error:
+        demo.end()
         progress.keep(f"demo: {type(error).__name__}: {error}")
-        progress.keep(f"demo: FAILED; the server's log is {_relative(str(demo.log))}")
+        where = _relative(str(demo.server.log)) if demo.server else "not there yet"
+        progress.keep(f"demo: FAILED; the server's log is {where}")
         return 1
     progress.keep(f"\n{report(rows, stored, setup)}")
     wrong = complaints(rows)

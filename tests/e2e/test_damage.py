@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, Server, random_prompt
-from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import assert_equal, tail_logprobs
 
 Reference = dict[str, list[Answer]]
@@ -45,7 +45,7 @@ def replace_by_directory(path: Path) -> None:
 DAMAGES: tuple[Damage, ...] = (flip_bytes, truncate, delete, replace_by_directory)
 FILES = ("index/data.mdb", "segments", "index/lock.mdb", "hcache.lock", "checkpoints.json")
 MATRIX = [(file, damage) for damage in DAMAGES for file in FILES]
-SLICE = int(os.environ.get("HCACHE_DAMAGE_CASES", "6"))
+SLICE = int(os.environ.get("HCACHE_DAMAGE_CASES", "5"))
 CASES = MATRIX[:: -(-len(MATRIX) // SLICE)] if SLICE else MATRIX
 
 NOTICED = {"index/data.mdb", "segments"}  # the others hold nothing that could be wrong, or are made anew
@@ -78,7 +78,7 @@ def test_answers_stay_right(
 ) -> None:
     store = Path(shutil.copytree(intact, tmp_path / "store"))
     damage(victim(store, file))
-    with workshop.tiered(store) as server:
+    with started_together(workshop.tiered(store)) as (server,):
         answers = converse(server)
         state = tier_state(server)
         assert server.healthy()

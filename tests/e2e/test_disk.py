@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.harness import Answer, Server, random_prompt
-from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import SCENARIOS, assert_equal
 
 Reference = dict[str, list[Answer]]
@@ -83,7 +83,7 @@ def test_disk_full(workshop: Workshop, reference: Reference, tmp_path: Path) -> 
     mount_point.mkdir()
     server = workshop.tiered_by(ServerOnSmallDisk, mount_point / "store")
     server.mount_point = mount_point
-    with server:
+    with started_together(server):
         ballast = server.disk / "ballast"
 
         def fill() -> None:
@@ -100,5 +100,6 @@ def test_directory_turns_read_only(workshop: Workshop, reference: Reference, tmp
         for folder in (store / "segments", *(store / "segments").iterdir(), store / "index", store):
             folder.chmod(mode)
 
-    with workshop.tiered_by(ServerBoundByPermissions, store) as server:
+    server = workshop.tiered_by(ServerBoundByPermissions, store)
+    with started_together(server):
         assert_survives(server, reference, harm=lambda: permit(0o500), heal=lambda: permit(0o700))

@@ -30,9 +30,12 @@ if __name__ == "__main__":
 """
 
 
-def launch(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+LAUNCH_SERVER = (sys.executable, "-W", "ignore", "-m", "sglang.launch_server")
+SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve", "--model-type", "llm")
+
+
+def launch(*args: str, command: tuple[str, ...] = LAUNCH_SERVER) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, *args], capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_help_shows_the_flags() -> None:
@@ -49,10 +52,24 @@ def test_help_shows_the_flags() -> None:
     ],
 )
 def test_a_contradiction_stops_the_launch_with_one_line(flags: list[str], says: str) -> None:
-    refused = launch("--model-path", "anywhere", "--hicache-backend", "hcache", *flags)
-    assert refused.returncode != 0
-    assert says in refused.stderr.splitlines()[-1]
-    assert "Traceback" not in refused.stderr
+    assert_refused(launch("--model-path", "anywhere", "--hicache-backend", "hcache", *flags), says)
+
+
+def test_sglang_serve_knows_the_flag() -> None:
+    refused = launch("--model-path", "any", "--hicache-backend", "hcache", "--pp-size", "2", command=SGLANG_SERVE)
+    assert_refused(refused, "--pp-size excludes --hicache-backend hcache")
+
+
+def test_a_configuration_file_knows_the_flag(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("model-path: any\nhicache-backend: hcache\nenable-hierarchical-cache: true\n")
+    assert_refused(launch("--config", str(config)), "--enable-hierarchical-cache excludes --hicache-backend hcache")
+
+
+def assert_refused(run: subprocess.CompletedProcess[str], says: str) -> None:
+    assert run.returncode != 0
+    assert says in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
 
 
 def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path) -> None:

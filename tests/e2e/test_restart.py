@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, random_prompt
-from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import LLAMA, PAGE, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
 
 Reference = dict[str, list[Answer]]
@@ -30,20 +30,19 @@ def store(workshop: Workshop, reference: Reference) -> Path:
     return store
 
 
-def assert_restored(workshop: Workshop, store: Path, reference: Reference, *, kill: bool = False) -> None:
+def assert_restored(workshop: Workshop, store: Path, reference: Reference) -> None:
+    """By a server that is killed afterwards."""
     prompt = random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)
-    with workshop.tiered(store) as server:
+    with started_together(workshop.tiered(store)) as (server,):
         answer = server.send(tail_logprobs(prompt))
         state = tier_state(server)
-        if kill:
-            server.kill()
     assert whole_pages(PREFIX_TOKENS) <= answer.cached_host == state["hits_file"] * PAGE
     assert state["pages_damaged"] == state["files_damaged"] == 0
     assert_equal([answer], [reference["evicted_prefix"][1]])
 
 
 def test_after_sigterm(workshop: Workshop, store: Path, reference: Reference) -> None:
-    assert_restored(workshop, store, reference, kill=True)
+    assert_restored(workshop, store, reference)
 
 
 def test_after_sigkill(workshop: Workshop, store: Path, reference: Reference) -> None:
@@ -51,14 +50,16 @@ def test_after_sigkill(workshop: Workshop, store: Path, reference: Reference) ->
     assert_restored(workshop, store, reference)
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
-def test_a_stranger_misses(stranger: str, workshop: Workshop, store: Path) -> None:
-    spec, args = STRANGERS[stranger]
-    with workshop.tiered(store, spec, args) as server:
-        answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
-        state = tier_state(server)
-    assert answer.cached_tokens == 0
-    assert state["hits_file"] == state["pages_damaged"] == state["files_damaged"] == 0
+def test_strangers_miss(workshop: Workshop, store: Path) -> None:
+    """Three servers at once on the directory, none of which its pages are for."""
+    servers = [workshop.tiered(store, spec, args) for spec, args in STRANGERS.values()]
+    with started_together(*servers):
+        for stranger, server in zip(STRANGERS, servers, strict=True):
+            answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+            state = tier_state(server)
+            assert answer.cached_tokens == 0, stranger
+            assert state["hits_file"] == state["pages_damaged"] == state["files_damaged"] == 0, stranger
+            assert [volume["state"] for volume in state["volumes"]] == ["ok"], stranger
 
 
 def test_strangers_destroy_nothing(workshop: Workshop, store: Path, reference: Reference) -> None:

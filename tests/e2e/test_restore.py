@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     SCENARIOS,
@@ -26,7 +26,7 @@ WAYS_TO_SPOIL = ("zero a page", "swap two pages", "skip a layer", "shift positio
 
 @pytest.fixture(scope="module")
 def server(workshop: Workshop, reference: Reference) -> Iterator[Server]:
-    with workshop.tiered(workshop.folder / "store-restore") as server:
+    with started_together(workshop.tiered(workshop.folder / "store-restore")) as (server,):
         yield server
 
 
@@ -106,7 +106,7 @@ def test_the_comparison_notices_a_spoilt_restoration(workshop: Workshop, fresh_s
     way.write_text("not at all")
     env = {"HCACHE_SPOIL": str(way), "PYTHONPATH": str(SPOILT_PLUGIN)}
     prompt = random_prompt(1200, seed=1)
-    with workshop.tiered(fresh_store, env=env) as server:
+    with started_together(workshop.tiered(fresh_store, env=env)) as (server,):
         prefilled = server.send(tail_logprobs(prompt))
         noticed = {}
         for spoilt in ("not at all", *WAYS_TO_SPOIL):
