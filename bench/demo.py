@@ -4,8 +4,9 @@
 
 A small Llama with random weights is served with `--hicache-backend hcache` and talked to over HTTP. The two
 conversations take turns, so each finds a part of its context evicted when it comes back. Then the server is
-stopped, started again on the same directory, and the oldest conversation goes on. A server without the tier
-answers the same requests first; its restart is an emptied cache, which is all that a restart does to it.
+stopped, started again on the same directory, and the oldest conversation goes on. Each request goes first to
+a server without the tier, whose text is what both are told as history. That server is not restarted but
+loses its cache, which is all that a restart would do to it.
 
 Model, logs and store are under `.cache/demo/`. The exit status is 1 if an output differs or a server dies.
 """
@@ -22,7 +23,8 @@ import statistics
 import string
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -43,12 +45,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "demo"
 STORE = FOLDER / "store"
 
-CONVERSATIONS = ("A", "B")
-TURNS = 4  # of each conversation before the restart
+BEFORE_RESTART = "AABBABAB"  # whose turn it is
+AFTER_RESTART = "A"
 DOCUMENT_CHARS = 1600  # of a conversation's first message; a character is a token
 QUESTION_CHARS = 120  # of its other messages
 ANSWER_TOKENS = 16
-POOL_TOKENS = 3584  # holds one conversation to its end, but not both
+POOL_TOKENS = 2560  # holds one conversation to its end, but not both
 COMMON_ARGS = ("--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle")
 TIER_ARGS = ("--hicache-backend", "hcache", "--hcache-dir", str(STORE))
 VOCABULARY = 261  # special tokens and bytes: without merges the text of an answer is tokenised as it was generated
@@ -82,7 +84,7 @@ class Turn:
     conversation: str
     number: int
     message: str
-    after_restart: bool = False
+    after_restart: bool
 
     @property
     def name(self) -> str:
@@ -195,10 +197,12 @@ def speaking_model(directory: Path, spec: ModelSpec) -> Path:
 
 
 def script() -> list[Turn]:
-    """Both conversations in turns, then the older one again after the restart."""
-    turns = [Turn(name, number, _message(name, number)) for number in range(1, TURNS + 1) for name in CONVERSATIONS]
-    oldest, last = CONVERSATIONS[0], TURNS + 1
-    return [*turns, Turn(oldest, last, _message(oldest, last), after_restart=True)]
+    order = BEFORE_RESTART + AFTER_RESTART
+    turns = []
+    for index, name in enumerate(order):
+        number = order[: index + 1].count(name)
+        turns.append(Turn(name, number, _message(name, number), index >= len(BEFORE_RESTART)))
+    return turns
 
 
 def _message(conversation: str, number: int) -> str:
@@ -220,36 +224,61 @@ def messages(turns: Sequence[Turn], index: int, answers: Sequence[Answer]) -> li
     return [*history, {"role": "user", "content": turns[index].message}]
 
 
-def ask(server: Server, conversation: list[dict[str, str]]) -> Answer:
-    answer = server.chat(conversation, ANSWER_TOKENS)
-    if len(answer.output_ids) != ANSWER_TOKENS:
-        raise RequestFailed(f"the answer broke off after {len(answer.output_ids)} of {ANSWER_TOKENS} tokens")
-    return answer
-
-
 # ---- the runs ----
 
 
+class Failure(RuntimeError):
+    """A server died or did not do as asked; the message names its log."""
+
+
+@contextmanager
+def blaming(server: Server) -> Iterator[None]:
+    try:
+        yield
+    except (ServerDied, RequestFailed, http.client.HTTPException, OSError) as error:
+        raise Failure(f"{type(error).__name__}: {error}\nthe server's log is {_relative(server.log)}") from error
+
+
+def ask(server: Server, conversation: list[dict[str, str]]) -> Answer:
+    with blaming(server):
+        answer = server.chat(conversation, ANSWER_TOKENS)
+        if len(answer.output_ids) != ANSWER_TOKENS:
+            raise RequestFailed(f"the answer broke off after {len(answer.output_ids)} of {ANSWER_TOKENS} tokens")
+    return answer
+
+
 class Demo:
+    """Both servers get each turn one right after the other, so that a busy machine slows both."""
+
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup = setup
         self.progress = progress
         self.turns = script()
-        self.server: Server | None = None  # the one made last
+        self._servers: list[Server] = []
         self._model = FOLDER / "model"
 
     def run(self) -> tuple[list[Row], Stored]:
         shutil.rmtree(STORE, ignore_errors=True)
         self._prepare_model()
-        wanted = self._without_tier()
-        answers, stored = self._with_tier(wanted)
-        rows = [Row(*cells) for cells in zip(self.turns, answers, wanted, strict=True)]
-        return rows, stored
+        rows: list[Row] = []
+        # The tier's default page, so that both servers find the same pages in the pool.
+        with self._server("without tier", "--page-size", str(DEFAULT_PAGE_SIZE)) as stock:
+            with self._server("with tier", *TIER_ARGS) as tier:
+                self._converse(rows, len(BEFORE_RESTART), stock, tier)
+                self.progress.show("stopping the server with tier; pages still in memory go to files")
+            self.progress.keep(f"server with tier stopped in {tier.stop_s:.0f} s; its store stays")
+            disk = _disk_bytes(STORE)
+            stock.flush_cache()
+            with self._server("with tier, restarted", *TIER_ARGS) as tier:
+                state = tier.server_info()["internal_states"][0]["hcache"]
+                self._converse(rows, len(self.turns), stock, tier)
+                self.progress.show("stopping the servers")
+        return rows, Stored(disk, state["pages_file"] * state["page_size"], state["representation"])
 
     def end(self) -> None:
         """Leaves no process behind, also where stopping a server was itself interrupted."""
-        if self.server is not None:
-            self.server.kill()
+        for server in self._servers:
+            server.kill()
 
     def _prepare_model(self) -> None:
         spec = self.setup.spec
@@ -257,66 +286,31 @@ class Demo:
         self.progress.show(f"making a random Llama: {spec.layers} layers of {spec.hidden_size}, {spec.dtype}")
         speaking_model(self._model, spec)
         size = sum(path.stat().st_size for path in self._model.iterdir())
-        self.progress.keep(f"model ready: {_relative(str(self._model))}, {size / 1e6:,.0f} MB{_took(began)}")
+        self.progress.keep(f"model ready: {_relative(self._model)}, {size / 1e6:,.0f} MB{_took(began)}")
 
-    def _without_tier(self) -> list[Answer]:
-        """The answers to compare with."""
-        answers: list[Answer] = []
-        # The tier's default page, so that both servers find the same pages in the pool.
-        with self._server("reference", "--page-size", str(DEFAULT_PAGE_SIZE)) as server:
-            self._started(server, "server without the tier")
-            began = time.monotonic()
-            for index, turn in enumerate(self.turns):
-                if turn.after_restart:
-                    server.flush_cache()
-                answers.append(self._turn(server, index, answers, "without the tier"))
-            self._answered(len(answers), began)
-            self.progress.show("stopping the server without the tier")
-        return answers
+    @contextmanager
+    def _server(self, title: str, *args: str) -> Iterator[Server]:
+        def starting(elapsed_s: float, last_log_line: str) -> None:
+            self.progress.show(f"starting the server {title}: {elapsed_s:.0f} s")
 
-    def _with_tier(self, wanted: Sequence[Answer]) -> tuple[list[Answer], Stored]:
-        restart = next(index for index, turn in enumerate(self.turns) if turn.after_restart)
-        server = self._server("tier", *TIER_ARGS)
-        self.progress.keep(f"\n{_shown(server.command())}\n")
-        with server:
-            self._started(server, "server with the tier")
-            answers = self._part(server, range(restart), wanted)
-            self.progress.show("stopping the server; pages still in memory are written to files")
-        self.progress.keep(f"server stopped in {server.stop_s:.0f} s; starting it again on the same directory")
-        disk = _disk_bytes(STORE)
-        with self._server("tier-restarted", *TIER_ARGS) as server:
-            self._started(server, "server with the tier, restarted")
-            state = server.server_info()["internal_states"][0]["hcache"]
-            stored = Stored(disk, state["pages_file"] * state["page_size"], state["representation"])
-            answers += self._part(server, range(restart, len(self.turns)), wanted)
-            self.progress.show("stopping the server")
-        return answers, stored
+        log = FOLDER / f"{title.replace(', ', '-').replace(' ', '-')}.log"
+        server = Server(self._model, (*COMMON_ARGS, *self.setup.args, *args), log=log, progress=starting)
+        self._servers.append(server)
+        self.progress.keep(f"\nserver {title}:\n{_shown(server.command())}")
+        with blaming(server), server:
+            self.progress.keep(f"up after {server.start_s:.0f} s, log in {_relative(log)}")
+            yield server
 
-    def _part(self, server: Server, indices: range, wanted: Sequence[Answer]) -> list[Answer]:
-        began = time.monotonic()
-        answers = [self._turn(server, index, wanted, "with the tier") for index in indices]
-        self._answered(len(answers), began)
-        return answers
-
-    def _turn(self, server: Server, index: int, history: Sequence[Answer], where: str) -> Answer:
-        turn = self.turns[index]
-        self.progress.show(f"{where}: turn {turn.name} ({index + 1} of {len(self.turns)})")
-        return ask(server, messages(self.turns, index, history))
-
-    def _server(self, name: str, *args: str) -> Server:
-        log = FOLDER / f"{name}.log"
-        args = (*COMMON_ARGS, *self.setup.args, *args)
-        self.server = Server(self._model, args, log=log, progress=self._starting)
-        return self.server
-
-    def _starting(self, elapsed_s: float, last_log_line: str) -> None:
-        self.progress.show(f"starting the server: {elapsed_s:.0f} s")
-
-    def _started(self, server: Server, title: str) -> None:
-        self.progress.keep(f"{title}: up after {server.start_s:.0f} s, log in {_relative(str(server.log))}")
-
-    def _answered(self, turns: int, began: float) -> None:
-        self.progress.keep(f"{turns} turn{'s' * (turns > 1)} answered{_took(began)}")
+    def _converse(self, rows: list[Row], until: int, stock: Server, tier: Server) -> None:
+        """Adds the turns before `until` to `rows`."""
+        began, first = time.monotonic(), len(rows)
+        for index in range(first, until):
+            self.progress.show(f"turn {self.turns[index].name} ({index + 1} of {len(self.turns)})")
+            request = messages(self.turns, index, [row.without_tier for row in rows])
+            wanted = ask(stock, request)
+            rows.append(Row(self.turns[index], ask(tier, request), wanted))
+        count = until - first
+        self.progress.keep(f"{count} turn{'s' * (count > 1)} answered by both servers{_took(began)}")
 
 
 # ---- what is printed ----
@@ -397,8 +391,8 @@ def _shown(command: Sequence[str]) -> str:
     return " \\\n".join(lines)
 
 
-def _relative(word: str) -> str:
-    return word.removeprefix(f"{ROOT}{os.sep}")
+def _relative(word: str | Path) -> str:
+    return str(word).removeprefix(f"{ROOT}{os.sep}")
 
 
 def _seconds(value: float) -> str:
@@ -435,16 +429,14 @@ def main() -> int:
         demo.end()
         progress.keep("demo: stopped, and so is the server")
         return 128 + int(stopped.args[0])
-    except (ServerDied, RequestFailed, http.client.HTTPException, OSError) as error:
+    except Failure as failure:
         demo.end()
-        progress.keep(f"demo: {type(error).__name__}: {error}")
-        where = _relative(str(demo.server.log)) if demo.server else "not there yet"
-        progress.keep(f"demo: FAILED; the server's log is {where}")
+        progress.keep(f"demo: FAILED: {failure}")
         return 1
     progress.keep(f"\n{report(rows, stored, setup)}")
     wrong = complaints(rows)
     for line in wrong:
-        progress.keep(f"demo: FAILED: {line}; logs are in {_relative(str(FOLDER))}")
+        progress.keep(f"demo: FAILED: {line}; logs are in {_relative(FOLDER)}")
     return 1 if wrong else 0
 
 

@@ -34,9 +34,11 @@ class Damage:
                 return
             self._reported.add(file)
             self.files += 1
-        log.warning("%s is damaged: %s. Further damage in it is counted, not logged.", file, reason)
+        log.warning("hcache: %s is damaged: %s. Further damage in it is counted, not logged.", file, reason)
 
     def rebuilt(self, index: Path, pages: int) -> None:
         with self._lock:
             self.index_rebuilt += 1
-        log.warning("%s was missing or damaged and was rebuilt from the segment files: %d pages.", index, pages)
+        log.warning(
+            "hcache: %s was missing or damaged and was rebuilt from the segment files: %d pages.", index, pages
+        )

@@ -192,11 +192,11 @@ class LocalStore:
             self._dirty.clear()
             self._changed.notify_all()
         if not flushed:
-            log.warning("%d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
+            log.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
         self._readers.shutdown()
         self._writer.join(CLOSE_WAIT_S)
         if self._writer.is_alive():
-            log.warning("A write hangs; files are left as they are, and tidied up by the next opening.")
+            log.warning("hcache: a write hangs; files are left as they are, and tidied up by the next opening.")
             return
         self._files.close()
 
@@ -287,7 +287,7 @@ class LocalStore:
                 seal(record, self.layout, self._fingerprint, key)
             refused = self._files.write(pages)
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
-            log.exception("%d pages could not be written.", len(pages))
+            log.exception("hcache: %d pages could not be written.", len(pages))
             refused = {key for key, _ in pages}
         with self._lock:
             for key, slot in reversed(batch):  # later pages are worth nothing without the earlier: evict them first

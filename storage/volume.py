@@ -133,7 +133,7 @@ class Volume:
             self._retry_at = time.monotonic() + self._retry_s
             return
         self._failure = None
-        log.info("%s works again; pages are written to it.", self.path)
+        log.info("hcache: %s works again; pages are written to it.", self.path)
 
     def close(self) -> None:
         directory, self._directory = self._directory, None
@@ -142,7 +142,9 @@ class Volume:
         try:
             directory.close()
         except (OSError, lmdb.Error) as error:
-            log.warning("%s could not be tidied up on closing; the next opening does it. (%s)", self.path, error)
+            log.warning(
+                "hcache: %s could not be tidied up on closing; the next opening does it. (%s)", self.path, error
+            )
 
     def _open(self) -> Directory:
         return Directory(
@@ -164,7 +166,7 @@ class Volume:
             changed, self._failure = self._failure != reason, reason
         if changed:
             log.warning(
-                "%s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",
+                "hcache: %s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",
                 self.path,
                 reason,
                 self._retry_s,

@@ -61,11 +61,12 @@ def conversation(server: Server) -> list[Answer]:
     answers: list[Answer] = []
     history: list[int] = []
     for turn in range(4):
+        if turn:
+            evict_everything(server, seed=700 + 10 * turn)
         history += random_prompt(150, seed=10 + turn)
         answer = server.send(tail_logprobs(history, new_tokens=160))
         history += answer.output_ids
         answers.append(answer)
-        evict_everything(server, seed=700 + 10 * turn)
     return answers
 
 
@@ -94,12 +95,9 @@ def two_tenants(server: Server) -> list[Answer]:
         {"extra_key": "alice"},
         {"extra_key": "bob"},
     )
-    answers = []
-    for _ in range(2):
-        for tenant in tenants:
-            answers.append(server.send(tail_logprobs(prompt, **tenant)))
-            evict_everything(server, seed=800)
-    return answers
+    first = [server.send(tail_logprobs(prompt, **tenant)) for tenant in tenants]
+    evict_everything(server, seed=800)
+    return first + [server.send(tail_logprobs(prompt, **tenant)) for tenant in tenants]
 
 
 SCENARIOS: dict[str, Scenario] = {

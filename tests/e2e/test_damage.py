@@ -24,7 +24,7 @@ Damage = Callable[[Path], None]
 def flip_bytes(path: Path) -> None:
     content = bytearray(path.read_bytes())
     generator = random.Random(0)
-    for _ in range(max(16, len(content) // 4096)):
+    for _ in range(max(16, len(content) // 64)):
         content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
     path.write_bytes(content)
 
@@ -77,7 +77,8 @@ def test_answers_stay_right(
     file: str, damage: Damage, workshop: Workshop, intact: Path, reference: Reference, tmp_path: Path
 ) -> None:
     store = Path(shutil.copytree(intact, tmp_path / "store"))
-    damage(victim(store, file))
+    harmed = victim(store, file)
+    damage(harmed)
     with started_together(workshop.tiered(store)) as (server,):
         answers = converse(server)
         state = tier_state(server)
@@ -87,5 +88,5 @@ def test_answers_stay_right(
     emptied = file == "index/data.mdb" and damage is delete
     if file in NOTICED and not emptied:
         assert damaged > 0
-        said = [line for line in server.log_text().splitlines() if str(victim(store, file)) in line]
+        said = [line for line in server.log_text().splitlines() if f"hcache: {harmed}" in line]
         assert len(said) == 1, said
