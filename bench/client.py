@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.models import FIRST_PLAIN_ID
@@ -152,6 +153,12 @@ class Client:
         status, body = self._request("POST", f"/flush_cache?timeout={timeout_s:g}", None, timeout_s + 10.0)
         if status != 200:
             raise RequestFailed(f"/flush_cache answered {status}: {body.decode(errors='replace')}")
+
+    def update_weights(self, model: Path, timeout_s: float = 120.0) -> None:
+        """Replaces the weights in place by those of another checkpoint of the same shape."""
+        for answer in self._post("/update_weights_from_disk", {"model_path": str(model)}, False, timeout_s):
+            if not answer["success"]:
+                raise RequestFailed(f"/update_weights_from_disk: {answer['message']}")
 
     def healthy(self) -> bool:
         """Whether a one-token request comes through; takes a second by SGLang's own design."""

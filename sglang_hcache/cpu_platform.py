@@ -6,6 +6,8 @@ every platform question with PyTorch's native operators, so the unpatched server
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -23,6 +25,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
 
+    def init_backend(self) -> None:
+        """Called in each worker before attention backends are made."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        register_attention_backend("torch_native")(_make_attention)
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
@@ -31,3 +39,9 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
 
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False
+
+
+def _make_attention(model_runner: Any) -> object:
+    from sglang_hcache.cpu_attention import TorchCpuAttention
+
+    return TorchCpuAttention(model_runner)

@@ -19,7 +19,7 @@ from sglang_hcache.flags import GB
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.model import Unsupported, check_pool, kv_row_bytes
 from sglang_hcache.projector import KVProjector, Projector, ReplayProjector
-from sglang_hcache.restore import Load, Restorer
+from sglang_hcache.restore import LayerEvents, Load, Restorer
 from sglang_hcache.savers import HiddenSaver, KVSaver, Saver
 from sglang_hcache.selftest import run_self_test
 from sglang_hcache.storage.layout import ChunkLayout
@@ -58,6 +58,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
+        self.layer_done_counter = LayerEvents()
         self._work: HostWork = StreamWork() if torch.cuda.is_available() else InlineWork()
         self._queued: list[Load] = []
         self._started: dict[int, list[Load]] = {}
@@ -222,8 +223,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             dtype=dtype,
             device=str(self._pool.device),
             forward_stream=self.forward_stream,
+            events=self.layer_done_counter,
         )
-        self.layer_done_counter = self._restorer.events
 
     def _choose_representation(self) -> tuple[Representation, str]:
         """By size, and only what has just been proven on this model; sets `_row_bytes` and `_hidden_dtype`."""

@@ -32,8 +32,7 @@ class LayerEvents:
     before the forward starts, and there is nothing to wait for.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
+    def __init__(self) -> None:
         self._events: dict[int, list[torch.cuda.Event]] = {}
         self._consumer = -1
         self._last = -1
@@ -75,6 +74,7 @@ class Restorer:
         dtype: torch.dtype,
         device: str,
         forward_stream: torch.cuda.Stream | None,
+        events: LayerEvents,
     ) -> None:
         layout = store.layout
         self._store = store
@@ -89,11 +89,11 @@ class Restorer:
         ]
         self._stream = torch.cuda.Stream() if device.startswith("cuda") else None
         self._forward_stream = forward_stream
-        self.events = LayerEvents(len(projectors))
+        self._events = events
 
     def run(self, loads: Sequence[Load]) -> int:
         """Issue the restoration of all loads; returns the batch's index for `events`."""
-        index = self.events.new_batch()
+        index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.chunks]
         host_positions = np.concatenate(
             [chunk_positions(self._store.memory[chunk], self._store.layout) for chunk in chunks]
@@ -104,7 +104,7 @@ class Restorer:
             slots = torch.cat([load.device_slots for load in loads])
             for layer, projector in enumerate(self._projectors):
                 self._restore_layer(layer, projector, chunk_index, positions, slots)
-                self.events.record(index)
+                self._events.record(index)
         return index
 
     def _restore_layer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bench.harness import Answer, Server, compare, random_prompt
 from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
+    LLAMA,
     SCENARIOS,
     assert_equal,
     evict_everything,
@@ -87,6 +89,20 @@ def test_the_whole_prefix_decides_the_output(server: Server) -> None:
     changed = [*prompt[:5], prompt[5] + 1, *prompt[6:]]
     difference = compare(server.send(tail_logprobs(prompt)), server.send(tail_logprobs(changed)))
     assert difference.logprob > 20 * FLOAT32_TOLERANCE
+
+
+def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Server, restored: Reference) -> None:
+    """Weights replaced in place: no page of the old ones is restored, and new ones are kept in memory."""
+    prompt = random_prompt(1200, seed=1)
+    server.update_weights(workshop.model(replace(LLAMA, sharpness=2.0)))
+    prefilled = server.send(tail_logprobs(prompt))
+    evict_everything(server)
+    again = server.send(tail_logprobs(prompt))
+    assert prefilled.cached_tokens == 0
+    assert compare(prefilled, restored["evicted_prefix"][0]).logprob > 20 * FLOAT32_TOLERANCE
+    assert again.cached_host == whole_pages(1199 - 8)
+    assert_equal([again], [prefilled])
+    assert tier_state(server)["volumes"] == []
 
 
 def test_without_the_flag_nothing_is_attached(reference_log: str) -> None:

@@ -1,0 +1,83 @@
+"""SGLang's `torch_native` attention without the work for tokens that are in the cache already.
+
+The stock backend attends from every position of a sequence, the cached prefix included, and throws that part away:
+the cost of a prefix hit is then quadratic in the prefix. Here only the new tokens attend.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang is untyped here
+    def _run_sdpa_forward_extend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_prefix_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        scaling: float | None = None,
+        enable_gqa: bool = False,
+        causal: bool = False,
+        is_cross_attn: bool = False,
+        sliding_window_size: int | None = None,
+    ) -> torch.Tensor:
+        """As the stock method: query and output `[tokens, heads, dim]`, caches `[slots, heads, dim]`."""
+        windowed = sliding_window_size is not None and sliding_window_size > -1
+        if encoder_lens is not None or not causal or windowed:
+            stock: torch.Tensor = super()._run_sdpa_forward_extend(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                extend_prefix_lens,
+                extend_seq_lens,
+                encoder_lens,
+                scaling=scaling,
+                enable_gqa=enable_gqa,
+                causal=causal,
+                is_cross_attn=is_cross_attn,
+                sliding_window_size=sliding_window_size,
+            )
+            return stock
+        start = 0
+        for row, length, prefix in zip(
+            req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), strict=True
+        ):
+            end = start + length - prefix
+            slots = req_to_token[row, :length]
+            output[start:end] = _attend(query[start:end], k_cache[slots], v_cache[slots], scaling, enable_gqa)
+            start = end
+        return output
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, enable_gqa: bool
+) -> torch.Tensor:
+    """The last `len(query)` tokens of a sequence attend to all before them; `[tokens, heads, dim]` each."""
+    new, length = len(query), len(key)
+    mask = None
+    if new < length:
+        mask = torch.ones((new, length), dtype=torch.bool).tril(diagonal=length - new)
+    heads_first = [part.to(query.dtype).movedim(0, 1).unsqueeze(0) for part in (query, key, value)]
+    attended = scaled_dot_product_attention(
+        heads_first[0],
+        heads_first[1],
+        heads_first[2],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=enable_gqa,
+    )
+    return attended.squeeze(0).movedim(0, 1)
