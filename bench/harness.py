@@ -154,7 +154,8 @@ class Server(Client):
             launcher.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._note(f"the launcher was still there {timeout_s:g} s after SIGTERM: killing it")
-        self._kill(family)
+        finally:
+            self._kill(family)
         self.stop_s = time.monotonic() - began
         return self._reap()
 

@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -76,6 +77,7 @@ class Measured:
 def measure(case: Case, mode: str, folder: Path) -> Measured:
     """Serve all requests of the case in one mode; the first of each conversation only fills the store."""
     store = folder / f"store-{mode}"
+    shutil.rmtree(store, ignore_errors=True)
     # One conversation with its answer and a little more: the other one is always evicted.
     pool_tokens = -(-(case.prefix_tokens + NEW_TOKENS + ANSWER_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS + 256
     args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(pool_tokens)]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.runtime_context import get_memory, get_parallel
 
 from sglang_hcache import serving
+from sglang_hcache.capture import Capture
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representation
 from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.model import Unsupported, check_pool, kv_row_bytes
-from sglang_hcache.projector import KVProjector, Projector, ReplayProjector
+from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, Projector, ReplayProjector
 from sglang_hcache.restore import LayerEvents, Load, Restorer
 from sglang_hcache.savers import HiddenSaver, KVSaver, Saver
 from sglang_hcache.selftest import run_self_test
@@ -174,6 +178,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return {
             "representation": str(self.representation),
             "representation_reason": self._reason,
+            "projector": self._hidden_projector.name if self.representation is Representation.HIDDEN else "copy",
             "bytes_per_token": self._row_bytes * self._pool.layer_num,
             "page_size": self._page_tokens,
             "loads_accepted": self._loads["accepted"],
@@ -201,7 +206,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         projectors: list[Projector]
         if self.representation is Representation.HIDDEN:
             assert serving.capture is not None
-            projectors = [ReplayProjector(serving.capture.sites, self._pool)] * layers
+            projectors = [self._hidden_projector] * layers
             saver = HiddenSaver(self._store, self._work, layers=layers, row_bytes=self._row_bytes)
             self._saver: Saver = saver
             serving.capture.sink = saver
@@ -227,7 +232,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
     def _choose_representation(self) -> tuple[Representation, str]:
-        """By size, and only what has just been proven on this model; sets `_row_bytes` and `_hidden_dtype`."""
+        """By size, and only what has just been proven on this model; sets `_row_bytes` and `_hidden_*`."""
         wanted, capture = self._config.representation, serving.capture
         kv_bytes = sum(kv_row_bytes(self._pool, 0))
         kv_bytes_all_ranks = kv_bytes * get_parallel().tp_size
@@ -263,11 +268,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             return "with LoRA the projection depends on the request"
         if runner.model_config.model_is_mrope:
             return "positions of several dimensions (M-RoPE) are not stored"
-        projector = ReplayProjector(capture.sites, self._pool)
-        result = run_self_test(runner, capture, projector, self._pool, self._page_tokens)
-        verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
-        logger.info("hcache: self-test of hidden states %s (%s)", "passed" if result.passed else "FAILED", verdict)
-        return None if result.passed else f"the self-test failed ({verdict})"
+        for projector in _candidates(capture, self._pool):
+            result = run_self_test(runner, capture, projector, self._pool, self._page_tokens)
+            verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
+            passed = "passed" if result.passed else "FAILED"
+            logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
+            if result.passed:
+                self._hidden_projector = projector
+                return None
+        return f"the self-test failed ({verdict})"
 
     def _model_identity(self) -> str:
         model_path = serving.runner.model_config.model_path
@@ -326,3 +335,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._page_tokens,
             ", ".join(self._config.directories),
         )
+
+
+def _candidates(capture: Capture, pool: MHATokenToKVPool) -> Iterator[ReplayProjector]:
+    """Projectors of hidden states, the fastest first."""
+    with contextlib.suppress(ValueError):
+        yield KeyValueReplayProjector(capture.sites, pool)
+    yield ReplayProjector(capture.sites, pool)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.linear import QKVParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -60,12 +63,17 @@ class ReplayProjector:
     its own code. It computes Q as well, for nothing.
     """
 
+    name = "replay"
+
     def __init__(self, sites: Sequence[AttentionSite], pool: MHATokenToKVPool) -> None:
         self._sites = sites
         self._context = ForwardContext(attn_backend=_StoreAndStop(pool))
 
     @torch.no_grad()
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        self._replay(layer, rows, positions, slots)
+
+    def _replay(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         site = self._sites[layer]
         batch = _bare_batch(positions, slots)
         arguments = {"hidden_states": rows, "positions": positions, "forward_batch": batch}
@@ -77,6 +85,48 @@ class ReplayProjector:
             except _Stored:
                 return
         raise RuntimeError(f"the attention module of layer {layer} ended without attending")
+
+
+class KeyValueReplayProjector(ReplayProjector):
+    """A replay whose QKV projection leaves Q at zero: two thirds of the GEMM for multi-head attention.
+
+    Raises ValueError for a model whose attention modules do not each have one unquantised fused projection.
+    """
+
+    name = "replay of K and V"
+
+    def __init__(self, sites: Sequence[AttentionSite], pool: MHATokenToKVPool) -> None:
+        super().__init__(sites, pool)
+        self._projections = [_fused_projection(site) for site in sites]
+
+    @torch.no_grad()
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        projection = self._projections[layer]
+        projection.forward = partial(_project_keys_and_values, projection)
+        try:
+            self._replay(layer, rows, positions, slots)
+        finally:
+            del projection.forward  # what the class says, again
+
+
+def _fused_projection(site: AttentionSite) -> Any:
+    fused = [child for child in site.module.children() if isinstance(child, QKVParallelLinear)]
+    if len(fused) != 1 or type(fused[0].quant_method) is not UnquantizedLinearMethod or fused[0].skip_bias_add:
+        raise ValueError("an attention module without a plain fused projection")
+    return fused[0]
+
+
+def _project_keys_and_values(projection: Any, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """Stands in for the projection's `forward`: `[n, width]` → `[n, q + k + v]`, and no bias left to add."""
+    queries = projection.q_proj_shard_size
+    out = rows.new_empty(len(rows), projection.weight.shape[0])
+    out[:, :queries] = 0
+    weight = projection.weight[queries:].T
+    if projection.bias is None:
+        torch.mm(rows, weight, out=out[:, queries:])
+    else:
+        torch.addmm(projection.bias[queries:], rows, weight, out=out[:, queries:])
+    return out, None
 
 
 class KVProjector:
