@@ -13,7 +13,8 @@ from sglang_hcache.projector import Projector
 from sglang_hcache.storage.layout import positions as chunk_positions
 from sglang_hcache.storage.store import ChunkStore
 
-_MAX_ROWS = 8192  # tokens projected at once, bounds what a restore takes on the device
+# Tokens projected at once. On a GPU it bounds what a restore takes; on a CPU, intermediates stay in its caches.
+_MAX_ROWS = {"cuda": 8192, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Restorer:
         self._store = store
         self._projectors = projectors
         self._device = device
+        self._max_rows = _MAX_ROWS[torch.device(device).type]
         memory = torch.from_numpy(store.memory).view(dtype)
         self._layer_rows = [
             memory[:, layout.layer_offset(layer) // dtype.itemsize :][:, : layout.page_tokens * width].unflatten(
@@ -116,7 +118,7 @@ class Restorer:
         slots: torch.Tensor,
     ) -> None:
         page_tokens = self._store.layout.page_tokens
-        step = max(1, _MAX_ROWS // page_tokens)
+        step = max(1, self._max_rows // page_tokens)
         for first in range(0, len(chunks), step):
             part = chunks[first : first + step]
             tokens = slice(first * page_tokens, (first + len(part)) * page_tokens)
