@@ -38,6 +38,7 @@ from bench.harness import (
     compare,
     make_model,
     on_accelerator,
+    random_prompt,
 )
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 
@@ -61,6 +62,8 @@ WORDS = (
 )
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WARM_UP_TOKENS = 1000  # of an unrelated prompt, sent to each server before it is timed
+
 PLAIN_UPDATE_S = 10.0  # between two progress lines where they cannot overwrite each other
 MAX_WIDTH = 110  # of a line of the shown command
 
@@ -299,6 +302,8 @@ class Demo:
         self.progress.keep(f"\nserver {title}:\n{_shown(server.command())}")
         with blaming(server), server:
             self.progress.keep(f"up after {server.start_s:.0f} s, log in {_relative(log)}")
+            # A process's first real forward is slow, with the tier or without; it is not what the table compares.
+            server.generate(random_prompt(WARM_UP_TOKENS, seed=0, vocab=VOCABULARY), 2)
             yield server
 
     def _converse(self, rows: list[Row], until: int, stock: Server, tier: Server) -> None:
