@@ -77,4 +77,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    # Copied as a whole, a tensor with gaps would be made contiguous on the device first.
+    for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
+        target.copy_(source, non_blocking=True)
+    return host
