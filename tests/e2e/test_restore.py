@@ -105,15 +105,13 @@ def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Se
     assert tier_state(server)["volumes"] == []
 
 
-def test_without_the_flag_nothing_is_attached(reference_log: str) -> None:
-    assert "Executed general plugin: hcache" in reference_log
-    applied = [line for line in reference_log.splitlines() if "hook(s) to" in line]
-    assert {line.split("hook(s) to ")[1].split()[0].rsplit(".", 1)[1] for line in applied} == {
-        "add_cli_args",
-        "from_cli_args",
-        "__init__",
-    }
-    assert "unified_cache_linker" not in reference_log
+def test_without_the_flag_nothing_is_attached(server: Server, reference_log: str) -> None:
+    """The launcher's and the gate's hooks are attached before SGLang logs; what serves is attached after."""
+    attached = "hook(s) to sglang.srt.model_executor"
+    assert attached in server.log_text()
+    assert attached not in reference_log
+    assert "hook(s) to" not in reference_log
+    assert "hcache:" not in reference_log
 
 
 def test_the_comparison_notices_a_spoilt_restoration(workshop: Workshop, fresh_store: Path) -> None:

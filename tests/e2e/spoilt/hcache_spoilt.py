@@ -19,7 +19,7 @@ PAGE = 64
 
 def register() -> None:
     if "sglang.srt.managers.scheduler" in sys.modules:
-        HookRegistry.register("sglang_hcache.projector.ReplayProjector.project", _spoilt, HookType.AROUND)
+        HookRegistry.register("sglang_hcache.projector.ReplayProjector._replay", _spoilt, HookType.AROUND)
 
 
 def _spoilt(
