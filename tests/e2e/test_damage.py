@@ -22,7 +22,7 @@ Damage = Callable[[Path], None]
 
 
 def flip_bytes(path: Path) -> None:
-    content = bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes() or bytes(64))  # an empty file gets what it should not have
     generator = random.Random(0)
     for _ in range(max(16, len(content) // 64)):
         content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
