@@ -68,13 +68,17 @@ def _digest_file(path: Path) -> str:
 
 
 def _read_memo(memo: Path) -> dict[str, str]:
+    """What the memo knows; nothing where it is not, byte for byte, what was written."""
     try:
         content = json.loads(memo.read_text())
-    except (OSError, ValueError):
+        digests: dict[str, str] = content["digests"]
+        return digests if content["checksum"] == _checksum(digests) else {}
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    return {str(key): str(value) for key, value in content.items()}
+
+
+def _checksum(digests: dict[str, str]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(digests, sort_keys=True).encode())
 
 
 def _write_memo(memo: Path, known: dict[str, str]) -> None:
@@ -82,7 +86,7 @@ def _write_memo(memo: Path, known: dict[str, str]) -> None:
     temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
     try:
         with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            json.dump(known, file, indent=1)
+            json.dump({"digests": known, "checksum": _checksum(known)}, file, indent=1)
         temporary.replace(memo)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import pytest
 
 from bench.harness import Answer, Server, random_prompt
 from tests.e2e.conftest import Workshop, started_together, tier_state
-from tests.e2e.scenarios import assert_equal, tail_logprobs
+from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 
 Reference = dict[str, list[Answer]]
 Damage = Callable[[Path], None]
@@ -48,12 +48,13 @@ MATRIX = [(file, damage) for damage in DAMAGES for file in FILES]
 SLICE = int(os.environ.get("HCACHE_DAMAGE_CASES", "5"))
 CASES = MATRIX[:: -(-len(MATRIX) // SLICE)] if SLICE else MATRIX
 
-NOTICED = {"index/data.mdb", "segments"}  # the others hold nothing that could be wrong, or are made anew
+NOTICED = {"index/data.mdb", "segments"}  # damage to the others harms no page and is repaired without a word
+PREFIX_TOKENS = 1200
 
 
 def converse(server: Server) -> list[Answer]:
     """The requests of scenario `evicted_prefix`, without the traffic that evicts."""
-    prefix = random_prompt(1200, seed=1)
+    prefix = random_prompt(PREFIX_TOKENS, seed=1)
     return [
         server.send(tail_logprobs(prefix)),
         server.send(tail_logprobs(prefix + random_prompt(40, seed=2))),
@@ -84,9 +85,9 @@ def test_answers_stay_right(
         state = tier_state(server)
         assert server.healthy()
     assert_equal(answers, reference["evicted_prefix"])
-    damaged = state["pages_damaged"] + state["files_damaged"]
-    emptied = file == "index/data.mdb" and damage is delete
-    if file in NOTICED and not emptied:
-        assert damaged > 0
-        said = [line for line in server.log_text().splitlines() if f"hcache: {harmed}" in line]
-        assert len(said) == 1, said
+    # Where nothing is missed, the damage hit what the store does not need: a file made anew, or a free page.
+    whole = answers[0].cached_host == whole_pages(PREFIX_TOKENS - 8)
+    damaged = state["pages_damaged"] + state["files_damaged"] + state["index_rebuilt"]
+    assert damaged > 0 or whole
+    said = [line for line in server.log_text().splitlines() if f"hcache: {harmed}" in line]
+    assert len(said) == (1 if damaged and file in NOTICED else 0), said

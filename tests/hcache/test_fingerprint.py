@@ -72,6 +72,17 @@ def test_a_damaged_memo_changes_nothing(content: bytes | None, checkpoint: Path,
     assert checkpoint_identity(str(checkpoint), memo) == identity
 
 
+def test_no_flipped_bit_of_the_memo_changes_the_identity(checkpoint: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "memo.json"
+    identity = checkpoint_identity(str(checkpoint), memo)
+    written = memo.read_bytes()
+    for bit in range(0, 8 * len(written), 5):
+        damaged = bytearray(written)
+        damaged[bit // 8] ^= 1 << bit % 8
+        memo.write_bytes(damaged)
+        assert checkpoint_identity(str(checkpoint), memo) == identity, bit
+
+
 def test_no_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no weight files"):
         checkpoint_identity(str(tmp_path), tmp_path / "memo.json")
