@@ -7,8 +7,9 @@ Header, little endian:
     12   page_tokens    uint32
     16   fingerprint    16 bytes
     32   key            32 bytes
-    64   n_layers       uint32, then 4 zero bytes
-    72   positions      int32[page_tokens]
+    64   parent         32 bytes, the key of the page before it in its prefix
+    96   n_layers       uint32, then 4 zero bytes
+    104  positions      int32[page_tokens]
     ...  (to a multiple of 8)
     ...  layer sums     uint64[n_layers], xxh3_64 of each payload
     ...  header sum     uint64, xxh3_64 of everything before it
@@ -27,12 +28,13 @@ import numpy.typing as npt
 import xxhash
 
 ALIGNMENT = 4096
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEY_BYTES = 32
+ROOT = bytes(KEY_BYTES)  # the parent of a prefix's first page
 FINGERPRINT_BYTES = 16
 
 _MAGIC = b"hcchunk\0"
-_FIXED = struct.Struct("<8sII16s32sI4x")
+_FIXED = struct.Struct("<8sII16s32s32sI4x")
 
 Record = npt.NDArray[np.uint8]
 
@@ -82,6 +84,11 @@ class ChunkLayout:
         start = self._offsets[layer]
         return record[start : start + self.layer_bytes[layer]]
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Offset in the record, and length, of the payloads of layers [first, last): both multiples of ALIGNMENT."""
+        assert 0 <= first <= last <= self.n_layers
+        return self._offsets[first], self._offsets[last] - self._offsets[first]
+
     @cached_property
     def sums_at(self) -> int:
         return _round_up(_FIXED.size + 4 * self.page_tokens, 8)
@@ -104,6 +111,7 @@ class Header:
 
     fingerprint: bytes
     key: bytes
+    parent: bytes  # ROOT for the first page of a prefix
 
 
 def positions(record: Record, layout: ChunkLayout) -> npt.NDArray[np.int32]:
@@ -111,12 +119,12 @@ def positions(record: Record, layout: ChunkLayout) -> npt.NDArray[np.int32]:
     return record[_FIXED.size : _FIXED.size + 4 * layout.page_tokens].view(np.int32)
 
 
-def seal(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes) -> None:
+def seal(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes, parent: bytes) -> None:
     """Write the header around `positions`, with the checksums of the payloads as they are now."""
     assert record.shape == (layout.record_bytes,)
     assert len(fingerprint) == FINGERPRINT_BYTES
-    assert len(key) == KEY_BYTES
-    fixed = _FIXED.pack(_MAGIC, SCHEMA_VERSION, layout.page_tokens, fingerprint, key, layout.n_layers)
+    assert len(key) == len(parent) == KEY_BYTES
+    fixed = _FIXED.pack(_MAGIC, SCHEMA_VERSION, layout.page_tokens, fingerprint, key, parent, layout.n_layers)
     record[: _FIXED.size] = np.frombuffer(fixed, np.uint8)
     record[_FIXED.size + 4 * layout.page_tokens : layout.sums_at] = 0
     _layer_sums(record, layout)[:] = [_sum(layout.payload(record, i)) for i in range(layout.n_layers)]
@@ -128,22 +136,40 @@ def read_header(record: Record, layout: ChunkLayout) -> Header:
 
     Raises ChunkDamaged where the header does not hold; says nothing about the payloads.
     """
-    magic, schema, page_tokens, fingerprint, key, n_layers = _FIXED.unpack_from(record[: _FIXED.size].data)
+    magic, schema, page_tokens, fingerprint, key, parent, n_layers = _FIXED.unpack_from(record[: _FIXED.size].data)
     if magic != _MAGIC:
         raise ChunkDamaged("no record was written here")
-    if _header_sum(record, layout)[0] != _sum(record[: layout.header_sum_at]):
-        raise ChunkDamaged("the header's checksum is wrong")
     if (schema, page_tokens, n_layers) != (SCHEMA_VERSION, layout.page_tokens, layout.n_layers):
         raise ChunkDamaged("the header is of another layout")
-    return Header(fingerprint, key)
+    if _header_sum(record, layout)[0] != _sum(record[: layout.header_sum_at]):
+        raise ChunkDamaged("the header's checksum is wrong")
+    return Header(fingerprint, key, parent)
 
 
 def verify(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes) -> None:
     """Raise ChunkDamaged unless the record is this page, whole."""
-    if read_header(record, layout) != Header(fingerprint, key):
+    verify_header(record, layout, fingerprint, key)
+    verify_layers(record, record[layout.header_bytes :], layout, 0, layout.n_layers)
+
+
+def verify_header(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes) -> None:
+    """Raise ChunkDamaged unless the first `header_bytes` of a record are this page's header."""
+    header = read_header(record, layout)
+    if (header.fingerprint, header.key) != (fingerprint, key):
         raise ChunkDamaged("the record is another page")
-    for layer, expected in enumerate(_layer_sums(record, layout).tolist()):
-        if _sum(layout.payload(record, layer)) != expected:
+
+
+def verify_layers(header: Record, payloads: Record, layout: ChunkLayout, first: int, last: int) -> None:
+    """Raise ChunkDamaged unless the payloads of layers [first, last) are those a verified header names.
+
+    `header`: at least the first `header_bytes` of the record. `payloads`: the bytes of `layout.span(first, last)`.
+    """
+    start, length = layout.span(first, last)
+    assert payloads.shape == (length,)
+    sums = _layer_sums(header, layout).tolist()
+    for layer in range(first, last):
+        at = layout.layer_offset(layer) - start
+        if _sum(payloads[at : at + layout.layer_bytes[layer]]) != sums[layer]:
             raise ChunkDamaged(f"the checksum of layer {layer} is wrong")
 
 

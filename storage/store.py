@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import ChunkStore, Stats
-from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
+from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ROOT, ChunkLayout, Record, seal
 from sglang_hcache.storage.stripe import Place, Stripe
 from sglang_hcache.storage.volume import Volume
 
@@ -284,7 +284,7 @@ class LocalStore:
         pages = [(key, self.memory[slot]) for key, slot in batch if key not in on_file]
         try:
             for key, record in pages:
-                seal(record, self.layout, self._fingerprint, key)
+                seal(record, self.layout, self._fingerprint, key, ROOT)
             refused = self._files.write(pages)
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
             log.exception("hcache: %d pages could not be written.", len(pages))

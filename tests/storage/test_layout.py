@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hcache.storage.layout import ALIGNMENT, ChunkDamaged, ChunkLayout, Header, read_header, seal, verify
+from sglang_hcache.storage.layout import (
+    ALIGNMENT,
+    ROOT,
+    ChunkDamaged,
+    ChunkLayout,
+    Header,
+    read_header,
+    seal,
+    verify,
+    verify_header,
+    verify_layers,
+)
 from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, fill, key_of
 
 USED = [(0, LAYOUT.header_sum_at + 8)] + [
@@ -16,7 +27,7 @@ USED = [(0, LAYOUT.header_sum_at + 8)] + [
 def sealed(page: int) -> np.ndarray:
     record = np.zeros(LAYOUT.record_bytes, np.uint8)
     fill(record, page)
-    seal(record, LAYOUT, FINGERPRINT, key_of(page))
+    seal(record, LAYOUT, FINGERPRINT, key_of(page), key_of(page - 1) if page else ROOT)
     return record
 
 
@@ -39,7 +50,49 @@ def test_an_impossible_layout_is_refused(page_tokens: int, layer_bytes: tuple[in
 def test_a_sealed_record_is_whole() -> None:
     record = sealed(7)
     verify(record, LAYOUT, FINGERPRINT, key_of(7))
-    assert read_header(record[: LAYOUT.header_bytes], LAYOUT) == Header(FINGERPRINT, key_of(7))
+    assert read_header(record[: LAYOUT.header_bytes], LAYOUT) == Header(FINGERPRINT, key_of(7), key_of(6))
+    assert read_header(sealed(0), LAYOUT).parent == ROOT
+
+
+@given(
+    st.integers(1, 300),
+    st.lists(st.integers(0, 9000), min_size=1, max_size=12),
+    st.binary(min_size=32, max_size=32),
+    st.data(),
+)
+def test_any_range_of_layers_can_be_read_and_verified_alone(
+    page_tokens: int, layer_bytes: list[int], parent: bytes, data: st.DataObject
+) -> None:
+    layout = ChunkLayout(page_tokens, tuple(layer_bytes))
+    record = np.random.default_rng(1).integers(0, 256, layout.record_bytes, np.uint8)
+    seal(record, layout, FINGERPRINT, key_of(1), parent)
+    header = record[: layout.header_bytes].copy()
+    verify_header(header, layout, FINGERPRINT, key_of(1))
+    assert read_header(header, layout).parent == parent
+
+    first = data.draw(st.integers(0, layout.n_layers))
+    last = data.draw(st.integers(first, layout.n_layers))
+    offset, length = layout.span(first, last)
+    assert offset % ALIGNMENT == length % ALIGNMENT == 0
+    payloads = record[offset : offset + length].copy()
+    verify_layers(header, payloads, layout, first, last)
+
+    layer = data.draw(st.integers(0, layout.n_layers - 1))
+    if layout.layer_bytes[layer]:
+        record[layout.layer_offset(layer)] ^= 1
+        payloads = record[offset : offset + length]
+        if first <= layer < last:
+            with pytest.raises(ChunkDamaged):
+                verify_layers(header, payloads, layout, first, last)
+        else:
+            verify_layers(header, payloads, layout, first, last)
+
+
+def test_a_record_of_another_schema_is_of_another_layout() -> None:
+    record = sealed(7)
+    record[8:12] = np.frombuffer((1).to_bytes(4, "little"), np.uint8)
+    with pytest.raises(ChunkDamaged, match="another layout"):
+        verify(record, LAYOUT, FINGERPRINT, key_of(7))
 
 
 @pytest.mark.parametrize("region", USED)
