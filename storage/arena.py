@@ -20,6 +20,11 @@ class Backing(Enum):
     UNBACKED = "is in memory only, and may be lost"
 
 
+def rows(region: mmap.mmap, slots: int, record_bytes: int) -> Record:
+    """The region as uint8 [slots, record_bytes]; raises ValueError where its size is another."""
+    return np.frombuffer(region, np.uint8).reshape(slots, record_bytes)
+
+
 class Arena:
     """Slots, which page lies in which, and the order in which they are given up.
 
@@ -27,16 +32,18 @@ class Arena:
     by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
     Not thread-safe; no call blocks.
 
-    `memory`: uint8 [slots, record_bytes], rows aligned to pages of memory, committed by the system as they are used.
+    `memory`: uint8 [slots, record_bytes], rows aligned to pages of memory.
     """
 
-    def __init__(self, slots: int, record_bytes: int) -> None:
+    def __init__(self, slots: int, record_bytes: int, region: mmap.mmap | None = None) -> None:
+        """`region`: memory to use, of exactly that size; private memory by default."""
         assert slots > 0
         assert record_bytes % mmap.PAGESIZE == 0
-        region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if region is None:
+            region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)  # the first touch of a record is then a fault or two, not hundreds
-        self.memory: Record = np.frombuffer(region, np.uint8).reshape(slots, record_bytes)
+        self.memory = rows(region, slots, record_bytes)
         self.slots = slots
         self._free = list(range(slots - 1, -1, -1))
         self._open: set[int] = set()
@@ -45,6 +52,7 @@ class Arena:
         self._backing: dict[int, Backing] = {}
         self._leases: dict[int, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._dirty = 0
 
     def reserve(self) -> int | None:
         """A slot to fill, open until `cache` or `abandon`; None where nothing can be evicted."""
@@ -67,6 +75,7 @@ class Arena:
         self._slot_of[key] = slot
         self._key_of[slot] = key
         self._backing[slot] = backing
+        self._dirty += backing is Backing.DIRTY
         self._settle(slot)
 
     def slot_of(self, key: bytes) -> int | None:
@@ -74,7 +83,7 @@ class Arena:
 
     def mark(self, slot: int, backing: Backing) -> None:
         """Say what stands behind a cached slot now; it becomes the most recently used."""
-        assert slot in self._backing
+        self._dirty += (backing is Backing.DIRTY) - (self._backing[slot] is Backing.DIRTY)
         self._backing[slot] = backing
         self._settle(slot)
 
@@ -110,7 +119,15 @@ class Arena:
 
     @property
     def dirty(self) -> int:
-        return sum(backing is Backing.DIRTY for backing in self._backing.values())
+        return self._dirty
+
+    @property
+    def available(self) -> int:
+        """Slots that `reserve` can give."""
+        return len(self._free) + len(self._evictable)
+
+    def backing(self, slot: int) -> Backing:
+        return self._backing[slot]
 
     def is_leased(self, slot: int) -> bool:
         return slot in self._leases
@@ -124,6 +141,7 @@ class Arena:
         assert set(self._backing) == cached
         assert set(self._leases) <= cached
         assert all(count > 0 for count in self._leases.values())
+        assert self._dirty == sum(backing is Backing.DIRTY for backing in self._backing.values())
         held = {slot for slot in cached if self._backing[slot] is Backing.DIRTY or slot in self._leases}
         assert set(self._evictable) == cached - held
 

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from enum import StrEnum
+from typing import NamedTuple, Protocol
 
 from sglang_hcache.storage.layout import ChunkLayout, Record
 
 Stats = dict[str, int | float | str | list[dict[str, int | str]]]
 
 
+class WritePolicy(StrEnum):
+    """When a page goes to a file; the names are SGLang's."""
+
+    WRITE_THROUGH = "write_through"  # at once
+    SELECTIVE = "write_through_selective"  # when it is used a second time
+    WRITE_BACK = "write_back"  # when memory gets short, and on closing
+
+
+class Progress(NamedTuple):
+    """How far a `prefetch` has come."""
+
+    slots: tuple[int, ...]  # of the leading pages that are there; leased until `release`
+    done: bool  # no more will come
+
+
 class ChunkStore(Protocol):
     """Pages by key (32 bytes), as records in slots of host memory, with files behind it.
 
-    Users: capture (`reserve`, `abandon`, `commit`), the linker (`contains`) and restore (`lease`, `release`). Every
-    method may be called from any thread, but `lease` and `release` of one owner not at the same time. No method
-    raises for what a disk does; a page that cannot be had whole is not there. None may be called after `close`.
+    Users: capture (`reserve`, `abandon`, `commit`), the linker (`prefetch`, `progress`, `cut`, `release`, `contains`)
+    and restore, which reads leased slots. Every method may be called from any thread, but those that name an owner
+    only from one thread an owner. No method raises for what a disk or another process does; a page that cannot be
+    had whole is not there. None may be called after `close`.
     """
+
+    @property
+    def alive(self) -> bool:
+        """False once the store has gone for good: it still holds its memory, and answers everything with nothing."""
+        ...
 
     @property
     def layout(self) -> ChunkLayout:
@@ -43,11 +65,12 @@ class ChunkStore(Protocol):
         """Give a reserved slot back. Does not block on I/O."""
         ...
 
-    def commit(self, key: bytes, slot: int) -> None:
+    def commit(self, key: bytes, slot: int, parent: bytes) -> None:
         """The reserved slot, filled, becomes page `key`; from now on it can be found, and must not be written.
 
-        Where the page is there already, the slot is given back and the page stays as it is. Writing it to a file
-        starts in the background. Does not block on I/O.
+        `parent`: key of the page before it, `ROOT` for the first of a prefix. Where the page is there already, the
+        slot is given back and the page stays as it is. It is written to a file as the policy says, in the
+        background. Does not block on I/O.
         """
         ...
 
@@ -58,17 +81,29 @@ class ChunkStore(Protocol):
         """
         ...
 
-    def lease(self, owner: str, keys: Sequence[bytes]) -> list[int]:
-        """Slots of the longest leading run of `keys` that can be had; they stay, unchanged, until `release(owner)`.
+    def prefetch(self, owner: str, keys: Sequence[bytes], *, priority: int = 0, deadline_s: float = 0.0) -> None:
+        """Get the longest leading run of `keys` that can be had into memory, and lease it to `owner`.
 
-        Pages that are only on file are read into memory and verified. A new lease of an owner replaces its former
-        one; what is in both stays in place. The run is also cut where too much is leased, or memory lacks a slot.
-        Blocks while it reads; meanwhile other calls go on.
+        Pages that are only on file are read and verified in the background, lower `priority` first. Where too much
+        is leased already, it waits for its turn. A new prefetch replaces the owner's former one; what is in both
+        stays in place. After `deadline_s` (0: never) what is not there yet is left out. Does not block on I/O.
         """
         ...
 
+    def progress(self, owner: str) -> Progress:
+        """How far the owner's prefetch has come; `Progress((), True)` where it has none."""
+        ...
+
+    def wait(self, owner: str, timeout_s: float) -> Progress:
+        """`progress`, once it is done or the time is up."""
+        ...
+
+    def cut(self, owner: str) -> None:
+        """Leave out what is not in memory yet; what is, stays leased."""
+        ...
+
     def release(self, owner: str) -> None:
-        """End the owner's lease, if it has one. Does not block on I/O."""
+        """End the owner's prefetch and its lease, if it has one. Does not block on I/O."""
         ...
 
     def flush(self, timeout_s: float) -> bool:

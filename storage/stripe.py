@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_hcache.storage.index_check import Entry
@@ -49,6 +49,9 @@ class Stripe:
             self._turn += len(left)
             left = refused
         return {key for key, _ in left}
+
+    def touch(self, keys: Mapping[bytes, int]) -> None:
+        """Note that pages were used, so many times each."""
 
     def retry(self) -> None:
         for volume in self.volumes:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lmdb
@@ -47,6 +47,8 @@ class Volume:
         writable: bool,
         segment_bytes: int,
         retry_s: float,
+        quota_bytes: int | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.damage = Damage()

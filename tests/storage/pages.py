@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hcache.storage.layout import ChunkLayout, positions
+from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 
 LAYOUT = ChunkLayout(page_tokens=5, layer_bytes=(1000, 0, 4096))
@@ -57,7 +57,7 @@ def save(store: LocalStore, pages: Iterable[int]) -> None:
         slot = store.reserve()
         assert slot is not None
         fill(store.memory[slot], page)
-        store.commit(key_of(page), slot)
+        store.commit(key_of(page), slot, ROOT)
 
 
 def served(store: LocalStore, pages: Iterable[int]) -> list[int]:

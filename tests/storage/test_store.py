@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_hcache.storage.layout import ROOT
 from sglang_hcache.storage.segment import SegmentReader
 from tests.storage.pages import (
     LAYOUT,
@@ -232,7 +233,7 @@ def test_threads_capture_and_restore_at_once(tmp_path: Path) -> None:
                 store.abandon(slot)
             else:
                 fill(store.memory[slot], page)
-                store.commit(key_of(page), slot)
+                store.commit(key_of(page), slot, ROOT)
             store.check()
 
     def restore(owner: str) -> None:

@@ -1,0 +1,222 @@
+"""What the prefetcher and its clients say to each other.
+
+A message is one ZeroMQ frame: the bytes `HC`, the protocol's version, a zero byte, then a msgpack array whose first
+element names the type. Between hosts, `Ready` and `Commit` are followed by one frame of payload a page. Each side
+counts its messages, per session, in `seq`; a message that is not the next one is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+VERSION = 1
+PREFIX = b"HC" + bytes((VERSION, 0))
+MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
+MAX_KEYS = 1 << 16  # pages in one message
+
+Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Keys = Annotated[list[Key], msgspec.Meta(max_length=MAX_KEYS)]
+Owner = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
+Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
+Parameter = dict[str, str]
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, frozen=True, kw_only=True):
+    """Base of all."""
+
+    session: Count = 0  # given by the prefetcher in `Welcome`; 0 before that
+    seq: Count = 0  # 1, 2, 3 … within a session
+
+
+# ---- from a client ----
+
+
+class Hello(Message):
+    """The first message of a session: who is there, and which pages it means."""
+
+    pid: Count  # of a process on this host whose death ends the session; 0 from another host
+    name: Owner  # for logs
+    fingerprint: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
+    host_bytes: Count  # of host memory for these pages, if this client is the first to ask for them
+    grant: Count  # slots the client wants to have ready for new pages
+    on_file: bool = True  # False: pages live in host memory only
+    write_policy: str = "write_through"
+    about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}
+
+
+class Lookup(Message):
+    """Asks for a `Found`."""
+
+    keys: Keys
+
+
+class Prefetch(Message):
+    """Get the longest leading run of `keys` into memory and keep it there for `owner`; answered by `Ready`s."""
+
+    owner: Owner
+    ticket: Count  # comes back in every `Ready` to this request
+    keys: Keys
+    priority: int  # lower is earlier; equal ones in order of arrival
+    deadline_s: Seconds  # from now; what is not in memory by then is left out; 0 for none
+
+
+class Cancel(Message):
+    """Leave out what is not in memory yet; what is, stays leased. Answered by a last `Ready`."""
+
+    owner: Owner
+
+
+class Release(Message):
+    """The owner needs its pages no more, nor those it still waits for."""
+
+    owner: Owner
+
+
+class Page(msgspec.Struct, array_like=True, frozen=True):
+    """A filled slot that becomes a page."""
+
+    key: Key
+    parent: Key
+    slot: Count  # between hosts: position of its payload's frame
+
+
+class Commit(Message):
+    pages: Annotated[list[Page], msgspec.Meta(max_length=MAX_KEYS)]
+
+
+class Abandon(Message):
+    """Granted slots that will not be filled."""
+
+    slots: Slots
+
+
+class Credit(Message):
+    """Between hosts: so many more pages may be sent."""
+
+    pages: Count
+
+
+class Flush(Message):
+    """Asks for a `Flushed` once all pages committed before are in files, or given up."""
+
+
+class DropHost(Message):
+    """Forget the pages in memory that nobody leases. Files stay."""
+
+
+class Stats(Message):
+    """Asks for `Figures`."""
+
+
+class Health(Message):
+    """Asks for an `Alive`. Sent every second; a client on another host is given up without."""
+
+
+class Bye(Message):
+    """The session ends; everything it holds is given back."""
+
+
+# ---- from the prefetcher ----
+
+
+class Welcome(Message):
+    pid: Count
+    region: str  # path of the shared memory; empty between hosts
+    slots: Count
+    lease_limit: Count  # slots all clients may lease at once
+
+
+class Refused(Message):
+    """A message was not understood or not allowed; `reason` is one of the counters' names in `Figures`."""
+
+    reason: str
+    text: str
+    fatal: bool  # the session is over: start another
+
+
+class Granted(Message):
+    slots: Slots
+
+
+class Ready(Message):
+    """Pages `first`, `first + 1`, … of a `Prefetch` are in these slots; `done`: no more will come."""
+
+    owner: Owner
+    ticket: Count
+    first: Count
+    slots: Slots
+    done: bool
+
+
+class Found(Message):
+    answers: Count  # `seq` of the `Lookup`
+    present: Annotated[list[bool], msgspec.Meta(max_length=MAX_KEYS)]
+
+
+class Flushed(Message):
+    answers: Count
+    complete: bool
+
+
+class Figures(Message):
+    answers: Count
+    figures: dict[str, int | float | str | list[dict[str, int | str]]]
+
+
+class Alive(Message):
+    answers: Count
+
+
+FromClient = (
+    Hello | Lookup | Prefetch | Cancel | Release | Commit | Abandon | Credit | Flush | DropHost | Stats | Health | Bye
+)
+FromServer = Welcome | Refused | Granted | Ready | Found | Flushed | Figures | Alive
+
+_encoder = msgspec.msgpack.Encoder()
+_from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
+_from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
+
+
+T = TypeVar("T")
+
+
+class Malformed(ValueError):
+    """Bytes that are no message; `reason` is one of `oversized`, `unknown_version`, `malformed`."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def encode(message: Message) -> bytes:
+    return PREFIX + _encoder.encode(message)
+
+
+def decode_from_client(frame: bytes | memoryview) -> FromClient:
+    """Raises Malformed."""
+    return _decode(_from_client, frame)
+
+
+def decode_from_server(frame: bytes | memoryview) -> FromServer:
+    """Raises Malformed."""
+    return _decode(_from_server, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview) -> T:
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise Malformed("oversized", f"{len(frame)} bytes, {MAX_MESSAGE_BYTES} at most")
+    view = memoryview(frame)
+    if view[:2] != PREFIX[:2] or len(view) < len(PREFIX):
+        raise Malformed("malformed", "it does not start as a message does")
+    if view[:4] != PREFIX:
+        raise Malformed("unknown_version", f"version {view[2]}, this is version {VERSION}")
+    try:
+        return decoder.decode(view[len(PREFIX) :])
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise Malformed("malformed", str(error)) from None

@@ -1,0 +1,255 @@
+"""Getting runs of pages into memory for owners: leases, reads under way, and who waits for which."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sglang_hcache.storage.arena import Arena, Backing
+from sglang_hcache.storage.contract import Progress
+from sglang_hcache.storage.stripe import Place
+
+
+@dataclass(eq=False)
+class Fetch:
+    """What an owner asked for: a run of pages, the first `ready` of which are leased for it, without a gap."""
+
+    owner: str
+    keys: Sequence[bytes]
+    places: Mapping[bytes, Place]
+    priority: int
+    admitted: bool = False
+    ready: int = 0
+    slots: dict[int, int] = field(default_factory=dict)  # page's position in the run → leased slot
+
+    @property
+    def done(self) -> bool:
+        return self.admitted and self.ready == len(self.keys)
+
+    def progress(self) -> Progress:
+        return Progress(tuple(self.slots[i] for i in range(self.ready)), self.done)
+
+
+@dataclass(eq=False)
+class Read:
+    """A page on its way from a file into an open slot, for all who wait for it."""
+
+    key: bytes
+    slot: int
+    place: Place
+    waiting: list[tuple[Fetch, int]]
+    started: bool = False
+    dropped: bool = False
+
+
+class Fetches:
+    """The leases of one arena. Not thread-safe: the store's lock guards it.
+
+    `limit`: slots that may be leased in all, those being read included. `changed` collects the owners whose progress
+    has changed since it was last taken.
+    """
+
+    def __init__(self, arena: Arena, limit: int, lock: threading.Lock) -> None:
+        self._arena = arena
+        self.limit = limit
+        self._by_owner: dict[str, Fetch] = {}
+        self._reads: dict[bytes, Read] = {}
+        self._queue: list[tuple[int, int, Read]] = []
+        self._order = itertools.count()
+        self._waiting_room: list[tuple[int, int, Fetch]] = []
+        self._readable = threading.Condition(lock)
+        self._closed = False
+        self.changed: set[str] = set()
+        self.hits_host = 0
+
+    # ---- for owners ----
+
+    def start(self, fetch: Fetch, *, wait_for_room: bool) -> None:
+        """Begin a fetch in place of the owner's former one. Keys that are nowhere must have been cut off."""
+        former = self._by_owner.pop(fetch.owner, None)
+        self._by_owner[fetch.owner] = fetch
+        if wait_for_room and self._must_wait(fetch):
+            # Without leases of its own: two that wait for each other's would wait for ever.
+            heapq.heappush(self._waiting_room, (fetch.priority, next(self._order), fetch))
+            self.changed.add(fetch.owner)
+        else:
+            self._admit(fetch)
+        if former is not None:
+            self._give_up(former)
+        self.admit_waiting()
+
+    def progress(self, owner: str) -> Progress:
+        fetch = self._by_owner.get(owner)
+        return fetch.progress() if fetch else Progress((), True)
+
+    def is_current(self, fetch: Fetch) -> bool:
+        return self._by_owner.get(fetch.owner) is fetch
+
+    def cut(self, owner: str) -> None:
+        """What is not there yet is not waited for any more."""
+        if fetch := self._by_owner.get(owner):
+            fetch.admitted = True
+            self._cut(fetch, fetch.ready)
+            self.admit_waiting()
+
+    def release(self, owner: str) -> None:
+        if fetch := self._by_owner.pop(owner, None):
+            self._give_up(fetch)
+            self.admit_waiting()
+
+    # ---- for readers ----
+
+    def next_read(self) -> Read | None:
+        """The most urgent page to read; waits for one, under the lock. None once closed."""
+        while True:
+            self._readable.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                return None
+            read = heapq.heappop(self._queue)[2]
+            if not read.dropped:
+                read.started = True
+                return read
+
+    def finish_read(self, read: Read, *, sound: bool) -> None:
+        del self._reads[read.key]
+        cached = self._arena.slot_of(read.key)
+        if cached is not None or not sound:  # committed in the meantime, or not to be had
+            self._arena.abandon(read.slot)
+        else:
+            self._arena.cache(read.key, read.slot, Backing.CLEAN)
+            cached = read.slot
+        for fetch, index in read.waiting:
+            if cached is None:
+                self._cut(fetch, index)
+            else:
+                self._pin(fetch, index, cached)
+        self.admit_waiting()
+
+    def close(self) -> None:
+        self._closed = True
+        self._readable.notify_all()
+
+    # ---- figures ----
+
+    @property
+    def leased(self) -> int:
+        """Slots that are leased, or will be once they are read."""
+        return self._arena.leased + len(self._reads)
+
+    @property
+    def reading(self) -> int:
+        return len(self._reads)
+
+    @property
+    def waiting(self) -> int:
+        return sum(not fetch.admitted for _, _, fetch in self._waiting_room)
+
+    def check(self) -> None:
+        """Assert that leases are those of the fetches, and no more than allowed."""
+        pinned = [slot for fetch in self._by_owner.values() for slot in fetch.slots.values()]
+        assert all(self._arena.is_leased(slot) for slot in pinned)
+        assert len(set(pinned)) == self._arena.leased
+        assert self.leased <= self.limit
+        for key, read in self._reads.items():
+            assert read.key == key
+            assert not read.dropped
+            assert read.started or read.waiting
+        for fetch in self._by_owner.values():
+            assert set(range(fetch.ready)) <= set(fetch.slots)
+            assert fetch.ready not in fetch.slots
+
+    def _room(self) -> int:
+        return self.limit - self.leased
+
+    def _needs(self, fetch: Fetch) -> int:
+        """Slots that it would lease beyond those that are leased or being read already."""
+        return sum(
+            key not in self._reads and (slot is None or not self._arena.is_leased(slot))
+            for key, slot in ((key, self._arena.slot_of(key)) for key in fetch.keys)
+        )
+
+    def _must_wait(self, fetch: Fetch) -> bool:
+        return self.leased > 0 and self._needs(fetch) > self._room()
+
+    def _pin_cached(self, fetch: Fetch) -> None:
+        """Lease what is in memory, as far as room goes; pages still to be read keep theirs."""
+        room = self._room()
+        for index, key in enumerate(fetch.keys):
+            slot = self._arena.slot_of(key)
+            is_new = not self._arena.is_leased(slot) if slot is not None else key not in self._reads
+            if is_new:
+                if room <= 0:
+                    break
+                room -= 1
+            if slot is not None:
+                self._pin(fetch, index, slot)
+                self.hits_host += 1
+
+    def _admit(self, fetch: Fetch) -> None:
+        """Lease, join or start a read for each page of the run, as far as room and slots go."""
+        fetch.admitted = True
+        self.changed.add(fetch.owner)
+        self._pin_cached(fetch)
+        for index, key in enumerate(fetch.keys):
+            if index in fetch.slots:
+                continue
+            slot, read = self._arena.slot_of(key), self._reads.get(key)
+            if slot is not None and (self._arena.is_leased(slot) or self._room() > 0):
+                self._pin(fetch, index, slot)
+                self.hits_host += 1
+                continue
+            if read is None and slot is None and self._room() > 0 and key in fetch.places:
+                open_slot = self._arena.reserve()
+                if open_slot is not None:
+                    read = self._reads[key] = Read(key, open_slot, fetch.places[key], [])
+                    heapq.heappush(self._queue, (fetch.priority, next(self._order), read))
+                    self._readable.notify()
+            if read is None:
+                self._cut(fetch, index)
+                return
+            read.waiting.append((fetch, index))
+
+    def admit_waiting(self) -> None:
+        """In order of priority; the first that does not fit holds back the others, so that none starves."""
+        while self._waiting_room:
+            fetch = self._waiting_room[0][2]
+            live = self._by_owner.get(fetch.owner) is fetch and not fetch.admitted
+            if live and self._must_wait(fetch):
+                return
+            heapq.heappop(self._waiting_room)
+            if live:
+                self._admit(fetch)
+
+    def _pin(self, fetch: Fetch, index: int, slot: int) -> None:
+        self._arena.lease(slot)
+        fetch.slots[index] = slot
+        while fetch.ready in fetch.slots:
+            fetch.ready += 1
+        self.changed.add(fetch.owner)
+
+    def _cut(self, fetch: Fetch, length: int) -> None:
+        """The run ends before page `length`: what lies behind is worth nothing without it."""
+        fetch.keys, behind = fetch.keys[:length], fetch.keys[length:]
+        self._arena.release(fetch.slots.pop(i) for i in sorted(fetch.slots) if i >= length)
+        self._leave_reads(fetch, behind)
+        self.changed.add(fetch.owner)
+
+    def _give_up(self, fetch: Fetch) -> None:
+        self._arena.release(fetch.slots[i] for i in sorted(fetch.slots))
+        fetch.slots.clear()
+        self._leave_reads(fetch, fetch.keys)
+        fetch.admitted, fetch.keys, fetch.ready = True, (), 0
+        self.changed.discard(fetch.owner)
+
+    def _leave_reads(self, fetch: Fetch, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            if (read := self._reads.get(key)) is None:
+                continue
+            read.waiting = [(other, index) for other, index in read.waiting if other is not fetch]
+            if not read.waiting and not read.started:
+                read.dropped = True
+                del self._reads[key]
+                self._arena.abandon(read.slot)
