@@ -110,6 +110,12 @@ class LocalStore:
             self._writer.reserved()
             return slot
 
+    @property
+    def available(self) -> int:
+        """Slots that `reserve` can give now."""
+        with self._lock:
+            return self._arena.available
+
     def abandon(self, slot: int) -> None:
         with self._lock:
             self._arena.abandon(slot)

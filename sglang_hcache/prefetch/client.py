@@ -1,0 +1,170 @@
+"""The store of pages as a scheduler process sees it: messages to the prefetcher, payload in shared memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.connection import Connection, Unavailable
+from sglang_hcache.storage.arena import rows
+from sglang_hcache.storage.contract import Progress, Stats
+from sglang_hcache.storage.layout import ChunkLayout, Record
+from sglang_hcache.storage.region import Region
+
+ASK_S = 0.5  # a question on the scheduler's thread may not cost more
+STATS_S = 2.0
+
+
+@dataclass(eq=False)
+class _Wanted:
+    ticket: int
+    slots: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+class PrefetchClient:
+    """A ChunkStore in the memory of another process on this host, for as long as that process lives.
+
+    `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone. Raises Unavailable
+    where there is no prefetcher that serves `hello` within `timeout_s`.
+    """
+
+    def __init__(self, address: str, hello: m.Hello, *, news: int, timeout_s: float) -> None:
+        self.layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
+        self._news = news
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._granted: deque[int] = deque()
+        self._wanted: dict[str, _Wanted] = {}
+        self._tickets = itertools.count(1)
+        self._reserve_failed = 0
+        self._connection = Connection(address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s)
+        welcome = self._connection.welcome
+        try:
+            region = Region.attach(welcome.region, welcome.slots * self.layout.record_bytes)
+        except OSError as error:
+            self._connection.start()
+            self._connection.close()
+            raise Unavailable(f"its memory cannot be shared: {error}") from None
+        region.close()
+        self.memory: Record = rows(region.memory, welcome.slots, self.layout.record_bytes)
+        self._connection.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._connection.alive
+
+    @property
+    def why_ended(self) -> str:
+        return self._connection.why_ended
+
+    @property
+    def prefetcher_pid(self) -> int:
+        return self._connection.welcome.pid
+
+    def reserve(self) -> int | None:
+        with self._lock:
+            if self._granted and self.alive:
+                return self._granted.popleft()
+            self._reserve_failed += 1
+            return None
+
+    def abandon(self, slot: int) -> None:
+        with self._lock:
+            if self.alive:
+                self._granted.append(slot)
+
+    def commit(self, key: bytes, slot: int, parent: bytes) -> None:
+        self._connection.send(m.Commit(pages=[m.Page(key, parent, slot)]))
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        try:
+            return self._connection.ask(m.Lookup(keys=list(keys)), m.Found, ASK_S).present
+        except Unavailable:
+            return [False] * len(keys)
+
+    def prefetch(self, owner: str, keys: Sequence[bytes], *, priority: int = 0, deadline_s: float = 0.0) -> None:
+        with self._lock:
+            wanted = self._wanted[owner] = _Wanted(next(self._tickets), done=not self.alive)
+        self._connection.send(
+            m.Prefetch(
+                owner=owner,
+                ticket=wanted.ticket,
+                keys=list(keys[: m.MAX_KEYS]),
+                priority=priority,
+                deadline_s=deadline_s,
+            )
+        )
+
+    def progress(self, owner: str) -> Progress:
+        with self._lock:
+            return self._progress(owner)
+
+    def wait(self, owner: str, timeout_s: float) -> Progress:
+        with self._lock:
+            self._changed.wait_for(lambda: self._progress(owner).done, timeout_s)
+            return self._progress(owner)
+
+    def cut(self, owner: str) -> None:
+        self._connection.send(m.Cancel(owner=owner))
+
+    def release(self, owner: str) -> None:
+        with self._lock:
+            known = self._wanted.pop(owner, None)
+        if known is not None:
+            self._connection.send(m.Release(owner=owner))
+
+    def flush(self, timeout_s: float) -> bool:
+        try:
+            return self._connection.ask(m.Flush(), m.Flushed, timeout_s).complete
+        except Unavailable:
+            return False
+
+    def drop_host(self) -> None:
+        self._connection.send(m.DropHost())
+
+    def stats(self) -> Stats:
+        with self._lock:
+            stats: Stats = {"prefetcher": "ok" if self.alive else f"gone: {self.why_ended}"}
+            stats["reserve_failed"] = self._reserve_failed
+            stats["pages_granted"] = len(self._granted)
+        try:
+            figures = self._connection.ask(m.Stats(), m.Figures, STATS_S).figures
+        except Unavailable as error:
+            return stats | {"prefetcher": f"gone: {error}"}
+        return figures | stats
+
+    def close(self) -> None:
+        """Say goodbye to the prefetcher. Nobody may read or write the memory any more."""
+        self._connection.close()
+
+    def _progress(self, owner: str) -> Progress:
+        wanted = self._wanted.get(owner)
+        return Progress(tuple(wanted.slots), wanted.done) if wanted else Progress((), True)
+
+    def _receive(self, message: m.FromServer) -> None:
+        with self._lock:
+            if isinstance(message, m.Granted):
+                self._granted.extend(message.slots)
+            elif isinstance(message, m.Ready):
+                wanted = self._wanted.get(message.owner)
+                if wanted is None or wanted.ticket != message.ticket:
+                    return
+                assert message.first == len(wanted.slots), "pages are announced in order"
+                wanted.slots.extend(message.slots)
+                wanted.done = message.done
+                self._changed.notify_all()
+                if message.done:
+                    os.eventfd_write(self._news, 1)
+
+    def _ended(self) -> None:
+        with self._lock:
+            for wanted in self._wanted.values():
+                wanted.done = True
+            self._changed.notify_all()
+        os.eventfd_write(self._news, 1)

@@ -1,0 +1,195 @@
+"""A client's side of a session: one thread that owns the socket, for callers on any other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from sglang_hcache.prefetch import messages as m
+
+HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
+LINGER_MS = 200  # for a goodbye
+BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
+HUNG_S = 10.0  # without an answer it is given up; the end of its process is seen at once
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer", bound=m.Message)
+
+
+class Unavailable(Exception):
+    """No session with a prefetcher can be had, or the session is over."""
+
+
+class Connection:
+    """An open session. `receive` is called on its thread with what is no answer to `ask`; `ended` once, at its end.
+
+    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: m.Hello,
+        *,
+        receive: Callable[[m.FromServer], None],
+        ended: Callable[[], None],
+        timeout_s: float,
+    ) -> None:
+        self._receive = receive
+        self._ended = ended
+        self._lock = threading.Lock()
+        self._answered = threading.Condition(self._lock)
+        self._asked: set[int] = set()
+        self._answers: dict[int, m.FromServer] = {}
+        self._outbox: deque[m.Message] = deque()
+        self._enqueued = 0
+        self._heard_at = time.monotonic()
+        self._closing = False
+        self.alive = True
+        self.why_ended = ""
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.SNDHWM, HIGH_WATER)
+        self._socket.set(zmq.RCVHWM, HIGH_WATER)
+        self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.set(zmq.MAXMSGSIZE, 4 * m.MAX_MESSAGE_BYTES)
+        self._socket.connect(address)
+        try:
+            self.welcome = self._introduce(hello, timeout_s)
+            self._pidfd = os.pidfd_open(self.welcome.pid)
+        except (Unavailable, OSError) as error:
+            self._socket.close(0)
+            self._context.term()
+            raise Unavailable(str(error)) from None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="hcache-prefetch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to receive; what has arrived since the welcome comes first."""
+        self._thread.start()
+
+    def send(self, message: m.Message) -> int:
+        """Queue a message; its `seq`. Nothing is sent once the session is over."""
+        with self._lock:
+            return self._enqueue(message)
+
+    def ask(self, message: m.Message, kind: type[Answer], timeout_s: float) -> Answer:
+        """Send, and wait for the answer. Raises Unavailable where there is none in time."""
+        with self._lock:
+            seq = self._enqueue(message)
+            self._asked.add(seq)
+            self._answered.wait_for(lambda: seq in self._answers or not self.alive, timeout_s)
+            self._asked.remove(seq)
+            answer = self._answers.pop(seq, None)
+        if not isinstance(answer, kind):
+            raise Unavailable(self.why_ended or f"no answer in {timeout_s:g} s")
+        return answer
+
+    def close(self) -> None:
+        """Say goodbye. What the session held must not be used any more."""
+        with self._lock:
+            self._closing = True
+            self._enqueue(m.Bye())
+        if self._thread.is_alive():
+            self._thread.join()
+        os.close(self._pidfd)
+        os.close(self._wake)
+
+    def _introduce(self, hello: m.Hello, timeout_s: float) -> m.Welcome:
+        self._socket.send(m.encode(hello))
+        if not self._socket.poll(int(1000 * timeout_s)):
+            raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
+        try:
+            answer = m.decode_from_server(self._socket.recv())
+        except m.Malformed as error:
+            raise Unavailable(f"it answers in another language: {error}") from None
+        if not isinstance(answer, m.Welcome):
+            raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
+        return answer
+
+    def _enqueue(self, message: m.Message) -> int:
+        if self.alive or isinstance(message, m.Bye):
+            self._enqueued += 1
+            self._outbox.append(msgspec.structs.replace(message, session=self.welcome.session, seq=self._enqueued))
+            os.eventfd_write(self._wake, 1)
+        return self._enqueued
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._socket, self._wake, self._pidfd):
+            poller.register(source, zmq.POLLIN)
+        beat_at = 0.0
+        while True:
+            ready = dict(poller.poll(int(1000 * BEAT_S)))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._socket in ready:
+                self._drain_socket()
+            if self._pidfd in ready:
+                self._end("its process has ended")
+            now = time.monotonic()
+            if self.alive and now - self._heard_at > HUNG_S:
+                self._end(f"it has not answered for {HUNG_S:g} s")
+            if self.alive and now >= beat_at:
+                beat_at = now + BEAT_S
+                self.send(m.Health())
+            self._send_queued()
+            if self._closing:
+                break
+            if not self.alive and self._socket in poller:
+                poller.unregister(self._socket)  # only the goodbye is left to do
+                poller.unregister(self._pidfd)
+        self._end("it was closed")
+        self._socket.close()
+        self._context.term()
+
+    def _drain_socket(self) -> None:
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._heard_at = time.monotonic()
+            try:
+                message = m.decode_from_server(frame)
+            except m.Malformed as error:
+                self._end(f"it sent what cannot be read: {error}")
+                return
+            if isinstance(message, m.Refused):
+                log.warning("hcache: the prefetcher refused a message: %s (%s)", message.text, message.reason)
+                if message.fatal:
+                    self._end(message.text)
+            elif isinstance(message, m.Found | m.Flushed | m.Figures):
+                with self._lock:
+                    if message.answers in self._asked:
+                        self._answers[message.answers] = message
+                        self._answered.notify_all()
+            elif not isinstance(message, m.Alive):
+                self._receive(message)
+
+    def _send_queued(self) -> None:
+        while self._outbox:
+            try:
+                self._socket.send(m.encode(self._outbox[0]), zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._outbox.popleft()
+
+    def _end(self, why: str) -> None:
+        with self._lock:
+            if not self.alive:
+                return
+            self.alive = False
+            self.why_ended = why
+            self._outbox.clear()
+            self._answered.notify_all()
+        self._ended()

@@ -1,0 +1,85 @@
+"""Where a node's prefetcher is found: a socket and a lock named after the directories it serves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_hcache.storage.files import try_lock
+
+
+class InsecureDirectory(OSError):
+    """The directory for sockets belongs to somebody else, or others may enter it."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Socket and lock of the one prefetcher for a set of directories, on this node and for this user."""
+
+    socket: Path
+    lock: Path
+
+    @property
+    def address(self) -> str:
+        return f"ipc://{self.socket}"
+
+
+def endpoint_for(directories: Sequence[str]) -> Endpoint:
+    """Raises InsecureDirectory, or OSError where the directory for sockets cannot be made."""
+    names = "\0".join(sorted(str(Path(directory).resolve()) for directory in directories))
+    name = hashlib.sha256(names.encode()).hexdigest()[:16]
+    folder = _runtime_directory()
+    return Endpoint(folder / f"{name}.sock", folder / f"{name}.lock")
+
+
+def _runtime_directory() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(base) / "sglang-hcache" if base else Path(f"/tmp/sglang-hcache-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise InsecureDirectory(f"{path} must be a directory that only this user can enter; remove it")
+    return path
+
+
+class InstanceLock:
+    """Held by the one prefetcher of an endpoint, as long as it lives; the system releases it, whatever ends it."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    @classmethod
+    def acquire(cls, path: Path) -> InstanceLock | None:
+        """None where another process has it."""
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if not try_lock(fd, exclusive=True):
+                os.close(fd)
+                return None
+            try:
+                if os.path.samestat(path.stat(), os.fstat(fd)):
+                    return cls(path, fd)
+            except FileNotFoundError:
+                pass  # its former owner has just removed it
+            os.close(fd)
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def is_running(endpoint: Endpoint) -> bool:
+    """Whether some process holds the endpoint's lock."""
+    try:
+        fd = os.open(endpoint.lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_lock(fd, exclusive=False)
+    finally:
+        os.close(fd)

@@ -1,0 +1,145 @@
+"""The stores a prefetcher keeps open: one a fingerprint, each with an arena of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.storage.contract import WritePolicy
+from sglang_hcache.storage.layout import ChunkLayout
+from sglang_hcache.storage.region import Region
+from sglang_hcache.storage.store import LocalStore
+
+log = logging.getLogger(__name__)
+
+Opened = Callable[["Space | str"], None]  # a space, or why there is none
+
+
+@dataclass
+class Space:
+    """A store, the shared memory of its arena, and the sessions that use it."""
+
+    fingerprint: bytes
+    store: LocalStore
+    region: Region
+    sessions: set[int] = field(default_factory=set)
+
+
+class Spaces:
+    """Opening and closing read and write files, so they are done by threads; everything else by the server's loop.
+
+    `later(job)` must have the loop call `job` soon, from any thread. `progressed` is called with a fingerprint and an
+    owner, from any thread.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        quota_bytes: int | None,
+        later: Callable[[Callable[[], None]], None],
+        progressed: Callable[[bytes, str], None],
+    ) -> None:
+        self._directories = directories
+        self._quota_bytes = quota_bytes
+        self._later = later
+        self._progressed = progressed
+        self._open: dict[bytes, Space] = {}
+        self._busy: dict[bytes, list[tuple[Hello, Opened]]] = {}
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="hcache-space")
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._busy)
+
+    def open(self, hello: Hello, opened: Opened) -> None:
+        """Call `opened` once the space of the hello's fingerprint is open, or cannot be."""
+        if space := self._open.get(hello.fingerprint):
+            opened(self._fitting(space, hello))
+        elif (waiting := self._busy.get(hello.fingerprint)) is not None:
+            waiting.append((hello, opened))
+        else:
+            self._busy[hello.fingerprint] = [(hello, opened)]
+            self._threads.submit(self._make, hello)
+
+    def close(self, space: Space) -> None:
+        """Nobody uses it any more; whoever asks for it meanwhile waits until it can be opened anew."""
+        del self._open[space.fingerprint]
+        self._busy[space.fingerprint] = []
+        self._threads.submit(self._unmake, space)
+
+    def in_background(self, work: Callable[[], bool], done: Callable[[bool], None]) -> None:
+        """Do what may take long, and then `done` with its result, in the loop."""
+
+        def run() -> None:
+            result = work()
+            self._later(lambda: done(result))
+
+        self._threads.submit(run)
+
+    def close_all(self) -> None:
+        """Close everything and wait for it."""
+        self._threads.shutdown()
+        for space in self._open.values():
+            space.store.close()
+            space.region.close()
+
+    def _fitting(self, space: Space, hello: Hello) -> Space | str:
+        same = space.store.layout == _layout(hello)
+        return space if same else "another client uses this fingerprint with another layout of pages"
+
+    def _make(self, hello: Hello) -> None:
+        result: Space | str
+        try:
+            result = self._made(hello)
+        except (OSError, ValueError, MemoryError) as error:
+            result = f"its pages cannot be served: {error}"
+        except Exception as error:
+            log.exception("hcache: a client's pages cannot be served.")
+            result = f"its pages cannot be served: {error!r}"
+        self._later(lambda: self._finished(hello.fingerprint, result))
+
+    def _made(self, hello: Hello) -> Space:
+        layout = _layout(hello)
+        slots = hello.host_bytes // layout.record_bytes
+        if slots < 2:
+            raise ValueError(
+                f"{hello.host_bytes} bytes of host memory do not hold two pages of {layout.record_bytes}"
+            )
+        region = Region.create("hcache", slots * layout.record_bytes)
+        store = LocalStore(
+            layout,
+            hello.fingerprint,
+            slots * layout.record_bytes,
+            self._directories if hello.on_file else [],
+            region=region.memory,
+            write_policy=WritePolicy(hello.write_policy),
+            quota_bytes=self._quota_bytes,
+            about=hello.about,
+            on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
+        )
+        return Space(hello.fingerprint, store, region)
+
+    def _unmake(self, space: Space) -> None:
+        try:
+            space.store.close()
+            space.region.close()
+        except Exception:
+            log.exception("hcache: pages were not closed properly; the next opening tidies up.")
+        self._later(lambda: self._finished(space.fingerprint, None))
+
+    def _finished(self, fingerprint: bytes, result: Space | str | None) -> None:
+        waiting = self._busy.pop(fingerprint)
+        if isinstance(result, Space):
+            self._open[fingerprint] = result
+        for hello, opened in waiting:
+            if result is None or isinstance(result, Space):
+                self.open(hello, opened)
+            else:
+                opened(result)
+
+
+def _layout(hello: Hello) -> ChunkLayout:
+    return ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))

@@ -1,0 +1,125 @@
+"""Sees to it that a prefetcher runs and that there is a session with it; starts another when one has died."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.connection import Unavailable
+from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
+from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.server import ServerConfig
+
+START_S = 60.0  # for a prefetcher to start and open its directories
+BACK_OFF_S = (0.1, 30.0)  # first pause before another try, and longest
+POLL_S = 0.02
+
+# In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
+# when it stops, before the prefetcher could have written what is left.
+_LAUNCHER = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)"
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """One a client process. `hello` is asked for anew for each session.
+
+    A store that is gone is replaced in two steps, as somebody may still be reading its memory: the owner of the
+    store calls `replace` once that has ended, and finds the next store in `taken` some time later.
+    """
+
+    def __init__(self, directories: tuple[str, ...], quota_bytes: int | None, hello: Callable[[], Hello]) -> None:
+        self._endpoint: Endpoint = endpoint_for(directories)
+        self._config = ServerConfig(self._endpoint.address, directories, quota_bytes)
+        self._hello = hello
+        self.news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.restarts = 0
+        self._next: PrefetchClient | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self, timeout_s: float = START_S) -> PrefetchClient:
+        """A session, with a prefetcher that is started where none runs. Raises Unavailable."""
+        deadline = time.monotonic() + timeout_s
+        pause = BACK_OFF_S[0]
+        while True:
+            if not is_running(self._endpoint):
+                self._launch()
+            try:
+                return PrefetchClient(
+                    self._endpoint.address,
+                    self._hello(),
+                    news=self.news,
+                    timeout_s=max(POLL_S, deadline - time.monotonic()),
+                )
+            except Unavailable as error:
+                if time.monotonic() + pause > deadline or self._closed.wait(pause):
+                    raise
+                log.info("hcache: no session with the prefetcher yet: %s", error)
+                pause = min(2 * pause, BACK_OFF_S[1])
+
+    def replace(self, gone: PrefetchClient) -> None:
+        """A store is gone and nobody uses its memory any more: get another in the background."""
+        log.warning(
+            "hcache: the prefetcher is gone (%s); starting another. Requests go on without it.", gone.why_ended
+        )
+        self._thread = threading.Thread(target=self._reopen, args=(gone,), name="hcache-supervisor", daemon=True)
+        self._thread.start()
+
+    def taken(self) -> PrefetchClient | None:
+        """The store that follows a replaced one, once."""
+        store, self._next = self._next, None
+        return store
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        if store := self.taken():
+            store.close()
+
+    def _reopen(self, gone: PrefetchClient) -> None:
+        if "not answered" in gone.why_ended:
+            self._kill_hung(gone.prefetcher_pid)
+        gone.close()
+        pause = BACK_OFF_S[0]
+        while not self._closed.is_set():
+            try:
+                store = self.open()
+            except (Unavailable, OSError) as error:
+                log.warning("hcache: no prefetcher can be had (%s); trying again in %g s", error, pause)
+                self._closed.wait(pause)
+                pause = min(2 * pause, BACK_OFF_S[1])
+                continue
+            self.restarts += 1
+            self._next = store
+            os.eventfd_write(self.news, 1)
+            log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
+            return
+
+    def _kill_hung(self, pid: int) -> None:
+        """Only what still holds the endpoint's lock, and does not answer, is killed."""
+        if is_running(self._endpoint):
+            log.warning("hcache: the prefetcher (process %d) hangs and is killed", pid)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def _launch(self) -> None:
+        config = json.dumps(dataclasses.asdict(self._config))
+        command = [sys.executable, "-S", "-c", _LAUNCHER, sys.executable, "-m", "sglang_hcache.prefetch", config]
+        subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+        deadline = time.monotonic() + START_S
+        while not self._endpoint.socket.exists() and time.monotonic() < deadline:
+            if self._closed.wait(POLL_S):
+                return
