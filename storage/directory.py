@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,8 +22,8 @@ import numpy as np
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
-from sglang_hcache.storage.index import Index, prepare
-from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.index import Index, Size, prepare
+from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.segment import SegmentReader
 from sglang_hcache.storage.segments import Segments
@@ -49,6 +50,7 @@ class Directory:
         self._fingerprint = fingerprint
         self._writable = writable
         self._damage = damage
+        self._size = Size(layout.record_bytes, layout.page_tokens)
         self._pages = 0
         make_private(path)
         folder = path / "segments" / fingerprint.hex()
@@ -98,16 +100,21 @@ class Directory:
             writer, slot = self._segments.place()
             writer.write(slot, record)
             writers.add(writer)
-            placed.append((key, Entry(writer.name, slot)))
+            parent = read_header(record, self._layout).parent
+            placed.append((key, Entry(writer.name, slot, parent[:PARENT_BYTES], 0, int(time.time()))))
         for writer in writers:
             writer.sync()
         self._index.put_many(placed)
         self._pages += len(placed)
         self._segments.let_go_full()
 
+    def touch(self, hits: Mapping[bytes, int]) -> None:
+        """Note that pages were used now, so many times each."""
+        self._index.touch(hits, int(time.time()))
+
     def probe(self) -> None:
         """Raise unless the next write can be expected to succeed: there is room, and the index takes entries."""
-        self._index.mark()
+        self._index.mark(self._size)
         if self._writable:
             self._segments.make_room()
 
@@ -121,9 +128,9 @@ class Directory:
 
     def _recover(self) -> None:
         with self._segments.census():
-            if not self._index.is_marked():
+            if not self._index.is_marked(self._size):
                 self._rebuild()
-                self._index.mark()
+                self._index.mark(self._size)
             used = self._drop_lost()
             if self._writable:
                 self._segments.lock_unfilled(used)
@@ -161,6 +168,7 @@ class Directory:
             except ChunkDamaged as damaged:
                 self._damage.file(self._segments.file(name), damaged.reason)
                 continue
+            last_use = int(self._segments.file(name).stat().st_mtime)
             for slot in range(records):
                 try:
                     reader.read(slot, record)
@@ -169,7 +177,7 @@ class Directory:
                     log.debug("record %d of %s is not listed: %s", slot, name, damaged)
                     continue
                 if header.fingerprint == self._fingerprint:
-                    found[header.key] = Entry(name, slot)
+                    found[header.key] = Entry(name, slot, header.parent[:PARENT_BYTES], 0, last_use)
         if lengths:
             self._index.put_many(found.items())
             self._damage.rebuilt(self._index.path, len(found))

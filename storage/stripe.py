@@ -51,7 +51,9 @@ class Stripe:
         return {key for key, _ in left}
 
     def touch(self, keys: Mapping[bytes, int]) -> None:
-        """Note that pages were used, so many times each."""
+        """Note that pages were used now, so many times each; those that are not on file are ignored."""
+        for volume in self.volumes:
+            volume.touch(keys)
 
     def retry(self) -> None:
         for volume in self.volumes:

@@ -122,6 +122,16 @@ class Volume:
             return False
         return True
 
+    def touch(self, hits: Mapping[bytes, int]) -> None:
+        """Note that pages were used now, so many times each; those that are not here are ignored."""
+        directory = self._directory
+        if directory is None or not self.healthy or not hits:
+            return
+        try:
+            directory.touch(hits)
+        except (OSError, lmdb.Error) as error:
+            self._fail(error, directory)
+
     def retry(self) -> None:
         """Open a failed volume anew, if it is time."""
         if self.healthy or time.monotonic() < self._retry_at:
