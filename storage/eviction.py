@@ -9,7 +9,9 @@ everything else in the model. A page is worth nothing without the pages before i
 
 - its value is at least that of every page after it (the maximum over its subtree);
 - of equal values the deeper goes first: the victims always include all pages after each of them;
-- where its parent, or any page before that, is not stored, its value is zero.
+- where its parent, or any page before that, is not stored, its own value is zero, once nobody has used it for
+  ORPHAN_S: until then the parent may be on its way;
+- a page that must stay, and so all pages before it, is worth more than any other.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 ATTENTION_TOKENS = 32768
+ORPHAN_S = 60
 FRESH_S = 600.0  # two pages used within such a time of each other are about equally recent
 
 Ints = npt.NDArray[np.int64]
@@ -76,13 +79,22 @@ class Forest:
 
 
 def values(
-    forest: Forest, *, tokens: Ints, record_bytes: Ints, hits: Ints, last_use: Ints, now: float
+    forest: Forest,
+    *,
+    tokens: Ints,
+    record_bytes: Ints,
+    hits: Ints,
+    last_use: Ints,
+    now: float,
+    keep: Mask | None = None,
 ) -> Floats:
-    """What each page is worth keeping for, as above; `last_use` and `now` in unix seconds."""
+    """What each page is worth keeping for, as above; `last_use` and `now` in unix seconds. `keep`: must stay."""
+    age = np.maximum(now - last_use, 0)
     saves = tokens * (1 + (forest.depth + 0.5) * tokens / ATTENTION_TOKENS)
-    chance = (1.0 + hits) / (np.maximum(now - last_use, 0) + FRESH_S)
-    own = saves * chance / np.maximum(record_bytes, 1)
-    own[forest.orphan] = 0
+    own = saves * (1.0 + hits) / (age + FRESH_S) / np.maximum(record_bytes, 1)
+    own[forest.orphan & (age > ORPHAN_S)] = 0
+    if keep is not None:
+        own[keep] = np.inf
     return forest.largest_below(own)
 
 

@@ -23,7 +23,15 @@ import lmdb
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import make_private, remove, sync_directory
-from sglang_hcache.storage.index_check import ENTRY, ENTRY_VERSION, FINGERPRINT_BYTES, UNWRITABLE, Entry, decode, encode
+from sglang_hcache.storage.index_check import (
+    ENTRY,
+    ENTRY_VERSION,
+    FINGERPRINT_BYTES,
+    UNWRITABLE,
+    Entry,
+    decode,
+    encode,
+)
 
 MAP_BYTES = 8 << 30  # address space, not memory: room for tens of millions of pages
 MAX_READERS = 512  # read transactions at once, in all processes

@@ -105,7 +105,7 @@ def order_of(**columns: list[int]) -> list[int]:
         ({"tokens": [16, 64, 32]}, [0, 2, 1]),
         ({"hits": [0, 1], "last_use": [int(NOW), int(NOW) - 86400]}, [1, 0]),
         ({"parents": [-1, 0, 1], "hits": [0, 0, 9]}, [2, 1, 0]),
-        ({"parents": [-1, None], "hits": [0, 99]}, [1, 0]),
+        ({"parents": [-1, None], "hits": [0, 99], "last_use": [int(NOW) - 100] * 2}, [1, 0]),
     ],
     ids=["the oldest", "the rarest", "the largest", "the cheapest", "old fame", "the last of a prefix", "an orphan"],
 )
