@@ -43,7 +43,7 @@ class Forest:
 
     @classmethod
     def of(cls, group: Ints, key: npt.NDArray[np.uint64], parent: npt.NDArray[np.uint64]) -> Forest:
-        """From the start of each page's key and of its parent's, 0 for none; of one group are those that share a tree.
+        """From the starts of each page's key and of its parent's, 0 for none; one group is one tree or several.
 
         A parent that is named by a circle counts as missing. Two keys of a group that start alike are mixed up,
         which costs nothing but a bad choice.

@@ -147,7 +147,7 @@ def release(
 
 
 def delete_unlisted(path: Path, index: Index) -> int:
-    """Delete the segments of fingerprints that the index does not list, if nobody writes them; the bytes they took."""
+    """Delete the segments of fingerprints that the index does not list, if nobody writes them; bytes they took."""
     marks, total = index.marks(), 0
     for folder in (path / "segments").iterdir():
         try:

@@ -32,7 +32,7 @@ _OLD_SIZES = (28,)
 
 
 class Entry(NamedTuple):
-    """Where a page lies: the segment's name, 16 characters, and the record in it; and what it is worth keeping for."""
+    """Where a page lies: the segment's name, 16 characters, and the record in it; and how it is used."""
 
     segment: str
     slot: int

@@ -21,7 +21,7 @@ _VALUE = np.dtype(
 
 @dataclass(frozen=True)
 class Table:
-    """One element a page, everywhere. Entries are as they lie in the index: `place` checks them, nothing else does."""
+    """One element a page, everywhere. Entries are as they lie in the index: `places` checks them, nothing else."""
 
     names: list[bytes]  # fingerprint and key
     raw: list[bytes]  # values
@@ -33,7 +33,8 @@ class Table:
         """Raises lmdb.Error."""
         names: list[bytes] = []
         raw: list[bytes] = []
-        counts, sizes = [], {}
+        counts: list[int] = []
+        sizes: dict[bytes, Size] = {}
         for index in indexes:
             more_names, more_values = index.raw()
             names += more_names

@@ -37,7 +37,8 @@ _ADVICE = {
 class Volume:
     """`quota_bytes`: bound of what the directory takes of the disk. `about`: what the fingerprint stands for.
 
-    Raises ValueError for a quota that holds nearly nothing. No method raises for what a disk does: it fails the volume, which then takes no writes until a retry succeeds.
+    Raises ValueError for a quota that holds nearly nothing. No method raises for what a disk does: it fails the
+    volume, which then takes no writes until a retry succeeds.
 
     A failed volume still reads what can be read. `write`, `retry` and `close` are for one thread, the rest for any.
     """
