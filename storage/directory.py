@@ -15,19 +15,22 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
 from sglang_hcache.storage.index import Index, prepare
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
-from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 
 LOCK_WAIT_S = 30.0
+WRITES_IN_FLIGHT = 4
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +96,13 @@ class Directory:
 
     def write(self, pages: Sequence[tuple[bytes, Record]]) -> None:
         """Write sealed records and name them in the index; durable on return, and not named where it raises."""
-        placed, writers = [], set()
+        placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)
         for key, record in pages:
             writer, slot = self._segments.place()
-            writer.write(slot, record)
-            writers.add(writer)
+            writers[writer].append((slot, record))
             placed.append((key, Entry(writer.name, slot)))
+        writes = [partial(writer.write, *run) for writer, records in writers.items() for run in runs(records)]
+        run_parallel(writes, WRITES_IN_FLIGHT)
         for writer in writers:
             writer.sync()
         self._index.put_many(placed)
