@@ -27,6 +27,7 @@ import psutil
 
 from bench.client import Answer, Client, Difference, Request, RequestFailed, compare, random_prompt
 from bench.models import ModelSpec, make_model
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 
 __all__ = [
     "Answer",
@@ -99,6 +100,7 @@ class Server(Client):
         self.progress = progress
         self.start_s = 0.0  # seconds from launch to the first answered request
         self.stop_s = 0.0  # seconds from the signal until no process is left
+        self.shares_prefetcher = False  # with another server on the same directories
         self._launcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -156,14 +158,17 @@ class Server(Client):
             self._note(f"the launcher was still there {timeout_s:g} s after SIGTERM: killing it")
         finally:
             self._kill(family)
+        status = self._reap()
+        self._wait_for_prefetcher()
         self.stop_s = time.monotonic() - began
-        return self._reap()
+        return status
 
     def kill(self) -> None:
         """SIGKILL to the launcher and all its descendants at once, as when the machine goes down."""
         began = time.monotonic()
         self._kill(self.processes())
         self._reap()
+        self._wait_for_prefetcher()
         self.stop_s = time.monotonic() - began
 
     def processes(self) -> list[psutil.Process]:
@@ -234,6 +239,17 @@ class Server(Client):
         if self._launcher is None:
             return 0
         return self._launcher.wait(30.0)
+
+    def _wait_for_prefetcher(self) -> None:
+        """Until it has written what was left, unless another server uses it, too."""
+        if "--hcache-dir" not in self.args or self.shares_prefetcher:
+            return
+        endpoint = endpoint_for(self.args[self.args.index("--hcache-dir") + 1].split(","))
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while is_running(endpoint):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the prefetcher still runs {KILL_TIMEOUT_S:g} s after its last server")
+            time.sleep(POLL_S / 4)
 
     def _kill(self, family: list[psutil.Process]) -> None:
         """Kills `family` and every process that joined the group meanwhile, and waits until they are gone."""

@@ -6,8 +6,11 @@ Method: an MHA Llama in float32 is served three times, one after another: withou
 hidden states. The KV pool holds one conversation and a little more, and two conversations take turns, so each
 request finds its prefix evicted. Each asks for its prefix and 64 tokens never seen before. Times are medians
 over all requests after the two that filled the store; bytes are what the store's directory occupies on disk
-after the server has stopped, everything counted, over the tokens it holds. The greedy answers of the three
-servers are compared token by token.
+after the server has stopped, everything counted, over the tokens it holds. The greedy answers of all servers are compared token
+by token. For `ttft_ssd_s`, hidden states alone: before each request device and host memory are emptied, so that
+the prefix is on disk only, read past the page cache where the file system allows it; `idle` finds an idle server,
+`queued` arrives just after a prompt of 512 tokens, whose prefill it waits for. `in_lookup` is the same without
+prefetching: the scheduler waits for the disk when it looks the prefix up.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,8 @@ ANSWER_TOKENS = 4
 PAGE_TOKENS = 64
 CONVERSATIONS = 2
 MODES = ("recompute", "kv", "hidden")
+OTHER_TOKENS = 512
+NO_PREFETCH = Path(__file__).parent / "read_in_lookup"
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,21 @@ class Case:
 @dataclass(frozen=True)
 class Measured:
     answers: list[Answer]
-    disk_bytes: int
-    stored_tokens: int
+    disk_bytes: int = 0
+    stored_tokens: int = 0
+    from_disk: dict[str, list[Answer]] = field(default_factory=dict)  # `idle` and `queued`
 
     @property
     def ttft_s(self) -> float:
-        return statistics.median(answer.ttft_s for answer in self.answers)
+        return _median(self.answers)
 
 
-def measure(case: Case, mode: str, folder: Path) -> Measured:
+def _median(answers: Sequence[Answer]) -> float:
+    """Of the times to the first token, in seconds."""
+    return statistics.median(answer.ttft_s for answer in answers)
+
+
+def measure(case: Case, mode: str, folder: Path, *, prefetch: bool = True) -> Measured:
     """Serve all requests of the case in one mode; the first of each conversation only fills the store."""
     store = folder / f"store-{mode}"
     shutil.rmtree(store, ignore_errors=True)
@@ -83,25 +96,54 @@ def measure(case: Case, mode: str, folder: Path) -> Measured:
     args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(pool_tokens)]
     if mode != "recompute":
         args += ["--hicache-backend", "hcache", "--hcache-dir", str(store), "--hcache-representation", mode]
-        args += ["--hicache-ratio", "4"]
+        args += ["--hicache-ratio", "4", "--hicache-storage-prefetch-policy", "wait_complete"]
     model = make_model(folder / "model", case.model)
-    with Server(model, args, log=folder / f"{mode}.log") as server:
+    env = {} if prefetch else {"PYTHONPATH": os.pathsep.join((str(NO_PREFETCH), os.environ.get("PYTHONPATH", "")))}
+    with Server(model, args, log=folder / f"{mode}.log", env=env) as server:
+        requests = CONVERSATIONS + (case.rounds if prefetch else 0)
         answers = []
-        for request in range(CONVERSATIONS + case.rounds):
+        for request in range(requests):
             turn, conversation = divmod(request, CONVERSATIONS)
             answer = server.generate(case.prompt(conversation, turn), ANSWER_TOKENS)
-            _progress(f"{mode}: request {request + 1} of {CONVERSATIONS + case.rounds}, {answer.ttft_s:.2f} s")
+            _progress(f"{mode}: request {request + 1} of {requests}, {answer.ttft_s:.2f} s")
             answers.append(answer)
-        stored = 0
-        if mode != "recompute":
-            stored = _state(server)["pages_written"] * PAGE_TOKENS
-            _require_restored(case, answers[CONVERSATIONS:])
-    return Measured(answers[CONVERSATIONS:], _disk_bytes(store) if stored else 0, stored)
+        if mode == "recompute":
+            return Measured(answers[CONVERSATIONS:])
+        stored = _wait_until_written(server) * PAGE_TOKENS
+        _require_restored(case, answers[CONVERSATIONS:])
+        from_disk = {
+            name: [_from_disk(case, server, turn, name == "queued") for turn in range(case.rounds)]
+            for name in (("idle", "queued") if mode == "hidden" else ())
+        }
+    return Measured(answers[CONVERSATIONS:], _disk_bytes(store), stored, from_disk)
+
+
+def _from_disk(case: Case, server: Server, round_: int, queued: bool) -> Answer:
+    """One request of the case whose prefix is on disk only."""
+    turn, conversation = divmod(round_, CONVERSATIONS)
+    _wait_until_written(server)
+    server.flush_cache()
+    with ThreadPoolExecutor(1) as pool:
+        if queued:
+            pool.submit(server.generate, random_prompt(OTHER_TOKENS, seed=5000 + round_), 1)
+            time.sleep(0.1)
+        answer = server.generate(case.prompt(conversation, 1 + turn), ANSWER_TOKENS)
+    _progress(f"from disk: {answer.ttft_s:.2f} s")
+    _require_restored(case, [answer])
+    return answer
+
+
+def _wait_until_written(server: Server) -> int:
+    """Pages in files, once there are no more to write."""
+    while (state := _state(server))["pages_dirty"]:
+        time.sleep(0.1)
+    return int(state["pages_file"])
 
 
 def run(case: Case, folder: Path) -> dict[str, Any]:
     """The report; its keys are what `--json` prints."""
     measured = {mode: measure(case, mode, folder) for mode in MODES}
+    in_lookup = measure(case, "hidden", folder, prefetch=False)
     ttft_s = {mode: measured[mode].ttft_s for mode in MODES}
     reference = measured["recompute"].answers
     return {
@@ -110,6 +152,10 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         "model": {"hidden_size": case.hidden_size, "layers": case.layers, "dtype": case.model.dtype},
         "rounds": case.rounds,
         "ttft_s": ttft_s,
+        "ttft_ssd_s": {
+            name: {"prefetched": _median(measured["hidden"].from_disk[name]), "in_lookup": _median(answers)}
+            for name, answers in in_lookup.from_disk.items()
+        },
         "ratio_recompute": ttft_s["recompute"] / ttft_s["hidden"],
         "ratio_kv": ttft_s["kv"] / ttft_s["hidden"],
         "bytes_per_token": {
@@ -119,6 +165,12 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             compare(answer, wanted).same_tokens
             for mode in MODES
             for answer, wanted in zip(measured[mode].answers, reference, strict=True)
+        )
+        and all(
+            compare(answer, wanted).same_tokens
+            for run in (measured["hidden"], in_lookup)
+            for answers in run.from_disk.values()
+            for answer, wanted in zip(answers, reference, strict=True)
         ),
         "machine": {
             "cpu": _cpu_name(),
@@ -183,6 +235,9 @@ def main() -> None:
         (RESULTS / "ttft.json").write_text(json.dumps(report, indent=2) + "\n")
     for mode in MODES:
         print(f"{mode:>10}: {report['ttft_s'][mode]:7.3f} s to the first token")
+    for name, times in report["ttft_ssd_s"].items():
+        ahead, late = times["prefetched"], times["in_lookup"]
+        print(f"from SSD, {name:>6}: {ahead:7.3f} s prefetched, {late:7.3f} s read in the lookup")
     print(f"restored as hidden states: {report['ratio_recompute']:.1f} x faster than prefilling again")
     if arguments.json:
         print(json.dumps(report))

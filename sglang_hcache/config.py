@@ -36,6 +36,9 @@ class HCacheConfig:
 
     directories: tuple[str, ...]  # absolute paths, one store each, striped
     representation: str = "auto"  # one of REPRESENTATION_CHOICES
+    directory_bytes: int | None = None  # bound of what each directory takes; None for the whole disk
+    prefetch_timeout_base_s: float = 1.0
+    prefetch_timeout_per_ki_token_s: float = 0.25
 
     def to_linker_config(self) -> dict[str, Any]:
         """The value of SGLang's `--unified-cache-external-linker-config`."""
@@ -48,7 +51,7 @@ class HCacheConfig:
     @classmethod
     def from_linker_extra(cls, extra: dict[str, Any]) -> HCacheConfig:
         """Inverse of `to_linker_config`, after a trip through JSON."""
-        return cls(directories=tuple(extra["directories"]), representation=extra["representation"])
+        return cls(**{**extra, "directories": tuple(extra["directories"])})
 
 
 def names_our_linker(linker_config: object) -> bool:

@@ -75,6 +75,21 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         help="What hcache stores of a page: hidden states, K and V, or (auto, the default) whichever is "
         "smaller for the model.",
     )
+    group.add_argument(
+        "--hcache-dir-size",
+        type=float,
+        default=None,
+        metavar="GB",
+        help="What hcache's files may take in each directory; the least valuable pages make room for new ones. "
+        "Default: as much as the disk has.",
+    )
+    group.add_argument(
+        "--hcache-prefetch-timeout",
+        default=None,
+        metavar="BASE[,PER_KI_TOKEN]",
+        help="With --hicache-storage-prefetch-policy timeout: a queued request waits for its pages for BASE seconds "
+        "and PER_KI_TOKEN more for every 1,024 tokens, at most. Default: 1,0.25",
+    )
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -113,10 +128,18 @@ def translate(values: MutableMapping[str, Any]) -> None:
     backend = values.pop("hicache_backend", None) or "sglang"
     directories = values.pop("hcache_dir", None)
     representation = values.pop("hcache_representation", None)
+    directory_gb = values.pop("hcache_dir_size", None)
+    timeout = values.pop("hcache_prefetch_timeout", None)
     if backend not in ("sglang", "hcache"):
         raise FlagError(f"--hicache-backend: {backend!r} is not one of sglang, hcache")
     if backend == "sglang":
-        for flag, value in (("--hcache-dir", directories), ("--hcache-representation", representation)):
+        ours = {
+            "--hcache-dir": directories,
+            "--hcache-representation": representation,
+            "--hcache-dir-size": directory_gb,
+            "--hcache-prefetch-timeout": timeout,
+        }
+        for flag, value in ours.items():
             if value is not None:
                 raise FlagError(f"{flag} does nothing without --hicache-backend hcache: add that, or drop this")
         return
@@ -125,9 +148,15 @@ def translate(values: MutableMapping[str, Any]) -> None:
         raise FlagError(f"--hcache-representation: {representation!r} is not one of {choices}")
     _refuse_conflicts(values)
     _check_host_size(values)
+    if directory_gb is not None and not directory_gb > 0:
+        raise FlagError(f"--hcache-dir-size {directory_gb} leaves no room for files: give gigabytes, or drop it")
+    base_s, per_ki_token_s = _prefetch_timeout(timeout)
     config = HCacheConfig(
         directories=_writable_directories(directories),
         representation=representation or "auto",
+        directory_bytes=None if directory_gb is None else int(directory_gb * GB),
+        prefetch_timeout_base_s=base_s,
+        prefetch_timeout_per_ki_token_s=per_ki_token_s,
     )
     if values.get("page_size") is None:
         values["page_size"] = DEFAULT_PAGE_SIZE
@@ -141,6 +170,19 @@ def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and value != harmless:
             raise FlagError(f"{_flag(name)} excludes --hicache-backend hcache: {why}; {what_to_do}")
+
+
+def _prefetch_timeout(flag: object) -> tuple[float, float]:
+    """Seconds, and seconds for every 1,024 tokens."""
+    if flag is None:
+        return 1.0, 0.25
+    try:
+        base_s, per_ki_token_s = [*map(float, str(flag).split(",")), 0.0][:2]
+    except ValueError:
+        base_s = per_ki_token_s = -1.0
+    if not (base_s >= 0 and per_ki_token_s >= 0) or str(flag).count(",") > 1:
+        raise FlagError(f"--hcache-prefetch-timeout {flag!r} is not BASE[,PER_KI_TOKEN] in seconds, such as 1,0.25")
+    return base_s, per_ki_token_s
 
 
 def _flag(name: str) -> str:

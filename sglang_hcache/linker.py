@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+import select
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,25 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_memory, get_parallel
+from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_hcache import serving
+from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representation
 from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.model import Unsupported, check_pool, kv_row_bytes
+from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.connection import Unavailable
+from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.supervisor import Supervisor
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, Projector, ReplayProjector
 from sglang_hcache.restore import LayerEvents, Load, Restorer
-from sglang_hcache.savers import HiddenSaver, KVSaver, Saver
+from sglang_hcache.savers import HiddenSaver, KVSaver, NoSaver, Saver
 from sglang_hcache.selftest import run_self_test
-from sglang_hcache.storage.layout import ChunkLayout
-from sglang_hcache.storage.store import ChunkStore, LocalStore
+from sglang_hcache.storage.layout import ROOT, ChunkLayout
 
 logger = logging.getLogger(__name__)
 
@@ -66,25 +72,71 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._work: HostWork = StreamWork() if torch.cuda.is_available() else InlineWork()
         self._queued: list[Load] = []
         self._started: dict[int, list[Load]] = {}
-        self._leased: dict[str, list[int]] = {}
+        self._promised: dict[str, list[int]] = {}
         self._completed_offloads = 0
+        self._offload_follows = ROOT
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
         self._failed_batches: set[int] = set()
-        self._open(self._fingerprint(self._model_identity()), self._config.directories)
+        self._layout = ChunkLayout(self._page_tokens, (self._page_tokens * self._row_bytes,) * self._pool.layer_num)
+        self._identity, self._on_file = self._fingerprint(self._model_identity()), True
+        self._supervisor = Supervisor(self._config.directories, self._config.directory_bytes, self._hello)
+        try:
+            store = self._supervisor.open()
+        except (Unavailable, OSError) as error:
+            raise RuntimeError(f"--hicache-backend hcache: no prefetcher can be had: {error}") from None
+        self._ahead = Ahead(store, self._hold_rule(), self._page_tokens, alone=get_parallel().tp_size == 1)
+        self._renewing = False
+        self._attach(store)
         serving.linker = self
         self._log_start()
+
+    # ---- ahead of scheduling ----
+
+    def queued(self, rid: str, keys: Sequence[bytes]) -> None:
+        """A request has been queued whose pages `keys` are not on the device."""
+        self._ahead.queued(rid, keys)
+
+    def let_go(self) -> list[str]:
+        """Requests that need not be held any longer, as this rank sees it."""
+        return self._ahead.let_go()
+
+    def admit(self, rids: Sequence[str]) -> None:
+        self._ahead.admit(rids)
+
+    @property
+    def held(self) -> Collection[str]:
+        return self._ahead.held
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Until a prefetch is done; there is nothing else to do."""
+        if select.select([self._supervisor.news], [], [], timeout_s)[0]:
+            os.eventfd_read(self._supervisor.news)
+
+    def renew_store(self) -> None:
+        """Called between batches: leave a store that is gone, once nothing reads its memory, and take the next."""
+        if self._store.alive:
+            return
+        if not self._renewing and not self._queued and not self._started:
+            self._work.drain()
+            self._saver.clear()
+            self._renewing = True
+            self._supervisor.replace(self._store)
+        if store := self._supervisor.taken():
+            self._renewing = False
+            self._promised.clear()
+            self._attach(store)
 
     # ---- lookup and load ----
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        self._leased[rid] = self._store.lease(rid, keys)
-        return list(range(1, len(self._leased[rid]) + 1))
+        self._promised[rid] = self._ahead.ready(rid, keys)
+        return list(range(1, len(self._promised[rid]) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer = transfers[0]
-        chunks = self._leased.get(rid, [])[: len(transfer.keys)]
+        chunks = self._promised.get(rid, [])[: len(transfer.keys)]
         if len(chunks) < len(transfer.keys):
             self._loads["refused"] += 1
             self.forget_request(rid)
@@ -126,21 +178,31 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.forget_request(rid)
         return cancelled
 
+    def scheduled(self, rids: Sequence[str]) -> None:
+        """These requests are in the next batch: what they have leased and do not load is not needed any more."""
+        for rid in rids:
+            self.forget_request(rid)
+
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
         under_way = [*self._queued, *(load for loads in self._started.values() for load in loads)]
-        if rid in self._leased and all(load.rid != rid for load in under_way):
-            del self._leased[rid]
-            self._store.release(rid)
+        if all(load.rid != rid for load in under_way):
+            self._promised.pop(rid, None)
+            self._ahead.forget(rid)
 
     # ---- offload ----
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         transfer = transfers[0]
-        self._saver.save([bytes.fromhex(key) for key in transfer.keys], transfer.device_indices)
+        keys = [bytes.fromhex(key) for key in transfer.keys]
+        self._saver.save(keys, self._offload_follows, transfer.device_indices)
         # What the store needs of the device pages is copied or captured by now: they need not stay locked.
         self._completed_offloads += 1
         return True
+
+    def offload_follows(self, parent: bytes) -> None:
+        """The pages of the next `offload` follow this one in their prefix."""
+        self._offload_follows = parent
 
     def num_completed_offloads(self) -> int:
         return self._completed_offloads
@@ -156,8 +218,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         for index in list(self._started):
             self.finish_layer_wise_loading(index)
         self._queued.clear()
-        for rid in list(self._leased):
-            self.forget_request(rid)
+        self._promised.clear()
+        self._ahead.clear()
         self._completed_offloads = 0
         self._saver.clear()
         self._store.drop_host()
@@ -166,11 +228,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us."""
         self.reset()
         self._store.close()
-        self._open(self._fingerprint(process_identity()), directories=())
+        self._identity, self._on_file = self._fingerprint(process_identity()), False
+        self._attach(self._supervisor.open())
         logger.warning("hcache: weights were changed in place; from now on pages are kept in host memory only")
 
     def close(self) -> None:
         self._work.close()
+        self._supervisor.close()
         self._store.close()
 
     def stats(self) -> dict[str, Any]:
@@ -185,36 +249,63 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "loads_refused": self._loads["refused"],
             "loads_failed": self._loads["failed"],
             "tokens_restored": self._tokens_restored,
+            "prefetcher_restarts": self._supervisor.restarts,
+            **self._ahead.stats(),
             **self._saver.stats(),
             **self._store.stats(),
         }
 
     # ---- start ----
 
-    def _open(self, identity: bytes, directories: tuple[str, ...]) -> None:
-        layers, page = self._pool.layer_num, self._page_tokens
-        layout = ChunkLayout(page_tokens=page, layer_bytes=(page * self._row_bytes,) * layers)
-        # Hidden states are the same on every rank: one rank writes them. K and V are each rank's own.
-        writes = self.representation is Representation.KV or get_parallel().tp_rank == 0
-        self._store: ChunkStore = LocalStore(
-            layout,
-            identity,
-            self._host_bytes(),
-            [Path(directory) for directory in directories],
-            writable=writes,
+    def _hello(self) -> Hello:
+        model = serving.runner.model_config
+        return Hello(
+            pid=os.getpid(),
+            name=f"{Path(model.model_path).name} rank {get_parallel().tp_rank}",
+            fingerprint=self._identity,
+            page_tokens=self._layout.page_tokens,
+            layer_bytes=list(self._layout.layer_bytes),
+            host_bytes=self._host_bytes() * self._ranks_sharing_pages(),
+            grant=self._pages_of_a_forward(),
+            on_file=self._on_file,
+            write_policy=get_memory().hicache_write_policy,
+            about={
+                "model": model.model_path,
+                "dtype": str(self._hidden_dtype).removeprefix("torch."),
+                "representation": str(self.representation),
+            },
         )
+
+    def _ranks_sharing_pages(self) -> int:
+        """Ranks of this node that use the same pages: all, as hidden states are the same everywhere."""
+        return _ranks_of_a_node(self._server_args) if self.representation is Representation.HIDDEN else 1
+
+    def _pages_of_a_forward(self) -> int:
+        """New pages that may be open at once: those of a forward, twice, and one of each running request."""
+        tokens = serving.most_rows_of_a_forward()
+        return 2 * -(-tokens // self._page_tokens) + (get_schedule().max_running_requests or 64)
+
+    def _hold_rule(self) -> HoldRule:
+        return HoldRule(
+            PrefetchPolicy(get_memory().hicache_storage_prefetch_policy),
+            base_s=self._config.prefetch_timeout_base_s,
+            per_ki_token_s=self._config.prefetch_timeout_per_ki_token_s,
+        )
+
+    def _attach(self, store: PrefetchClient) -> None:
+        """Save to, and restore from, this store."""
+        self._store = store
+        self._ahead.attach(store)
+        layers = self._pool.layer_num
         projectors: list[Projector]
         if self.representation is Representation.HIDDEN:
-            assert serving.capture is not None
             projectors = [self._hidden_projector] * layers
-            saver = HiddenSaver(self._store, self._work, layers=layers, row_bytes=self._row_bytes)
-            self._saver: Saver = saver
-            serving.capture.sink = saver
+            self._saver: Saver = self._hidden_saver(store)
             dtype, width = self._hidden_dtype, self._row_bytes // self._hidden_dtype.itemsize
         else:
             projectors = [KVProjector(self._pool)] * layers
             self._saver = KVSaver(
-                self._store,
+                store,
                 self._work,
                 self._pool,
                 row_bytes=self._row_bytes,
@@ -222,7 +313,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             )
             dtype, width = torch.uint8, self._row_bytes
         self._restorer = Restorer(
-            self._store,
+            store,
             projectors,
             width=width,
             dtype=dtype,
@@ -230,6 +321,17 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             forward_stream=self.forward_stream,
             events=self.layer_done_counter,
         )
+
+    def _hidden_saver(self, store: PrefetchClient) -> Saver:
+        """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
+        capture = serving.capture
+        assert capture is not None
+        if get_parallel().tp_rank % self._ranks_sharing_pages():
+            capture.remove()
+            return NoSaver()
+        saver = HiddenSaver(store, self._work, layers=self._pool.layer_num, row_bytes=self._row_bytes)
+        capture.sink = saver
+        return saver
 
     def _choose_representation(self) -> tuple[Representation, str]:
         """By size, and only what has just been proven on this model; sets `_row_bytes` and `_hidden_*`."""
@@ -335,6 +437,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._page_tokens,
             ", ".join(self._config.directories),
         )
+
+
+def _ranks_of_a_node(server_args: Any) -> int:
+    return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
 
 
 def _candidates(capture: Capture, pool: MHATokenToKVPool) -> Iterator[ReplayProjector]:

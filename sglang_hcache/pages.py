@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
-from sglang_hcache.storage.store import ChunkStore
 
 
 def chunk_rows(store: ChunkStore, *, layers: int, row_bytes: int) -> NDArray[np.uint8]:
@@ -68,13 +68,13 @@ class OpenPages:
         for page in np.unique(slots // self._page_tokens).tolist():
             self._abandon(page)
 
-    def commit(self, page: int, key: bytes) -> bool:
-        """Device page `page` holds the page named `key`; False when its rows were not captured whole."""
+    def commit(self, page: int, key: bytes, parent: bytes) -> bool:
+        """Device page `page` holds the page `key`, which follows `parent`; False when it was not captured whole."""
         chunk = self._open.get(page)
         if chunk is None or chunk.filled < self._page_tokens:
             return False
         del self._open[page]
-        self._store.commit(key, chunk.slot)
+        self._store.commit(key, chunk.slot, parent)
         return True
 
     def clear(self) -> None:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
+_WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 
@@ -55,10 +56,15 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             serving.around_forward,
             HookType.AROUND,
         ),
+        (f"{_WRAPPER}.release_request", serving.before_release_request, HookType.BEFORE),
+        (f"{_WRAPPER}._offload_node", serving.before_offload_node, HookType.BEFORE),
+        (f"{_SCHEDULER_MODULE}.Scheduler._add_request_to_queue", serving.after_request_queued, HookType.AFTER),
+        (f"{_SCHEDULER_MODULE}.Scheduler._get_new_batch_prefill_raw", serving.around_new_batch, HookType.AROUND),
         (
-            "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper.release_request",
-            serving.before_release_request,
-            HookType.BEFORE,
+            "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+            "._broadcast_reqs_across_ranks",
+            serving.around_broadcast,
+            HookType.AROUND,
         ),
         (
             "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"

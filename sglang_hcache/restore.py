@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from sglang_hcache.projector import Projector
+from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
-from sglang_hcache.storage.store import ChunkStore
 
 # Tokens projected at once. On a GPU it bounds what a restore takes; on a CPU, intermediates stay in its caches.
 _MAX_ROWS = {"cuda": 8192, "cpu": 1024}

@@ -12,14 +12,14 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_hcache.hostwork import HostWork, to_host
 from sglang_hcache.pages import OpenPages, chunk_rows
 from sglang_hcache.projector import gather_kv
-from sglang_hcache.storage.store import ChunkStore
+from sglang_hcache.storage.contract import ChunkStore
 
 
 class Saver(Protocol):
     """Called on the scheduler's thread; may not block on I/O."""
 
-    def save(self, keys: Sequence[bytes], slots: torch.Tensor) -> None:
-        """Device slots `[len(keys) × page_tokens]` hold the pages named `keys`: store what is not stored."""
+    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
+        """Device slots `[len(keys) × page_tokens]` hold the pages `keys`, which follow `parent`: store them."""
 
     def overwrite(self, slots: torch.Tensor) -> None:
         """These device slots are about to be filled by a restore."""
@@ -28,6 +28,22 @@ class Saver(Protocol):
         """Forget all that is on its way and not yet in the store."""
 
     def stats(self) -> dict[str, int]: ...
+
+
+class NoSaver:
+    """Another rank saves the same pages."""
+
+    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
+        pass
+
+    def overwrite(self, slots: torch.Tensor) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+    def stats(self) -> dict[str, int]:
+        return {}
 
 
 class HiddenSaver:
@@ -53,14 +69,17 @@ class HiddenSaver:
         host_slots = to_host(slots)
         self._work.submit(lambda: self._pages.drop(host_slots.numpy()))
 
-    def save(self, keys: Sequence[bytes], slots: torch.Tensor) -> None:
+    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
         first_slots = to_host(slots[:: self._page_tokens])
 
         def commit() -> None:
-            known = self._store.contains(keys)
-            for key, slot, stored in zip(keys, first_slots.tolist(), known, strict=True):
-                if not self._pages.commit(slot // self._page_tokens, key) and not stored:
-                    self._pages_incomplete += 1
+            incomplete = [
+                key
+                for key, before, slot in zip(keys, [parent, *keys], first_slots.tolist(), strict=False)
+                if not self._pages.commit(slot // self._page_tokens, key, before)
+            ]
+            if incomplete:
+                self._pages_incomplete += self._store.contains(incomplete).count(False)
 
         self._work.submit(commit)
 
@@ -101,7 +120,7 @@ class KVSaver:
         self._tokens_captured = 0
         self._tokens_not_captured = 0
 
-    def save(self, keys: Sequence[bytes], slots: torch.Tensor) -> None:
+    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
         page_tokens = self._store.layout.page_tokens
         missing = [i for i, stored in enumerate(self._store.contains(keys)) if not stored]
         pages = [(keys[i], i, chunk) for i in missing if (chunk := self._store.reserve()) is not None]
@@ -121,8 +140,9 @@ class KVSaver:
             for layer, (key_rows, value_rows) in enumerate(layers):
                 rows = np.concatenate([key_rows.numpy(), value_rows.numpy()], axis=1)
                 self._chunks[chunks, layer] = rows.reshape(len(chunks), page_tokens, -1)
-            for key, _, chunk in pages:
-                self._store.commit(key, chunk)
+            before = [parent, *keys]
+            for key, index, chunk in pages:
+                self._store.commit(key, chunk, before[index])
 
         self._work.submit(put)
 

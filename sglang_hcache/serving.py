@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.model import attention_sites
+from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:
     from sglang_hcache.linker import HCacheLinker
 
 logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.005  # with nothing to do but to wait for pages; new requests are looked for as often
 
 # A scheduler process has one target model and one linker.
 runner: Any = None
@@ -35,7 +39,7 @@ def after_load_model(_result: None, model_runner: Any) -> None:
         return
     capture = Capture(
         sites,
-        rows=_most_rows_of_a_forward(),
+        rows=most_rows_of_a_forward(),
         width=width,
         dtype=model_runner.model_config.dtype,
         device=model_runner.device,
@@ -51,7 +55,7 @@ def _smaller(width: int, sites: list[Any]) -> bool:
     return bool(width < kv_width * get_parallel().tp_size)
 
 
-def _most_rows_of_a_forward() -> int:
+def most_rows_of_a_forward() -> int:
     from sglang.srt.runtime_context import get_schedule
 
     schedule = get_schedule()
@@ -75,6 +79,80 @@ def around_forward(
 def before_release_request(_wrapper: object, rid: str) -> None:
     if linker is not None:
         linker.forget_request(rid)
+
+
+def before_offload_node(wrapper: Any, node_id: Any, _transfers: object) -> None:
+    if linker is not None:
+        before = wrapper.cache.tree_core.get_prefix_hash_values(node_id)
+        linker.offload_follows(bytes.fromhex(before[-1]) if before else ROOT)
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Rides on SGLang's own broadcast of requests: these are held no more, on any rank, from this step on."""
+
+    rids: tuple[str, ...]
+
+
+def after_request_queued(_result: None, scheduler: Any, req: Any, *_args: object, **_kwargs: object) -> None:
+    """The pages of a new request that are not on the device are asked for at once."""
+    queue = scheduler.waiting_queue
+    if linker is None or not queue or queue[-1] is not req:
+        return
+    keys = _missing_pages(scheduler.tree_cache, req)
+    if keys:
+        linker.queued(req.rid, keys)
+
+
+def _missing_pages(tree_cache: Any, req: Any) -> list[bytes]:
+    """Keys of the request's pages behind what the radix tree has on the device; asks no other rank."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.common import _req_radix_key
+
+    if req.positional_embed_overrides is not None:
+        return []
+    tokens = req.origin_input_ids + req.output_ids
+    key = _req_radix_key(tree_cache, req, tokens, req._compute_max_prefix_len(len(tokens)))
+    match = tree_cache.match_prefix(MatchPrefixParams(key=key))
+    if match.device_prefix_len >= len(key):
+        return []
+    return [bytes.fromhex(name) for name in tree_cache.linker._tail_hashes(key, match, match.device_prefix_len)]
+
+
+def around_broadcast(
+    original: Callable[..., Any], receiver: Any, recv_reqs: list[Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    if linker is None:
+        return original(receiver, recv_reqs, *args, **kwargs)
+    if recv_reqs is not None and (rids := linker.let_go()):
+        recv_reqs = [*recv_reqs, Admit(tuple(rids))]
+    received = original(receiver, recv_reqs, *args, **kwargs)
+    for message in received:
+        if isinstance(message, Admit):
+            linker.admit(message.rids)
+    return [message for message in received if not isinstance(message, Admit)]
+
+
+def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Held requests stay in the queue, in their place, but out of the scheduler's sight."""
+    if linker is None:
+        return original(scheduler, *args, **kwargs)
+    linker.renew_store()
+    before, held = scheduler.waiting_queue, linker.held
+    if any(req.rid in held for req in before):
+        scheduler.waiting_queue = [req for req in before if req.rid not in held]
+        if not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None:
+            linker.wait_for_news(_IDLE_WAIT_S)
+        result = original(scheduler, *args, **kwargs)
+        left = scheduler.waiting_queue
+        still_there, known = {id(req) for req in left}, {id(req) for req in before}
+        scheduler.waiting_queue = [req for req in before if id(req) in still_there or req.rid in held]
+        scheduler.waiting_queue += [req for req in left if id(req) not in known]
+    else:
+        result = original(scheduler, *args, **kwargs)
+    if (batch := result[0]) is not None:
+        linker.scheduled([req.rid for req in batch.reqs])
+    return result
 
 
 def after_weights_changed(_result: object, updater: Any, *_args: object, **_kwargs: object) -> None:

@@ -17,22 +17,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
 from sglang_hcache.storage.index import Index, Size, prepare
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.quota import Quota
-from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 
 LOCK_WAIT_S = 30.0
+WRITES_IN_FLIGHT = 4
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +122,14 @@ class Directory:
     def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes]) -> None:
         if self._evictor is not None:
             self._pages -= self._evictor.make_room(len(pages), keep)
-        placed, writers = [], set()
+        placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)
         for key, record in pages:
             writer, slot = self._segments.place()
-            writer.write(slot, record)
-            writers.add(writer)
+            writers[writer].append((slot, record))
             parent = read_header(record, self._layout).parent
             placed.append((key, Entry(writer.name, slot, parent[:PARENT_BYTES], 0, int(time.time()))))
+        writes = [partial(writer.write, *run) for writer, records in writers.items() for run in runs(records)]
+        run_parallel(writes, WRITES_IN_FLIGHT)
         for writer in writers:
             writer.sync()
         self._index.put_many(placed)

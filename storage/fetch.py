@@ -98,6 +98,7 @@ class Fetches:
     def release(self, owner: str) -> None:
         if fetch := self._by_owner.pop(owner, None):
             self._give_up(fetch)
+            self.changed.discard(owner)
             self.admit_waiting()
 
     # ---- for readers ----
@@ -242,7 +243,6 @@ class Fetches:
         fetch.slots.clear()
         self._leave_reads(fetch, fetch.keys)
         fetch.admitted, fetch.keys, fetch.ready = True, (), 0
-        self.changed.discard(fetch.owner)
 
     def _leave_reads(self, fetch: Fetch, keys: Iterable[bytes]) -> None:
         for key in keys:

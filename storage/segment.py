@@ -6,43 +6,49 @@ import errno
 import os
 import stat
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from sglang_hcache.storage.direct import DirectIO, File
 from sglang_hcache.storage.files import punch, try_lock
 from sglang_hcache.storage.layout import ChunkDamaged, Record
+
+RUN_BYTES = 1 << 20  # of records written at once: enough for a disk's full speed with a few in flight
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class SegmentWriter:
-    """The one process that may write a segment; others see its lock and leave it alone. For one thread.
+    """The one process that may write a segment; others see its lock and leave it alone.
 
-    Every method raises OSError where the disk says so.
+    `write` may be called from several threads at once, for different records; the rest is for one. Every method
+    raises OSError where the disk says so.
     """
 
-    def __init__(self, fd: int, path: Path, record_bytes: int) -> None:
+    def __init__(self, fd: int, path: Path, record_bytes: int, io: DirectIO | None) -> None:
         self.path = path
         self.name = path.stem
         self._fd = fd
+        self._file = File(fd, io)
         self._record_bytes = record_bytes
         self.records = os.fstat(fd).st_size // record_bytes
 
     @classmethod
-    def create(cls, path: Path, record_bytes: int) -> SegmentWriter:
+    def create(cls, path: Path, record_bytes: int, io: DirectIO | None = None) -> SegmentWriter:
         """A new, empty file; raises FileExistsError where there is one."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         locked = try_lock(fd, exclusive=True)
         assert locked, "somebody locked a file that did not exist"
-        return cls(fd, path, record_bytes)
+        return cls(fd, path, record_bytes, io)
 
     @classmethod
-    def adopt(cls, path: Path, record_bytes: int) -> SegmentWriter | None:
+    def adopt(cls, path: Path, record_bytes: int, io: DirectIO | None = None) -> SegmentWriter | None:
         """A file that is there; None where another process is writing it."""
         fd = _open_regular(path, os.O_RDWR)
         if not try_lock(fd, exclusive=True):
             os.close(fd)
             return None
-        return cls(fd, path, record_bytes)
+        return cls(fd, path, record_bytes, io)
 
     def punch(self, slot: int) -> None:
         """Give a record's disk space back, where the file system can."""
@@ -69,13 +75,10 @@ class SegmentWriter:
         os.ftruncate(self._fd, records * self._record_bytes)
         self.records = records
 
-    def write(self, slot: int, record: Record) -> None:
-        """Write a record, uint8 [record_bytes]; durable only after `sync`."""
-        assert 0 <= slot < self.records
-        offset, rest = slot * self._record_bytes, record.data
-        while rest:
-            written = os.pwritev(self._fd, [rest], offset)
-            offset, rest = offset + written, rest[written:]
+    def write(self, slot: int, records: Sequence[Record]) -> None:
+        """Write records, uint8 [record_bytes] each, to consecutive slots; durable only after `sync`."""
+        assert 0 <= slot <= self.records - len(records)
+        self._file.write(slot * self._record_bytes, records)
 
     def sync(self) -> None:
         os.fdatasync(self._fd)
@@ -87,29 +90,45 @@ class SegmentWriter:
 class SegmentReader:
     """Reads records of a segment, from any thread; the file is closed when nobody refers to the reader any more."""
 
-    def __init__(self, path: Path, record_bytes: int) -> None:
+    def __init__(self, path: Path, record_bytes: int, io: DirectIO | None = None) -> None:
         """Raises ChunkDamaged where there is no such file, or no file but something else; OSError otherwise."""
         fd = _open_regular(path, os.O_RDONLY)
-        self._fd = fd
-        self._record_bytes = record_bytes
         weakref.finalize(self, os.close, fd)
+        self._file = File(fd, io)
+        self._record_bytes = record_bytes
 
-    def read(self, slot: int, out: Record) -> None:
-        """Fill `out`, uint8 [at most record_bytes], from the start of a record.
+    def read(self, slot: int, out: Record, offset: int = 0) -> None:
+        """Fill `out`, uint8 [at most record_bytes], from a byte offset in a record.
 
         Raises ChunkDamaged where the file ends before that or cannot be read there.
         """
-        offset, rest = slot * self._record_bytes, out.data
-        while rest:
-            try:
-                done = os.preadv(self._fd, [rest], offset)
-            except OSError as error:
-                if error.errno == errno.EIO:
-                    raise ChunkDamaged("the disk cannot read it back") from error
-                raise
-            if not done:
-                raise ChunkDamaged("the file is too short")
-            offset, rest = offset + done, rest[done:]
+        assert offset + out.size <= self._record_bytes
+        try:
+            done = self._file.read(slot * self._record_bytes + offset, out)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise ChunkDamaged("the disk cannot read it back") from error
+            raise
+        if done < out.size:
+            raise ChunkDamaged("the file is too short")
+
+
+def runs(placed: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, list[Record]]]:
+    """Join records, with their slots in one segment, that lie back to back: the first slot, the records.
+
+    No run has more than RUN_BYTES, unless one record has.
+    """
+    start, run, size = 0, list[Record](), 0
+    for slot, record in placed:
+        if run and (slot != start + len(run) or size + record.size > RUN_BYTES):
+            yield start, run
+            run, size = [], 0
+        if not run:
+            start = slot
+        run.append(record)
+        size += record.size
+    if run:
+        yield start, run
 
 
 def _open_regular(path: Path, mode: int) -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sglang_hcache.storage.direct import DirectIO
 from sglang_hcache.storage.files import make_private, sync_directory
 from sglang_hcache.storage.layout import ChunkDamaged
 from sglang_hcache.storage.quota import bytes_below, census
@@ -52,6 +53,7 @@ class Segments:
         self._readers: OrderedDict[str, SegmentReader] = OrderedDict()
         self._readers_lock = threading.Lock()
         make_private(path)
+        self._io = DirectIO(path)
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.seg"
@@ -82,7 +84,7 @@ class Segments:
                 return
             if len(used.get(name, ())) < self.segment_records:
                 try:
-                    writer = SegmentWriter.adopt(self.file(name), self._record_bytes)
+                    writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self._io)
                 except ChunkDamaged as damaged:
                     log.debug("%s is left alone: %s", self.file(name), damaged)
                     continue
@@ -110,7 +112,7 @@ class Segments:
         if len(self._held) >= ADOPT_AT_MOST:
             return False
         try:
-            writer = SegmentWriter.adopt(self.file(name), self._record_bytes)
+            writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self._io)
         except ChunkDamaged:
             return False
         if writer is None:
@@ -185,7 +187,7 @@ class Segments:
         with self._readers_lock:
             reader = self._readers.get(name)
             if reader is None:
-                reader = self._readers[name] = SegmentReader(self.file(name), self._record_bytes)
+                reader = self._readers[name] = SegmentReader(self.file(name), self._record_bytes, self._io)
             self._readers.move_to_end(name)
             if len(self._readers) > OPEN_READERS:
                 self._readers.popitem(last=False)
@@ -229,7 +231,7 @@ class Segments:
 
     def _create(self) -> _Held:
         with self.census():
-            writer = SegmentWriter.create(self.file(secrets.token_hex(8)), self._record_bytes)
+            writer = SegmentWriter.create(self.file(secrets.token_hex(8)), self._record_bytes, self._io)
         held = _Held(writer, [], 0)
         try:
             self._grow(held)

@@ -136,7 +136,7 @@ class Writer:
     def _next_batch(self, at_most: int) -> list[tuple[bytes, int, bytes]]:
         """(key, slot, parent) of the pages to write next."""
         source = self._queue or (self._backlog if self._must_write_back() else None)
-        batch = []
+        batch: list[tuple[bytes, int, bytes]] = []
         while source and len(batch) < at_most:
             slot, key = source.popitem(last=False)
             batch.append((key, slot, self._parents[slot]))

@@ -25,7 +25,7 @@ Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
 Parameter = dict[str, str]
 
 
-class Message(msgspec.Struct, array_like=True, tag=True, frozen=True, kw_only=True):
+class Message(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     """Base of all."""
 
     session: Count = 0  # given by the prefetcher in `Welcome`; 0 before that
@@ -78,7 +78,7 @@ class Release(Message):
     owner: Owner
 
 
-class Page(msgspec.Struct, array_like=True, frozen=True):
+class Page(msgspec.Struct, array_like=True):
     """A filled slot that becomes a page."""
 
     key: Key

@@ -17,7 +17,7 @@ FAILED = 1
 
 
 def serve(config: ServerConfig) -> int:
-    """Run until stopped; the process's exit status. Where another prefetcher serves the endpoint there is nothing to do."""
+    """Run until stopped; the process's exit status. Where another one serves the endpoint there is nothing to do."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="[%(asctime)s prefetcher] %(message)s", datefmt="%F %T"
     )

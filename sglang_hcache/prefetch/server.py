@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -82,7 +83,7 @@ class Server:
         self._served = 0
         self._stopping = False
         self._idle_since = time.monotonic()
-        self._handlers: dict[type[m.Message], Callable[[Session, m.Message], None]] = {
+        self._handlers: dict[type[m.Message], Callable[[Session, Any], None]] = {
             m.Lookup: self._lookup,
             m.Prefetch: self._prefetch,
             m.Cancel: self._cancel,

@@ -13,7 +13,7 @@ import torch
 from sglang_hcache.capture import Capture
 from sglang_hcache.model import AttentionSite
 from sglang_hcache.pages import OpenPages
-from sglang_hcache.storage.layout import ChunkLayout, positions
+from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 
 WIDTH, PAGE, LAYERS, ROWS = 8, 16, 2, 40
@@ -123,7 +123,7 @@ def test_a_page_filled_piece_by_piece(pages: OpenPages, store: LocalStore) -> No
     values = rows(PAGE)
     for start, stop in ((0, 5), (5, 6), (6, PAGE)):
         write(pages, 3 * PAGE + start, values[:, start:stop])
-        assert pages.commit(3, bytes(32)) == (stop == PAGE)
+        assert pages.commit(3, bytes(32), ROOT) == (stop == PAGE)
     assert np.array_equal(held(store, bytes(32)), values)
     (slot,) = store.lease("test", [bytes(32)])
     assert positions(store.memory[slot], store.layout).tolist() == list(range(1048, 1064))
@@ -133,8 +133,8 @@ def test_rows_of_several_pages_in_one_forward(pages: OpenPages, store: LocalStor
     values = rows(2 * PAGE)
     slots = np.concatenate([np.arange(5 * PAGE, 6 * PAGE), np.arange(2 * PAGE, 3 * PAGE)])
     pages.write(slots, slots, values)
-    assert pages.commit(5, b"a" * 32)
-    assert pages.commit(2, b"b" * 32)
+    assert pages.commit(5, b"a" * 32, ROOT)
+    assert pages.commit(2, b"b" * 32, ROOT)
     assert np.array_equal(held(store, b"a" * 32), values[:, :PAGE])
     assert np.array_equal(held(store, b"b" * 32), values[:, PAGE:])
 
@@ -149,7 +149,7 @@ def test_a_page_that_is_not_whole_is_never_committed(harm: str, pages: OpenPages
     else:
         pages.forget(np.arange(PAGE))
     write(pages, 8, rows(8))
-    assert not pages.commit(0, bytes(32))
+    assert not pages.commit(0, bytes(32), ROOT)
     assert store.contains([bytes(32)]) == [False]
     assert len(pages) == 0
     store.check()
@@ -158,10 +158,10 @@ def test_a_page_that_is_not_whole_is_never_committed(harm: str, pages: OpenPages
 def test_a_page_that_is_used_again_starts_anew(pages: OpenPages, store: LocalStore) -> None:
     write(pages, 0, rows(PAGE, seed=1))
     write(pages, 0, rows(4, seed=2))
-    assert not pages.commit(0, bytes(32))
+    assert not pages.commit(0, bytes(32), ROOT)
     values = rows(PAGE, seed=3)
     write(pages, 0, values)
-    assert pages.commit(0, bytes(32))
+    assert pages.commit(0, bytes(32), ROOT)
     assert np.array_equal(held(store, bytes(32)), values)
 
 

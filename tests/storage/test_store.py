@@ -292,3 +292,15 @@ def test_many_reserves_do_not_wait_for_a_read(tmp_path: Path, monkeypatch: pytes
     thread.join()
     assert counters(store)["pages_leased"] == 3
     store.close()
+
+
+def test_a_repeated_prefetch_is_told_of_like_the_first(tmp_path: Path) -> None:
+    told: list[str] = []
+    store = open_store(tmp_path, on_progress=told.append)
+    save(store, range(3))
+    for _ in range(2):
+        told.clear()
+        store.prefetch("a", keys_of(range(3)))
+        assert store.wait("a", 5).done
+        assert told == ["a"]
+    store.close()

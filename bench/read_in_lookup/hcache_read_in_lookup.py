@@ -1,0 +1,13 @@
+"""An SGLang plugin for `bench.ttft` alone: nothing is prefetched; the scheduler waits for the disk in its lookup."""
+
+from __future__ import annotations
+
+import sys
+
+
+def register() -> None:
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        from sglang_hcache import ahead
+
+        ahead.Ahead.queued = lambda *_: None  # type: ignore[method-assign]
+        ahead.LOOKUP_WAIT_S = 60.0

@@ -1,0 +1,153 @@
+"""Prefetch ahead of scheduling: what each queued request needs is on its way before the scheduler asks for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sglang_hcache.storage.contract import ChunkStore
+
+LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
+ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
+LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
+RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
+NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
+
+
+class PrefetchPolicy(StrEnum):
+    """How long a request is held while its pages are on the way; the names are SGLang's."""
+
+    BEST_EFFORT = "best_effort"  # not at all: it takes what is there
+    WAIT_COMPLETE = "wait_complete"  # until they are there
+    TIMEOUT = "timeout"  # until they are there, or for a time that grows with their number
+
+
+@dataclass(frozen=True)
+class HoldRule:
+    """When a request is let go."""
+
+    policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
+    base_s: float = 1.0
+    per_ki_token_s: float = 0.25  # for each 1,024 tokens on the way
+
+    def deadline_s(self, tokens: int) -> float:
+        """How long the pages of so many tokens may take; the request is never held longer."""
+        if self.policy is PrefetchPolicy.TIMEOUT:
+            return self.base_s + self.per_ki_token_s * tokens / 1024
+        return NO_DEADLINE_S
+
+
+@dataclass
+class _Request:
+    keys: tuple[bytes, ...]
+    place: dict[bytes, int]  # of each key in `keys`
+    asked_at: float
+    let_go_at: float  # monotonic
+
+
+class Ahead:
+    """What requests have asked for, by request id; for the scheduler's thread.
+
+    Which requests are held is decided by one rank (`let_go`) and carried out by all (`admit`), so that all ranks
+    build the same batches; `queued` holds the same requests everywhere, as all ranks queue the same ones.
+    """
+
+    def __init__(self, store: ChunkStore, rule: HoldRule, page_tokens: int, *, alone: bool) -> None:
+        """`alone`: there is no other rank to agree with."""
+        self._store = store
+        self._alone = alone
+        self._rule = rule
+        self._page_tokens = page_tokens
+        self._requests: dict[str, _Request] = {}
+        self._held: dict[str, float] = {}  # request id → when it was queued
+        self._arrivals = 0
+        self.requests_held = self.requests_late = self.lookups_late = 0
+        self.held_s = 0.0
+
+    def attach(self, store: ChunkStore) -> None:
+        """The store has been replaced: everything asked of the former one is void, and nothing is waited for."""
+        self._store = store
+        self._requests.clear()
+
+    def queued(self, rid: str, keys: Sequence[bytes]) -> None:
+        """A request has been queued whose pages from some point on, `keys`, are not on the device."""
+        self._ask(rid, keys)
+        if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
+            return
+        if self._alone and self._store.wait(rid, ANSWER_WAIT_S).done:
+            return
+        self._held[rid] = time.monotonic()
+        self.requests_held += 1
+
+    @property
+    def held(self) -> Collection[str]:
+        return self._held.keys()
+
+    def let_go(self) -> list[str]:
+        """Held requests that need not wait any longer."""
+        if not self._held:
+            return []
+        now = time.monotonic()
+        free = []
+        for rid in self._held:
+            request = self._requests.get(rid)
+            if request is None or self._store.progress(rid).done:
+                free.append(rid)
+            elif now > request.let_go_at:
+                free.append(rid)
+                self.requests_late += 1
+        return free
+
+    def admit(self, rids: Iterable[str]) -> None:
+        """Hold these no more."""
+        for rid in rids:
+            if (since := self._held.pop(rid, None)) is not None:
+                self.held_s += time.monotonic() - since
+
+    def ready(self, rid: str, keys: Sequence[bytes]) -> list[int]:
+        """Slots of the longest leading run of `keys` that is in memory, leased until `forget`."""
+        request = self._requests.get(rid)
+        slots = self._known(request, rid, keys) if request is not None else []
+        stale = request is None or time.monotonic() - request.asked_at > RETRY_S
+        if not slots and (stale or (request is not None and keys[0] not in request.place)):
+            self.lookups_late += 1
+            request = self._ask(rid, keys)
+            self._store.wait(rid, LOOKUP_WAIT_S)
+            slots = self._known(request, rid, keys)
+        return slots
+
+    def forget(self, rid: str) -> None:
+        """The request has been served, or is gone."""
+        self._held.pop(rid, None)
+        if self._requests.pop(rid, None) is not None:
+            self._store.release(rid)
+
+    def clear(self) -> None:
+        for rid in list(self._requests):
+            self.forget(rid)
+
+    def stats(self) -> dict[str, int | float]:
+        return {
+            "requests_held": self.requests_held,
+            "requests_held_now": len(self._held),
+            "requests_let_go_late": self.requests_late,
+            "requests_held_s": round(self.held_s, 3),
+            "lookups_not_ahead": self.lookups_late,
+        }
+
+    def _ask(self, rid: str, keys: Sequence[bytes]) -> _Request:
+        now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)
+        request = self._requests[rid] = _Request(
+            tuple(keys), {key: i for i, key in enumerate(keys)}, now, now + deadline_s + LATE_S
+        )
+        self._arrivals += 1
+        self._store.prefetch(rid, keys, priority=self._arrivals, deadline_s=deadline_s)
+        return request
+
+    def _known(self, request: _Request, rid: str, keys: Sequence[bytes]) -> list[int]:
+        start = request.place.get(keys[0])
+        if start is None:
+            return []
+        return list(self._store.progress(rid).slots[start : start + len(keys)])

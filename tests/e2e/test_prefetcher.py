@@ -1,0 +1,170 @@
+"""The prefetcher under real servers: ahead of scheduling, killed and hung under load, shared.
+
+Continuous integration kills it a few times; `HCACHE_SERVER_KILLS=50` is the full count.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench.harness import Answer, Server, random_prompt
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.scenarios import (
+    PAGE,
+    SCENARIOS,
+    SERVER_ARGS,
+    assert_equal,
+    evict_everything,
+    tail_logprobs,
+    whole_pages,
+)
+
+Reference = dict[str, list[Answer]]
+
+KILLS = int(os.environ.get("HCACHE_SERVER_KILLS", "3"))
+PREFIX_TOKENS = 1200
+BASE_S = 1.0
+HUNG_S = 10.0  # after which a client gives a silent prefetcher up
+
+
+@pytest.fixture(scope="module")
+def server(workshop: Workshop) -> Iterator[Server]:
+    args = (*SERVER_ARGS, "--hcache-prefetch-timeout", f"{BASE_S},0")
+    with workshop.tiered(workshop.folder / "store-prefetcher", args=args) as server:
+        yield server
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.1)
+
+
+def only_on_disk(server: Server) -> None:
+    """Wait until everything is written, then empty device and host memory."""
+    wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
+    server.flush_cache()
+
+
+def nothing_is_held(server: Server) -> bool:
+    state = tier_state(server)
+    return bool(state["pages_leased"] == state["requests_held_now"] == state["pages_reading"] == 0)
+
+
+def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Reference) -> None:
+    prefix = random_prompt(PREFIX_TOKENS, seed=1)
+    server.send(tail_logprobs(prefix))
+    only_on_disk(server)
+    before = tier_state(server)
+    wanted = prefix + random_prompt(40, seed=2)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.send(tail_logprobs(wanted)), range(4)))
+    after = tier_state(server)
+    assert after["lookups_not_ahead"] == before["lookups_not_ahead"]
+    assert after["requests_let_go_late"] == before["requests_let_go_late"] == 0
+    pages = len(wanted) // PAGE
+    assert pages - 1 <= after["hits_file"] - before["hits_file"] <= pages, "one read serves all"
+    assert max(answer.cached_host for answer in answers) >= whole_pages(PREFIX_TOKENS)
+    for answer in answers:
+        assert_equal([answer], [reference["evicted_prefix"][1]])
+    assert nothing_is_held(server)
+
+
+def test_a_killed_prefetcher_costs_no_request_and_no_output(server: Server, reference: Reference) -> None:
+    """Eight conversations at once, all the time; the prefetcher is killed at random moments."""
+    chance = random.Random(1)
+    restarts = tier_state(server)["prefetcher_restarts"]
+    done = threading.Event()
+
+    def converse() -> int:
+        runs = 0
+        while not done.is_set():
+            assert_equal(SCENARIOS["eight_conversations"](server), reference["eight_conversations"])
+            runs += 1
+        return runs
+
+    with ThreadPoolExecutor(1) as pool:
+        talk = pool.submit(converse)
+        try:
+            for kill in range(KILLS):
+                time.sleep(chance.uniform(0.2, 2.0))
+                os.kill(tier_state(server)["prefetcher_pid"], signal.SIGKILL)
+                wait_until(lambda n=kill: tier_state(server)["prefetcher_restarts"] == restarts + n + 1, 30)  # type: ignore[misc]
+        finally:
+            done.set()
+        assert talk.result() > 0
+    wait_until(lambda: nothing_is_held(server), 10)
+    evict_everything(server)
+    before = tier_state(server)["tokens_restored"]
+    assert_equal(SCENARIOS["evicted_prefix"](server), reference["evicted_prefix"])
+    assert tier_state(server)["tokens_restored"] > before, "it restores again"
+
+
+def test_a_hung_prefetcher_holds_requests_no_longer_than_allowed(server: Server, reference: Reference) -> None:
+    state = tier_state(server)
+    evict_everything(server)
+    os.kill(state["prefetcher_pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+    assert BASE_S <= answer.ttft_s < BASE_S + 3.0
+    assert answer.cached_host == 0
+    assert_equal([answer], [reference["evicted_prefix"][0]])
+
+    def replaced() -> bool:
+        server.generate(random_prompt(20, seed=3), 1)
+        return bool(tier_state(server)["prefetcher_restarts"] > state["prefetcher_restarts"])
+
+    wait_until(replaced, HUNG_S + 20)
+    assert time.monotonic() - began > HUNG_S / 2
+    assert not psutil.pid_exists(state["prefetcher_pid"])
+
+
+def test_two_servers_share_what_either_has_computed(workshop: Workshop, tmp_path: Path, reference: Reference) -> None:
+    store = tmp_path / "store"
+    servers = workshop.tiered(store), workshop.tiered(store)
+    servers[0].shares_prefetcher = True
+    with started_together(*servers) as (one, other):
+        one.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+        answer = other.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)))
+        assert answer.cached_host >= whole_pages(PREFIX_TOKENS)
+        assert_equal([answer], [reference["evicted_prefix"][1]])
+        states = tier_state(one), tier_state(other)
+        assert states[0]["prefetcher_pid"] == states[1]["prefetcher_pid"]
+        assert states[0]["prefetcher_clients"] == 2
+        one.kill()
+        wait_until(lambda: tier_state(other)["prefetcher_clients"] == 1, 2)
+        assert other.healthy()
+    endpoint = endpoint_for([str(store)])
+    assert not is_running(endpoint)
+    assert not endpoint.socket.exists()
+    assert not endpoint.lock.exists()
+
+
+def test_server_and_prefetcher_killed_at_once(workshop: Workshop, tmp_path: Path, reference: Reference) -> None:
+    """What was on disk is restored by the next server; what the prefetcher left behind is tidied up."""
+    store = tmp_path / "store"
+    with started_together(workshop.tiered(store)) as (server,):
+        server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+        wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
+        prefetcher = tier_state(server)["prefetcher_pid"]
+        server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=7)))
+        os.kill(prefetcher, signal.SIGKILL)
+        server.kill()
+    with workshop.tiered(store) as server:
+        answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)))
+        assert answer.cached_host >= whole_pages(PREFIX_TOKENS)
+        assert_equal([answer], [reference["evicted_prefix"][1]])
+        assert tier_state(server)["pages_damaged"] == 0
+    assert not endpoint_for([str(store)]).socket.exists()

@@ -1,0 +1,114 @@
+"""Prefetch ahead of scheduling on a real store, whose disk can be held up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_hcache import ahead
+from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
+from sglang_hcache.storage.store import LocalStore
+from sglang_hcache.storage.stripe import Place
+from tests.storage.pages import LAYOUT, holds, keys_of, open_store, save
+
+TIMEOUT = HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.3, per_ki_token_s=0.0)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Reads wait until it is set."""
+    gate, read = threading.Event(), Place.read
+    monkeypatch.setattr(Place, "read", lambda place, key, out: gate.wait(30) and read(place, key, out))
+    return gate
+
+
+@pytest.fixture
+def store(tmp_path: Path, disk: threading.Event) -> Iterator[LocalStore]:
+    """Ten pages on file, none in memory."""
+    store = open_store(tmp_path)
+    save(store, range(10))
+    assert store.flush(30)
+    store.drop_host()
+    yield store
+    disk.set()
+    store.check()
+    store.close()
+
+
+def wait_until_let_go(requests: Ahead, rid: str) -> float:
+    began = time.monotonic()
+    while rid not in requests.let_go():
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(10)))
+    assert "a" in requests.held
+    assert requests.let_go() == []
+    disk.set()
+    wait_until_let_go(requests, "a")
+    requests.admit(["a"])
+    assert "a" not in requests.held
+    slots = requests.ready("a", keys_of(range(10)))
+    assert [holds(store.memory[slot], page) for page, slot in enumerate(slots)] == [True] * 10
+    assert requests.stats()["lookups_not_ahead"] == 0
+    requests.forget("a")
+    assert store.stats()["pages_leased"] == 0
+
+
+def test_never_longer_than_the_timeout(store: LocalStore) -> None:
+    requests = Ahead(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(10)))
+    assert 0.2 < wait_until_let_go(requests, "a") < 0.3 + ahead.LATE_S + 0.2
+    assert requests.ready("a", keys_of(range(10))) == []
+    requests.forget("a")
+
+
+def test_best_effort_holds_nothing_and_takes_what_is_there(store: LocalStore, disk: threading.Event) -> None:
+    requests = Ahead(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(10)))
+    assert not requests.held
+    assert requests.ready("a", keys_of(range(10))) == []
+    disk.set()
+    assert store.wait("a", 10).done
+    assert len(requests.ready("a", keys_of(range(10)))) == 10
+    requests.forget("a")
+
+
+def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: threading.Event) -> None:
+    save(store, range(20, 25))
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("memory", keys_of(range(20, 25)))
+    requests.queued("nowhere", keys_of(range(90, 95)))
+    assert not requests.held
+    assert len(requests.ready("memory", keys_of(range(20, 25)))) == 5
+    assert requests.ready("nowhere", keys_of(range(90, 95))) == []
+    requests.clear()
+
+
+def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalStore, disk: threading.Event) -> None:
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("nowhere", keys_of(range(90, 95)))
+    assert list(requests.held) == ["nowhere"]
+    assert requests.let_go() == ["nowhere"]
+    requests.clear()
+
+
+def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStore, disk: threading.Event) -> None:
+    disk.set()
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(4, 10)))
+    assert store.wait("a", 10).done
+    assert len(requests.ready("a", keys_of(range(6, 10)))) == 4, "the device has more by now"
+    assert requests.stats()["lookups_not_ahead"] == 0
+    assert requests.ready("a", keys_of(range(0, 10))) or store.wait("a", 10).done, "the device has lost some"
+    assert len(requests.ready("a", keys_of(range(0, 10)))) == 10
+    assert requests.stats()["lookups_not_ahead"] == 1
+    requests.forget("a")
+    assert store.stats()["pages_leased"] == 0
