@@ -41,7 +41,7 @@ class Table:
             raw += more_values
             counts.append(len(more_names))
             sizes |= index.marks()
-        return cls(names, raw, np.repeat(np.arange(len(counts)), counts), sizes)
+        return cls(names, raw, np.repeat(np.arange(len(counts)), np.array(counts, np.int64)), sizes)
 
     @cached_property
     def value(self) -> npt.NDArray[np.void]:

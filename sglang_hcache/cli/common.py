@@ -80,11 +80,11 @@ def read_table(path: Path, damage: Damage) -> Table:
                 return _read(path / "index")
             data = path / "index" / "data.mdb"
             if not data.exists():
-                return Table([], [], _no_volume(), {})
+                return Table.read([])
             reason = copy_checked(data, Path(copy), damage)
             if reason is not None:
                 damage.file(data, reason)
-                return Table([], [], _no_volume(), {})
+                return Table.read([])
             return _read(Path(copy))
     except (OSError, lmdb.Error) as error:
         raise CommandFailed(f"{path}: {error}") from error
@@ -119,12 +119,6 @@ def _read(path: Path) -> Table:
         return Table.read([index])
     finally:
         index.close()
-
-
-def _no_volume():  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    return np.zeros(0, np.int64)
 
 
 class Progress:
