@@ -3,16 +3,17 @@
     python -m bench.storage [--json] [--dir D] [--size-gb N] [--index-pages N] [--rounds N] [--quick] [--save]
 
 Method: pages of 16 layers of 64 KiB are written through Directory.write, 64 at a time, each batch made durable and
-indexed. fio writes as much beside it, with the same block size (a record), queue depth, direct I/O if ours is direct,
-and fdatasync after as many blocks. Then our reader and fio (libaio) take turns on the same segment files: every
-record from first to last, and every layer of every record, one layer after the other; the same blocks, the same
-queue depth, and as many buffers as I/Os are in flight, as fio has them; `read_spread` and what is compared with the
-file backend go to 64 records of memory, which costs cache misses. Our bytes over the wall-clock time around all of it, in Python; fio's as fio reports them. Reads through
-Directory.read, with every checksum verified, are stated apart. SGLang's file backend is played by files of one
-record, opened and read into memory one after another as HiCacheFile.get does, after fsync and POSIX_FADV_DONTNEED;
-ours are direct, or dropped from the page cache in the same way. Medians over the rounds, after one that warms up.
-The index is measured by itself: keys in random order, 128 a call, through Directory.locate; `reopen_s` is the
-opening of that directory, check included, by a process that has it alone.
+indexed. fio writes as much beside it, with the same block size (a record), queue depth, direct I/O if ours is
+direct, and fdatasync after as many blocks. Then our reader and fio (libaio) take turns on the same segment files:
+every record from first to last, and every layer of every record, one layer after the other; the same blocks, the
+same queue depth, and as many buffers as I/Os are in flight, as fio has them; `read_spread` and what is compared
+with the file backend go to 64 records of memory, which costs cache misses. Our bytes over the wall-clock time
+around all of it, in Python; fio's as fio reports them. Reads through Directory.read, with every checksum verified,
+are stated apart. SGLang's file backend is played by files of one record, opened and read into memory one after
+another as HiCacheFile.get does, after fsync and POSIX_FADV_DONTNEED; ours are direct, or dropped from the page
+cache in the same way. Medians over the rounds, after one that warms up. The index is measured by itself: keys in
+random order, 128 a call, through Directory.locate; `reopen_s` is the opening of that directory, check included, by
+a process that has it alone.
 """
 
 from __future__ import annotations
