@@ -1,34 +1,55 @@
 """Which page lies where in the segment files of a directory: an LMDB file, shared by all processes that use it.
 
 Name of an entry: fingerprint (16 bytes), then the page's key (32 bytes). A fingerprint alone names its mark: all
-pages its segments hold are in the index. The index is derived data; without a mark it is rebuilt from the segments.
+pages its segments hold are in the index, and how large they are. The index is derived data; without a mark of this
+version it is rebuilt from the segments.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import lmdb
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import make_private, remove, sync_directory
-from sglang_hcache.storage.index_check import UNWRITABLE, Entry, decode, encode
+from sglang_hcache.storage.index_check import (
+    ENTRY,
+    ENTRY_VERSION,
+    FINGERPRINT_BYTES,
+    UNWRITABLE,
+    Entry,
+    decode,
+    encode,
+)
 
-MAP_BYTES = 1 << 30  # address space, not memory: room for about ten million pages
+MAP_BYTES = 8 << 30  # address space, not memory: room for tens of millions of pages
 MAX_READERS = 512  # read transactions at once, in all processes
 CHECK_TIMEOUT_S = 20.0  # and a second more for every CHECK_RATE bytes
 CHECK_RATE = 16 << 20
+NAME_BYTES = FINGERPRINT_BYTES + 32
 
-_MARK = Entry("all pages listed", 0)
+_MARKED = "all pages listed"
+_SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
+_MOST_HITS = (1 << 32) - 1
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
+
+
+class Size(NamedTuple):
+    """What a page of a fingerprint takes, and holds."""
+
+    record_bytes: int
+    page_tokens: int
 
 
 def prepare(path: Path, damage: Damage) -> None:
@@ -49,7 +70,7 @@ def prepare(path: Path, damage: Damage) -> None:
         return
     fresh = Path(tempfile.mkdtemp(prefix="check-", dir=path))
     try:
-        reason = _check(data, fresh, damage)
+        reason = copy_checked(data, fresh, damage)
         if reason is None:
             os.replace(fresh / "data.mdb", data)
         else:
@@ -60,7 +81,7 @@ def prepare(path: Path, damage: Damage) -> None:
     sync_directory(path)
 
 
-def _check(data: Path, fresh: Path, damage: Damage) -> str | None:
+def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
     """Copy what is sound of the index to `fresh`; why there is nothing to keep, or None."""
     if not data.is_file():
         return "it is not a regular file"
@@ -90,11 +111,14 @@ class Index:
     call. Every method raises lmdb.Error where the file, the disk or the map fails, also when it has been closed.
     """
 
-    def __init__(self, path: Path, fingerprint: bytes) -> None:
+    def __init__(self, path: Path, fingerprint: bytes, *, writable: bool = True) -> None:
         self.path = path
         self._fingerprint = fingerprint
-        self._env = lmdb.open(str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False)
-        self._env.reader_check()
+        self._env = lmdb.open(
+            str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False, readonly=not writable
+        )
+        if writable:
+            self._env.reader_check()
         self._idle = threading.Condition()
         self._calls = 0
         self._closed = False
@@ -118,14 +142,28 @@ class Index:
                 txn.put(name, encode(name, entry))
 
     def delete_many(self, entries: Iterable[tuple[bytes, Entry]]) -> int:
-        """Delete those entries that still are as given; how many."""
+        """Delete those entries that still name the place given; how many."""
+        return self.delete_names((self._fingerprint + key, entry.place) for key, entry in entries)
+
+    def delete_names(self, names: Iterable[tuple[bytes, tuple[str, int]]]) -> int:
+        """`delete_many` for entries of any fingerprint, by full name."""
         deleted = 0
         with self._in_use(), self._env.begin(write=True) as txn:
-            for key, entry in entries:
-                name = self._fingerprint + key
-                if txn.get(name) == encode(name, entry):
+            for name, place in names:
+                value = txn.get(name)
+                if value is not None and (entry := decode(name, value)) is not None and entry.place == place:
                     deleted += txn.delete(name)
         return deleted
+
+    def touch(self, hits: Mapping[bytes, int], now: int) -> None:
+        """Add hits to those of the pages that have an entry, and set their last use, unix seconds."""
+        with self._in_use(), self._env.begin(write=True) as txn:
+            for key, more in hits.items():
+                name = self._fingerprint + key
+                value = txn.get(name)
+                if value is not None and (entry := decode(name, value)) is not None:
+                    total = min(entry.hits + more, _MOST_HITS)
+                    txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
 
     def entries(self) -> list[tuple[bytes, Entry]]:
         """All sound entries of the fingerprint, by key."""
@@ -140,12 +178,32 @@ class Index:
                 more = cursor.next()
         return found
 
-    def is_marked(self) -> bool:
-        """Whether the index is known to name all pages of the fingerprint."""
-        return self.get_many([b""]) == {b"": _MARK}
+    def raw(self) -> tuple[list[bytes], list[bytes]]:
+        """Names and values of the pages of all fingerprints, by name; nothing of them is checked but their size."""
+        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+            pages = [(name, value) for name, value in cursor if len(name) == NAME_BYTES and len(value) == ENTRY.size]
+        return [name for name, _ in pages], [value for _, value in pages]
 
-    def mark(self) -> None:
-        self.put_many([(b"", _MARK)])
+    def is_marked(self, size: Size) -> bool:
+        """Whether the index is known to name all pages of the fingerprint, and they have this size."""
+        return self.get_many([b""]) == {b"": _mark_of(size)}
+
+    def mark(self, size: Size) -> None:
+        self.put_many([(b"", _mark_of(size))])
+
+    def marks(self) -> dict[bytes, Size]:
+        """The page size of each fingerprint whose pages are all named."""
+        found = {}
+        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+            more = cursor.first()
+            while more:
+                fingerprint = cursor.key()[:FINGERPRINT_BYTES]
+                mark = txn.get(fingerprint)
+                entry = None if mark is None else decode(fingerprint, mark)
+                if entry is not None:
+                    found[fingerprint] = Size(entry.slot, _SIZES.unpack(entry.parent)[1])
+                more = cursor.set_range(fingerprint + b"\xff" * (NAME_BYTES - FINGERPRINT_BYTES + 1))
+        return found
 
     def close(self) -> None:
         """Waits for the calls under way in other threads."""
@@ -166,3 +224,7 @@ class Index:
             with self._idle:
                 self._calls -= 1
                 self._idle.notify_all()
+
+
+def _mark_of(size: Size) -> Entry:
+    return Entry(_MARKED, size.record_bytes, _SIZES.pack(ENTRY_VERSION, size.page_tokens))
