@@ -6,11 +6,11 @@ Method: an MHA Llama in float32 is served three times, one after another: withou
 hidden states. The KV pool holds one conversation and a little more, and two conversations take turns, so each
 request finds its prefix evicted. Each asks for its prefix and 64 tokens never seen before. Times are medians
 over all requests after the two that filled the store; bytes are what the store's directory occupies on disk
-after the server has stopped, everything counted, over the tokens it holds. The greedy answers of all servers are compared token
-by token. For `ttft_ssd_s`, hidden states alone: before each request device and host memory are emptied, so that
-the prefix is on disk only, read past the page cache where the file system allows it; `idle` finds an idle server,
-`queued` arrives just after a prompt of 512 tokens, whose prefill it waits for. `in_lookup` is the same without
-prefetching: the scheduler waits for the disk when it looks the prefix up.
+after the server has stopped, everything counted, over the tokens it holds. The greedy answers of all servers are
+compared token by token. For `ttft_ssd_s`, hidden states alone: before each request device and host memory are
+emptied, so that the prefix is on disk only, read past the page cache where the file system allows it; `idle` finds
+an idle server, `queued` arrives just after a prompt of 512 tokens, whose prefill it waits for. `in_lookup` is the
+same without prefetching: the scheduler waits for the disk when it looks the prefix up.
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import xxhash
 
-_SCHEMA = 1
+from sglang_hcache.storage.layout import SCHEMA_VERSION
+
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _BLOCK_BYTES = 16 << 20
 
 
 def fingerprint(parts: Iterable[tuple[str, object]]) -> bytes:
     """16 bytes from named parts; their order matters, their representation is `repr`."""
-    digest = xxhash.xxh3_128(f"hcache schema {_SCHEMA}".encode())
+    digest = xxhash.xxh3_128(f"hcache schema {SCHEMA_VERSION}".encode())
     for name, value in parts:
         digest.update(f"\n{name}={value!r}".encode())
     return digest.digest()
