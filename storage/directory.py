@@ -27,7 +27,7 @@ from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
-from sglang_hcache.storage.index import Index, Size, prepare
+from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.quota import Quota
@@ -68,7 +68,8 @@ class Directory:
         if quota is not None:
             segment_bytes = quota.segment_bytes(segment_bytes)
         with ExitStack() as opened:
-            opened.callback(os.close, open_shared(path, damage))
+            lock = open_shared(path, damage)
+            opened.callback(_close_shared, path, lock)
             self._index = Index(path / "index", fingerprint)
             opened.callback(self._index.close)
             self._segments = Segments(folder, layout.record_bytes, segment_bytes)
@@ -176,20 +177,23 @@ class Directory:
             if not self._index.is_marked(self._size):
                 self._rebuild()
                 self._index.mark(self._size)
-            used = self._drop_lost()
+            self._drop_lost()
         if self._writable and self._evictor is not None:
             self._evictor.shrink()
         with self._segments.census():
+            used = self._index.used()
             if self._writable:
-                self._segments.lock_unfilled(self._used())
-                used = self._used()
+                self._segments.lock_unfilled(used)
+                used = self._index.used()  # what another process wrote before we held the segments counts
                 self._segments.reclaim(used)
             self._pages = sum(map(len, used.values()))
 
-    def _drop_lost(self) -> dict[str, set[int]]:
-        """Drop entries of records that are not there; the used records of each segment."""
-        entries = self._index.entries()
+    def _drop_lost(self) -> None:
+        """Drop entries of records that are not there."""
         lengths = self._segments.lengths()
+        if all(max(slots) < lengths.get(segment, 0) for segment, slots in self._index.used().items()):
+            return
+        entries = self._index.entries()
         lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]
         lost = [(key, entry) for key, entry in lost if self._is_at(key, entry)]
         for _, entry in lost:
@@ -197,15 +201,7 @@ class Directory:
                 "the file is too short" if entry.segment in lengths else "the file is missing or not a regular one"
             )
             self._damage.page(self._segments.file(entry.segment), reason)
-        if lost:
-            self._index.delete_many(lost)
-        return self._used()
-
-    def _used(self) -> dict[str, set[int]]:
-        used: dict[str, set[int]] = defaultdict(set)
-        for _, entry in self._index.entries():
-            used[entry.segment].add(entry.slot)
-        return used
+        self._index.delete_many(lost)
 
     def _rebuild(self) -> None:
         """List the pages whose headers hold. Whether their payloads do is verified on reading, as always."""
@@ -246,6 +242,15 @@ def open_shared(path: Path, damage: Damage) -> int:
         except BaseException:
             os.close(lock)
             raise
+        os.close(lock)
+
+
+def _close_shared(path: Path, lock: int) -> None:
+    """Let go of the directory's lock; whoever is the last to do so spares the next one the check of the index."""
+    try:
+        if try_lock(lock, exclusive=True):
+            seal_closed(path / "index")
+    finally:
         os.close(lock)
 
 

@@ -8,6 +8,7 @@ version it is rebuilt from the segments.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import struct
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lmdb
+import numpy as np
+import xxhash
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import make_private, remove, sync_directory
@@ -39,9 +42,15 @@ CHECK_TIMEOUT_S = 20.0  # and a second more for every CHECK_RATE bytes
 CHECK_RATE = 16 << 20
 NAME_BYTES = FINGERPRINT_BYTES + 32
 
+VALUE = np.dtype(
+    [("segment", "S16"), ("slot", "<u4"), ("parent", ">u8"), ("hits", "<u4"), ("last_use", "<u4"), ("sum", "<u8")]
+)
+
 _MARKED = "all pages listed"
 _SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
 _MOST_HITS = (1 << 32) - 1
+_SEAL = "closed.xxh3"
+_BLOCK_BYTES = 16 << 20
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 
 
@@ -65,8 +74,10 @@ def prepare(path: Path, damage: Damage) -> None:
     remove(path / "lock.mdb")
     for leftover in path.glob("check-*"):
         remove(leftover)
-    data = path / "data.mdb"
-    if not os.path.lexists(data):
+    data, seal = path / "data.mdb", path / _SEAL
+    as_closed = is_sealed(path)
+    remove(seal)
+    if as_closed or not os.path.lexists(data):
         return
     fresh = Path(tempfile.mkdtemp(prefix="check-", dir=path))
     try:
@@ -79,6 +90,32 @@ def prepare(path: Path, damage: Damage) -> None:
     finally:
         remove(fresh)
     sync_directory(path)
+
+
+def seal_closed(path: Path) -> None:
+    """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check."""
+    digest = _digest(path / "data.mdb")
+    temporary = path / f"{_SEAL}.new"
+    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(digest)
+    os.replace(temporary, path / _SEAL)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the index is, byte for byte, as it was when it was closed."""
+    try:
+        return (path / _SEAL).read_bytes() == _digest(path / "data.mdb")
+    except OSError:
+        return False
+
+
+def _digest(data: Path) -> bytes:
+    """Of a regular file's content; raises OSError for anything else."""
+    digest = xxhash.xxh3_128()
+    with open(data, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.digest()
 
 
 def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
@@ -177,6 +214,18 @@ class Index:
                     found.append((name[at:], entry))
                 more = cursor.next()
         return found
+
+    def used(self) -> dict[str, set[int]]:
+        """The records of each segment that entries of the fingerprint name; entries are not checked."""
+        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+            cursor.set_range(self._fingerprint)
+            own = itertools.takewhile(lambda entry: entry[0].startswith(self._fingerprint), cursor.iternext())
+            values = [value for name, value in own if len(name) == NAME_BYTES and len(value) == ENTRY.size]
+        table = np.frombuffer(b"".join(values), VALUE)
+        by_segment = table[np.argsort(table["segment"], kind="stable")]
+        names, starts = np.unique(by_segment["segment"], return_index=True)
+        slots = np.split(by_segment["slot"], starts[1:])
+        return {name.decode("ascii", "replace"): set(of.tolist()) for name, of in zip(names, slots, strict=False)}
 
     def raw(self) -> tuple[list[bytes], list[bytes]]:
         """Names and values of the pages of all fingerprints, by name; nothing of them is checked but their size."""

@@ -10,13 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_hcache.storage.eviction import Floats, Forest, Ints, Mask, values
-from sglang_hcache.storage.index import Index, Size
+from sglang_hcache.storage.index import VALUE, Index, Size
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, decode
 
 _NAME = np.dtype([("fingerprint", ">u8", 2), ("key", ">u8"), ("rest", "V24")])
-_VALUE = np.dtype(
-    [("segment", "S16"), ("slot", "<u4"), ("parent", ">u8"), ("hits", "<u4"), ("last_use", "<u4"), ("sum", "<u8")]
-)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Table:
     @cached_property
     def value(self) -> npt.NDArray[np.void]:
         """`segment`, `slot`, `parent`, `hits` and `last_use` of each page."""
-        return np.frombuffer(b"".join(self.raw), _VALUE)
+        return np.frombuffer(b"".join(self.raw), VALUE)
 
     @cached_property
     def _name(self) -> npt.NDArray[np.void]:
