@@ -88,7 +88,12 @@ class Unreadable(Exception):
 def _entries(source: Path) -> Iterator[tuple[bytes, bytes]]:
     try:
         with lmdb.open(str(source), readonly=True, lock=False, create=False) as env, env.begin() as txn:
-            yield from txn.cursor()
+            seen = 0
+            for item in txn.cursor():
+                seen += 1
+                yield item
+            if seen != txn.stat()["entries"]:
+                raise Unreadable("it has lost entries")
     except lmdb.Error as error:
         raise Unreadable(str(error)) from error
 

@@ -101,6 +101,8 @@ def check(path: Path, *, repair: bool) -> Report:
         model = _Model(folder, fingerprint, layout, listed.pop(fingerprint, {}))
         _check_files(model, report, repair)
         _check_pages(model, report)
+        if model.unlisted and not model.listed and not repair:
+            report.problems.append(f"{folder}: {len(model.unlisted)} whole pages, and no index lists any of them")
         if model.bad and not repair:
             _forgive(model, path, report)
         if repair:

@@ -186,3 +186,4 @@ def test_an_empty_or_damaged_index_is_no_reason_to_crash(tmp_path: Path, capsys:
     assert found(tmp_path) == list(range(10))
     (tmp_path / "index" / "data.mdb").unlink()
     assert main(["inspect", "--dir", str(tmp_path)]) == 0
+    assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
