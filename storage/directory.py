@@ -149,8 +149,10 @@ class Directory:
         elif self._writable:
             self._segments.make_room()
 
-    def close(self) -> None:
-        """Everything is closed also where it raises OSError."""
+    def close(self, *, index_failed: bool = False) -> None:
+        """Everything is closed also where it raises OSError. `index_failed`: nobody in this process can use it."""
+        if index_failed:
+            self._index.condemn()
         self._opened.close()
 
     def _try_read(self, key: bytes, entry: Entry, out: Record) -> ChunkDamaged | None:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import lmdb
 import numpy as np
@@ -141,6 +141,42 @@ def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
     return None
 
 
+class _Environment:
+    """An index that is open in this process: once, however many use it, as LMDB's locks ask for."""
+
+    _open: ClassVar[dict[Path, _Environment]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, path: Path, writable: bool) -> None:
+        self.path = path
+        self.users = 0
+        self.condemned = False
+        self.env = lmdb.open(
+            str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False, readonly=not writable
+        )
+        if writable:
+            self.env.reader_check()
+
+    @classmethod
+    def get(cls, path: Path, writable: bool) -> _Environment:
+        path = path.resolve()
+        with cls._lock:
+            shared = cls._open.get(path)
+            if shared is None:
+                shared = cls._open[path] = cls(path, writable)
+            elif shared.condemned:
+                raise lmdb.Error("it is still open for others, who have to open it anew, too")
+            shared.users += 1
+            return shared
+
+    def put_back(self) -> None:
+        with self._lock:
+            self.users -= 1
+            if not self.users:
+                del self._open[self.path]
+                self.env.close()
+
+
 class Index:
     """The entries of one fingerprint. Thread-safe; several processes may have it open.
 
@@ -151,11 +187,8 @@ class Index:
     def __init__(self, path: Path, fingerprint: bytes, *, writable: bool = True) -> None:
         self.path = path
         self._fingerprint = fingerprint
-        self._env = lmdb.open(
-            str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False, readonly=not writable
-        )
-        if writable:
-            self._env.reader_check()
+        self._shared = _Environment.get(path, writable)
+        self._env = self._shared.env
         self._idle = threading.Condition()
         self._calls = 0
         self._closed = False
@@ -259,13 +292,19 @@ class Index:
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: not self._calls)
-        self._env.close()
+        self._shared.put_back()
+
+    def condemn(self) -> None:
+        """The file is not fit for use any more: all who have it open in this process must open it anew."""
+        self._shared.condemned = True
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         with self._idle:
             if self._closed:
                 raise lmdb.Error("the index is closed")
+            if self._shared.condemned:
+                raise lmdb.Error("the index has to be opened anew")
             self._calls += 1
         try:
             yield

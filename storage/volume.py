@@ -67,6 +67,7 @@ class Volume:
         self._siblings: Sequence[Volume] | None = None
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._index_failed = False
         self._retry_at = 0.0
         self._directory: Directory | None = None
         try:
@@ -161,7 +162,7 @@ class Volume:
             self._fail(error)
             self._retry_at = time.monotonic() + self._retry_s
             return
-        self._failure = None
+        self._failure, self._index_failed = None, False
         log.info("hcache: %s works again; pages are written to it.", self.path)
 
     def close(self) -> None:
@@ -169,7 +170,7 @@ class Volume:
         if directory is None:
             return
         try:
-            directory.close()
+            directory.close(index_failed=self._index_failed)
         except (OSError, lmdb.Error) as error:
             log.warning(
                 "hcache: %s could not be tidied up on closing; the next opening does it. (%s)", self.path, error
@@ -203,6 +204,7 @@ class Volume:
             if self._failure is None:
                 self._retry_at = time.monotonic() + self._retry_s
             changed, self._failure = self._failure != reason, reason
+            self._index_failed = isinstance(error, lmdb.Error)
         if changed:
             log.warning(
                 "hcache: %s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",

@@ -16,6 +16,7 @@ import zmq
 from sglang_hcache.prefetch import messages as m
 
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
+LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
 LINGER_MS = 200  # for a goodbye
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
 HUNG_S = 10.0  # without an answer it is given up; the end of its process is seen at once
@@ -32,7 +33,8 @@ class Unavailable(Exception):
 class Connection:
     """An open session. `receive` is called on its thread with what is no answer to `ask`; `ended` once, at its end.
 
-    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`.
+    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`, or
+    `is_there` says that there is none any more.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Connection:
         receive: Callable[[m.FromServer], None],
         ended: Callable[[], None],
         timeout_s: float,
+        is_there: Callable[[], bool] = lambda: True,
     ) -> None:
         self._receive = receive
         self._ended = ended
@@ -64,7 +67,7 @@ class Connection:
         self._socket.set(zmq.MAXMSGSIZE, 4 * m.MAX_MESSAGE_BYTES)
         self._socket.connect(address)
         try:
-            self.welcome = self._introduce(hello, timeout_s)
+            self.welcome = self._introduce(hello, timeout_s, is_there)
             self._pidfd = os.pidfd_open(self.welcome.pid)
         except (Unavailable, OSError) as error:
             self._socket.close(0)
@@ -94,9 +97,15 @@ class Connection:
             raise Unavailable(self.why_ended or f"no answer in {timeout_s:g} s")
         return answer
 
+    def give_up(self, why: str) -> None:
+        """The session is over for us; what it held stays as it is until `close`."""
+        self._end(why)
+
     def close(self) -> None:
         """Say goodbye. What the session held must not be used any more."""
         with self._lock:
+            if self._closing:
+                return
             self._closing = True
             self._enqueue(m.Bye())
         if self._thread.is_alive():
@@ -104,10 +113,14 @@ class Connection:
         os.close(self._pidfd)
         os.close(self._wake)
 
-    def _introduce(self, hello: m.Hello, timeout_s: float) -> m.Welcome:
+    def _introduce(self, hello: m.Hello, timeout_s: float, is_there: Callable[[], bool]) -> m.Welcome:
         self._socket.send(m.encode(hello))
-        if not self._socket.poll(int(1000 * timeout_s)):
-            raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
+        deadline = time.monotonic() + timeout_s
+        while not self._socket.poll(int(1000 * LOOK_S)):
+            if not is_there():  # it was about to end, and has not read what we sent
+                raise Unavailable("the prefetcher has ended")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
         try:
             answer = m.decode_from_server(self._socket.recv())
         except m.Malformed as error:

@@ -60,6 +60,7 @@ class Supervisor:
                     self._hello(),
                     news=self.news,
                     timeout_s=max(POLL_S, deadline - time.monotonic()),
+                    is_there=lambda: is_running(self._endpoint),
                 )
             except Unavailable as error:
                 if time.monotonic() + pause > deadline or self._closed.wait(pause):
