@@ -20,6 +20,7 @@ from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.server import ServerConfig
 
 START_S = 60.0  # for a prefetcher to start and open its directories
+LOCKED_S = 10.0  # for it to start, up to the point where it holds its lock
 BACK_OFF_S = (0.1, 30.0)  # first pause before another try, and longest
 POLL_S = 0.02
 
@@ -120,7 +121,7 @@ class Supervisor:
         config = json.dumps(dataclasses.asdict(self._config))
         command = [sys.executable, "-S", "-c", _LAUNCHER, sys.executable, "-m", "sglang_hcache.prefetch", config]
         subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
-        deadline = time.monotonic() + START_S
-        while not self._endpoint.socket.exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + LOCKED_S
+        while not is_running(self._endpoint) and time.monotonic() < deadline:
             if self._closed.wait(POLL_S):
                 return
