@@ -9,10 +9,12 @@ export HF_HUB_OFFLINE = 1
 # Sizes of the long counts; `make test` runs a small slice of each.
 FAULT_ROUNDS ?= 200
 DAMAGE_CASES ?= 0
+SERVER_KILLS ?= 50
+MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit e2e faults bench format clean
+.PHONY: help setup demo test check lint types imports unit e2e faults soak bench format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,9 +53,15 @@ e2e: setup ## tests against the real server
 faults: setup ## the full counts: FAULT_ROUNDS kills of a writer; every damage to every file under a server
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/storage
 	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
+	HCACHE_SERVER_KILLS=$(SERVER_KILLS) $(BIN)/python -m pytest tests/e2e/test_prefetcher.py -k killed_prefetcher
 
-bench: setup ## time to first token: no tier, kv, hidden
+soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+bench: setup ## time to first token; the prefetcher; storage against fio
 	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.prefetch --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.storage --json $(BENCH_ARGS)
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -122,6 +122,10 @@ class Arena:
         return self._dirty
 
     @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
     def available(self) -> int:
         """Slots that `reserve` can give."""
         return len(self._free) + len(self._evictable)

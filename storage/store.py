@@ -216,6 +216,7 @@ class LocalStore:
             arena, writer, fetches = self._arena, self._writer, self._fetches
             stats: Stats = {
                 "pages_total": arena.slots,
+                "pages_free": arena.free,
                 "pages_host": arena.cached,
                 "pages_dirty": arena.dirty,
                 "pages_leased": arena.leased,
