@@ -18,7 +18,7 @@ import zmq
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.door import MAX_PAYLOAD_BYTES, Door, Entrance, Frames, Peer
 from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
-from sglang_hcache.prefetch.session import Session, split_owner
+from sglang_hcache.prefetch.session import Refusal, Session, split_owner
 from sglang_hcache.prefetch.spaces import Space, Spaces
 
 OUTBOX = 10_000  # messages kept for a client whose queue is full, before it is given up
@@ -43,15 +43,6 @@ class ServerConfig:
     keys: str = ""  # directory of CURVE keys for `listen`
     host_bytes: int | None = None  # the most memory one model's pages get, whatever a client asks for
     ends_when_unused: bool = True  # when the last client is gone
-
-
-class Refusal(Exception):
-    """A message that is counted, answered and otherwise ignored."""
-
-    def __init__(self, reason: str, text: str, *, fatal: bool = False) -> None:
-        super().__init__(text)
-        self.reason = reason
-        self.fatal = fatal
 
 
 class Server:
@@ -164,7 +155,7 @@ class Server:
             raise Refusal("unknown_session", f"no session {message.session} of this client", fatal=True)
         if session.broken and not isinstance(message, m.Bye):
             return
-        self._in_order(session, message)
+        session.in_order(message)
         session.heard_at = time.monotonic()
         if isinstance(message, m.Commit) and session.remote:
             self._commit_remote(session, message, payload)
@@ -172,14 +163,6 @@ class Server:
             raise Refusal("malformed", f"{len(payload)} frames too many")
         else:
             self._handlers[type(message)](session, message)
-
-    def _in_order(self, session: Session, message: m.FromClient) -> None:
-        if message.seq <= session.received:
-            raise Refusal("replayed", f"message {message.seq} came twice")
-        if message.seq != session.received + 1 and not isinstance(message, m.Bye):
-            text = f"message {message.seq} came after message {session.received}"
-            raise Refusal("out_of_order", text, fatal=True)
-        session.received = message.seq
 
     def _run_jobs(self) -> None:
         while self._jobs:
@@ -296,7 +279,7 @@ class Server:
 
     def _commit(self, session: Session, message: m.Commit) -> None:
         for page in message.pages:
-            self._take_back(session, page.slot)
+            session.take_back(page.slot)
             session.space.parents[page.slot] = page.parent
             session.space.store.commit(page.key, page.slot, page.parent)
 
@@ -313,13 +296,8 @@ class Server:
 
     def _abandon(self, session: Session, message: m.Abandon) -> None:
         for slot in message.slots:
-            self._take_back(session, slot)
+            session.take_back(slot)
             session.space.store.abandon(slot)
-
-    def _take_back(self, session: Session, slot: int) -> None:
-        if slot not in session.granted:
-            raise Refusal("not_granted", f"slot {slot} was not granted to this client", fatal=True)
-        session.granted.remove(slot)
 
     def _flush(self, session: Session, message: m.Flush) -> None:
         store, number, seq = session.space.store, session.number, message.seq

@@ -10,9 +10,18 @@ from dataclasses import dataclass, field
 import zmq
 
 from sglang_hcache.prefetch.door import Frames, Peer
-from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.messages import Bye, FromClient, Hello
 from sglang_hcache.prefetch.payload import Parting
 from sglang_hcache.prefetch.spaces import Space
+
+
+class Refusal(Exception):
+    """A message that is counted, answered and otherwise ignored."""
+
+    def __init__(self, reason: str, text: str, *, fatal: bool = False) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.fatal = fatal
 
 
 @dataclass(eq=False)
@@ -56,6 +65,21 @@ class Session:
     @property
     def remote(self) -> bool:
         return self.peer.door.remote
+
+    def in_order(self, message: FromClient) -> None:
+        """Raises Refusal where it is not the next message."""
+        if message.seq <= self.received:
+            raise Refusal("replayed", f"message {message.seq} came twice")
+        if message.seq != self.received + 1 and not isinstance(message, Bye):
+            text = f"message {message.seq} came after message {self.received}"
+            raise Refusal("out_of_order", text, fatal=True)
+        self.received = message.seq
+
+    def take_back(self, slot: int) -> None:
+        """A granted slot comes back. Raises Refusal."""
+        if slot not in self.granted:
+            raise Refusal("not_granted", f"slot {slot} was not granted to this client", fatal=True)
+        self.granted.remove(slot)
 
     def ask(self, owner: str, ticket: int, keys: Sequence[bytes]) -> Asked:
         """Note a prefetch. On this host it takes the place of the owner's former one, in the store, too."""

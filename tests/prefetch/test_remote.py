@@ -48,9 +48,9 @@ class Prefetcher:
         self.news = os.eventfd(0, os.EFD_NONBLOCK)
         self.secure = secure
 
-    def remote(self, name: str = "a", **options: object) -> RemoteClient:
+    def remote(self, name: str = "a", layout: ChunkLayout = LAYOUT, slots: int = SLOTS) -> RemoteClient:
         keys = self.keys / name if self.secure else None
-        return RemoteClient(self.address, hello(**options), news=self.news, timeout_s=10, keys=keys)
+        return RemoteClient(self.address, hello(0, layout, slots), news=self.news, timeout_s=10, keys=keys)
 
     def log(self) -> str:
         return self.log_path.read_text()
@@ -119,7 +119,7 @@ class RawClient:
     """Speaks the messages one by one, over a connection without keys."""
 
     def __init__(self, address: str) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.set(zmq.LINGER, 0)
         self.socket.connect(address)
         self.session = self.seq = 0
