@@ -37,6 +37,7 @@ from sglang_hcache.storage.layout import ROOT, ChunkLayout
 
 logger = logging.getLogger(__name__)
 
+_REOPEN_S = 5.0  # the scheduler waits no longer for a store of its new weights
 _MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 
@@ -227,9 +228,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def weights_changed(self) -> None:
         """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us."""
         self.reset()
-        self._store.close()
         self._identity, self._on_file = self._fingerprint(process_identity()), False
-        self._attach(self._supervisor.open())
+        former = self._store
+        try:
+            self._attach(self._supervisor.open(timeout_s=_REOPEN_S))
+        except (Unavailable, OSError) as error:
+            former.give_up(f"weights were changed, and there is no store for the new ones yet: {error}")
+        else:
+            former.close()
         logger.warning("hcache: weights were changed in place; from now on pages are kept in host memory only")
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
     hcache.lock                      shared while open; exclusive while the first to open it checks the index
     index/{data.mdb, lock.mdb}       of all fingerprints
     segments/<fingerprint>/*.seg     of one
+    segments/<fingerprint>/about.json    what the fingerprint stands for, for people and tools
 
 Several processes may have it open, for the same or other fingerprints. What the index names was whole and
 durable when it was named; records the index does not name are free.
@@ -12,20 +13,24 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import run_parallel
+from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
-from sglang_hcache.storage.index import Index, prepare
-from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
+from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
+from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 
@@ -47,22 +52,36 @@ class Directory:
         writable: bool,
         segment_bytes: int,
         damage: Damage,
+        quota: Quota | None = None,
+        about: Mapping[str, str] | None = None,
+        siblings: Callable[[], Sequence[Index] | None] = list,
     ) -> None:
+        """`siblings`: indexes of the directories that hold other pages of the same prefixes; None where unknown."""
         self._layout = layout
         self._fingerprint = fingerprint
         self._writable = writable
         self._damage = damage
+        self._size = Size(layout.record_bytes, layout.page_tokens)
         self._pages = 0
         make_private(path)
         folder = path / "segments" / fingerprint.hex()
+        if quota is not None:
+            segment_bytes = quota.segment_bytes(segment_bytes)
         with ExitStack() as opened:
-            opened.callback(os.close, _open_shared(path, damage))
+            lock = open_shared(path, damage)
+            opened.callback(_close_shared, path, lock)
             self._index = Index(path / "index", fingerprint)
             opened.callback(self._index.close)
             self._segments = Segments(folder, layout.record_bytes, segment_bytes)
             opened.callback(self._segments.close)
+            write_about(folder, layout, about or {})
+            self._evictor = Evictor(path, self._index, self._segments, quota, siblings) if quota is not None else None
             self._recover()
             self._opened = opened.pop_all()
+
+    @property
+    def index(self) -> Index:
+        return self._index
 
     @property
     def pages(self) -> int:
@@ -77,30 +96,39 @@ class Directory:
         return self._index.get_many(keys)
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
-        """Read a located page into `out`, uint8 [record_bytes], and verify it; False where it is damaged.
+        """Read a located page into `out`, uint8 [record_bytes], and verify it; False where it cannot be had whole.
 
-        A damaged page is counted and leaves the index, unless it has been replaced there in the meantime.
+        A damaged page is counted and leaves the index. One that was evicted since it was located is only missed.
         """
-        try:
-            self._segments.reader(entry.segment).read(entry.slot, out)
-        except ChunkDamaged as damaged:
-            self._segments.retire(entry.segment)
-            self._forget(key, entry, damaged.reason)
+        damaged = self._try_read(key, entry, out)
+        if damaged is None:
+            return True
+        if not self._is_at(key, entry):
             return False
-        try:
-            verify(out, self._layout, self._fingerprint, key)
-        except ChunkDamaged as damaged:
-            self._forget(key, entry, damaged.reason)
-            return False
-        return True
+        damaged = self._try_read(key, entry, out)  # it may have been evicted and stored there anew in the meantime
+        if damaged is not None:
+            self._damage.page(self._segments.file(entry.segment), damaged.reason)
+            self._pages -= self._index.delete_many([(key, entry)])
+        return damaged is None
 
-    def write(self, pages: Sequence[tuple[bytes, Record]]) -> None:
-        """Write sealed records and name them in the index; durable on return, and not named where it raises."""
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> None:
+        """Write sealed records and name them in the index; durable on return, and not named where it raises.
+
+        With a quota the first of them may be named where it raises, and pages whose keys are not in `keep` evicted.
+        """
+        at_once = len(pages) if self._evictor is None else self._segments.segment_records
+        for start in range(0, len(pages), max(1, at_once)):
+            self._write(pages[start : start + at_once], keep)
+
+    def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes]) -> None:
+        if self._evictor is not None:
+            self._pages -= self._evictor.make_room(len(pages), keep)
         placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)
         for key, record in pages:
             writer, slot = self._segments.place()
             writers[writer].append((slot, record))
-            placed.append((key, Entry(writer.name, slot)))
+            parent = read_header(record, self._layout).parent
+            placed.append((key, Entry(writer.name, slot, parent[:PARENT_BYTES], 0, int(time.time()))))
         writes = [partial(writer.write, *run) for writer, records in writers.items() for run in runs(records)]
         run_parallel(writes, WRITES_IN_FLIGHT)
         for writer in writers:
@@ -109,50 +137,73 @@ class Directory:
         self._pages += len(placed)
         self._segments.let_go_full()
 
+    def touch(self, hits: Mapping[bytes, int]) -> None:
+        """Note that pages were used now, so many times each."""
+        self._index.touch(hits, int(time.time()))
+
     def probe(self) -> None:
         """Raise unless the next write can be expected to succeed: there is room, and the index takes entries."""
-        self._index.mark()
-        if self._writable:
+        self._index.mark(self._size)
+        if self._evictor is not None:
+            self._pages -= self._evictor.make_room(1)
+        elif self._writable:
             self._segments.make_room()
 
-    def close(self) -> None:
-        """Everything is closed also where it raises OSError."""
+    def close(self, *, index_failed: bool = False) -> None:
+        """Everything is closed also where it raises OSError. `index_failed`: nobody in this process can use it."""
+        if index_failed:
+            self._index.condemn()
         self._opened.close()
 
-    def _forget(self, key: bytes, entry: Entry, reason: str) -> None:
-        self._damage.page(self._segments.file(entry.segment), reason)
-        self._pages -= self._index.delete_many([(key, entry)])
+    def _try_read(self, key: bytes, entry: Entry, out: Record) -> ChunkDamaged | None:
+        try:
+            self._segments.reader(entry.segment).read(entry.slot, out)
+        except ChunkDamaged as damaged:
+            if self._is_at(key, entry):
+                self._segments.retire(entry.segment)
+            else:
+                self._segments.forget_reader(entry.segment)
+            return damaged
+        try:
+            verify(out, self._layout, self._fingerprint, key)
+        except ChunkDamaged as damaged:
+            return damaged
+        return None
+
+    def _is_at(self, key: bytes, entry: Entry) -> bool:
+        now = self._index.get_many([key]).get(key)
+        return now is not None and now.place == entry.place
 
     def _recover(self) -> None:
         with self._segments.census():
-            if not self._index.is_marked():
+            if not self._index.is_marked(self._size):
                 self._rebuild()
-                self._index.mark()
-            used = self._drop_lost()
+                self._index.mark(self._size)
+            self._drop_lost()
+        if self._writable and self._evictor is not None:
+            self._evictor.shrink()
+        with self._segments.census():
+            used = self._index.used()
             if self._writable:
                 self._segments.lock_unfilled(used)
-                self._segments.reclaim(self._used())
+                used = self._index.used()  # what another process wrote before we held the segments counts
+                self._segments.reclaim(used)
             self._pages = sum(map(len, used.values()))
 
-    def _drop_lost(self) -> dict[str, set[int]]:
-        """Drop entries of records that are not there; the used records of each segment."""
+    def _drop_lost(self) -> None:
+        """Drop entries of records that are not there."""
         lengths = self._segments.lengths()
+        if all(max(slots) < lengths.get(segment, 0) for segment, slots in self._index.used().items()):
+            return
         entries = self._index.entries()
         lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]
+        lost = [(key, entry) for key, entry in lost if self._is_at(key, entry)]
         for _, entry in lost:
             reason = (
                 "the file is too short" if entry.segment in lengths else "the file is missing or not a regular one"
             )
             self._damage.page(self._segments.file(entry.segment), reason)
-        if lost:
-            self._index.delete_many(lost)
-        return self._used()
-
-    def _used(self) -> dict[str, set[int]]:
-        used: dict[str, set[int]] = defaultdict(set)
-        for _, entry in self._index.entries():
-            used[entry.segment].add(entry.slot)
-        return used
+        self._index.delete_many(lost)
 
     def _rebuild(self) -> None:
         """List the pages whose headers hold. Whether their payloads do is verified on reading, as always."""
@@ -165,6 +216,7 @@ class Directory:
             except ChunkDamaged as damaged:
                 self._damage.file(self._segments.file(name), damaged.reason)
                 continue
+            last_use = int(self._segments.file(name).stat().st_mtime)
             for slot in range(records):
                 try:
                     reader.read(slot, record)
@@ -173,13 +225,13 @@ class Directory:
                     log.debug("record %d of %s is not listed: %s", slot, name, damaged)
                     continue
                 if header.fingerprint == self._fingerprint:
-                    found[header.key] = Entry(name, slot)
+                    found[header.key] = Entry(name, slot, header.parent[:PARENT_BYTES], 0, last_use)
         if lengths:
             self._index.put_many(found.items())
             self._damage.rebuilt(self._index.path, len(found))
 
 
-def _open_shared(path: Path, damage: Damage) -> int:
+def open_shared(path: Path, damage: Damage) -> int:
     """Hold the directory's lock; if nobody else does, check the index first."""
     while True:
         lock = _open_lock(path / "hcache.lock", damage)
@@ -192,6 +244,15 @@ def _open_shared(path: Path, damage: Damage) -> int:
         except BaseException:
             os.close(lock)
             raise
+        os.close(lock)
+
+
+def _close_shared(path: Path, lock: int) -> None:
+    """Let go of the directory's lock; whoever is the last to do so spares the next one the check of the index."""
+    try:
+        if try_lock(lock, exclusive=True):
+            seal_closed(path / "index")
+    finally:
         os.close(lock)
 
 

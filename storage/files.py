@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -9,6 +11,8 @@ import time
 from pathlib import Path
 
 _POLL_S = 0.01
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def make_private(path: Path) -> None:
@@ -56,3 +60,12 @@ def lock_within(fd: int, exclusive: bool, timeout_s: float) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"another process has kept a lock in this directory for {timeout_s:g} s")
         time.sleep(_POLL_S)
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Give a part of a file back to the disk, where the file system can; it reads as zeros then. Raises OSError."""
+    mode = ctypes.c_int(_KEEP_SIZE | _PUNCH_HOLE)
+    if _libc.fallocate(ctypes.c_int(fd), mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))

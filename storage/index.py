@@ -1,34 +1,64 @@
 """Which page lies where in the segment files of a directory: an LMDB file, shared by all processes that use it.
 
 Name of an entry: fingerprint (16 bytes), then the page's key (32 bytes). A fingerprint alone names its mark: all
-pages its segments hold are in the index. The index is derived data; without a mark it is rebuilt from the segments.
+pages its segments hold are in the index, and how large they are. The index is derived data; without a mark of this
+version it is rebuilt from the segments.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import lmdb
+import numpy as np
+import xxhash
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import make_private, remove, sync_directory
-from sglang_hcache.storage.index_check import UNWRITABLE, Entry, decode, encode
+from sglang_hcache.storage.index_check import (
+    ENTRY,
+    ENTRY_VERSION,
+    FINGERPRINT_BYTES,
+    UNWRITABLE,
+    Entry,
+    decode,
+    encode,
+)
 
-MAP_BYTES = 1 << 30  # address space, not memory: room for about ten million pages
+MAP_BYTES = 8 << 30  # address space, not memory: room for tens of millions of pages
 MAX_READERS = 512  # read transactions at once, in all processes
 CHECK_TIMEOUT_S = 20.0  # and a second more for every CHECK_RATE bytes
 CHECK_RATE = 16 << 20
+NAME_BYTES = FINGERPRINT_BYTES + 32
 
-_MARK = Entry("all pages listed", 0)
+VALUE = np.dtype(
+    [("segment", "S16"), ("slot", "<u4"), ("parent", ">u8"), ("hits", "<u4"), ("last_use", "<u4"), ("sum", "<u8")]
+)
+
+_MARKED = "all pages listed"
+_SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
+_MOST_HITS = (1 << 32) - 1
+_SEAL = "closed.xxh3"
+_BLOCK_BYTES = 16 << 20
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
+
+
+class Size(NamedTuple):
+    """What a page of a fingerprint takes, and holds."""
+
+    record_bytes: int
+    page_tokens: int
 
 
 def prepare(path: Path, damage: Damage) -> None:
@@ -44,12 +74,14 @@ def prepare(path: Path, damage: Damage) -> None:
     remove(path / "lock.mdb")
     for leftover in path.glob("check-*"):
         remove(leftover)
-    data = path / "data.mdb"
-    if not os.path.lexists(data):
+    data, seal = path / "data.mdb", path / _SEAL
+    as_closed = is_sealed(path)
+    remove(seal)
+    if as_closed or not os.path.lexists(data):
         return
     fresh = Path(tempfile.mkdtemp(prefix="check-", dir=path))
     try:
-        reason = _check(data, fresh, damage)
+        reason = copy_checked(data, fresh, damage)
         if reason is None:
             os.replace(fresh / "data.mdb", data)
         else:
@@ -60,7 +92,33 @@ def prepare(path: Path, damage: Damage) -> None:
     sync_directory(path)
 
 
-def _check(data: Path, fresh: Path, damage: Damage) -> str | None:
+def seal_closed(path: Path) -> None:
+    """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check."""
+    digest = _digest(path / "data.mdb")
+    temporary = path / f"{_SEAL}.new"
+    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(digest)
+    os.replace(temporary, path / _SEAL)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the index is, byte for byte, as it was when it was closed."""
+    try:
+        return (path / _SEAL).read_bytes() == _digest(path / "data.mdb")
+    except OSError:
+        return False
+
+
+def _digest(data: Path) -> bytes:
+    """Of a regular file's content; raises OSError for anything else."""
+    digest = xxhash.xxh3_128()
+    with open(data, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.digest()
+
+
+def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
     """Copy what is sound of the index to `fresh`; why there is nothing to keep, or None."""
     if not data.is_file():
         return "it is not a regular file"
@@ -83,6 +141,42 @@ def _check(data: Path, fresh: Path, damage: Damage) -> str | None:
     return None
 
 
+class _Environment:
+    """An index that is open in this process: once, however many use it, as LMDB's locks ask for."""
+
+    _open: ClassVar[dict[Path, _Environment]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, path: Path, writable: bool) -> None:
+        self.path = path
+        self.users = 0
+        self.condemned = False
+        self.env = lmdb.open(
+            str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False, readonly=not writable
+        )
+        if writable:
+            self.env.reader_check()
+
+    @classmethod
+    def get(cls, path: Path, writable: bool) -> _Environment:
+        path = path.resolve()
+        with cls._lock:
+            shared = cls._open.get(path)
+            if shared is None:
+                shared = cls._open[path] = cls(path, writable)
+            elif shared.condemned:
+                raise lmdb.Error("it is still open for others, who have to open it anew, too")
+            shared.users += 1
+            return shared
+
+    def put_back(self) -> None:
+        with self._lock:
+            self.users -= 1
+            if not self.users:
+                del self._open[self.path]
+                self.env.close()
+
+
 class Index:
     """The entries of one fingerprint. Thread-safe; several processes may have it open.
 
@@ -90,11 +184,11 @@ class Index:
     call. Every method raises lmdb.Error where the file, the disk or the map fails, also when it has been closed.
     """
 
-    def __init__(self, path: Path, fingerprint: bytes) -> None:
+    def __init__(self, path: Path, fingerprint: bytes, *, writable: bool = True) -> None:
         self.path = path
         self._fingerprint = fingerprint
-        self._env = lmdb.open(str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False)
-        self._env.reader_check()
+        self._shared = _Environment.get(path, writable)
+        self._env = self._shared.env
         self._idle = threading.Condition()
         self._calls = 0
         self._closed = False
@@ -118,14 +212,28 @@ class Index:
                 txn.put(name, encode(name, entry))
 
     def delete_many(self, entries: Iterable[tuple[bytes, Entry]]) -> int:
-        """Delete those entries that still are as given; how many."""
+        """Delete those entries that still name the place given; how many."""
+        return self.delete_names((self._fingerprint + key, entry.place) for key, entry in entries)
+
+    def delete_names(self, names: Iterable[tuple[bytes, tuple[str, int]]]) -> int:
+        """`delete_many` for entries of any fingerprint, by full name."""
         deleted = 0
         with self._in_use(), self._env.begin(write=True) as txn:
-            for key, entry in entries:
-                name = self._fingerprint + key
-                if txn.get(name) == encode(name, entry):
+            for name, place in names:
+                value = txn.get(name)
+                if value is not None and (entry := decode(name, value)) is not None and entry.place == place:
                     deleted += txn.delete(name)
         return deleted
+
+    def touch(self, hits: Mapping[bytes, int], now: int) -> None:
+        """Add hits to those of the pages that have an entry, and set their last use, unix seconds."""
+        with self._in_use(), self._env.begin(write=True) as txn:
+            for key, more in hits.items():
+                name = self._fingerprint + key
+                value = txn.get(name)
+                if value is not None and (entry := decode(name, value)) is not None:
+                    total = min(entry.hits + more, _MOST_HITS)
+                    txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
 
     def entries(self) -> list[tuple[bytes, Entry]]:
         """All sound entries of the fingerprint, by key."""
@@ -140,25 +248,63 @@ class Index:
                 more = cursor.next()
         return found
 
-    def is_marked(self) -> bool:
-        """Whether the index is known to name all pages of the fingerprint."""
-        return self.get_many([b""]) == {b"": _MARK}
+    def used(self) -> dict[str, set[int]]:
+        """The records of each segment that entries of the fingerprint name; entries are not checked."""
+        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+            cursor.set_range(self._fingerprint)
+            own = itertools.takewhile(lambda entry: entry[0].startswith(self._fingerprint), cursor.iternext())
+            values = [value for name, value in own if len(name) == NAME_BYTES and len(value) == ENTRY.size]
+        table = np.frombuffer(b"".join(values), VALUE)
+        by_segment = table[np.argsort(table["segment"], kind="stable")]
+        names, starts = np.unique(by_segment["segment"], return_index=True)
+        slots = np.split(by_segment["slot"], starts[1:])
+        return {name.decode("ascii", "replace"): set(of.tolist()) for name, of in zip(names, slots, strict=False)}
 
-    def mark(self) -> None:
-        self.put_many([(b"", _MARK)])
+    def raw(self) -> tuple[list[bytes], list[bytes]]:
+        """Names and values of the pages of all fingerprints, by name; nothing of them is checked but their size."""
+        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+            pages = [(name, value) for name, value in cursor if len(name) == NAME_BYTES and len(value) == ENTRY.size]
+        return [name for name, _ in pages], [value for _, value in pages]
+
+    def is_marked(self, size: Size) -> bool:
+        """Whether the index is known to name all pages of the fingerprint, and they have this size."""
+        return self.get_many([b""]) == {b"": _mark_of(size)}
+
+    def mark(self, size: Size) -> None:
+        self.put_many([(b"", _mark_of(size))])
+
+    def marks(self) -> dict[bytes, Size]:
+        """The page size of each fingerprint whose pages are all named."""
+        found = {}
+        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+            more = cursor.first()
+            while more:
+                fingerprint = cursor.key()[:FINGERPRINT_BYTES]
+                mark = txn.get(fingerprint)
+                entry = None if mark is None else decode(fingerprint, mark)
+                if entry is not None:
+                    found[fingerprint] = Size(entry.slot, _SIZES.unpack(entry.parent)[1])
+                more = cursor.set_range(fingerprint + b"\xff" * (NAME_BYTES - FINGERPRINT_BYTES + 1))
+        return found
 
     def close(self) -> None:
         """Waits for the calls under way in other threads."""
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: not self._calls)
-        self._env.close()
+        self._shared.put_back()
+
+    def condemn(self) -> None:
+        """The file is not fit for use any more: all who have it open in this process must open it anew."""
+        self._shared.condemned = True
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         with self._idle:
             if self._closed:
                 raise lmdb.Error("the index is closed")
+            if self._shared.condemned:
+                raise lmdb.Error("the index has to be opened anew")
             self._calls += 1
         try:
             yield
@@ -166,3 +312,7 @@ class Index:
             with self._idle:
                 self._calls -= 1
                 self._idle.notify_all()
+
+
+def _mark_of(size: Size) -> Entry:
+    return Entry(_MARKED, size.record_bytes, _SIZES.pack(ENTRY_VERSION, size.page_tokens))

@@ -3,7 +3,8 @@
 LMDB maps its file into memory and trusts every byte of it: a damaged or truncated file can crash the process that
 reads it, or make it loop. So the check is run as a program, `index_check.py SOURCE TARGET`, by a process that can
 afford to lose it. It needs only the standard library, lmdb and xxhash, and nothing of this package. It reads every
-entry of SOURCE and writes those that are sound to a fresh index in TARGET; prints how many it dropped.
+entry of SOURCE and writes those that are sound to a fresh index in TARGET; prints how many were damaged. Entries of
+an older version are left out and not counted.
 
 Exit status: 0 done; 2 SOURCE cannot be read to its end; 3 TARGET cannot be written. Anything else: it crashed.
 """
@@ -21,31 +22,43 @@ import lmdb
 import xxhash
 
 FINGERPRINT_BYTES = 16
+PARENT_BYTES = 8
 UNREADABLE = 2
 UNWRITABLE = 3
+ENTRY_VERSION = 2
 
-_ENTRY = struct.Struct("<16sIQ")
+ENTRY = struct.Struct("<16sI8sIIQ")
+_OLD_SIZES = (28,)
 
 
 class Entry(NamedTuple):
-    """Where a page lies: the segment's name, 16 characters, and the record in it."""
+    """Where a page lies: the segment's name, 16 characters, and the record in it; and how it is used."""
 
     segment: str
     slot: int
+    parent: bytes = bytes(PARENT_BYTES)  # the start of the parent's key; zeros for the first page of a prefix
+    hits: int = 0
+    last_use: int = 0  # unix time, seconds
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self[:2]
 
 
 def encode(name: bytes, entry: Entry) -> bytes:
     """The value stored under `name` (fingerprint and page key), with a checksum over both."""
-    segment = entry.segment.encode("ascii")
-    return _ENTRY.pack(segment, entry.slot, _sum(name, segment, entry.slot))
+    value = ENTRY.pack(entry.segment.encode("ascii"), entry.slot, entry.parent, entry.hits, entry.last_use, 0)[:-8]
+    return value + xxhash.xxh3_64_intdigest(name + value).to_bytes(8, "little")
 
 
 def decode(name: bytes, value: bytes) -> Entry | None:
     """The entry; None where a bit of it or of its name has changed."""
-    if len(value) != _ENTRY.size:
+    if len(value) != ENTRY.size:
         return None
-    segment, slot, checksum = _ENTRY.unpack(value)
-    return Entry(segment.decode("ascii"), slot) if checksum == _sum(name, segment, slot) else None
+    segment, slot, parent, hits, last_use, checksum = ENTRY.unpack(value)
+    if checksum != xxhash.xxh3_64_intdigest(name + value[:-8]):
+        return None
+    return Entry(segment.decode("ascii"), slot, parent, hits, last_use)
 
 
 def copy_sound(source: Path, target: Path) -> int:
@@ -61,10 +74,10 @@ def copy_sound(source: Path, target: Path) -> int:
             if name <= last:
                 raise Unreadable("its entries are out of order")
             last = name
-            if decode(name, value) is None:
-                dropped += 1
-            else:
+            if decode(name, value) is not None:
                 txn.put(name, value, append=True)
+            elif len(value) not in _OLD_SIZES:
+                dropped += 1
     return dropped
 
 
@@ -75,13 +88,14 @@ class Unreadable(Exception):
 def _entries(source: Path) -> Iterator[tuple[bytes, bytes]]:
     try:
         with lmdb.open(str(source), readonly=True, lock=False, create=False) as env, env.begin() as txn:
-            yield from txn.cursor()
+            seen = 0
+            for item in txn.cursor():
+                seen += 1
+                yield item
+            if seen != txn.stat()["entries"]:
+                raise Unreadable("it has lost entries")
     except lmdb.Error as error:
         raise Unreadable(str(error)) from error
-
-
-def _sum(name: bytes, segment: bytes, slot: int) -> int:
-    return xxhash.xxh3_64_intdigest(b"".join((name, segment, slot.to_bytes(4, "little"))))
 
 
 def main() -> None:

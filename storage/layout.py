@@ -119,6 +119,11 @@ def positions(record: Record, layout: ChunkLayout) -> npt.NDArray[np.int32]:
     return record[_FIXED.size : _FIXED.size + 4 * layout.page_tokens].view(np.int32)
 
 
+def parent_of(record: Record) -> bytes:
+    """The key of the page before it, as a sealed record says."""
+    return record[64:96].tobytes()
+
+
 def seal(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes, parent: bytes) -> None:
     """Write the header around `positions`, with the checksums of the payloads as they are now."""
     assert record.shape == (layout.record_bytes,)

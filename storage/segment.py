@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sglang_hcache.storage.direct import DirectIO, File
-from sglang_hcache.storage.files import try_lock
+from sglang_hcache.storage.files import punch, try_lock
 from sglang_hcache.storage.layout import ChunkDamaged, Record
 
 RUN_BYTES = 1 << 20  # of records written at once: enough for a disk's full speed with a few in flight
@@ -49,6 +49,17 @@ class SegmentWriter:
             os.close(fd)
             return None
         return cls(fd, path, record_bytes, io)
+
+    def punch(self, slot: int) -> None:
+        """Give a record's disk space back, where the file system can."""
+        punch(self._fd, slot * self._record_bytes, self._record_bytes)
+
+    def disk_bytes(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512
+
+    def is_sparse(self) -> bool:
+        """Whether some of it has no disk space of its own."""
+        return self.disk_bytes() < os.fstat(self._fd).st_size
 
     def grow_to(self, records: int) -> None:
         """Take the disk space of so many records now, so that no later write can lack it."""

@@ -6,20 +6,19 @@ import logging
 import os
 import re
 import secrets
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sglang_hcache.storage.direct import DirectIO
-from sglang_hcache.storage.files import lock_within, make_private, sync_directory
+from sglang_hcache.storage.files import make_private, sync_directory
 from sglang_hcache.storage.layout import ChunkDamaged
+from sglang_hcache.storage.quota import bytes_below, census
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
 
-LOCK_WAIT_S = 30.0
 OPEN_READERS = 128  # files kept open for reading
 ADOPT_AT_MOST = 64  # files with free records kept open for writing
 
@@ -30,11 +29,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Held:
-    """A segment this process writes: its unused records, lowest last, and the end of the used ones."""
+    """A segment this process writes: its unused records, lowest last, and the end of the used ones.
+
+    `sparse`: unused records that have lost their disk space.
+    """
 
     writer: SegmentWriter
     free: list[int]
     end: int
+    sparse: list[int] = field(default_factory=list)
 
 
 class Segments:
@@ -42,8 +45,9 @@ class Segments:
 
     def __init__(self, path: Path, record_bytes: int, segment_bytes: int) -> None:
         self.path = path
+        self.fingerprint = bytes.fromhex(path.name)
         self._record_bytes = record_bytes
-        self._segment_records = max(1, segment_bytes // record_bytes)
+        self.segment_records = max(1, segment_bytes // record_bytes)
         self._held: list[_Held] = []
         self._retired: set[str] = set()
         self._readers: OrderedDict[str, SegmentReader] = OrderedDict()
@@ -57,12 +61,8 @@ class Segments:
     @contextmanager
     def census(self) -> Iterator[None]:
         """While it lasts no process creates, adopts or deletes a segment here."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            lock_within(fd, exclusive=True, timeout_s=LOCK_WAIT_S)
+        with census(self.path):
             yield
-        finally:
-            os.close(fd)
 
     def lengths(self) -> dict[str, int]:
         """How many whole records each segment has room for, by name."""
@@ -75,18 +75,14 @@ class Segments:
 
     def bytes_on_disk(self) -> int:
         """What the files take of the disk, including what is preallocated."""
-        total = 0
-        for path in self.path.iterdir():
-            status = path.lstat()
-            total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
-        return total
+        return bytes_below(self.path)
 
     def lock_unfilled(self, used: Mapping[str, set[int]]) -> None:
         """Under `census`: take the segments that may have room and that no other process writes."""
         for name in self.lengths():
             if len(self._held) >= ADOPT_AT_MOST:
                 return
-            if len(used.get(name, ())) < self._segment_records:
+            if len(used.get(name, ())) < self.segment_records:
                 try:
                     writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self._io)
                 except ChunkDamaged as damaged:
@@ -104,11 +100,58 @@ class Segments:
             in_use = used.get(held.writer.name, set())
             if in_use:
                 held.end = max(in_use) + 1
-                held.free = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
+                unused = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
+                held.free, held.sparse = ([], unused) if held.writer.is_sparse() else (unused, [])
             else:
                 held.writer.path.unlink()
                 self._held.remove(held)
                 held.writer.close()
+
+    def adopt(self, name: str, in_use: set[int]) -> bool:
+        """Under `census`: take a segment whose other records are to be used again; False where that cannot be."""
+        if len(self._held) >= ADOPT_AT_MOST:
+            return False
+        try:
+            writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self._io)
+        except ChunkDamaged:
+            return False
+        if writer is None:
+            return False
+        self._held.append(_Held(writer, [], max(in_use) + 1))
+        self.reuse({name: in_use})
+        return True
+
+    def reuse(self, used: Mapping[str, set[int]]) -> None:
+        """Take up what others have freed in the held segments named; never between `place` and naming the page."""
+        for held in self._held:
+            in_use = used.get(held.writer.name)
+            if in_use is not None:
+                unused = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
+                held.free, held.sparse = ([], unused) if held.writer.is_sparse() else (unused, [])
+
+    def held(self) -> set[str]:
+        """The segments this process writes."""
+        return {held.writer.name for held in self._held}
+
+    def free_records(self) -> int:
+        """How many pages can be placed without taking more of the disk."""
+        return sum(len(held.free) for held in self._held if held.writer.name not in self._retired)
+
+    def growth_bytes(self) -> int:
+        """What the next `grow` takes of the disk."""
+        held = self._growable()
+        full = self.segment_records * self._record_bytes
+        return (
+            full if held is None else max(full, held.writer.records * self._record_bytes) - held.writer.disk_bytes()
+        )
+
+    def grow(self) -> None:
+        """Take more of the disk, for the next pages."""
+        held = self._growable()
+        if held is None:
+            self._held.append(self._create())
+        else:
+            self._grow(held)
 
     def place(self) -> tuple[SegmentWriter, int]:
         """A segment and an unused record in it, for one page; makes room where there is none."""
@@ -124,7 +167,7 @@ class Segments:
     def let_go_full(self) -> None:
         """Close segments that can take no more; only after their records are committed."""
         for held in list(self._held):
-            full = not held.free and held.writer.records >= self._segment_records
+            full = not held.free and not held.sparse and held.writer.records >= self.segment_records
             if full or held.writer.name in self._retired:
                 self._held.remove(held)
                 held.writer.close()
@@ -132,6 +175,10 @@ class Segments:
     def retire(self, name: str) -> None:
         """The file is not what it was: nothing more is written to it, and it is opened anew to read. Any thread."""
         self._retired.add(name)
+        self.forget_reader(name)
+
+    def forget_reader(self, name: str) -> None:
+        """The next read opens the file anew. Any thread."""
         with self._readers_lock:
             self._readers.pop(name, None)
 
@@ -164,22 +211,23 @@ class Segments:
                 held.writer.close()
 
     def _with_room(self) -> _Held:
+        while True:
+            for held in self._held:
+                if held.free and held.writer.name not in self._retired:
+                    return held
+            self.grow()
+
+    def _growable(self) -> _Held | None:
         for held in self._held:
-            if held.writer.name in self._retired:
-                continue
-            if held.free:
+            if held.writer.name not in self._retired and (held.sparse or held.writer.records < self.segment_records):
                 return held
-            if held.writer.records < self._segment_records:
-                self._grow(held)
-                return held
-        held = self._create()
-        self._held.append(held)
-        return held
+        return None
 
     def _grow(self, held: _Held) -> None:
         start = held.writer.records
-        held.writer.grow_to(self._segment_records)
-        held.free = list(range(self._segment_records - 1, start - 1, -1))
+        held.writer.grow_to(max(self.segment_records, start))
+        held.free = [*range(held.writer.records - 1, start - 1, -1), *held.sparse, *held.free]
+        held.sparse = []
 
     def _create(self) -> _Held:
         with self.census():

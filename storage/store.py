@@ -236,8 +236,17 @@ class LocalStore:
         stats["pages_damaged"] = sum(volume.damage.pages for volume in volumes)
         stats["files_damaged"] = sum(volume.damage.files for volume in volumes)
         stats["index_rebuilt"] = sum(volume.damage.index_rebuilt for volume in volumes)
+        stats["pages_evicted"] = sum(volume.quota.evicted for volume in volumes if volume.quota)
         stats["volumes"] = [
-            {"path": str(v.path), "state": v.state, "pages": v.pages, "bytes": v.bytes_on_disk()} for v in volumes
+            {
+                "path": str(v.path),
+                "state": v.state,
+                "pages": v.pages,
+                "bytes": v.bytes_on_disk(),
+                "quota_bytes": v.quota.limit if v.quota else 0,
+                "pages_evicted": v.quota.evicted if v.quota else 0,
+            }
+            for v in volumes
         ]
         return stats
 

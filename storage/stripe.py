@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_hcache.storage.index_check import Entry
-from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.layout import Record, parent_of
 from sglang_hcache.storage.volume import Volume
 
 
@@ -26,6 +26,8 @@ class Stripe:
 
     def __init__(self, volumes: Sequence[Volume]) -> None:
         self.volumes = tuple(volumes)
+        for volume in self.volumes:
+            volume.stripe_with([other for other in self.volumes if other is not volume])
         self._turn = 0
 
     def locate(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
@@ -40,18 +42,21 @@ class Stripe:
     def write(self, pages: Sequence[tuple[bytes, Record]]) -> set[bytes]:
         """Write sealed records to healthy volumes in turn; the keys of those that none could take."""
         left = list(pages)
+        keep = {key for key, _ in pages} | {parent_of(record) for _, record in pages}
         while left and (healthy := [volume for volume in self.volumes if volume.healthy]):
             refused = []
             for i, volume in enumerate(healthy):
                 share = left[(i - self._turn) % len(healthy) :: len(healthy)]
-                if share and not volume.write(share):
+                if share and not volume.write(share, keep):
                     refused += share
             self._turn += len(left)
             left = refused
         return {key for key, _ in left}
 
     def touch(self, keys: Mapping[bytes, int]) -> None:
-        """Note that pages were used, so many times each."""
+        """Note that pages were used now, so many times each; those that are not on file are ignored."""
+        for volume in self.volumes:
+            volume.touch(keys)
 
     def retry(self) -> None:
         for volume in self.volumes:

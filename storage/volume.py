@@ -7,15 +7,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import lmdb
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkLayout, Record
+from sglang_hcache.storage.quota import Quota, bytes_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,10 @@ _ADVICE = {
 
 
 class Volume:
-    """No method raises for what a disk does: it fails the volume, which then takes no writes until a retry succeeds.
+    """`quota_bytes`: bound of what the directory takes of the disk. `about`: what the fingerprint stands for.
+
+    Raises ValueError for a quota that holds nearly nothing. No method raises for what a disk does: it fails the
+    volume, which then takes no writes until a retry succeeds.
 
     A failed volume still reads what can be read. `write`, `retry` and `close` are for one thread, the rest for any.
     """
@@ -57,14 +62,22 @@ class Volume:
         self._writable = writable
         self._segment_bytes = segment_bytes
         self._retry_s = retry_s
+        self.quota = None if quota_bytes is None else Quota(path, quota_bytes, layout.record_bytes)
+        self._about = dict(about or {})
+        self._siblings: Sequence[Volume] | None = None
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._index_failed = False
         self._retry_at = 0.0
         self._directory: Directory | None = None
         try:
             self._directory = self._open()
         except (OSError, lmdb.Error) as error:
             self._fail(error)
+
+    def stripe_with(self, siblings: Sequence[Volume]) -> None:
+        """Say where the other pages of the same prefixes are; until then none is evicted for lack of its parent."""
+        self._siblings = siblings
 
     @property
     def state(self) -> str:
@@ -83,6 +96,8 @@ class Volume:
     def bytes_on_disk(self) -> int:
         directory = self._directory
         try:
+            if self.quota is not None:
+                return bytes_on_disk(self.path)
             return directory.bytes_on_disk() if directory else 0
         except OSError as error:
             log.debug("%s: %s", self.path, error)
@@ -110,17 +125,30 @@ class Volume:
             self._fail(error, directory)
             return False
 
-    def write(self, pages: Sequence[tuple[bytes, Record]]) -> bool:
-        """Write sealed records; True once they are durable, False where none of them counts as written."""
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
+        """Write sealed records; True once they are durable, False where none of them counts as written.
+
+        `keep`: keys of pages that are not evicted for them.
+        """
         directory = self._directory
         if directory is None or not self.healthy:
             return False
         try:
-            directory.write(pages)
+            directory.write(pages, keep)
         except (OSError, lmdb.Error) as error:
             self._fail(error, directory)
             return False
         return True
+
+    def touch(self, hits: Mapping[bytes, int]) -> None:
+        """Note that pages were used now, so many times each; those that are not here are ignored."""
+        directory = self._directory
+        if directory is None or not self.healthy or not hits:
+            return
+        try:
+            directory.touch(hits)
+        except (OSError, lmdb.Error) as error:
+            self._fail(error, directory)
 
     def retry(self) -> None:
         """Open a failed volume anew, if it is time."""
@@ -134,7 +162,7 @@ class Volume:
             self._fail(error)
             self._retry_at = time.monotonic() + self._retry_s
             return
-        self._failure = None
+        self._failure, self._index_failed = None, False
         log.info("hcache: %s works again; pages are written to it.", self.path)
 
     def close(self) -> None:
@@ -142,7 +170,7 @@ class Volume:
         if directory is None:
             return
         try:
-            directory.close()
+            directory.close(index_failed=self._index_failed)
         except (OSError, lmdb.Error) as error:
             log.warning(
                 "hcache: %s could not be tidied up on closing; the next opening does it. (%s)", self.path, error
@@ -156,7 +184,17 @@ class Volume:
             writable=self._writable,
             segment_bytes=self._segment_bytes,
             damage=self.damage,
+            quota=self.quota,
+            about=self._about,
+            siblings=self._sibling_indexes,
         )
+
+    def _sibling_indexes(self) -> list[Index] | None:
+        if self._siblings is None:
+            return None
+        directories = [volume._directory for volume in self._siblings if volume.healthy]
+        indexes = [directory.index for directory in directories if directory is not None]
+        return indexes if len(indexes) == len(self._siblings) else None
 
     def _fail(self, error: Exception, directory: Directory | None = None) -> None:
         reason = _explain(error)
@@ -166,6 +204,7 @@ class Volume:
             if self._failure is None:
                 self._retry_at = time.monotonic() + self._retry_s
             changed, self._failure = self._failure != reason, reason
+            self._index_failed = isinstance(error, lmdb.Error)
         if changed:
             log.warning(
                 "hcache: %s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sglang_hcache.prefetch import messages as m
@@ -34,7 +34,15 @@ class PrefetchClient:
     where there is no prefetcher that serves `hello` within `timeout_s`.
     """
 
-    def __init__(self, address: str, hello: m.Hello, *, news: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: m.Hello,
+        *,
+        news: int,
+        timeout_s: float,
+        is_there: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._news = news
         self._lock = threading.Lock()
@@ -43,7 +51,9 @@ class PrefetchClient:
         self._wanted: dict[str, _Wanted] = {}
         self._tickets = itertools.count(1)
         self._reserve_failed = 0
-        self._connection = Connection(address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s)
+        self._connection = Connection(
+            address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, is_there=is_there
+        )
         welcome = self._connection.welcome
         try:
             region = Region.attach(welcome.region, welcome.slots * self.layout.record_bytes)
@@ -138,6 +148,10 @@ class PrefetchClient:
         except Unavailable as error:
             return stats | {"prefetcher": f"gone: {error}"}
         return figures | stats
+
+    def give_up(self, why: str) -> None:
+        """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
+        self._connection.give_up(why)
 
     def close(self) -> None:
         """Say goodbye to the prefetcher. Nobody may read or write the memory any more."""

@@ -18,6 +18,7 @@ from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.keys import client_keys
 
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
+LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
 LINGER_MS = 200  # for a goodbye
 HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
@@ -40,7 +41,8 @@ class Connection:
     To another host (`hello.pid` is 0), messages carry records of at most `record_bytes`, and `keys` says with which
     keys it is spoken to; without, only where it needs none.
 
-    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`.
+    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`, or
+    `is_there` says that there is none any more.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Connection:
         timeout_s: float,
         record_bytes: int = 0,
         keys: Path | None = None,
+        is_there: Callable[[], bool] = lambda: True,
     ) -> None:
         self._remote = hello.pid == 0
         self._receive = receive
@@ -75,7 +78,7 @@ class Connection:
         self._socket.set(zmq.MAXMSGSIZE, max(4 * m.MAX_MESSAGE_BYTES, record_bytes))
         try:
             self._connect(address, keys)
-            self.welcome = self._introduce(hello, timeout_s)
+            self.welcome = self._introduce(hello, timeout_s, is_there)
             self._pidfd = -1 if self._remote else os.pidfd_open(self.welcome.pid)
         except (Unavailable, OSError, zmq.ZMQError) as error:
             self._socket.close(0)
@@ -105,9 +108,15 @@ class Connection:
             raise Unavailable(self.why_ended or f"no answer in {timeout_s:g} s")
         return answer
 
+    def give_up(self, why: str) -> None:
+        """The session is over for us; what it held stays as it is until `close`."""
+        self._end(why)
+
     def close(self) -> None:
         """Say goodbye. What the session held must not be used any more."""
         with self._lock:
+            if self._closing:
+                return
             self._closing = True
             self._enqueue(m.Bye())
         if self._thread.is_alive():
@@ -126,10 +135,14 @@ class Connection:
             self._socket.curve_serverkey = server
         self._socket.connect(address)
 
-    def _introduce(self, hello: m.Hello, timeout_s: float) -> m.Welcome:
+    def _introduce(self, hello: m.Hello, timeout_s: float, is_there: Callable[[], bool]) -> m.Welcome:
         self._socket.send(m.encode(hello))
-        if not self._socket.poll(int(1000 * timeout_s)):
-            raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
+        deadline = time.monotonic() + timeout_s
+        while not self._socket.poll(int(1000 * LOOK_S)):
+            if not is_there():  # it was about to end, and has not read what we sent
+                raise Unavailable("the prefetcher has ended")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
         try:
             answer = m.decode_from_server(self._socket.recv())
         except m.Malformed as error:

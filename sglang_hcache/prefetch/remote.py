@@ -291,6 +291,10 @@ class RemoteClient:
             return stats | {"prefetcher": f"gone: {error}"}
         return figures | stats | {name: figures[name] for name in FIGURES_OF_PREFETCHER}
 
+    def give_up(self, why: str) -> None:
+        """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
+        self._files.connection.give_up(why)
+
     def close(self) -> None:
         if self._closed:
             return

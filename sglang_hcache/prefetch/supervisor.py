@@ -24,6 +24,7 @@ from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import ServerConfig
 
 START_S = 60.0  # for a prefetcher to start and open its directories
+LOCKED_S = 10.0  # for it to start, up to the point where it holds its lock
 BACK_OFF_S = (0.1, 30.0)  # first pause before another try, and longest
 REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
@@ -122,7 +123,13 @@ class Supervisor(Keeper[PrefetchClient]):
     def _connect(self, timeout_s: float) -> PrefetchClient:
         if not is_running(self._endpoint):
             self._launch()
-        return PrefetchClient(self._endpoint.address, self._hello(), news=self.news, timeout_s=timeout_s)
+        return PrefetchClient(
+            self._endpoint.address,
+            self._hello(),
+            news=self.news,
+            timeout_s=timeout_s,
+            is_there=lambda: is_running(self._endpoint),
+        )
 
     def _give_up(self, gone: PrefetchClient) -> None:
         if "not answered" in gone.why_ended:
@@ -141,8 +148,8 @@ class Supervisor(Keeper[PrefetchClient]):
         config = json.dumps(dataclasses.asdict(self._config))
         command = [sys.executable, "-S", "-c", _LAUNCHER, sys.executable, "-m", "sglang_hcache.prefetch", config]
         subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
-        deadline = time.monotonic() + START_S
-        while not self._endpoint.socket.exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + LOCKED_S
+        while not is_running(self._endpoint) and time.monotonic() < deadline:
             if self._closed.wait(POLL_S):
                 return
 

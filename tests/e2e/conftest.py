@@ -94,6 +94,7 @@ def started_together(*servers: Server) -> Iterator[tuple[Server, ...]]:
         yield servers
     finally:
         for server in servers:
+            server.shares_prefetcher = server is not servers[-1]
             server.kill()
 
 

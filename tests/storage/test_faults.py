@@ -244,3 +244,21 @@ def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path) -> None:
     assert states(store) == ["ok"]
     served(store, range(60))
     store.close()
+
+
+def test_an_index_that_fails_for_one_is_opened_anew_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other = (open_store(tmp_path, fingerprint=name * 16, retry_s=0.2) for name in (b"f", b"g"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "put_many", Mock(side_effect=lmdb.Error("something broke")))
+        save(store, [0])
+        assert store.flush(30)
+    assert states(store) == ["failed: something broke"]
+    deadline = time.monotonic() + 10
+    while states(store) + states(other) != ["ok", "ok"] and time.monotonic() < deadline:
+        other.contains([bytes(32)])
+        time.sleep(0.05)
+    for each in (store, other):
+        save(each, range(3))
+        assert each.flush(30)
+        assert states(each) == ["ok"]
+        each.close()

@@ -304,3 +304,20 @@ def test_a_repeated_prefetch_is_told_of_like_the_first(tmp_path: Path) -> None:
         assert store.wait("a", 5).done
         assert told == ["a"]
     store.close()
+
+
+def test_one_process_keeps_pages_of_two_fingerprints_in_one_directory(tmp_path: Path) -> None:
+    store, other = open_store(tmp_path), open_store(tmp_path, fingerprint=OTHER_FINGERPRINT)
+    save(store, range(5))
+    save(other, range(3, 8))
+    for each in (store, other):
+        assert states(each) == ["ok"]
+        assert each.flush(30)
+        each.drop_host()
+    assert served(store, range(8)) == [0, 1, 2, 3, 4]
+    store.close()
+    assert served(other, range(8)) == [3, 4, 5, 6, 7]
+    store = open_store(tmp_path)
+    assert served(store, range(8)) == [0, 1, 2, 3, 4]
+    store.close()
+    other.close()

@@ -1,0 +1,123 @@
+"""The file that `hcache export` writes. Little endian:
+
+0    magic          8 bytes, "hcexport"
+8    version        uint32, 1
+12   header bytes   uint32
+16   header         JSON: {"models": [{"fingerprint": hex, "page_tokens", "layer_bytes", "about", "pages"}]}
+...  records        as in segment files: of each model in turn so many pages, each after its parent
+end  checksum       uint64, xxh3_64 of everything before it
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+
+from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
+
+MAGIC = b"hcexport"
+VERSION = 1
+_FIXED = struct.Struct("<8sII")
+_MOST_HEADER = 64 << 20
+_PART = 4 << 20
+
+
+class Model(msgspec.Struct):
+    fingerprint: str
+    page_tokens: int
+    layer_bytes: tuple[int, ...]
+    about: dict[str, str]
+    pages: int
+
+    @property
+    def layout(self) -> ChunkLayout:
+        return ChunkLayout(self.page_tokens, self.layer_bytes)
+
+
+class Header(msgspec.Struct):
+    models: list[Model]
+
+
+class BundleDamaged(Exception):
+    """The file is no export, or not whole."""
+
+
+def write_bundle(path: Path, models: list[Model], records: Iterable[Record]) -> None:
+    """Write a whole file or none, private to the user. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    header = msgspec.json.encode(Header(models))
+    checksum = xxhash.xxh3_64()
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            for part in (_FIXED.pack(MAGIC, VERSION, len(header)), header):
+                checksum.update(part)
+                file.write(part)
+            for record in records:
+                checksum.update(record.data)
+                file.write(record.data)
+            file.write(struct.pack("<Q", checksum.intdigest()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header_of(path: Path) -> tuple[Header, int]:
+    """What a file holds, once its checksum is found right; and where the records start. Raises BundleDamaged."""
+    _check_sum(path)
+    with path.open("rb") as file:
+        fixed = file.read(_FIXED.size)
+        if len(fixed) < _FIXED.size or fixed[:8] != MAGIC:
+            raise BundleDamaged("it is no export")
+        _, version, length = _FIXED.unpack(fixed)
+        if version != VERSION:
+            raise BundleDamaged(f"its version is {version}, not {VERSION}")
+        if length > _MOST_HEADER:
+            raise BundleDamaged("its header is too long")
+        try:
+            header = msgspec.json.decode(file.read(length), type=Header)
+            records = sum(model.pages * model.layout.record_bytes for model in header.models)
+        except ValueError as error:
+            raise BundleDamaged(f"its header cannot be read ({error})") from error
+    start = _FIXED.size + length
+    if path.stat().st_size != start + records + 8:
+        raise BundleDamaged("its length is wrong")
+    return header, start
+
+
+def read_records(path: Path, start: int, models: list[Model]) -> Iterator[tuple[Model, bytes, Record]]:
+    """Each page: its model, key and a record of its own, verified. Raises BundleDamaged."""
+    with path.open("rb") as file:
+        file.seek(start)
+        for model in models:
+            layout, fingerprint = model.layout, bytes.fromhex(model.fingerprint)
+            for _ in range(model.pages):
+                record = np.frombuffer(bytearray(file.read(layout.record_bytes)), np.uint8)
+                try:
+                    key = read_header(record, layout).key
+                    verify(record, layout, fingerprint, key)
+                except ChunkDamaged as damaged:
+                    raise BundleDamaged(damaged.reason) from damaged
+                yield model, key, record
+
+
+def _check_sum(path: Path) -> None:
+    left, checksum = path.stat().st_size - 8, xxhash.xxh3_64()
+    with path.open("rb") as file:
+        if file.read(8) != MAGIC:
+            raise BundleDamaged("it is no export")
+        file.seek(0)
+        while left > 0 and (part := file.read(min(left, _PART))):
+            checksum.update(part)
+            left -= len(part)
+        if file.read() != struct.pack("<Q", checksum.intdigest()):
+            raise BundleDamaged("its checksum is wrong")

@@ -1,0 +1,137 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+
+from sglang_hcache.config import default_directory
+from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.files import lock_within, try_lock
+from sglang_hcache.storage.index import Index, copy_checked
+from sglang_hcache.storage.table import Table
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class CommandFailed(Exception):
+    """What the user is told in one line."""
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dir",
+        type=lambda text: [Path(part).expanduser().absolute() for part in text.split(",")],
+        default=[default_directory()],
+        metavar="PATH[,PATH…]",
+        help=f"directories of the cache, as given to the server (default: {default_directory()})",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def size(text: str) -> int:
+    """Bytes, from "100GB", "1.5T", "64MiB"."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not match or match[2] not in {*_UNITS, "TI"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 100GB")
+    return int(float(match[1]) * {**_UNITS, "TI": 1 << 40}[match[2]])
+
+
+def span(text: str) -> int:
+    """Seconds, from "30d", "12h"."""
+    match = re.fullmatch(r"([0-9]+)([smhd])", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30d")
+    return int(match[1]) * _SPANS[match[2]]
+
+
+def human(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def require(path: Path) -> None:
+    if not (path / "segments").is_dir():
+        raise CommandFailed(f"{path} is no directory of the cache")
+
+
+def read_table(path: Path, damage: Damage) -> Table:
+    """What the index lists now. Changes nothing; works whether a server uses the directory or not.
+
+    An index nobody uses may be damaged, and LMDB is not safe to read then: it is checked into a copy first.
+    """
+    require(path)
+    try:
+        with _lock(path) as alone, tempfile.TemporaryDirectory(prefix="hcache-") as copy:
+            if not alone:
+                return _read(path / "index")
+            data = path / "index" / "data.mdb"
+            if not data.exists():
+                return Table.read([])
+            reason = copy_checked(data, Path(copy), damage)
+            if reason is not None:
+                damage.file(data, reason)
+                return Table.read([])
+            return _read(Path(copy))
+    except (OSError, lmdb.Error) as error:
+        raise CommandFailed(f"{path}: {error}") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nobody else has the directory open."""
+    require(path)
+    with _lock(path) as yes:
+        if not yes:
+            raise CommandFailed(f"{path} is in use by another process; stop it first")
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the directory's lock; whether nobody else does."""
+    fd = os.open(path / "hcache.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        exclusive = try_lock(fd, exclusive=True)
+        if not exclusive:
+            lock_within(fd, exclusive=False, timeout_s=30)
+        yield exclusive
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> Table:
+    index = Index(path, b"", writable=False)
+    try:
+        return Table.read([index])
+    finally:
+        index.close()
+
+
+class Progress:
+    """A bar on stderr, where that is a terminal."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, max(1, total), 0
+        self._shown = sys.stderr.isatty()
+
+    def step(self) -> None:
+        self._done += 1
+        if self._shown and (self._done % 64 == 0 or self._done == self._total):
+            filled = 40 * self._done // self._total
+            end = "\n" if self._done == self._total else ""
+            bar = "#" * filled + "." * (40 - filled)
+            print(f"\r{self._what} [{bar}] {self._done}/{self._total}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,134 @@
+"""Write a page and all pages before it, or everything, to one file that `hcache import` reads.
+
+Exit status: 0; 2 bad arguments; 3 a page is missing or damaged, or the file cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sglang_hcache.cli.bundle import Model, write_bundle
+from sglang_hcache.cli.common import CommandFailed, add_common, human, read_table
+from sglang_hcache.storage.about import About, read_about
+from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.evictor import segment_file
+from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry, decode
+from sglang_hcache.storage.layout import ROOT, ChunkDamaged, Record, parent_of, verify
+from sglang_hcache.storage.segment import SegmentReader
+
+Pages = dict[bytes, tuple[Path, Entry]]  # by key: the directory, and where in it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--key", type=_key, metavar="HEX", help="the last page's key, 64 hexadecimal digits")
+    what.add_argument("--all", action="store_true", help="every page that has all pages before it")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    stored = _stored(arguments.dir)
+    models, chosen = [], []
+    for fingerprint, pages in sorted(stored.items()):
+        about = _about(arguments.dir, fingerprint)
+        wanted = list(pages) if arguments.all else [key for key in pages if key == arguments.key]
+        if not wanted:
+            continue
+        if about.layout is None:
+            raise CommandFailed(f"the layout of {fingerprint.hex()} is not known: its about.json is missing")
+        reader = _Reader(fingerprint, about, pages)
+        run_ = reader.everything() if arguments.all else reader.prefix(arguments.key)
+        models.append(
+            Model(fingerprint.hex(), about.layout.page_tokens, about.layout.layer_bytes, about.texts, len(run_))
+        )
+        chosen.append((reader, run_))
+    if not models:
+        raise CommandFailed("there is no such page")
+    try:
+        write_bundle(arguments.out, models, (reader.read(key) for reader, keys in chosen for key in keys))
+    except OSError as error:
+        raise CommandFailed(str(error)) from error
+    count, size = sum(model.pages for model in models), arguments.out.stat().st_size
+    if arguments.json:
+        print(json.dumps({"file": str(arguments.out), "pages": count, "bytes": size}))
+    else:
+        print(f"{arguments.out}: {count} pages, {human(size)}")
+    return 0
+
+
+class _Reader:
+    """Pages of one fingerprint."""
+
+    def __init__(self, fingerprint: bytes, about: About, pages: Pages) -> None:
+        assert about.layout is not None
+        self._fingerprint = fingerprint
+        self._layout = about.layout
+        self._pages = pages
+
+    def read(self, key: bytes) -> Record:
+        if key not in self._pages:
+            raise CommandFailed(f"page {key.hex()} is not stored, and what comes after it is worth nothing")
+        path, entry = self._pages[key]
+        file = segment_file(path, self._fingerprint, entry.segment)
+        record = np.empty(self._layout.record_bytes, np.uint8)
+        try:
+            SegmentReader(file, self._layout.record_bytes).read(entry.slot, record)
+            verify(record, self._layout, self._fingerprint, key)
+        except ChunkDamaged as damaged:
+            raise CommandFailed(f"page {key.hex()}: {damaged.reason}") from damaged
+        return record
+
+    def prefix(self, key: bytes) -> list[bytes]:
+        run = [key]
+        while (parent := parent_of(self.read(run[-1]))) != ROOT:
+            if parent in run:
+                raise CommandFailed("the pages name each other as parents")
+            run.append(parent)
+        return run[::-1]
+
+    def everything(self) -> list[bytes]:
+        starts = {key[:8]: key for key in self._pages}
+        done: dict[bytes, bool] = {}
+        for key in self._pages:
+            run, at = [], key
+            while at not in done:
+                done[at] = False
+                run.append(at)
+                parent = self._pages[at][1].parent
+                if parent == bytes(8):
+                    done[at] = True
+                elif parent in starts:
+                    at = starts[parent]
+            whole = done[at]
+            for one in reversed(run):
+                done.pop(one)
+                done[one] = whole
+        return [key for key, whole in done.items() if whole]
+
+
+def _stored(directories: list[Path]) -> dict[bytes, Pages]:
+    stored: dict[bytes, Pages] = {}
+    for path in directories:
+        table = read_table(path, Damage())
+        for name, value in zip(table.names, table.raw, strict=True):
+            entry = decode(name, value)
+            if entry is not None:
+                stored.setdefault(name[:FINGERPRINT_BYTES], {})[name[FINGERPRINT_BYTES:]] = path, entry
+    return stored
+
+
+def _about(directories: list[Path], fingerprint: bytes) -> About:
+    found = [read_about(path / "segments" / fingerprint.hex()) for path in directories]
+    return next((about for about in found if about.layout is not None), About())
+
+
+def _key(text: str) -> bytes:
+    key = bytes.fromhex(text)
+    if len(key) != 32:
+        raise argparse.ArgumentTypeError("a key has 64 hexadecimal digits")
+    return key

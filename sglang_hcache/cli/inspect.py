@@ -1,0 +1,90 @@
+"""Show what is stored. Reads only, and may be used while a server runs.
+
+Exit status: 0; 2 bad arguments; 3 a directory cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang_hcache.cli.common import add_common, human, read_table
+from sglang_hcache.storage.about import read_about
+from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = [inspect(path) for path in arguments.dir]
+    if arguments.json:
+        print(json.dumps({"directories": found}, indent=2))
+    else:
+        for directory in found:
+            print_directory(directory)
+    return 0
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What one directory holds. Times are unix seconds, sizes bytes."""
+    damage = Damage()
+    table = read_table(path, damage)
+    fingerprints = []
+    for folder in sorted((path / "segments").iterdir()):
+        if folder.is_dir():
+            fingerprints.append(_fingerprint(folder, table))
+    return {
+        "path": str(path),
+        "bytes": bytes_on_disk(path),
+        "index_bytes": bytes_below(path / "index"),
+        "free_bytes": shutil.disk_usage(path).free,
+        "damaged_entries": damage.pages,
+        "fingerprints": fingerprints,
+    }
+
+
+def _fingerprint(folder: Path, table: Any) -> dict[str, Any]:
+    about = read_about(folder)
+    mine = np.zeros(len(table.names), np.bool_)
+    if table.names and folder.name in [one.hex() for one in table.fingerprints]:
+        mine = table.group == [one.hex() for one in table.fingerprints].index(folder.name)
+    rows = table.value[mine]
+    layout = about.layout
+    return {
+        "fingerprint": folder.name,
+        "about": about.texts,
+        "page_tokens": layout.page_tokens if layout else None,
+        "record_bytes": layout.record_bytes if layout else None,
+        "pages": len(rows),
+        "orphans": int(table.forest.orphan[mine].sum()) if len(rows) else 0,
+        "bytes": bytes_below(folder),
+        "hits": int(rows["hits"].sum()),
+        "oldest_use": int(rows["last_use"].min()) if len(rows) else None,
+        "newest_use": int(rows["last_use"].max()) if len(rows) else None,
+    }
+
+
+def print_directory(directory: dict[str, Any]) -> None:
+    print(f"{directory['path']}: {human(directory['bytes'])}, {human(directory['free_bytes'])} free on the disk")
+    for one in directory["fingerprints"]:
+        name = ", ".join(one["about"].values()) or "unknown model"
+        print(f"  {one['fingerprint'][:12]}  {name}")
+        used = "never" if one["newest_use"] is None else _ago(one["newest_use"])
+        print(f"    {one['pages']} pages, {human(one['bytes'])}, {one['hits']} hits, last used {used}")
+
+
+def _ago(then: int) -> str:
+    seconds = max(0, int(time.time()) - then)
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} seconds ago"

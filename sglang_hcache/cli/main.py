@@ -1,0 +1,53 @@
+"""`hcache COMMAND`: one module each, with `add_arguments(parser)` and `run(arguments) -> exit status`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sglang_hcache.cli.common import CommandFailed
+
+COMMANDS = {
+    "inspect": ("sglang_hcache.cli.inspect", "show what is stored"),
+    "fsck": ("sglang_hcache.cli.fsck", "check the index and every checksum, and repair"),
+    "gc": ("sglang_hcache.cli.gc", "delete what is of no use, or of least"),
+    "export": ("sglang_hcache.cli.export", "write prefixes to one file"),
+    "import": ("sglang_hcache.cli.import_", "store the pages of such a file"),
+    "prefetcher": ("sglang_hcache.cli.prefetcher", "serve servers on this host and on others"),
+    "keygen": ("sglang_hcache.cli.keygen", "make keys for a prefetcher and its clients on other hosts"),
+}
+USAGE = 2  # argparse's own
+FAILED = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; others: see its --help."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="hcache", description="The files of the hidden-state cache tier.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run = None
+    for name, (module_name, summary) in COMMANDS.items():
+        asked = arguments[:1] == [name]
+        module = importlib.import_module(module_name) if asked else None
+        description = module.__doc__ if module is not None else None
+        subparser = subparsers.add_parser(
+            name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if module is not None:
+            module.add_arguments(subparser)
+            run = module.run
+    parsed = parser.parse_args(arguments)
+    assert run is not None
+    try:
+        return int(run(parsed))
+    except CommandFailed as error:
+        print(f"hcache {parsed.command}: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

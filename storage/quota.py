@@ -1,0 +1,126 @@
+"""How much of the disk one directory may take, and giving it back."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sglang_hcache.storage.files import lock_within, make_private
+from sglang_hcache.storage.layout import ChunkDamaged
+from sglang_hcache.storage.segment import SegmentWriter
+
+LOCK_WAIT_S = 30.0
+BATCH = 20  # a twentieth of the quota is evicted at once
+SEGMENTS = 8  # at least so many segments fit in the quota
+SLACK = 1 << 20  # for the index to grow
+
+
+class Quota:
+    """`limit`: bytes on disk that a directory's segments, of all fingerprints, and its index may take.
+
+    Raises ValueError where that does not hold a few pages of `record_bytes`.
+    """
+
+    def __init__(self, path: Path, limit: int, record_bytes: int) -> None:
+        if limit < SEGMENTS * record_bytes:
+            raise ValueError(f"a quota of {limit} bytes does not hold {SEGMENTS} pages of {record_bytes} bytes")
+        self.limit = limit
+        self.evicted = 0  # pages, since the start of the process
+        self._path = path
+
+    @property
+    def batch(self) -> int:
+        return self.limit // BATCH
+
+    def segment_bytes(self, wanted: int) -> int:
+        return min(wanted, self.limit // SEGMENTS)
+
+    def excess(self, growth: int) -> int:
+        """By how much the quota would be exceeded after growing so much; not positive where it would not."""
+        slack = bytes_below(self._path / "index") // 4 + min(SLACK, self.limit // 32)
+        return bytes_on_disk(self._path) + growth + slack - self.limit
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While it lasts no other process that keeps the quota grows or evicts here."""
+        with _directory_lock(self._path / "segments"):
+            yield
+
+
+@contextmanager
+def census(folder: Path) -> Iterator[None]:
+    """While it lasts no process creates, adopts or deletes a segment in this folder of a fingerprint."""
+    with _directory_lock(folder):
+        yield
+
+
+def bytes_on_disk(path: Path) -> int:
+    """What the segments of all fingerprints and the index take of the disk, including what is preallocated."""
+    segments = path / "segments"
+    folders = [Path(entry.path) for entry in os.scandir(segments) if entry.is_dir(follow_symlinks=False)]
+    return bytes_below(path / "index") + sum(map(bytes_below, folders))
+
+
+def bytes_below(folder: Path) -> int:
+    """What the files of a folder take of the disk."""
+    total = 0
+    for entry in os.scandir(folder):
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return total
+
+
+def is_busy(file: Path) -> bool:
+    """Whether some process writes the segment, or it is none."""
+    try:
+        writer = SegmentWriter.adopt(file, 1)
+    except ChunkDamaged:
+        return True
+    if writer is None:
+        return True
+    writer.close()
+    return False
+
+
+def give_back(file: Path, record_bytes: int, in_use: Collection[int]) -> bool:
+    """Under `census`: return the disk space of the records not in use; False where another process writes the file.
+
+    `in_use` must come from an index in which what is to be freed is deleted. Raises OSError.
+    """
+    try:
+        writer = SegmentWriter.adopt(file, record_bytes)
+    except ChunkDamaged:
+        return False
+    if writer is None:
+        return False
+    try:
+        if not in_use:
+            writer.truncate_to(0)  # others may have it open, to read
+            file.unlink()
+            return True
+        end = max(in_use) + 1
+        if end < writer.records:
+            writer.truncate_to(end)
+        for slot in range(end):
+            if slot not in in_use:
+                writer.punch(slot)
+        return True
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _directory_lock(folder: Path) -> Iterator[None]:
+    make_private(folder)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        lock_within(fd, exclusive=True, timeout_s=LOCK_WAIT_S)
+        yield
+    finally:
+        os.close(fd)

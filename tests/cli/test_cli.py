@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hcache.cli.main import main
+from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.layout import ROOT
+from sglang_hcache.storage.quota import bytes_on_disk
+from tests.storage.pages import (
+    FINGERPRINT,
+    LAYOUT,
+    OTHER_FINGERPRINT,
+    counters,
+    fill,
+    key_of,
+    keys_of,
+    open_store,
+    segment_files,
+    served,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def make(*directories: Path, pages: range = range(10), **options: Any) -> None:
+    store = open_store(*directories, **options)
+    for page in pages:
+        slot = store.reserve()
+        assert slot is not None
+        fill(store.memory[slot], page)
+        store.commit(key_of(page), slot, ROOT if page == pages[0] else key_of(page - 1))
+    store.close()
+
+
+def found(*directories: Path, pages: range = range(10), **options: Any) -> list[int]:
+    store = open_store(*directories, **options)
+    pages_found = served(store, pages)
+    assert counters(store)["pages_damaged"] == 0
+    store.close()
+    return pages_found
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
+    capsys.readouterr()
+    status = main([*map(str, arguments), "--json"])
+    out = capsys.readouterr().out
+    return status, json.loads(out) if out else None
+
+
+def test_it_starts_without_torch_and_sglang() -> None:
+    program = (
+        "import sys; from sglang_hcache.cli.main import COMMANDS; import importlib\n"
+        "for module, _ in COMMANDS.values(): importlib.import_module(module)\n"
+        "assert not {'torch', 'sglang'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+
+
+def test_inspect_says_what_is_stored_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, about={"model": "a/b", "dtype": "bfloat16"})
+    make(tmp_path, pages=range(100, 104), fingerprint=OTHER_FINGERPRINT)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    status, report = run(capsys, "inspect", "--dir", tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    first, second = report["directories"][0]["fingerprints"]
+    assert status == 0
+    assert (first["fingerprint"], first["pages"], first["orphans"]) == (FINGERPRINT.hex(), 10, 0)
+    assert first["about"] == {"model": "a/b", "dtype": "bfloat16"}
+    assert first["bytes"] >= 10 * LAYOUT.record_bytes == 10 * first["record_bytes"]
+    assert abs(first["newest_use"] - time.time()) < 100
+    assert second["pages"] == 4
+    assert main(["inspect", "--dir", str(tmp_path)]) == 0
+    assert "a/b, bfloat16" in capsys.readouterr().out
+
+
+def test_a_directory_that_is_none_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["inspect"], ["fsck"], ["gc"], ["export", "--all", "--out", "x"]):
+        assert main([*command, "--dir", str(tmp_path / "none")]) == 3
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_fsck_finds_a_damaged_page_and_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    assert run(capsys, "fsck", "--dir", tmp_path)[0] == 0
+    data = bytearray(segment_files(tmp_path)[0].read_bytes())
+    data[LAYOUT.record_bytes + LAYOUT.layer_offset(2) + 7] ^= 1
+    segment_files(tmp_path)[0].write_bytes(data)
+    (segment_files(tmp_path)[0].parent / "stray").write_text("")
+    status, report = run(capsys, "fsck", "--dir", tmp_path)
+    assert (status, report["directories"][0]["pages"], len(report["directories"][0]["problems"])) == (2, 9, 2)
+    assert run(capsys, "fsck", "--dir", tmp_path, "--repair")[0] == 1
+    assert run(capsys, "fsck", "--dir", tmp_path)[0] == 0
+    assert len(found(tmp_path)) == 9
+
+
+def test_fsck_lists_whole_pages_that_no_index_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    index = Index(tmp_path / "index", FINGERPRINT)
+    index.delete_many(index.get_many([key_of(4)]).items())
+    index.close()
+    assert run(capsys, "fsck", "--dir", tmp_path, "--repair")[0] == 1
+    assert found(tmp_path) == list(range(10))
+
+
+def test_repair_is_refused_while_a_server_runs_and_a_check_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "tests.storage.child", "write_then_wait", str(tmp_path), "10"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        assert main(["fsck", "--repair", "--dir", str(tmp_path)]) == 3
+        assert "in use" in capsys.readouterr().err
+        assert run(capsys, "fsck", "--dir", tmp_path)[0] == 0
+        assert run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]["fingerprints"][0]["pages"] == 10
+        assert child.communicate("go on\n")[0] == "10\n"
+
+
+def test_gc_deletes_orphans_old_models_and_what_is_worth_least(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, pages=range(40))
+    make(tmp_path, pages=range(100, 110), fingerprint=OTHER_FINGERPRINT)
+    index = Index(tmp_path / "index", OTHER_FINGERPRINT)
+    index.touch(dict.fromkeys(keys_of(range(100, 110)), 0), now=int(time.time()) - 40 * 86400)
+    index.close()
+    index = Index(tmp_path / "index", FINGERPRINT)
+    index.touch(dict.fromkeys(keys_of(range(40)), 0), now=int(time.time()) - 3600)
+    index.delete_many(index.get_many([key_of(35)]).items())
+    index.close()
+    options = ["--dir", tmp_path, "--older-than", "30d"]
+    status, report = run(capsys, "gc", *options, "--dry-run")
+    assert (status, report["directories"][0]["pages"], report["directories"][0]["orphans"]) == (0, 14, 4)
+    assert found(tmp_path, pages=range(40)) == [*range(35), *range(36, 40)]
+    before = bytes_on_disk(tmp_path)
+    target = before - 20 * LAYOUT.record_bytes
+    assert run(capsys, "gc", *options, "--to-size", target)[0] == 0
+    assert bytes_on_disk(tmp_path) <= target
+    kept = found(tmp_path, pages=range(40))
+    assert kept == list(range(len(kept)))
+    assert 20 < len(kept) < 35
+    assert found(tmp_path, pages=range(100, 110), fingerprint=OTHER_FINGERPRINT) == []
+
+
+def test_a_prefix_travels_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target, file = [tmp_path / "a", tmp_path / "b"], tmp_path / "c", tmp_path / "out.hcache"
+    make(*source, about={"model": "a/b"})
+    dirs = ",".join(map(str, source))
+    assert run(capsys, "export", "--dir", dirs, "--key", key_of(6).hex(), "--out", file)[1]["pages"] == 7
+    assert run(capsys, "import", file, "--dir", target) == (0, {"stored": 7, "present": 0})
+    assert run(capsys, "import", file, "--dir", target) == (0, {"stored": 0, "present": 7})
+    assert found(target) == list(range(7))
+    assert run(capsys, "inspect", "--dir", target)[1]["directories"][0]["fingerprints"][0]["about"] == {
+        "model": "a/b"
+    }
+    assert run(capsys, "export", "--dir", dirs, "--all", "--out", file)[1]["pages"] == 10
+    assert run(capsys, "import", file, "--dir", target) == (0, {"stored": 3, "present": 7})
+    assert main(["export", "--dir", dirs, "--key", key_of(99).hex(), "--out", str(file)]) == 3
+
+
+def test_a_damaged_export_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", pages=range(3))
+    file = tmp_path / "out"
+    assert run(capsys, "export", "--dir", tmp_path / "a", "--all", "--out", file)[0] == 0
+    data = file.read_bytes()
+    for damaged in (data[:-1], data[:50], b"", *(data[:at] + b"?" + data[at + 1 :] for at in (0, 20, 9000, -9))):
+        file.write_bytes(damaged)
+        assert main(["import", str(file), "--dir", str(tmp_path / "b")]) == 3
+        assert "nothing is stored" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_empty_or_damaged_index_is_no_reason_to_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    (tmp_path / "index" / "data.mdb").write_bytes(b"\xff" * 10000)
+    assert run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]["fingerprints"][0]["pages"] == 0
+    assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
+    assert run(capsys, "fsck", "--dir", tmp_path, "--repair")[0] == 1
+    assert found(tmp_path) == list(range(10))
+    (tmp_path / "index" / "data.mdb").unlink()
+    assert main(["inspect", "--dir", str(tmp_path)]) == 0
+    assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
