@@ -28,7 +28,8 @@ class LocalStore:
     """A ChunkStore in this process: an arena, volumes, one thread that writes and a few that read.
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
-    `directories`: striped; none for host memory only. `writable`: False reads files, but writes none.
+    `directories`: striped; none for host memory only. `files`: used
+    instead of these. `writable`: False reads files, but writes none.
     `segment_bytes`: size of a segment file. `quota_bytes`: bound of what each directory takes. `about`: what the
     pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`: fraction of the
     slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come further, from any
@@ -42,6 +43,7 @@ class LocalStore:
         host_bytes: int,
         directories: Sequence[Path],
         *,
+        files: Stripe | None = None,
         region: mmap.mmap | None = None,
         writable: bool = True,
         write_policy: WritePolicy = WritePolicy.WRITE_THROUGH,
@@ -69,7 +71,7 @@ class LocalStore:
         self._timers: dict[str, threading.Timer] = {}
         self._closed = False
         self._hits_file = self._reserve_failed = 0
-        self._files = Stripe(
+        self._files = files or Stripe(
             [
                 Volume(
                     Path(directory),
@@ -84,7 +86,7 @@ class LocalStore:
                 for directory in directories
             ]
         )
-        self._writes = writable and bool(directories)
+        self._writes = writable and (bool(directories) or files is not None)
         self._writer = Writer(
             self._arena, self._files, self._lock, self._seal, policy=write_policy, tick_s=min(1.0, retry_s)
         )

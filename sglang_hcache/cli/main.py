@@ -15,6 +15,8 @@ COMMANDS = {
     "gc": ("sglang_hcache.cli.gc", "delete what is of no use, or of least"),
     "export": ("sglang_hcache.cli.export", "write prefixes to one file"),
     "import": ("sglang_hcache.cli.import_", "store the pages of such a file"),
+    "prefetcher": ("sglang_hcache.cli.prefetcher", "serve servers on this host and on others"),
+    "keygen": ("sglang_hcache.cli.keygen", "make keys for a prefetcher and its clients on other hosts"),
 }
 USAGE = 2  # argparse's own
 FAILED = 3

@@ -161,7 +161,7 @@ class PrefetchClient:
         wanted = self._wanted.get(owner)
         return Progress(tuple(wanted.slots), wanted.done) if wanted else Progress((), True)
 
-    def _receive(self, message: m.FromServer) -> None:
+    def _receive(self, message: m.FromServer, _: Sequence[memoryview]) -> None:
         with self._lock:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)

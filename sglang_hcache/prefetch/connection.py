@@ -7,22 +7,27 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.keys import client_keys
 
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
 LINGER_MS = 200  # for a goodbye
+HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
+REMOTE_HIGH_WATER = 8  # messages queued for another host: each may carry a record
 HUNG_S = 10.0  # without an answer it is given up; the end of its process is seen at once
 
 log = logging.getLogger(__name__)
 
+Payload = Sequence[zmq.Frame]
 Answer = TypeVar("Answer", bound=m.Message)
 
 
@@ -33,6 +38,9 @@ class Unavailable(Exception):
 class Connection:
     """An open session. `receive` is called on its thread with what is no answer to `ask`; `ended` once, at its end.
 
+    To another host (`hello.pid` is 0), messages carry records of at most `record_bytes`, and `keys` says with which
+    keys it is spoken to; without, only where it needs none.
+
     Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`, or
     `is_there` says that there is none any more.
     """
@@ -42,18 +50,21 @@ class Connection:
         address: str,
         hello: m.Hello,
         *,
-        receive: Callable[[m.FromServer], None],
+        receive: Callable[[m.FromServer, Sequence[memoryview]], None],
         ended: Callable[[], None],
         timeout_s: float,
+        record_bytes: int = 0,
+        keys: Path | None = None,
         is_there: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._remote = hello.pid == 0
         self._receive = receive
         self._ended = ended
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
         self._asked: set[int] = set()
         self._answers: dict[int, m.FromServer] = {}
-        self._outbox: deque[m.Message] = deque()
+        self._outbox: deque[tuple[m.Message, Payload]] = deque()
         self._enqueued = 0
         self._heard_at = time.monotonic()
         self._closing = False
@@ -61,15 +72,15 @@ class Connection:
         self.why_ended = ""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set(zmq.SNDHWM, HIGH_WATER)
+        self._socket.set(zmq.SNDHWM, REMOTE_HIGH_WATER if self._remote else HIGH_WATER)
         self._socket.set(zmq.RCVHWM, HIGH_WATER)
         self._socket.set(zmq.LINGER, LINGER_MS)
-        self._socket.set(zmq.MAXMSGSIZE, 4 * m.MAX_MESSAGE_BYTES)
-        self._socket.connect(address)
+        self._socket.set(zmq.MAXMSGSIZE, max(4 * m.MAX_MESSAGE_BYTES, record_bytes))
         try:
+            self._connect(address, keys)
             self.welcome = self._introduce(hello, timeout_s, is_there)
-            self._pidfd = os.pidfd_open(self.welcome.pid)
-        except (Unavailable, OSError) as error:
+            self._pidfd = -1 if self._remote else os.pidfd_open(self.welcome.pid)
+        except (Unavailable, OSError, zmq.ZMQError) as error:
             self._socket.close(0)
             self._context.term()
             raise Unavailable(str(error)) from None
@@ -80,10 +91,10 @@ class Connection:
         """Begin to receive; what has arrived since the welcome comes first."""
         self._thread.start()
 
-    def send(self, message: m.Message) -> int:
+    def send(self, message: m.Message, payload: Payload = ()) -> int:
         """Queue a message; its `seq`. Nothing is sent once the session is over."""
         with self._lock:
-            return self._enqueue(message)
+            return self._enqueue(message, payload)
 
     def ask(self, message: m.Message, kind: type[Answer], timeout_s: float) -> Answer:
         """Send, and wait for the answer. Raises Unavailable where there is none in time."""
@@ -110,8 +121,19 @@ class Connection:
             self._enqueue(m.Bye())
         if self._thread.is_alive():
             self._thread.join()
-        os.close(self._pidfd)
+        if not self._remote:
+            os.close(self._pidfd)
         os.close(self._wake)
+
+    def _connect(self, address: str, keys: Path | None) -> None:
+        if self._remote:
+            self._socket.set(zmq.IPV6, 1)
+            self._socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS[0])
+            self._socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_MS[1])
+        if keys is not None:
+            (self._socket.curve_publickey, self._socket.curve_secretkey), server = client_keys(keys)
+            self._socket.curve_serverkey = server
+        self._socket.connect(address)
 
     def _introduce(self, hello: m.Hello, timeout_s: float, is_there: Callable[[], bool]) -> m.Welcome:
         self._socket.send(m.encode(hello))
@@ -129,23 +151,24 @@ class Connection:
             raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
         return answer
 
-    def _enqueue(self, message: m.Message) -> int:
+    def _enqueue(self, message: m.Message, payload: Payload = ()) -> int:
         if self.alive or isinstance(message, m.Bye):
             self._enqueued += 1
-            self._outbox.append(msgspec.structs.replace(message, session=self.welcome.session, seq=self._enqueued))
+            numbered = msgspec.structs.replace(message, session=self.welcome.session, seq=self._enqueued)
+            self._outbox.append((numbered, payload))
             os.eventfd_write(self._wake, 1)
         return self._enqueued
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for source in (self._socket, self._wake, self._pidfd):
+        for source in (self._socket, self._wake, *([] if self._remote else [self._pidfd])):
             poller.register(source, zmq.POLLIN)
         beat_at = 0.0
         while True:
             ready = dict(poller.poll(int(1000 * BEAT_S)))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            if self._socket in ready:
+            if ready.get(self._socket, 0) & zmq.POLLIN:
                 self._drain_socket()
             if self._pidfd in ready:
                 self._end("its process has ended")
@@ -155,12 +178,15 @@ class Connection:
             if self.alive and now >= beat_at:
                 beat_at = now + BEAT_S
                 self.send(m.Health())
-            self._send_queued()
+            full = not self._send_queued()
             if self._closing:
                 break
+            if self._remote and self.alive:
+                poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if full else 0))
             if not self.alive and self._socket in poller:
                 poller.unregister(self._socket)  # only the goodbye is left to do
-                poller.unregister(self._pidfd)
+                if not self._remote:
+                    poller.unregister(self._pidfd)
         self._end("it was closed")
         self._socket.close()
         self._context.term()
@@ -168,7 +194,7 @@ class Connection:
     def _drain_socket(self) -> None:
         while True:
             try:
-                frame = self._socket.recv(zmq.NOBLOCK)
+                frame, *payload = self._next_frames()
             except zmq.Again:
                 return
             self._heard_at = time.monotonic()
@@ -187,15 +213,23 @@ class Connection:
                         self._answers[message.answers] = message
                         self._answered.notify_all()
             elif not isinstance(message, m.Alive):
-                self._receive(message)
+                self._receive(message, payload)
 
-    def _send_queued(self) -> None:
+    def _next_frames(self) -> list[memoryview]:
+        if self._remote:
+            return [frame.buffer for frame in self._socket.recv_multipart(zmq.NOBLOCK, copy=False)]
+        return [memoryview(frame) for frame in self._socket.recv_multipart(zmq.NOBLOCK)]
+
+    def _send_queued(self) -> bool:
+        """False where ZeroMQ's queue is full."""
         while self._outbox:
+            message, payload = self._outbox[0]
             try:
-                self._socket.send(m.encode(self._outbox[0]), zmq.NOBLOCK)
+                self._socket.send_multipart([m.encode(message), *payload], zmq.NOBLOCK, copy=not payload)
             except zmq.Again:
-                return
+                return False
             self._outbox.popleft()
+        return True
 
     def _end(self, why: str) -> None:
         with self._lock:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
+import socket
 import sys
 
 import zmq
@@ -30,16 +33,26 @@ def serve(config: ServerConfig) -> int:
         return FAILED
     if lock is None:
         log.info("hcache: another prefetcher serves %s", ", ".join(config.directories))
-        return 0
+        return 0 if config.ends_when_unused else FAILED
     try:
         server = Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
+        log.info("hcache: serving %s at %s %s", ", ".join(config.directories), config.address, config.listen)
+        notify("READY=1")
         server.run()
-    except (OSError, zmq.ZMQError) as error:
-        log.error("hcache: no prefetcher can serve %s: %s", config.address, error)
+        notify("STOPPING=1")
+    except (OSError, ValueError, zmq.ZMQError) as error:
+        log.error("hcache: no prefetcher can serve %s: %s", config.listen or config.address, error)
         return FAILED
     finally:
         endpoint.socket.unlink(missing_ok=True)
         lock.release()
     return 0
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it started us (`Type=notify`)."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)

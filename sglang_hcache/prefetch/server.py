@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
@@ -17,16 +16,15 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.session import Asked, Session, split_owner
+from sglang_hcache.prefetch.door import MAX_PAYLOAD_BYTES, Door, Entrance, Frames, Peer
+from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
+from sglang_hcache.prefetch.session import Refusal, Session, split_owner
 from sglang_hcache.prefetch.spaces import Space, Spaces
 
-# ZeroMQ's limits, chosen so that no client can fill memory or hold up another. A local client has at most a few
-# messages a request under way; beyond HIGH_WATER they wait in the client, in its own memory.
-HIGH_WATER = 1000  # messages queued by ZeroMQ for or from one client
 OUTBOX = 10_000  # messages kept for a client whose queue is full, before it is given up
-LINGER_MS = 500  # for what is still queued when the prefetcher ends
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
-AT_ONCE = 256  # messages taken from the socket before progress is announced again
+SENDING_MS = 5  # while records are on their way: how soon a slot can be used again
+EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
 MAX_GRANT = 0.25  # of an arena's slots, for one session's new pages
@@ -38,19 +36,13 @@ log = logging.getLogger(__name__)
 class ServerConfig:
     """What a prefetcher is started with."""
 
-    address: str  # ZeroMQ's, ipc:// or tcp://
+    address: str  # ZeroMQ's, ipc://, for clients on this host
     directories: tuple[str, ...]
     quota_bytes: int | None = None  # of each directory
+    listen: str = ""  # tcp://HOST:PORT, for clients on other hosts
+    keys: str = ""  # directory of CURVE keys for `listen`
+    host_bytes: int | None = None  # the most memory one model's pages get, whatever a client asks for
     ends_when_unused: bool = True  # when the last client is gone
-
-
-class Refusal(Exception):
-    """A message that is counted, answered and otherwise ignored."""
-
-    def __init__(self, reason: str, text: str, *, fatal: bool = False) -> None:
-        super().__init__(text)
-        self.reason = reason
-        self.fatal = fatal
 
 
 class Server:
@@ -60,13 +52,11 @@ class Server:
         self.config = config
         self.refused: Counter[str] = Counter()
         self._context = context or zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        self._socket.set(zmq.SNDHWM, HIGH_WATER)
-        self._socket.set(zmq.RCVHWM, HIGH_WATER)
-        self._socket.set(zmq.LINGER, LINGER_MS)
-        self._socket.set(zmq.MAXMSGSIZE, 4 * m.MAX_MESSAGE_BYTES)  # beyond, ZeroMQ drops the connection
-        self._socket.bind(config.address)
+        self.counts: Counter[str] = Counter()
+        self._poller = zmq.Poller()
+        self._entrance = Entrance(
+            self._context, self._poller, config.address, config.listen, config.keys, self.refused
+        )
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._jobs: deque[Callable[[], None]] = deque()
         self._progress: deque[tuple[bytes, str]] = deque()
@@ -74,11 +64,10 @@ class Server:
             [Path(d) for d in config.directories], config.quota_bytes, self._later, self._progressed
         )
         self._numbers = itertools.count(1)
-        self._by_identity: dict[bytes, Session] = {}
+        self._by_peer: dict[Peer, Session] = {}
         self._by_number: dict[int, Session] = {}
         self._by_pidfd: dict[int, Session] = {}
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._partings: list[Parting] = []
         self._poller.register(self._wake, zmq.POLLIN)
         self._served = 0
         self._stopping = False
@@ -90,6 +79,7 @@ class Server:
             m.Release: self._release,
             m.Commit: self._commit,
             m.Abandon: self._abandon,
+            m.Credit: self._credit,
             m.Flush: self._flush,
             m.DropHost: self._drop_host,
             m.Stats: self._stats,
@@ -100,16 +90,12 @@ class Server:
     def run(self) -> None:
         try:
             while not self._stopping and not self._unused():
-                for ready, _ in self._poller.poll(TICK_MS):
-                    if ready in self._by_pidfd:
-                        self._end(self._by_pidfd[ready], "its process has ended")
-                    elif ready == self._wake:
-                        os.eventfd_read(self._wake)
-                    else:
-                        self._receive()
+                for ready, _ in self._poller.poll(SENDING_MS if self._partings else TICK_MS):
+                    self._attend(ready)
                 self._run_jobs()
                 self._announce_progress()
                 self._serve_waiting()
+                self._expire()
         finally:
             self._close()
 
@@ -126,51 +112,57 @@ class Server:
         patience = 0.0 if self._served else UNUSED_S
         return self.config.ends_when_unused and time.monotonic() - self._idle_since > patience
 
-    def _receive(self) -> None:
-        for _ in range(AT_ONCE):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._take(frames[0], frames[1:])
+    def _attend(self, ready: object) -> None:
+        if ready == self._wake:
+            os.eventfd_read(self._wake)
+        elif isinstance(ready, int):
+            self._end(self._by_pidfd[ready], "its process has ended")
+        elif door := self._entrance.attend(ready):
+            self._receive(door)
 
-    def _take(self, identity: bytes, frames: Sequence[bytes]) -> None:
-        session = self._by_identity.get(identity)
+    def _receive(self, door: Door) -> None:
+        for _ in range(door.at_once):
+            if (frames := door.receive()) is None:
+                return
+            self._take(Peer(door, frames[0]), frames[1])
+
+    def _take(self, peer: Peer, frames: Sequence[memoryview]) -> None:
+        session = self._by_peer.get(peer)
         try:
-            if len(frames) != 1:
-                raise Refusal("malformed", f"{len(frames)} frames instead of one")
-            self._dispatch(identity, session, m.decode_from_client(frames[0]))
+            if not frames:
+                raise Refusal("malformed", "no frame")
+            self._dispatch(peer, session, m.decode_from_client(frames[0]), frames[1:])
         except (Refusal, m.Malformed) as refusal:
             self.refused[refusal.reason] += 1
             fatal = getattr(refusal, "fatal", False)
             if session is not None and fatal:
                 session.broken = True
-            self._reply(identity, session, m.Refused(reason=refusal.reason, text=str(refusal), fatal=fatal))
+            self._reply(peer, session, m.Refused(reason=refusal.reason, text=str(refusal), fatal=fatal))
         except Exception:  # a bug of ours costs this message, not everybody's prefetcher
             self.refused["failed"] += 1
             log.exception("hcache: a message could not be handled.")
-            self._reply(identity, session, m.Refused(reason="failed", text="see the prefetcher's log", fatal=False))
+            self._reply(peer, session, m.Refused(reason="failed", text="see the prefetcher's log", fatal=False))
 
-    def _dispatch(self, identity: bytes, session: Session | None, message: m.FromClient) -> None:
+    def _dispatch(
+        self, peer: Peer, session: Session | None, message: m.FromClient, payload: Sequence[memoryview]
+    ) -> None:
         if isinstance(message, m.Hello):
             if session is not None:
                 raise Refusal("out_of_order", "there is a session already")
-            self._hello(identity, message)
+            self._hello(peer, message)
             return
         if session is None or message.session != session.number:
             raise Refusal("unknown_session", f"no session {message.session} of this client", fatal=True)
-        if not session.broken or isinstance(message, m.Bye):
-            self._in_order(session, message)
-            session.heard_at = time.monotonic()
+        if session.broken and not isinstance(message, m.Bye):
+            return
+        session.in_order(message)
+        session.heard_at = time.monotonic()
+        if isinstance(message, m.Commit) and session.remote:
+            self._commit_remote(session, message, payload)
+        elif payload:
+            raise Refusal("malformed", f"{len(payload)} frames too many")
+        else:
             self._handlers[type(message)](session, message)
-
-    def _in_order(self, session: Session, message: m.FromClient) -> None:
-        if message.seq <= session.received:
-            raise Refusal("replayed", f"message {message.seq} came twice")
-        if message.seq != session.received + 1 and not isinstance(message, m.Bye):
-            text = f"message {message.seq} came after message {session.received}"
-            raise Refusal("out_of_order", text, fatal=True)
-        session.received = message.seq
 
     def _run_jobs(self) -> None:
         while self._jobs:
@@ -190,58 +182,72 @@ class Server:
         asked = session.asked.get(owner)
         if asked is None or asked.done:
             return
-        slots, done = session.space.store.progress(session.store_owner(owner))
-        if len(slots) > asked.announced or done:
-            news = m.Ready(
-                owner=owner,
-                ticket=asked.ticket,
-                first=asked.announced,
-                slots=list(slots[asked.announced :]),
-                done=done,
-            )
-            asked.announced, asked.done = len(slots), done
-            self._send(session, news)
+        slots, done = session.space.store.progress(asked.store_owner)
+        upto = min(len(slots), asked.announced + session.credit) if session.remote else len(slots)
+        done = done and upto == len(slots)
+        if upto == asked.announced and not done:
+            return
+        first, fresh = asked.announced, slots[asked.announced : upto]
+        asked.announced, asked.done = upto, done
+        payload: list[zmq.Frame] = []
+        if session.remote:
+            payload = frames_of(session.space, asked.keys[first:upto], fresh)
+            asked.sending += [frame.tracker for frame in payload]
+            session.credit -= len(payload)
+            self.counts["pages_sent"] += len(payload)
+        places = range(len(fresh)) if session.remote else fresh
+        self._send(
+            session, m.Ready(owner=owner, ticket=asked.ticket, first=first, slots=list(places), done=done), payload
+        )
 
     def _serve_waiting(self) -> None:
         """What memory, or a full queue, did not allow before."""
         for session in list(self._by_number.values()):
             self._grant(session)
-            while session.outbox and self._put(session, session.outbox[0]):
+            while session.outbox and session.peer.put(session.outbox[0]):
                 session.outbox.popleft()
 
     # ---- messages ----
 
-    def _hello(self, identity: bytes, hello: m.Hello) -> None:
+    def _hello(self, peer: Peer, hello: m.Hello) -> None:
+        if peer.door.remote != (hello.pid == 0):
+            raise Refusal("bad_hello", "a client has a process id if, and only if, it is on this host", fatal=True)
+        if peer.door.remote and sum(hello.layer_bytes) > MAX_PAYLOAD_BYTES:
+            raise Refusal("bad_hello", f"a page has more than {MAX_PAYLOAD_BYTES} bytes", fatal=True)
+        if self.config.host_bytes is not None:
+            hello = msgspec.structs.replace(hello, host_bytes=min(hello.host_bytes, self.config.host_bytes))
         try:
-            pidfd = os.pidfd_open(hello.pid)
+            pidfd = -1 if peer.door.remote else os.pidfd_open(hello.pid)
         except (OSError, OverflowError) as error:
             raise Refusal("bad_hello", f"process {hello.pid} cannot be watched: {error}", fatal=True) from None
         self._served += 1
 
         def opened(space: Space | str) -> None:
             if isinstance(space, str):
-                os.close(pidfd)
+                if pidfd >= 0:
+                    os.close(pidfd)
                 self.refused["bad_hello"] += 1
-                self._reply(identity, None, m.Refused(reason="bad_hello", text=space, fatal=True))
+                self._reply(peer, None, m.Refused(reason="bad_hello", text=space, fatal=True))
             else:
-                self._welcome(identity, hello, space, pidfd)
+                self._welcome(peer, hello, space, pidfd)
 
         self._spaces.open(hello, opened)
 
-    def _welcome(self, identity: bytes, hello: m.Hello, space: Space, pidfd: int) -> None:
-        if stale := self._by_identity.get(identity):
+    def _welcome(self, peer: Peer, hello: m.Hello, space: Space, pidfd: int) -> None:
+        if stale := self._by_peer.get(peer):
             self._end(stale, "it started anew")
-        session = Session(next(self._numbers), identity, hello, space, pidfd, time.monotonic())
+        session = Session(next(self._numbers), peer, hello, space, pidfd, time.monotonic())
         space.sessions.add(session.number)
-        self._by_identity[identity] = self._by_number[session.number] = session
-        self._by_pidfd[pidfd] = session
-        self._poller.register(pidfd, zmq.POLLIN)
+        self._by_peer[peer] = self._by_number[session.number] = session
+        if pidfd >= 0:
+            self._by_pidfd[pidfd] = session
+            self._poller.register(pidfd, zmq.POLLIN)
         store = space.store
         self._send(
             session,
             m.Welcome(
                 pid=os.getpid(),
-                region=space.region.path,
+                region="" if session.remote else space.region.path,
                 slots=store.memory.shape[0],
                 lease_limit=store.lease_limit,
             ),
@@ -253,35 +259,45 @@ class Server:
         self._send(session, m.Found(answers=message.seq, present=present))
 
     def _prefetch(self, session: Session, message: m.Prefetch) -> None:
-        session.asked[message.owner] = Asked(message.ticket)
+        if session.remote:
+            self._let_go(session, message.owner)
+        asked = session.ask(message.owner, message.ticket, message.keys)
         session.space.store.prefetch(
-            session.store_owner(message.owner),
-            message.keys,
-            priority=message.priority,
-            deadline_s=message.deadline_s,
+            asked.store_owner, message.keys, priority=message.priority, deadline_s=message.deadline_s
         )
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:
-        session.space.store.cut(session.store_owner(message.owner))
+        if asked := session.asked.get(message.owner):
+            session.space.store.cut(asked.store_owner)
 
     def _release(self, session: Session, message: m.Release) -> None:
-        if session.asked.pop(message.owner, None):
-            session.space.store.release(session.store_owner(message.owner))
+        self._let_go(session, message.owner)
+
+    def _let_go(self, session: Session, owner: str) -> None:
+        if parting := session.let_go(owner):
+            self._partings.append(parting)
 
     def _commit(self, session: Session, message: m.Commit) -> None:
         for page in message.pages:
-            self._take_back(session, page.slot)
+            session.take_back(page.slot)
+            session.space.parents[page.slot] = page.parent
             session.space.store.commit(page.key, page.slot, page.parent)
+
+    def _commit_remote(self, session: Session, message: m.Commit, payload: Sequence[memoryview]) -> None:
+        try:
+            take_pages(session.space, message, payload, self.counts)
+        except BadPayload as error:
+            raise Refusal("bad_payload", str(error)) from None
+
+    def _credit(self, session: Session, message: m.Credit) -> None:
+        session.credit = min(session.credit + message.pages, session.space.store.memory.shape[0])
+        for owner in list(session.asked):
+            self._announce(session, owner)
 
     def _abandon(self, session: Session, message: m.Abandon) -> None:
         for slot in message.slots:
-            self._take_back(session, slot)
+            session.take_back(slot)
             session.space.store.abandon(slot)
-
-    def _take_back(self, session: Session, slot: int) -> None:
-        if slot not in session.granted:
-            raise Refusal("not_granted", f"slot {slot} was not granted to this client", fatal=True)
-        session.granted.remove(slot)
 
     def _flush(self, session: Session, message: m.Flush) -> None:
         store, number, seq = session.space.store, session.number, message.seq
@@ -300,6 +316,7 @@ class Server:
         figures["prefetcher_pid"] = os.getpid()
         figures["prefetcher_clients"] = len(self._by_number)
         figures["messages_refused"] = sum(self.refused.values())
+        figures |= self.counts | {f"refused_{reason}": count for reason, count in self.refused.items()}
         self._send(session, m.Figures(answers=message.seq, figures=figures))
 
     def _health(self, session: Session, message: m.Health) -> None:
@@ -313,54 +330,49 @@ class Server:
     def _grant(self, session: Session) -> None:
         store = session.space.store
         wanted = min(session.hello.grant, int(store.memory.shape[0] * MAX_GRANT))
-        if len(session.granted) > wanted // 2 or session.broken:
+        if session.remote or len(session.granted) > wanted // 2 or session.broken:
             return
         slots = []
         while len(session.granted) < wanted and store.available and (slot := store.reserve()) is not None:
+            store.memory[slot, :8] = 0  # no header of a former page may look like this one's
             session.granted.add(slot)
             slots.append(slot)
         if slots:
             self._send(session, m.Granted(slots=slots))
 
-    def _send(self, session: Session, message: m.Message) -> None:
+    def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> None:
         session.sent += 1
-        frames = [m.encode(msgspec.structs.replace(message, session=session.number, seq=session.sent))]
-        if session.outbox or not self._put(session, frames):
+        head = m.encode(msgspec.structs.replace(message, session=session.number, seq=session.sent))
+        frames = [head, *payload]
+        if session.outbox or not session.peer.put(frames):
             session.outbox.append(frames)
             if len(session.outbox) > OUTBOX and not session.broken:
                 session.broken = True
                 log.warning("hcache: %s does not take its messages and is given up.", session.name)
 
-    def _put(self, session: Session, frames: Sequence[bytes]) -> bool:
-        """False where the client's queue is full: it is slow, and nobody waits for it."""
-        return self._put_to(session.identity, frames)
-
-    def _put_to(self, identity: bytes, frames: Sequence[bytes]) -> bool:
-        try:
-            self._socket.send_multipart([identity, *frames], zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
-                raise
-            # It has gone; the end of its process ends its session.
-        return True
-
-    def _reply(self, identity: bytes, session: Session | None, message: m.Message) -> None:
+    def _reply(self, peer: Peer, session: Session | None, message: m.Message) -> None:
         if session is not None:
             self._send(session, message)
         else:
-            self._put_to(identity, [m.encode(message)])
+            peer.put([m.encode(message)])
 
     # ---- ends ----
+
+    def _expire(self) -> None:
+        self._partings = [parting for parting in self._partings if not parting.end()]
+        long_ago = time.monotonic() - EXPIRE_S
+        for session in list(self._by_number.values()):
+            if session.remote and session.heard_at < long_ago:
+                log.info("hcache: %s has not been heard of for %g s and is given up.", session.name, EXPIRE_S)
+                self._end(session, "it was not heard of")
 
     def _end(self, session: Session, why: str) -> None:
         log.debug("hcache: %s ends: %s", session.name, why)
         if session.pidfd >= 0:
             self._poller.unregister(session.pidfd)
             del self._by_pidfd[session.pidfd]
-        del self._by_identity[session.identity], self._by_number[session.number]
-        session.end()
+        del self._by_peer[session.peer], self._by_number[session.number]
+        self._partings += session.end()
         if not session.space.sessions:
             self._spaces.close(session.space)
 
@@ -368,7 +380,7 @@ class Server:
         for session in list(self._by_number.values()):
             self._end(session, "the prefetcher ends")
         self._spaces.close_all()
-        self._socket.close()
+        self._entrance.close()
         self._context.term()
         os.close(self._wake)
 

@@ -27,6 +27,7 @@ class Space:
     store: LocalStore
     region: Region
     sessions: set[int] = field(default_factory=set)
+    parents: dict[int, bytes] = field(default_factory=dict)  # by slot, of the page last committed to it
 
 
 class Spaces:
@@ -82,9 +83,9 @@ class Spaces:
     def close_all(self) -> None:
         """Close everything and wait for it."""
         self._threads.shutdown()
-        for space in self._open.values():
-            space.store.close()
-            space.region.close()
+        with ThreadPoolExecutor(max(1, len(self._open))) as threads:  # each may take its full time to write
+            for space in self._open.values():
+                threads.submit(self._close, space)
 
     def _fitting(self, space: Space, hello: Hello) -> Space | str:
         same = space.store.layout == _layout(hello)
@@ -122,12 +123,15 @@ class Spaces:
         )
         return Space(hello.fingerprint, store, region)
 
-    def _unmake(self, space: Space) -> None:
+    def _close(self, space: Space) -> None:
         try:
             space.store.close()
             space.region.close()
         except Exception:
             log.exception("hcache: pages were not closed properly; the next opening tidies up.")
+
+    def _unmake(self, space: Space) -> None:
+        self._close(space)
         self._later(lambda: self._finished(space.fingerprint, None))
 
     def _finished(self, fingerprint: bytes, result: Space | str | None) -> None:

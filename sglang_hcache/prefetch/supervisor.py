@@ -11,73 +11,69 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
 
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import ServerConfig
 
 START_S = 60.0  # for a prefetcher to start and open its directories
 LOCKED_S = 10.0  # for it to start, up to the point where it holds its lock
 BACK_OFF_S = (0.1, 30.0)  # first pause before another try, and longest
+REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
 
 # In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
 # when it stops, before the prefetcher could have written what is left.
 _LAUNCHER = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)"
 
+Client = TypeVar("Client", PrefetchClient, RemoteClient)
+
 log = logging.getLogger(__name__)
 
 
-class Supervisor:
-    """One a client process. `hello` is asked for anew for each session.
+class Keeper(ABC, Generic[Client]):
+    """One a client process: opens a store and replaces it when it is gone.
 
     A store that is gone is replaced in two steps, as somebody may still be reading its memory: the owner of the
     store calls `replace` once that has ended, and finds the next store in `taken` some time later.
     """
 
-    def __init__(self, directories: tuple[str, ...], quota_bytes: int | None, hello: Callable[[], Hello]) -> None:
-        self._endpoint: Endpoint = endpoint_for(directories)
-        self._config = ServerConfig(self._endpoint.address, directories, quota_bytes)
-        self._hello = hello
+    def __init__(self) -> None:
         self.news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.restarts = 0
-        self._next: PrefetchClient | None = None
+        self._next: Client | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def open(self, timeout_s: float = START_S) -> PrefetchClient:
-        """A session, with a prefetcher that is started where none runs. Raises Unavailable."""
+    def open(self, timeout_s: float = START_S) -> Client:
+        """A session. Raises Unavailable."""
         deadline = time.monotonic() + timeout_s
         pause = BACK_OFF_S[0]
         while True:
-            if not is_running(self._endpoint):
-                self._launch()
             try:
-                return PrefetchClient(
-                    self._endpoint.address,
-                    self._hello(),
-                    news=self.news,
-                    timeout_s=max(POLL_S, deadline - time.monotonic()),
-                    is_there=lambda: is_running(self._endpoint),
-                )
+                return self._connect(max(POLL_S, deadline - time.monotonic()))
             except Unavailable as error:
                 if time.monotonic() + pause > deadline or self._closed.wait(pause):
                     raise
                 log.info("hcache: no session with the prefetcher yet: %s", error)
                 pause = min(2 * pause, BACK_OFF_S[1])
 
-    def replace(self, gone: PrefetchClient) -> None:
+    def replace(self, gone: Client) -> None:
         """A store is gone and nobody uses its memory any more: get another in the background."""
         log.warning(
-            "hcache: the prefetcher is gone (%s); starting another. Requests go on without it.", gone.why_ended
+            "hcache: the prefetcher is gone (%s); looking for another. Requests go on without it.", gone.why_ended
         )
         self._thread = threading.Thread(target=self._reopen, args=(gone,), name="hcache-supervisor", daemon=True)
         self._thread.start()
 
-    def taken(self) -> PrefetchClient | None:
+    def taken(self) -> Client | None:
         """The store that follows a replaced one, once."""
         store, self._next = self._next, None
         return store
@@ -89,9 +85,15 @@ class Supervisor:
         if store := self.taken():
             store.close()
 
-    def _reopen(self, gone: PrefetchClient) -> None:
-        if "not answered" in gone.why_ended:
-            self._kill_hung(gone.prefetcher_pid)
+    @abstractmethod
+    def _connect(self, timeout_s: float) -> Client:
+        """One attempt. Raises Unavailable."""
+
+    def _give_up(self, gone: Client) -> None:
+        """Before a store that is gone is closed."""
+
+    def _reopen(self, gone: Client) -> None:
+        self._give_up(gone)
         gone.close()
         pause = BACK_OFF_S[0]
         while not self._closed.is_set():
@@ -107,6 +109,31 @@ class Supervisor:
             os.eventfd_write(self.news, 1)
             log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
             return
+
+
+class Supervisor(Keeper[PrefetchClient]):
+    """With the prefetcher on this host; it is started where none runs. `hello` is asked for anew for each session."""
+
+    def __init__(self, directories: tuple[str, ...], quota_bytes: int | None, hello: Callable[[], Hello]) -> None:
+        super().__init__()
+        self._endpoint: Endpoint = endpoint_for(directories)
+        self._config = ServerConfig(self._endpoint.address, directories, quota_bytes)
+        self._hello = hello
+
+    def _connect(self, timeout_s: float) -> PrefetchClient:
+        if not is_running(self._endpoint):
+            self._launch()
+        return PrefetchClient(
+            self._endpoint.address,
+            self._hello(),
+            news=self.news,
+            timeout_s=timeout_s,
+            is_there=lambda: is_running(self._endpoint),
+        )
+
+    def _give_up(self, gone: PrefetchClient) -> None:
+        if "not answered" in gone.why_ended:
+            self._kill_hung(gone.prefetcher_pid)
 
     def _kill_hung(self, pid: int) -> None:
         """Only what still holds the endpoint's lock, and does not answer, is killed."""
@@ -125,3 +152,19 @@ class Supervisor:
         while not is_running(self._endpoint) and time.monotonic() < deadline:
             if self._closed.wait(POLL_S):
                 return
+
+
+class RemoteSupervisor(Keeper[RemoteClient]):
+    """With a prefetcher on another host, at tcp://HOST:PORT, that somebody else starts.
+
+    `keys`: the folder of this client.
+    """
+
+    def __init__(self, address: str, keys: str | None, hello: Callable[[], Hello]) -> None:
+        super().__init__()
+        self._address, self._hello = address, hello
+        self._keys = Path(keys) if keys else None
+
+    def _connect(self, timeout_s: float) -> RemoteClient:
+        patience = min(timeout_s, REMOTE_OPEN_S)
+        return RemoteClient(self._address, self._hello(), news=self.news, timeout_s=patience, keys=self._keys)

@@ -1,0 +1,31 @@
+"""Make the keys with which a prefetcher and its clients on other hosts know each other.
+
+Called again, it adds clients; a prefetcher that runs lets them in at once. Exit status: 0; 1 keys cannot be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where the keys are kept; made if need be")
+    parser.add_argument(
+        "--client", action="append", metavar="NAME", help="a client to let in; can be repeated (default: client)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sglang_hcache.prefetch.keys import make_keys
+
+    try:
+        folders = make_keys(arguments.directory, arguments.client or ("client",))
+    except OSError as error:
+        print(f"hcache keygen: {error}", file=sys.stderr)
+        return 1
+    print(f"prefetcher: --keys {arguments.directory}")
+    for folder in folders:
+        print(f"client {folder.name}: move {folder} to its host")
+    return 0

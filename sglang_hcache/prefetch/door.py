@@ -1,0 +1,221 @@
+"""Where clients come in: one socket for those on this host, one for those on others, each with its own limits."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+import zmq.utils.monitor
+from zmq.utils import z85
+
+from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.keys import KeyFileError, is_let_in, server_keys
+
+# ZeroMQ's limits, chosen so that no client can fill memory or hold up another. A local client has at most a few
+# messages a request under way; beyond HIGH_WATER they wait in the client, in its own memory.
+HIGH_WATER = 1000  # messages queued by ZeroMQ for one client, and from one client on this host
+REMOTE_HIGH_WATER = 8  # messages queued from one client on another host: each may carry records
+LINGER_MS = 500  # for what is still queued when the prefetcher ends
+AT_ONCE = 256  # messages taken from a socket before progress is announced again
+REMOTE_AT_ONCE = 8
+MAX_PAYLOAD_BYTES = 128 << 20  # of a page; one of 64 tokens of a 70B model, as hidden states, has 80 MiB
+MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (17 << 20)  # with its header, and each of 4096 layers aligned to 4 KiB
+HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
+HANDSHAKE_MS = 5000
+ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect; one a context
+ZAP_DOMAIN = b"hcache"
+
+log = logging.getLogger(__name__)
+
+Frames = Sequence[bytes | zmq.Frame]
+
+
+def check_listen(address: str, keys: str) -> None:
+    """Raises ValueError unless a prefetcher may listen there, with or without keys."""
+    scheme, _, rest = address.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme != "tcp" or not colon or not host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError(f"{address!r} is no address to listen at: give tcp://HOST:PORT")
+    if not keys and not is_loopback(host):
+        raise ValueError(f"{address} can be reached from other hosts: give keys (`hcache keygen` makes them)")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Door:
+    """A ROUTER socket. `remote`: its clients share no memory with us. Raises ZMQError, KeyFileError, ValueError."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, *, remote: bool, keys: str = ""
+    ) -> None:
+        self.remote = remote
+        self.at_once = REMOTE_AT_ONCE if remote else AT_ONCE
+        if remote:
+            check_listen(address, keys)
+        pair = server_keys(Path(keys)) if remote and keys else None
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.set(zmq.ROUTER_MANDATORY, 1)
+        self.socket.set(zmq.SNDHWM, HIGH_WATER)
+        self.socket.set(zmq.RCVHWM, REMOTE_HIGH_WATER if remote else HIGH_WATER)
+        self.socket.set(zmq.LINGER, LINGER_MS)
+        # Beyond, ZeroMQ drops the connection.
+        self.socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES if remote else 4 * m.MAX_MESSAGE_BYTES)
+        if remote:
+            self.socket.set(zmq.IPV6, 1)
+            self.socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS[0])
+            self.socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_MS[1])
+            self.socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        if pair is not None:
+            self.socket.curve_publickey, self.socket.curve_secretkey = pair
+            self.socket.curve_server = True
+            self.socket.zap_domain = ZAP_DOMAIN
+            self.socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError:
+            self.socket.close(0)
+            raise
+
+    def receive(self) -> tuple[bytes, list[memoryview]] | None:
+        """The sender's identity, and the frames of its message; None where none waits."""
+        try:
+            if self.remote:
+                identity, *rest = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                return identity.bytes, [frame.buffer for frame in rest]
+            sender, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            return sender, [memoryview(frame) for frame in frames]
+        except zmq.Again:
+            return None
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Peer(NamedTuple):
+    """A client's end of a connection."""
+
+    door: Door
+    identity: bytes
+
+    def put(self, frames: Frames) -> bool:
+        """False where the client's queue is full: it is slow, and nobody waits for it."""
+        try:
+            self.door.socket.send_multipart([self.identity, *frames], zmq.NOBLOCK, copy=not self.door.remote)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            # It has gone; the end of its process, or its silence, ends its session.
+        return True
+
+
+class Porter:
+    """Answers libzmq's questions about who may come in, and counts those who did not.
+
+    Made before the door it keeps: libzmq looks for it when that is opened.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: str, refused: Counter[str]) -> None:
+        self._keys = Path(keys)
+        self._refused = refused
+        self.questions = context.socket(zmq.REP)
+        self.questions.set(zmq.LINGER, 0)
+        self.questions.bind(ZAP)
+        self.failures: zmq.Socket[bytes] | None = None
+
+    def watch(self, door: Door) -> zmq.Socket[bytes]:
+        """The socket that tells of those who did not get in."""
+        events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self.failures = door.socket.get_monitor_socket(events)
+        return self.failures
+
+    def answer(self) -> None:
+        """To a question that waits (ZAP 1.0)."""
+        frames = self.questions.recv_multipart()
+        version, request, domain, address = [*frames, b"", b"", b"", b""][:4]
+        public = z85.encode(frames[6]) if frames[5:6] == [b"CURVE"] and len(frames) == 7 else b""
+        try:
+            welcome = bool(public) and domain == ZAP_DOMAIN and is_let_in(self._keys, public)
+        except KeyFileError as error:
+            log.error("hcache: nobody is let in: %s", error)
+            welcome = False
+        if not welcome:
+            self._refused["unauthorised"] += 1
+            log.warning("hcache: %s was not let in: its key is not in clients/.", address.decode(errors="replace"))
+        status = (b"200", b"OK") if welcome else (b"400", b"unauthorised")
+        self.questions.send_multipart([version, request, *status, public, b""])
+
+    def note_failure(self) -> None:
+        """Somebody had no key, or expected another server's."""
+        assert self.failures is not None
+        self.failures.recv_multipart()
+        self._refused["no_handshake"] += 1
+        log.warning("hcache: a connection was dropped: it had no key, or expected another server's.")
+
+    def close(self, door: Door) -> None:
+        door.socket.disable_monitor()
+        if self.failures is not None:
+            self.failures.close(0)
+        self.questions.close(0)
+
+
+class Entrance:
+    """All doors of a prefetcher, and the porter where one is needed. Raises as Door does, with everything closed."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        poller: zmq.Poller,
+        address: str,
+        listen: str,
+        keys: str,
+        refused: Counter[str],
+    ) -> None:
+        self._doors: dict[object, Door] = {}
+        self._porter: Porter | None = None
+        try:
+            self._add(Door(context, address, remote=False))
+            if listen:
+                self._porter = Porter(context, keys, refused) if keys else None
+                remote = Door(context, listen, remote=True, keys=keys)
+                self._add(remote)
+                if self._porter is not None:
+                    poller.register(self._porter.questions, zmq.POLLIN)
+                    poller.register(self._porter.watch(remote), zmq.POLLIN)
+        except (OSError, ValueError, zmq.ZMQError):
+            context.destroy(linger=0)
+            raise
+        for door in self._doors.values():
+            poller.register(door.socket, zmq.POLLIN)
+
+    def attend(self, ready: object) -> Door | None:
+        """The door at which somebody is; other sockets of the poller's are dealt with."""
+        if door := self._doors.get(ready):
+            return door
+        assert self._porter is not None
+        if ready is self._porter.questions:
+            self._porter.answer()
+        else:
+            self._porter.note_failure()
+        return None
+
+    def close(self) -> None:
+        for door in self._doors.values():
+            if door.remote and self._porter is not None:
+                self._porter.close(door)
+            door.close()
+
+    def _add(self, door: Door) -> None:
+        self._doors[door.socket] = door

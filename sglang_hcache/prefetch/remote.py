@@ -1,0 +1,318 @@
+"""The store of pages where the prefetcher is on another host: an arena of our own, records over the network.
+
+A page is read from, and written to, the prefetcher as the local store reads and writes its files; so leases, waiting
+for room, joining of reads, verification and eviction are those of `LocalStore`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import zmq
+
+from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.client import ASK_S, STATS_S
+from sglang_hcache.prefetch.connection import Connection, Unavailable
+from sglang_hcache.storage.contract import Progress, Stats
+from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
+from sglang_hcache.storage.store import READ_THREADS, LocalStore
+from sglang_hcache.storage.stripe import Stripe
+
+READ_S = 30.0  # the longest a page is waited for
+POLL_S = 0.5
+CLOSE_FLUSH_S = 5.0
+MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
+
+# What is said of files, and of the prefetcher, is known there.
+FIGURES_OF_PREFETCHER = ("volumes", "pages_file", "pages_damaged", "files_damaged", "index_rebuilt")
+
+
+@dataclass(eq=False)
+class _Read:
+    """A page that a reading thread waits for."""
+
+    frame: memoryview | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Says that the prefetcher has the page."""
+
+    files: RemoteFiles
+
+    def read(self, key: bytes, out: Record) -> bool:
+        return self.files.read(key, out)
+
+
+class RemoteFiles(Stripe):
+    """The prefetcher as a store's files: `locate`, `read` and `write` are questions to it. Any thread may ask."""
+
+    def __init__(
+        self, address: str, hello: m.Hello, *, timeout_s: float, keys: Path | None, gone: Callable[[], None]
+    ) -> None:
+        super().__init__([])
+        self._fingerprint = hello.fingerprint
+        self._layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._reads: dict[str, _Read] = {}
+        self._numbers = itertools.count(1)
+        self._gone = gone
+        self._closed = False
+        self.damaged = 0
+        self.connection = Connection(
+            address,
+            hello,
+            receive=self._receive,
+            ended=self._ended,
+            timeout_s=timeout_s,
+            record_bytes=self._layout.record_bytes + MARGIN_BYTES,
+            keys=keys,
+        )
+        self.connection.start()
+        self.connection.send(m.Credit(pages=READ_THREADS))
+
+    def locate(self, keys: Iterable[bytes]) -> dict[bytes, _Place]:  # type: ignore[override]  # read like a Place
+        wanted = list(keys)
+        if not wanted:
+            return {}
+        try:
+            present = self.connection.ask(m.Lookup(keys=wanted[: m.MAX_KEYS]), m.Found, ASK_S).present
+        except Unavailable:
+            return {}
+        return {key: _Place(self) for key, there in zip(wanted, present, strict=False) if there}
+
+    def read(self, key: bytes, out: Record) -> bool:
+        """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
+        owner, read = str(next(self._numbers)), _Read()
+        with self._lock:
+            self._reads[owner] = read
+        self.connection.send(m.Prefetch(owner=owner, ticket=0, keys=[key], priority=0, deadline_s=0.0))
+        with self._lock:
+            self._changed.wait_for(lambda: read.ended or not self.connection.alive, READ_S)
+            del self._reads[owner]
+        self.connection.send(m.Release(owner=owner))
+        if read.frame is None:
+            return False
+        data = np.frombuffer(read.frame, np.uint8)
+        fits = data.shape == out.shape
+        if fits:
+            out[:] = data
+        self.connection.send(m.Credit(pages=1))
+        try:
+            if not fits:
+                raise ChunkDamaged(f"it has {len(data)} bytes")
+            verify(out, self._layout, self._fingerprint, key)
+        except ChunkDamaged:
+            self.damaged += 1
+            return False
+        return True
+
+    def write(self, pages: Sequence[tuple[bytes, Record]]) -> set[bytes]:
+        """Send sealed records; once this returns their memory can be used again, as the prefetcher verifies them."""
+        trackers = []
+        for key, record in pages:
+            frame = zmq.Frame(record.data, track=True, copy=False)
+            trackers.append(frame.tracker)
+            parent = read_header(record, self._layout).parent
+            self.connection.send(m.Commit(pages=[m.Page(key, parent, 0)]), [frame])
+            del frame  # ZeroMQ is done with the memory when nobody refers to it
+        for tracker in trackers:
+            while self.connection.alive and not tracker.done:
+                with contextlib.suppress(zmq.NotDone):
+                    tracker.wait(POLL_S)
+        return {key for (key, _), tracker in zip(pages, trackers, strict=True) if not tracker.done}
+
+    def touch(self, keys: Mapping[bytes, int]) -> None:
+        """The prefetcher sees by itself what is asked for."""
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.connection.close()
+
+    def _receive(self, message: m.FromServer, payload: Sequence[memoryview]) -> None:
+        if not isinstance(message, m.Ready):
+            return
+        with self._lock:
+            read = self._reads.get(message.owner)
+            if read is not None:
+                read.frame = payload[0] if payload else None
+                read.ended = True
+                self._changed.notify_all()
+        if read is None and payload:
+            self.connection.send(m.Credit(pages=len(payload)))
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
+        self._gone()
+
+
+class RemoteClient:
+    """A ChunkStore in this process, with a prefetcher on another host behind it, for as long as that answers.
+
+    `hello`: its `pid` is set to 0, and `host_bytes` bounds the arena of this process. `keys`: the folder with this
+    client's keys, None where the prefetcher listens on loopback without. `news`: as for PrefetchClient. Raises
+    Unavailable where no prefetcher takes `hello` within `timeout_s`; ValueError for bad values.
+    """
+
+    def __init__(
+        self, address: str, hello: m.Hello, *, news: int, timeout_s: float, keys: Path | None = None
+    ) -> None:
+        hello = msgspec.structs.replace(hello, pid=0, grant=0)
+        layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
+        self._news = news
+        self._tickets = itertools.count(1)
+        self._pending: dict[str, int] = {}  # owner → ticket of a prefetch that has not been looked up yet
+        self._closed = False
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._files = RemoteFiles(address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring)
+        self._store = LocalStore(
+            layout,
+            hello.fingerprint,
+            hello.host_bytes,
+            [],
+            files=self._files,
+            on_progress=self._progressed,
+        )
+        self._worker = threading.Thread(target=self._work, name="hcache-remote", daemon=True)
+        self._worker.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._files.connection.alive
+
+    @property
+    def why_ended(self) -> str:
+        return self._files.connection.why_ended
+
+    @property
+    def prefetcher_pid(self) -> int:
+        """On its own host."""
+        return self._files.connection.welcome.pid
+
+    @property
+    def layout(self) -> ChunkLayout:
+        return self._store.layout
+
+    @property
+    def memory(self) -> Record:
+        return self._store.memory
+
+    def reserve(self) -> int | None:
+        return self._store.reserve() if self.alive else None
+
+    def abandon(self, slot: int) -> None:
+        self._store.abandon(slot)
+
+    def commit(self, key: bytes, slot: int, parent: bytes) -> None:
+        self._store.commit(key, slot, parent)
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return self._store.contains(keys)
+
+    def prefetch(self, owner: str, keys: Sequence[bytes], *, priority: int = 0, deadline_s: float = 0.0) -> None:
+        ticket, wanted = next(self._tickets), list(keys)
+        with self._lock:
+            self._pending[owner] = ticket
+
+        def look_up() -> None:
+            if self._pending.get(owner) != ticket:
+                return
+            self._store.prefetch(owner, wanted, priority=priority, deadline_s=deadline_s)
+            with self._lock:
+                current = self._pending.get(owner) == ticket
+                if current:
+                    del self._pending[owner]
+                    self._settled.notify_all()
+            if not current:
+                self._store.release(owner)
+            self._progressed(owner)
+
+        self._jobs.put(look_up)
+
+    def progress(self, owner: str) -> Progress:
+        with self._lock:
+            return Progress((), False) if owner in self._pending else self._store.progress(owner)
+
+    def wait(self, owner: str, timeout_s: float) -> Progress:
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            if not self._settled.wait_for(lambda: owner not in self._pending, timeout_s):
+                return Progress((), False)
+        return self._store.wait(owner, max(0.0, deadline - time.monotonic()))
+
+    def cut(self, owner: str) -> None:
+        with self._lock:
+            if owner in self._pending:
+                self._jobs.put(lambda: self._store.cut(owner))
+                return
+        self._store.cut(owner)
+
+    def release(self, owner: str) -> None:
+        with self._lock:
+            self._pending.pop(owner, None)
+            self._settled.notify_all()
+        self._store.release(owner)
+
+    def flush(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        if not self._store.flush(timeout_s):
+            return False
+        try:
+            return self._files.connection.ask(m.Flush(), m.Flushed, max(0.0, deadline - time.monotonic())).complete
+        except Unavailable:
+            return False
+
+    def drop_host(self) -> None:
+        self._store.drop_host()
+        self._files.connection.send(m.DropHost())
+
+    def stats(self) -> Stats:
+        stats = self._store.stats() | {"pages_damaged_on_the_way": self._files.damaged}
+        stats["prefetcher"] = "ok" if self.alive else f"gone: {self.why_ended}"
+        try:
+            figures = self._files.connection.ask(m.Stats(), m.Figures, STATS_S).figures
+        except Unavailable as error:
+            return stats | {"prefetcher": f"gone: {error}"}
+        return figures | stats | {name: figures[name] for name in FIGURES_OF_PREFETCHER}
+
+    def give_up(self, why: str) -> None:
+        """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
+        self._files.connection.give_up(why)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._store.flush(CLOSE_FLUSH_S)
+        self._jobs.put(None)
+        self._files.close()  # first: the store's threads may be waiting for it
+        self._worker.join()
+        self._store.close()
+
+    def _work(self) -> None:
+        """Looking up waits for the prefetcher, and nobody may wait for that."""
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _progressed(self, owner: str) -> None:
+        if self.progress(owner).done:
+            self._ring()
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._news, 1)
