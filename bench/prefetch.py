@@ -3,13 +3,14 @@
     python -m bench.prefetch [--json] [--dir D] [--pages N] [--rounds N] [--messages N] [--save]
 
 Method: pages of 8 layers of 256 KiB (64 tokens of 2,048 bfloat16) are stored and flushed. Then a client of a
-prefetcher process and a LocalStore in this process, over directories of equal content, take turns: ask for all
-pages as one prefetch, and copy each page, in order, out of its slot as soon as it is announced, as a restore does.
-`warm`: the pages lie in the arena; `cold`: only in files, which are read past the page cache where the file system
-allows it, and are dropped from it otherwise. Every checksum of a cold page is verified by both. Medians over the
-rounds, after one that warms up. `stream_ratio` is the client's rate over that of the own process. `first_chunk_ms`:
-from the call to the first page that may be copied. `control_*_ms`: round trips of a question for one key, paced at
-1,000 a second.
+prefetcher process and a LocalStore in this process, with memory of the same kind (memfd), over directories of equal
+content, take turns: ask for all pages as one prefetch, and copy each page, in order, out of its slot as soon as it
+is announced, as a restore does. `warm`: the pages lie in the arena; `cold`: only in files, which are read past the
+page cache where the file system allows it, and are dropped from it otherwise. Every checksum of a cold page is
+verified by both. Medians over the rounds, after one that warms up. `stream_ratio` is the client's rate over that of
+the own process. `first_chunk_ms`: from the call to the first page that may be copied. `control_*_ms`: round trips of
+a question for one key, paced at 1,000 a second. `remote`: two clients over tcp:// on loopback with CURVE keys; one
+stores the pages, the other fetches them from the prefetcher's memory into its own, verified, and copies them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import hashlib
 import json
 import os
 import platform
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,9 +36,11 @@ import numpy as np
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import Supervisor
 from sglang_hcache.storage.direct import refusal
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
+from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +50,7 @@ RATE = 1000  # messages a second
 POLL_S = 0.0002
 TIMEOUT_S = 120.0
 
-Store = PrefetchClient | LocalStore
+Store = PrefetchClient | RemoteClient | LocalStore
 
 
 def key_of(page: int) -> bytes:
@@ -108,7 +113,7 @@ def measure_streams(client: PrefetchClient, own: LocalStore, folder: Path, pages
     return report
 
 
-def measure_control(client: PrefetchClient, messages: int) -> dict[str, float]:
+def measure_control(client: PrefetchClient | RemoteClient, messages: int) -> dict[str, float]:
     """Round trips of a Lookup, in ms."""
     times = []
     due = time.perf_counter()
@@ -123,31 +128,73 @@ def measure_control(client: PrefetchClient, messages: int) -> dict[str, float]:
     return {"control_p50_ms": cut[499], "control_p99_ms": cut[989], "control_p999_ms": cut[998], "messages": messages}
 
 
+def measure_remote(folder: Path, pages: int, rounds: int, messages: int) -> dict[str, float]:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    hcache = [sys.executable, "-m", "sglang_hcache.cli.main"]
+    subprocess.run(
+        [*hcache, "keygen", str(folder / "keys"), "--client", "one", "--client", "other"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    command = [*hcache, "prefetcher", "--dir", str(folder / "store"), "--listen", address]
+    prefetcher = subprocess.Popen([*command, "--keys", str(folder / "keys")])
+    news = os.eventfd(0, os.EFD_NONBLOCK)
+    greeting = hello(int(pages * 2.5) * LAYOUT.record_bytes)
+    try:
+        clients = [
+            RemoteClient(address, greeting, news=news, timeout_s=20, keys=folder / "keys" / name)
+            for name in ("one", "other")
+        ]
+        fill(clients[0], pages)
+        target, times = np.empty(LAYOUT.record_bytes, np.uint8), []
+        for _ in range(rounds + 1):
+            clients[1].drop_host()
+            times.append(stream(clients[1], [key_of(page) for page in range(pages)], target))
+        control = measure_control(clients[1], messages)
+        for client in clients:
+            client.close()
+    finally:
+        prefetcher.terminate()
+        prefetcher.wait()
+        os.close(news)
+    return {
+        "gb_s": pages * LAYOUT.record_bytes / statistics.median(total for total, _ in times[1:]) / 1e9,
+        "first_chunk_ms": 1000 * statistics.median(first for _, first in times[1:]),
+        **control,
+    }
+
+
+def hello(host_bytes: int) -> Hello:
+    return Hello(
+        pid=os.getpid(),
+        name="bench",
+        fingerprint=FINGERPRINT,
+        page_tokens=LAYOUT.page_tokens,
+        layer_bytes=list(LAYOUT.layer_bytes),
+        host_bytes=host_bytes,
+        grant=64,
+    )
+
+
 def run(folder: Path, pages: int, rounds: int, messages: int) -> dict[str, Any]:
     """The report; its keys are what `--json` prints."""
     host_bytes = int(pages * 2.5) * LAYOUT.record_bytes
     theirs, ours = folder / "prefetcher", folder / "own-process"
 
-    def hello() -> Hello:
-        return Hello(
-            pid=os.getpid(),
-            name="bench",
-            fingerprint=FINGERPRINT,
-            page_tokens=LAYOUT.page_tokens,
-            layer_bytes=list(LAYOUT.layer_bytes),
-            host_bytes=host_bytes,
-            grant=64,
-        )
-
-    supervisor = Supervisor((str(theirs),), None, hello)
+    supervisor = Supervisor((str(theirs),), None, lambda: hello(host_bytes))
     client = supervisor.open()
-    own = LocalStore(LAYOUT, FINGERPRINT, host_bytes, [ours])
+    region = Region.create("hcache-bench", host_bytes)
+    own = LocalStore(LAYOUT, FINGERPRINT, host_bytes, [ours], region=region.memory)
     try:
         for store in (client, own):
             fill(store, pages)
         return {
             **measure_streams(client, own, folder, pages, rounds),
             **measure_control(client, messages),
+            "remote": measure_remote(folder / "remote", min(pages, 64), rounds, messages),
             "pages": pages,
             "page_bytes": LAYOUT.record_bytes,
             "direct": refusal(folder) is None,
@@ -204,6 +251,8 @@ def main() -> None:
             f"{state}: {rate:.2f} GB/s, {ratio:.2f} of reading in one's own process; first page after {first:.1f} ms"
         )
     print(f"a round trip: {report['control_p50_ms']:.2f} ms, 99 % within {report['control_p99_ms']:.2f} ms")
+    remote = report["remote"]
+    print(f"over TCP with CURVE: {remote['gb_s']:.2f} GB/s; 99 % of round trips in {remote['control_p99_ms']:.2f} ms")
     if arguments.json:
         print(json.dumps(report))
 

@@ -37,6 +37,8 @@ class HCacheConfig:
     directories: tuple[str, ...]  # absolute paths, one store each, striped
     representation: str = "auto"  # one of REPRESENTATION_CHOICES
     directory_bytes: int | None = None  # bound of what each directory takes; None for the whole disk
+    prefetcher: str | None = None  # tcp://HOST:PORT of one on another host; None for this node's own
+    keys: str | None = None  # folder of this client's keys for it
     prefetch_timeout_base_s: float = 1.0
     prefetch_timeout_per_ki_token_s: float = 0.25
 

@@ -84,6 +84,19 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "Default: as much as the disk has.",
     )
     group.add_argument(
+        "--hcache-prefetcher",
+        default=None,
+        metavar="tcp://HOST:PORT",
+        help="Keep pages in a prefetcher on another host (`hcache prefetcher --listen`), instead of one on this node "
+        "and --hcache-dir.",
+    )
+    group.add_argument(
+        "--hcache-keys",
+        default=None,
+        metavar="DIR",
+        help="This client's keys for --hcache-prefetcher, made by `hcache keygen`.",
+    )
+    group.add_argument(
         "--hcache-prefetch-timeout",
         default=None,
         metavar="BASE[,PER_KI_TOKEN]",
@@ -130,6 +143,8 @@ def translate(values: MutableMapping[str, Any]) -> None:
     representation = values.pop("hcache_representation", None)
     directory_gb = values.pop("hcache_dir_size", None)
     timeout = values.pop("hcache_prefetch_timeout", None)
+    prefetcher = values.pop("hcache_prefetcher", None)
+    keys = values.pop("hcache_keys", None)
     if backend not in ("sglang", "hcache"):
         raise FlagError(f"--hicache-backend: {backend!r} is not one of sglang, hcache")
     if backend == "sglang":
@@ -138,6 +153,8 @@ def translate(values: MutableMapping[str, Any]) -> None:
             "--hcache-representation": representation,
             "--hcache-dir-size": directory_gb,
             "--hcache-prefetch-timeout": timeout,
+            "--hcache-prefetcher": prefetcher,
+            "--hcache-keys": keys,
         }
         for flag, value in ours.items():
             if value is not None:
@@ -150,11 +167,14 @@ def translate(values: MutableMapping[str, Any]) -> None:
     _check_host_size(values)
     if directory_gb is not None and not directory_gb > 0:
         raise FlagError(f"--hcache-dir-size {directory_gb} leaves no room for files: give gigabytes, or drop it")
+    _check_prefetcher(prefetcher, keys, {"--hcache-dir": directories, "--hcache-dir-size": directory_gb})
     base_s, per_ki_token_s = _prefetch_timeout(timeout)
     config = HCacheConfig(
         directories=_writable_directories(directories),
         representation=representation or "auto",
         directory_bytes=None if directory_gb is None else int(directory_gb * GB),
+        prefetcher=prefetcher,
+        keys=str(Path(keys).expanduser().absolute()) if keys else None,
         prefetch_timeout_base_s=base_s,
         prefetch_timeout_per_ki_token_s=per_ki_token_s,
     )
@@ -170,6 +190,23 @@ def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and value != harmless:
             raise FlagError(f"{_flag(name)} excludes --hicache-backend hcache: {why}; {what_to_do}")
+
+
+def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, object]) -> None:
+    """Of another host, with keys that are there; what is about files here contradicts it."""
+    if address is None:
+        if keys is not None:
+            raise FlagError("--hcache-keys does nothing without --hcache-prefetcher: add that, or drop this")
+        return
+    if not address.startswith("tcp://") or not address.rpartition(":")[2].isdigit():
+        raise FlagError(f"--hcache-prefetcher {address!r} is not tcp://HOST:PORT")
+    if keys is not None and not Path(keys).expanduser().is_dir():
+        raise FlagError(
+            f"--hcache-keys {keys} is no directory: give the one that `hcache keygen` made for this client"
+        )
+    for flag, value in local.items():
+        if value is not None:
+            raise FlagError(f"{flag} excludes --hcache-prefetcher: files are on the prefetcher's host; drop one")
 
 
 def _prefetch_timeout(flag: object) -> tuple[float, float]:

@@ -28,7 +28,8 @@ from sglang_hcache.model import Unsupported, check_pool, kv_row_bytes
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.prefetch.supervisor import Supervisor
+from sglang_hcache.prefetch.remote import RemoteClient
+from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, Projector, ReplayProjector
 from sglang_hcache.restore import LayerEvents, Load, Restorer
 from sglang_hcache.savers import HiddenSaver, KVSaver, NoSaver, Saver
@@ -81,7 +82,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._failed_batches: set[int] = set()
         self._layout = ChunkLayout(self._page_tokens, (self._page_tokens * self._row_bytes,) * self._pool.layer_num)
         self._identity, self._on_file = self._fingerprint(self._model_identity()), True
-        self._supervisor = Supervisor(self._config.directories, self._config.directory_bytes, self._hello)
+        self._supervisor = self._make_supervisor()
         try:
             store = self._supervisor.open()
         except (Unavailable, OSError) as error:
@@ -263,6 +264,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     # ---- start ----
 
+    def _make_supervisor(self) -> Keeper[Any]:
+        config = self._config
+        if config.prefetcher is not None:
+            return RemoteSupervisor(config.prefetcher, config.keys, self._hello)
+        return Supervisor(config.directories, config.directory_bytes, self._hello)
+
     def _hello(self) -> Hello:
         model = serving.runner.model_config
         return Hello(
@@ -298,7 +305,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             per_ki_token_s=self._config.prefetch_timeout_per_ki_token_s,
         )
 
-    def _attach(self, store: PrefetchClient) -> None:
+    def _attach(self, store: PrefetchClient | RemoteClient) -> None:
         """Save to, and restore from, this store."""
         self._store = store
         self._ahead.attach(store)
@@ -328,7 +335,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             events=self.layer_done_counter,
         )
 
-    def _hidden_saver(self, store: PrefetchClient) -> Saver:
+    def _hidden_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
         """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
         capture = serving.capture
         assert capture is not None

@@ -279,8 +279,8 @@ class RemoteClient:
             return False
 
     def drop_host(self) -> None:
+        """Of this process alone: the prefetcher's memory serves others."""
         self._store.drop_host()
-        self._files.connection.send(m.DropHost())
 
     def stats(self) -> Stats:
         stats = self._store.stats() | {"pages_damaged_on_the_way": self._files.damaged}
