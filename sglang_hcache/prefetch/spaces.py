@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import ChunkLayout
@@ -109,18 +111,25 @@ class Spaces:
             raise ValueError(
                 f"{hello.host_bytes} bytes of host memory do not hold two pages of {layout.record_bytes}"
             )
+        free = psutil.virtual_memory().available
+        if hello.host_bytes > free:
+            raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {free} are free")
         region = Region.create("hcache", slots * layout.record_bytes)
-        store = LocalStore(
-            layout,
-            hello.fingerprint,
-            slots * layout.record_bytes,
-            self._directories if hello.on_file else [],
-            region=region.memory,
-            write_policy=WritePolicy(hello.write_policy),
-            quota_bytes=self._quota_bytes,
-            about=hello.about,
-            on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
-        )
+        try:
+            store = LocalStore(
+                layout,
+                hello.fingerprint,
+                slots * layout.record_bytes,
+                self._directories if hello.on_file else [],
+                region=region.memory,
+                write_policy=WritePolicy(hello.write_policy),
+                quota_bytes=self._quota_bytes,
+                about=hello.about,
+                on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
+            )
+        except BaseException:
+            region.close()
+            raise
         return Space(hello.fingerprint, store, region)
 
     def _close(self, space: Space) -> None:
