@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from tests.prefetch.clients import REPOSITORY, assert_nothing_held, fetched, figures, save, until
+from tests.prefetch.conftest import Join
+from tests.storage.pages import keys_of
+
+FRAMES = int(os.environ.get("HCACHE_FUZZ_FRAMES", "20000"))
+ROUND = 100_000  # frames of one hostile process
+PAGES = 20
+REASONS = {
+    "malformed",
+    "unknown_version",
+    "oversized",
+    "unknown_session",
+    "replayed",
+    "out_of_order",
+    "not_granted",
+}
+
+
+def test_no_frame_harms_the_prefetcher_or_its_other_clients(directory: Path, join: Join) -> None:
+    client = join()
+    process = psutil.Process(client.prefetcher_pid)
+    save(client, range(1000, 1000 + PAGES))
+    assert client.flush(10)
+    before = process.memory_info().rss
+    answered: Counter[str] = Counter()
+    sent, latencies, memory = 0, [], []
+    for seed, start in enumerate(range(0, FRAMES, ROUND)):
+        command = [
+            sys.executable,
+            "-m",
+            "tests.prefetch.fuzzer",
+            str(directory),
+            str(seed),
+            str(min(ROUND, FRAMES - start)),
+        ]
+        fuzzer = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        while fuzzer.poll() is None:
+            asked_at = time.perf_counter()
+            assert client.contains(keys_of([1000, 1001, 5])) == [True, True, False]
+            latencies.append(time.perf_counter() - asked_at)
+            assert fetched(client, range(1000, 1000 + PAGES)) == PAGES
+            client.drop_host()
+            time.sleep(0.005)
+        report = json.loads(fuzzer.communicate()[0])
+        sent += report["sent"]
+        answered += Counter(report["refused"])
+        assert until(lambda: figures(client)["prefetcher_clients"] == 1)
+        memory.append(process.memory_info().rss)
+    count = figures(client)
+    refused = {name.removeprefix("refused_"): n for name, n in count.items() if name.startswith("refused_")}
+    latencies.sort()
+    p50, p99 = latencies[len(latencies) // 2], latencies[-len(latencies) // 100 - 1]
+    print(f"\n{sent} frames, refused {refused}; a question took {1e3 * p50:.1f} ms, p99 {1e3 * p99:.1f} ms")
+    print(f"resident memory after each {ROUND}: {[rss >> 20 for rss in memory]} MiB")
+    assert client.prefetcher_pid == process.pid
+    assert client.alive
+    assert refused.keys() >= REASONS
+    assert "failed" not in refused, "the prefetcher's log says why"
+    assert refused == answered, "each is counted once, and answered once"
+    assert count["messages_refused"] == sum(refused.values())
+    assert p99 < 0.15, "a hostile client does not hold up another"
+    assert memory[0] - before < 32 << 20
+    assert memory[-1] - memory[0] < 16 << 20, "after the first, no more is taken"
+    assert_nothing_held(client)
+    assert fetched(client, range(1000, 1000 + PAGES)) == PAGES
