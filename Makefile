@@ -10,11 +10,13 @@ export HF_HUB_OFFLINE = 1
 FAULT_ROUNDS ?= 200
 DAMAGE_CASES ?= 0
 SERVER_KILLS ?= 50
+KILLS        ?= 50
+FUZZ_FRAMES  ?= 1000000
 MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit e2e faults soak bench format clean
+.PHONY: help setup demo test check lint types imports unit e2e faults fuzz soak bench format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,10 +52,15 @@ unit: setup ## tests without a server
 e2e: setup ## tests against the real server
 	$(BIN)/python -m pytest tests/e2e --durations=15
 
-faults: setup ## the full counts: FAULT_ROUNDS kills of a writer; every damage to every file under a server
+faults: setup ## the full counts: kills of the writer and the prefetcher, every damage to every file
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/storage
 	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
 	HCACHE_SERVER_KILLS=$(SERVER_KILLS) $(BIN)/python -m pytest tests/e2e/test_prefetcher.py -k killed_prefetcher
+
+	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
+
+fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
+	HCACHE_FUZZ_FRAMES=$(FUZZ_FRAMES) $(BIN)/python -m pytest tests/prefetch/test_fuzz.py -s
 
 soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)

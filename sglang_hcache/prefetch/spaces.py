@@ -109,18 +109,23 @@ class Spaces:
             raise ValueError(
                 f"{hello.host_bytes} bytes of host memory do not hold two pages of {layout.record_bytes}"
             )
+        policy = WritePolicy(hello.write_policy)
         region = Region.create("hcache", slots * layout.record_bytes)
-        store = LocalStore(
-            layout,
-            hello.fingerprint,
-            slots * layout.record_bytes,
-            self._directories if hello.on_file else [],
-            region=region.memory,
-            write_policy=WritePolicy(hello.write_policy),
-            quota_bytes=self._quota_bytes,
-            about=hello.about,
-            on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
-        )
+        try:
+            store = LocalStore(
+                layout,
+                hello.fingerprint,
+                slots * layout.record_bytes,
+                self._directories if hello.on_file else [],
+                region=region.memory,
+                write_policy=policy,
+                quota_bytes=self._quota_bytes,
+                about=hello.about,
+                on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
+            )
+        except Exception:
+            region.close()
+            raise
         return Space(hello.fingerprint, store, region)
 
     def _close(self, space: Space) -> None:

@@ -30,8 +30,11 @@ REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
 
 # In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
-# when it stops, before the prefetcher could have written what is left.
-_LAUNCHER = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)"
+# when it stops, before the prefetcher could have written what is left. It logs to its first server's stderr.
+_LAUNCHER = (
+    "import subprocess, sys; "
+    "subprocess.Popen(sys.argv[1:], stdin=-3, stdout=-3, start_new_session=True)"  # -3: subprocess.DEVNULL
+)
 
 Client = TypeVar("Client", PrefetchClient, RemoteClient)
 

@@ -1,0 +1,97 @@
+"""A process that is a client, for tests that kill it.
+
+Usage: `python -m tests.prefetch.child ROLE DIRECTORY [ARGUMENT]` in the repository.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+from tests.prefetch.clients import Gone, fetched, figures, save, supervisor_of
+from tests.storage.pages import keys_of
+
+
+def hold(directory: Path, pages: str) -> None:
+    """Open a session, lease pages 0.., keep grants, report the prefetcher's process, and stay."""
+    client = supervisor_of(directory).open()
+    client.prefetch("held", keys_of(range(int(pages))))
+    slots = client.wait("held", 10).slots
+    print(client.prefetcher_pid, len(slots), flush=True)
+    sys.stdin.readline()
+    client.close()
+
+
+def join(directory: Path, at: str) -> None:
+    """Open a session at a point in time, report the prefetcher's process, and stay."""
+    time.sleep(max(0.0, float(at) - time.time()))
+    client = supervisor_of(directory).open()
+    print(client.prefetcher_pid, flush=True)
+    sys.stdin.readline()
+    client.close()
+
+
+def load(directory: Path, seed: str) -> None:
+    """Store, look up, fetch and cancel until told to stop; sessions are replaced as a scheduler does it.
+
+    Each page that was flushed must be there in all sessions to come, and right. Reports what it did.
+    """
+    chance = random.Random(seed)
+    first = 100_000 * int(seed)
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    durable = written = fetches = 0
+    print("ready", flush=True)
+    stop_at = float("inf")
+    while time.monotonic() < stop_at:
+        if not client.alive:
+            gone = client
+            supervisor.replace(gone)
+            while (taken := supervisor.taken()) is None:
+                time.sleep(0.002)
+            client, written = taken, durable
+            print("session", client.prefetcher_pid, flush=True)
+        try:
+            batch = chance.randrange(1, 6)
+            save(client, range(first + written, first + written + batch))
+            written += batch
+            if chance.random() < 0.5 and client.flush(20):
+                durable = written
+        except Gone:
+            continue
+        start = chance.randrange(max(1, durable - 20)) if durable else 0
+        wanted = range(first + start, first + min(durable, start + chance.randrange(1, 20)))
+        if wanted:
+            all_there = client.contains(keys_of(wanted))
+            owner = f"request {fetches % 7}"
+            if chance.random() < 0.2:
+                client.prefetch(owner, keys_of(wanted), priority=chance.randrange(3))
+                (client.cut if chance.random() < 0.5 else client.release)(owner)
+            else:
+                found = fetched(client, wanted, owner, 20)
+                fetches += 1
+                if client.alive:
+                    assert all(all_there), "a page that was on file is not found"
+                    assert found == len(wanted), f"{found} of {len(wanted)} pages"
+        if chance.random() < 0.1:
+            client.drop_host()
+        if client.alive and stop_at == float("inf") and told_to_stop():
+            stop_at = 0.0
+    save(client, range(first + written, first + written + 1))
+    assert client.flush(20)
+    print("done", first, durable, fetches, figures(client)["pages_damaged"], flush=True)
+    client.close()
+    supervisor.close()
+
+
+def told_to_stop() -> bool:
+    import select
+
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
+if __name__ == "__main__":
+    role, directory, argument = [*sys.argv[1:], ""][:3]
+    globals()[role](Path(directory), argument)

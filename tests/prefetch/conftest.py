@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.supervisor import Supervisor
+from tests.prefetch.clients import prefetchers, supervisor_of, until
+
+Join = Callable[..., PrefetchClient]
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for sockets of the test's own; short, as a socket's path may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="hc-") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield Path(folder) / "sglang-hcache"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A store's directory; no prefetcher may be left behind by whoever has closed all sessions."""
+    path = tmp_path / "volume"
+    yield path
+    gone = until(lambda: not prefetchers(path), 15.0)
+    for process in prefetchers(path):
+        process.kill()
+    time.sleep(0 if gone else 0.1)
+    assert gone, "a prefetcher was left behind"
+
+
+@pytest.fixture
+def join(directory: Path) -> Iterator[Join]:
+    """Opens sessions with the directory's prefetcher; all are closed at the end."""
+    opened: list[tuple[Supervisor, PrefetchClient]] = []
+
+    def open_one(**changes: Any) -> PrefetchClient:
+        supervisor = supervisor_of(directory, **changes)
+        client = supervisor.open(20)
+        opened.append((supervisor, client))
+        return client
+
+    yield open_one
+    for supervisor, client in opened:
+        client.close()
+        supervisor.close()
+        os.close(supervisor.news)

@@ -1,0 +1,44 @@
+"""The prefetcher killed at random moments while two clients store, look up, fetch and cancel.
+
+Continuous integration kills it a few times; `HCACHE_KILLS=50` is the full count.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from tests.prefetch.clients import assert_nothing_held, child, fetched, line_of, prefetchers, until
+from tests.prefetch.conftest import Join
+
+KILLS = int(os.environ.get("HCACHE_KILLS", "3"))
+
+
+def test_nothing_durable_is_lost_and_nothing_wrong_is_served(directory: Path, join: Join) -> None:
+    chance = random.Random(3)
+    clients = [child("load", directory, seed) for seed in (1, 2)]
+    assert [line_of(client) for client in clients] == ["ready", "ready"]
+    for _ in range(KILLS):
+        time.sleep(chance.uniform(0.05, 1.0))
+        assert until(lambda: bool(prefetchers(directory)), 20)
+        os.kill(prefetchers(directory)[0].pid, signal.SIGKILL)
+        for client in clients:
+            assert line_of(client).startswith("session"), "it goes on with another prefetcher"
+    for client in clients:
+        report = client.communicate("\n", timeout=60)[0].split()
+        assert client.returncode == 0
+        assert report[-5] == "done", report
+        first, durable, fetches, damaged = map(int, report[-4:])
+        print(f"{durable} pages durable, {fetches} fetches")
+        assert damaged == 0
+        assert durable > 0
+        assert fetches > 0
+        checker = join()
+        for start in range(first, first + durable, 20):
+            pages = range(start, min(start + 20, first + durable))
+            assert fetched(checker, pages) == len(pages), "a page that was durable is lost"
+        assert_nothing_held(checker)
+        checker.close()

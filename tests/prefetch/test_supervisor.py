@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sglang_hcache.prefetch import connection
+from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.connection import Unavailable
+from sglang_hcache.prefetch.endpoint import endpoint_for
+from tests.prefetch.clients import (
+    assert_nothing_held,
+    child,
+    fetched,
+    figures,
+    hello,
+    line_of,
+    prefetchers,
+    replaced,
+    save,
+    sums,
+    supervisor_of,
+    until,
+)
+from tests.prefetch.conftest import Join
+from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, holds, keys_of
+
+
+def try_hello(directory: Path, *, timeout_s: float = 5.0, **changes: Any) -> None:
+    address = endpoint_for([str(directory)]).address
+    PrefetchClient(address, hello(**changes), news=-1, timeout_s=timeout_s).close()
+
+
+def kill(client: PrefetchClient, number: int = signal.SIGKILL) -> None:
+    os.kill(client.prefetcher_pid, number)
+
+
+def test_clients_that_start_at_once_share_one_prefetcher(directory: Path) -> None:
+    at = time.time() + 1.5  # all have been imported by then
+    clients = [child("join", directory, at) for _ in range(4)]
+    pids = {line_of(client) for client in clients}
+    running = [process.pid for process in prefetchers(directory)]
+    assert len(pids) == 1
+    assert until(lambda: [process.pid for process in prefetchers(directory)] == [int(next(iter(pids)))]), running
+    for client in clients:
+        client.communicate("\n", timeout=20)
+
+
+def test_threads_that_start_at_once_share_one_prefetcher(directory: Path, join: Join) -> None:
+    clients: list[PrefetchClient] = []
+    threads = [threading.Thread(target=lambda: clients.append(join())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({client.prefetcher_pid for client in clients}) == 1
+    assert figures(clients[0])["prefetcher_clients"] == 4
+    assert until(lambda: len(prefetchers(directory)) == 1), "the others see that they are not needed"
+
+
+def test_the_prefetcher_is_nobodys_child(join: Join) -> None:
+    client = join()
+    process = psutil.Process(client.prefetcher_pid)
+    assert os.getpid() not in [parent.pid for parent in process.parents()]
+    assert os.getsid(process.pid) == process.pid
+
+
+def test_a_killed_clients_slots_come_back(directory: Path, join: Join) -> None:
+    client = join(grant=4)
+    save(client, range(20))
+    assert client.flush(10)
+    other = child("hold", directory, 20)
+    assert line_of(other) == f"{client.prefetcher_pid} 20"
+    held = figures(client)
+    assert held["pages_leased"] == 20
+    assert held["pages_open"] > 4
+    other.kill()
+    other.wait()
+    killed_at = time.monotonic()
+    assert_nothing_held(client)
+    assert time.monotonic() - killed_at < 1
+    assert figures(client)["prefetcher_clients"] == 1
+    other.communicate()
+
+
+def test_a_killed_prefetcher_is_noticed_and_replaced(directory: Path) -> None:
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    save(client, range(20))
+    assert client.flush(10)
+    client.prefetch("reader", keys_of(range(20)))
+    slots = client.wait("reader", 10).slots
+    os.eventfd_read(supervisor.news)
+
+    kill(client)
+    killed_at = time.monotonic()
+    assert until(lambda: not client.alive, 1.0)
+    assert os.eventfd_read(supervisor.news), "whoever sleeps on the news hears of it"
+    assert client.contains(keys_of(range(3))) == [False] * 3
+    assert client.reserve() is None
+    client.prefetch("late", keys_of(range(3)))
+    assert client.wait("late", 5) == ((), True)
+    client.cut("late")
+    client.release("late")
+    client.commit(keys_of([90])[0], slots[0], bytes(32))
+    client.drop_host()
+    assert not client.flush(5)
+    assert str(client.stats()["prefetcher"]).startswith("gone: ")
+    assert time.monotonic() - killed_at < 2, "no call waits for what is gone"
+    assert all(holds(client.memory[slot], page) for page, slot in enumerate(slots)), "its memory stays"
+
+    before = client.prefetcher_pid
+    after = replaced(supervisor, client)
+    assert os.eventfd_read(supervisor.news)
+    assert after.prefetcher_pid != before
+    assert supervisor.restarts == 1
+    assert fetched(after, range(25)) == 20
+    after.close()
+    supervisor.close()
+
+
+def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HUNG_S", 1.5)
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    save(client, range(5))
+    assert client.flush(10)
+    kill(client, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    assert client.contains(keys_of(range(3))) == [False] * 3
+    assert time.monotonic() - stopped_at < 1, "a scheduler does not wait for it"
+    assert until(lambda: not client.alive, 5.0)
+    hung = psutil.Process(client.prefetcher_pid)
+    after = replaced(supervisor, client)
+    assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE
+    assert fetched(after, range(10)) == 5
+    after.close()
+    supervisor.close()
+
+
+def test_nothing_is_left_behind(directory: Path, runtime: Path) -> None:
+    shared = set(os.listdir("/dev/shm"))
+    first = supervisor_of(directory).open()
+    assert sorted(path.suffix for path in runtime.iterdir()) == [".lock", ".sock"]
+    assert [oct(path.stat().st_mode & 0o777) for path in [runtime, *runtime.glob("*.lock")]] == ["0o700", "0o600"]
+    kill(first)
+    assert until(lambda: not first.alive)
+    second = supervisor_of(directory).open()
+    assert sorted(path.suffix for path in runtime.iterdir()) == [".lock", ".sock"]
+    first.close()
+    second.close()
+    assert until(lambda: not prefetchers(directory))
+    assert list(runtime.iterdir()) == []
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_it_ends_on_sigterm_with_everything_written(directory: Path, runtime: Path) -> None:
+    client = supervisor_of(directory, write_policy="write_back").open()
+    save(client, range(10))
+    assert until(lambda: figures(client)["pages_host"] == 10)
+    assert figures(client)["pages_file"] == 0
+    kill(client, signal.SIGTERM)
+    assert until(lambda: not client.alive)
+    assert list(runtime.iterdir()) == []
+    client.close()
+    again = supervisor_of(directory).open()
+    assert fetched(again, range(10)) == 10
+    again.close()
+
+
+def test_a_session_is_had_at_once_while_another_prefetcher_ends(directory: Path) -> None:
+    for _ in range(30):
+        supervisor = supervisor_of(directory)
+        started = time.monotonic()
+        client = supervisor.open(20)
+        assert time.monotonic() - started < 3
+        client.close()
+        supervisor.close()
+
+
+def test_a_client_that_gives_up_waiting_leaves_no_session(directory: Path, join: Join) -> None:
+    client = join()
+    kill(client, signal.SIGSTOP)
+    with pytest.raises(Unavailable):
+        try_hello(directory, timeout_s=0.3)
+    kill(client, signal.SIGCONT)
+    assert until(lambda: figures(client).get("prefetcher_clients") == 1, 3.0)
+    assert_nothing_held(client)
+
+
+def test_two_fingerprints_have_pages_and_memory_of_their_own(join: Join) -> None:
+    one, other = join(), join(fingerprint=OTHER_FINGERPRINT)
+    assert one.prefetcher_pid == other.prefetcher_pid
+    save(one, range(10))
+    assert one.flush(10)
+    assert other.contains(keys_of(range(10))) == [False] * 10
+    save(other, range(5, 15))
+    assert other.flush(10)
+    before = sums(one)
+    assert fetched(other, range(5, 20)) == 10
+    assert sums(one) == before
+    assert fetched(one, range(20)) == 10
+
+
+def test_a_fingerprint_has_one_layout(directory: Path, join: Join) -> None:
+    client = join()
+    with pytest.raises(Unavailable, match="another layout"):
+        try_hello(directory, page_tokens=LAYOUT.page_tokens + 1)
+    assert figures(client)["messages_refused"] >= 1
+    save(client, range(3))
+    assert fetched(client, range(3)) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host_bytes": LAYOUT.record_bytes},
+        {"host_bytes": 1 << 50},
+        {"write_policy": "sometimes"},
+        {"page_tokens": 1 << 20},
+        {"fingerprint": b"short"},
+        {"pid": 1 << 40},
+        {"pid": 0},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused_and_leaves_nothing(
+    directory: Path, join: Join, wrong: dict[str, Any]
+) -> None:
+    client = join()
+    process = psutil.Process(client.prefetcher_pid)
+    files = process.num_fds()
+    with pytest.raises(Unavailable):
+        try_hello(directory, **({"fingerprint": OTHER_FINGERPRINT} | wrong))
+    assert until(lambda: process.num_fds() <= files, 3.0), "a refused client leaves no file open"
+    save(client, range(3))
+    assert fetched(client, range(3)) == 3
