@@ -323,6 +323,7 @@ class Server:
         self._send(session, m.Alive(answers=message.seq))
 
     def _bye(self, session: Session, message: m.Bye) -> None:
+        self._send(session, m.Alive(answers=message.seq))
         self._end(session, "it said goodbye")
 
     # ---- towards clients ----

@@ -159,6 +159,9 @@ def test_hostile_frames_are_counted_and_change_nothing(directory: Path, join: Jo
     assert after["pages_file"] == before["pages_file"], "nothing of it was taken for a page"
     print(f"{sent} frames, {after['messages_refused']} refused, slowest answer {1000 * slowest:.0f} ms")
     insider.send(m.encode(m.Bye(session=welcome.session, seq=1 << 50)))
+    assert insider.poll(5000)
+    while not isinstance(m.decode_from_server(insider.recv()), m.Alive):
+        assert insider.poll(5000), "its goodbye is not answered"
     for socket in (stranger, insider):
         socket.close()
     context.term()
@@ -194,6 +197,6 @@ def test_each_refusal_has_its_reason(directory: Path, join: Join) -> None:
     commit = m.Commit(pages=[m.Page(key_of(1), key_of(0), 1 << 40)], session=welcome.session, seq=2)
     assert refusal(m.encode(commit)) == "not_granted"
     assert refusal(m.encode(m.Health(session=welcome.session, seq=3))) == "session_over"
-    socket.send(m.encode(m.Bye(session=welcome.session, seq=4)))
+    assert isinstance(answer(m.encode(m.Bye(session=welcome.session, seq=4))), m.Alive)
     socket.close()
     context.term()
