@@ -9,6 +9,8 @@ export HF_HUB_OFFLINE = 1
 # Sizes of the long counts; `make test` runs a small slice of each.
 FAULT_ROUNDS ?= 200
 DAMAGE_CASES ?= 0
+FLIPS        ?= 10000
+IO_ERRORS    ?= 20000
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -48,8 +50,8 @@ unit: setup ## tests without a server
 e2e: setup ## tests against the real server
 	$(BIN)/python -m pytest tests/e2e --durations=15
 
-faults: setup ## the full counts: FAULT_ROUNDS kills of a writer; every damage to every file under a server
-	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/storage
+faults: setup ## the full counts: FAULT_ROUNDS kills of a writer, FLIPS bits, IO_ERRORS operations; every damage to every file under a server
+	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
 	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
 
 bench: setup ## time to first token: no tier, kv, hidden
