@@ -55,6 +55,7 @@ def test_write_back_writes_when_memory_gets_short_and_loses_nothing(tmp_path: Pa
         store.abandon(slot)
         save(store, [page])
     assert on_file(store) >= 40 - 16
+    assert store.flush(30), "a page on file needs a slot to be read into"
     assert served(store, range(40)) == list(range(40))
     store.check()
     store.close()
