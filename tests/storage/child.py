@@ -99,6 +99,7 @@ def survive_errors(directory: Path, arguments: str) -> None:
     during = counters(store)
     recovered = recover(store, list(pages))
     files = [served_from_files(store, list(pages))]
+    damaged, rebuilt = (counters(store)[name] for name in ("pages_damaged", "index_rebuilt"))
     store.check()
     store.close()
     for _ in range(2):
@@ -112,6 +113,8 @@ def survive_errors(directory: Path, arguments: str) -> None:
         "injected": [errors.errors_injected(kind) for kind in range(5)],
         "states": sorted(seen),
         "during": during,
+        "damaged": damaged,
+        "rebuilt": rebuilt,
         "recovered": recovered,
         "missing": [len(pages) - found for found in files],
         "after": after,

@@ -31,7 +31,7 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("probability", [0.01, 0.05])
+@pytest.mark.parametrize("probability", [0.005, 0.05])
 def test_failing_transfers_cost_pages_and_nothing_else(tmp_path: Path, preloaded: Path, probability: float) -> None:
     operations = OPERATIONS // 2
     environment = os.environ | {
@@ -53,15 +53,19 @@ def test_failing_transfers_cost_pages_and_nothing_else(tmp_path: Path, preloaded
     report: dict[str, Any] = json.loads(child.stdout)
     injected = dict(zip(KINDS, report["injected"], strict=True))
     during = report["during"]
-    print(f"{operations} operations, {report['right']} pages right, injected: {injected}")
+    print(
+        f"{operations} operations, {report['right']} pages right, injected: {injected}, damaged: {report['damaged']}"
+    )
     print(f"counted: { {name: n for name, n in during.items() if n} }")
     print(f"states: {[state.replace(str(tmp_path), '')[:90] for state in report['states']]}")
     assert "Traceback" not in child.stderr
     assert report["right"]
-    if probability * operations > 100:  # enough for each kind to have come up
+    if sum(report["injected"]) > 100:
         assert all(injected[kind] for kind in ("reads", "writes", "short transfers", "syncs"))
         assert any(state.startswith("failed: the disk") for state in report["states"])
         assert during["pages_write_failed"] + during["pages_damaged"]
+    torn = injected["writes"] if report["rebuilt"] else 0  # a rebuilt index may name a page whose write failed
+    assert report["damaged"] <= injected["reads"] // 2 + torn, "a page is given up after two failed reads, no sooner"
     assert report["recovered"] == ["ok", "ok"]
     assert report["missing"] == [0, 0, 0]
     assert (report["after"]["pages_damaged"], report["after"]["index_rebuilt"]) == (0, 0)
