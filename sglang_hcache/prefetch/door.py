@@ -7,6 +7,7 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,23 +103,31 @@ class Door:
         self.socket.close()
 
 
+class Put(Enum):
+    """What became of a message."""
+
+    SENT = "on its way"
+    FULL = "the client's queue is full: it is slow, and nobody waits for it"
+    GONE = "the client has gone; the end of its process, or its silence, ends its session"
+
+
 class Peer(NamedTuple):
     """A client's end of a connection."""
 
     door: Door
     identity: bytes
 
-    def put(self, frames: Frames) -> bool:
-        """False where the client's queue is full: it is slow, and nobody waits for it."""
+    def put(self, frames: Frames) -> Put:
+        """Send without waiting."""
         try:
             self.door.socket.send_multipart([self.identity, *frames], zmq.NOBLOCK, copy=not self.door.remote)
         except zmq.Again:
-            return False
+            return Put.FULL
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            # It has gone; the end of its process, or its silence, ends its session.
-        return True
+            return Put.GONE
+        return Put.SENT
 
 
 class Porter:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_hcache.storage.files import try_lock
+
+LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
 
 
 class InsecureDirectory(OSError):
@@ -56,11 +59,15 @@ class InstanceLock:
     @classmethod
     def acquire(cls, path: Path) -> InstanceLock | None:
         """None where another process has it."""
+        deadline = time.monotonic() + LOOK_S
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             if not try_lock(fd, exclusive=True):
                 os.close(fd)
-                return None
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(LOOK_S / 10)
+                continue
             try:
                 if os.path.samestat(path.stat(), os.fstat(fd)):
                     return cls(path, fd)

@@ -16,18 +16,17 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.door import MAX_PAYLOAD_BYTES, Door, Entrance, Frames, Peer
+from sglang_hcache.prefetch.door import MAX_PAYLOAD_BYTES, Door, Entrance, Frames, Peer, Put
 from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
 from sglang_hcache.prefetch.session import Refusal, Session, split_owner
 from sglang_hcache.prefetch.spaces import Space, Spaces
 
-OUTBOX = 10_000  # messages kept for a client whose queue is full, before it is given up
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
 SENDING_MS = 5  # while records are on their way: how soon a slot can be used again
 EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
-MAX_GRANT = 0.25  # of an arena's slots, for one session's new pages
+MAX_GRANT = 0.25  # of an arena's slots, for new pages; shared by the sessions that are there
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ class Server:
             [Path(d) for d in config.directories], config.quota_bytes, self._later, self._progressed
         )
         self._numbers = itertools.count(1)
+        self._greeted: set[Peer] = set()  # whose space is still being opened
         self._by_peer: dict[Peer, Session] = {}
         self._by_number: dict[int, Session] = {}
         self._by_pidfd: dict[int, Session] = {}
@@ -90,7 +90,9 @@ class Server:
     def run(self) -> None:
         try:
             while not self._stopping and not self._unused():
-                for ready, _ in self._poller.poll(SENDING_MS if self._partings else TICK_MS):
+                events = self._poller.poll(SENDING_MS if self._partings else TICK_MS)
+                # Ended processes first: a goodbye read before would close, or hand on, a descriptor named here.
+                for ready, _ in sorted(events, key=lambda event: not isinstance(event[0], int)):
                     self._attend(ready)
                 self._run_jobs()
                 self._announce_progress()
@@ -147,7 +149,7 @@ class Server:
         self, peer: Peer, session: Session | None, message: m.FromClient, payload: Sequence[memoryview]
     ) -> None:
         if isinstance(message, m.Hello):
-            if session is not None:
+            if session is not None or peer in self._greeted:
                 raise Refusal("out_of_order", "there is a session already")
             self._hello(peer, message)
             return
@@ -204,8 +206,7 @@ class Server:
         """What memory, or a full queue, did not allow before."""
         for session in list(self._by_number.values()):
             self._grant(session)
-            while session.outbox and session.peer.put(session.outbox[0]):
-                session.outbox.popleft()
+            session.send_kept()
 
     # ---- messages ----
 
@@ -221,8 +222,10 @@ class Server:
         except (OSError, OverflowError) as error:
             raise Refusal("bad_hello", f"process {hello.pid} cannot be watched: {error}", fatal=True) from None
         self._served += 1
+        self._greeted.add(peer)
 
         def opened(space: Space | str) -> None:
+            self._greeted.remove(peer)
             if isinstance(space, str):
                 if pidfd >= 0:
                     os.close(pidfd)
@@ -234,25 +237,22 @@ class Server:
         self._spaces.open(hello, opened)
 
     def _welcome(self, peer: Peer, hello: m.Hello, space: Space, pidfd: int) -> None:
-        if stale := self._by_peer.get(peer):
-            self._end(stale, "it started anew")
         session = Session(next(self._numbers), peer, hello, space, pidfd, time.monotonic())
         space.sessions.add(session.number)
         self._by_peer[peer] = self._by_number[session.number] = session
         if pidfd >= 0:
             self._by_pidfd[pidfd] = session
             self._poller.register(pidfd, zmq.POLLIN)
-        store = space.store
-        self._send(
-            session,
-            m.Welcome(
-                pid=os.getpid(),
-                region="" if session.remote else space.region.path,
-                slots=store.memory.shape[0],
-                lease_limit=store.lease_limit,
-            ),
+        welcome = m.Welcome(
+            pid=os.getpid(),
+            region="" if session.remote else space.region.path,
+            slots=space.store.memory.shape[0],
+            lease_limit=space.store.lease_limit,
         )
-        self._grant(session)
+        if self._send(session, welcome):
+            self._grant(session)
+        else:
+            self._end(session, "it has not waited for its welcome")
 
     def _lookup(self, session: Session, message: m.Lookup) -> None:
         present = session.space.store.contains(message.keys)
@@ -330,7 +330,7 @@ class Server:
 
     def _grant(self, session: Session) -> None:
         store = session.space.store
-        wanted = min(session.hello.grant, int(store.memory.shape[0] * MAX_GRANT))
+        wanted = min(session.hello.grant, int(store.memory.shape[0] * MAX_GRANT) // len(session.space.sessions))
         if session.remote or len(session.granted) > wanted // 2 or session.broken:
             return
         slots = []
@@ -341,15 +341,16 @@ class Server:
         if slots:
             self._send(session, m.Granted(slots=slots))
 
-    def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> None:
+    def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> bool:
+        """False where nobody is there to hear it."""
         session.sent += 1
         head = m.encode(msgspec.structs.replace(message, session=session.number, seq=session.sent))
         frames = [head, *payload]
-        if session.outbox or not session.peer.put(frames):
-            session.outbox.append(frames)
-            if len(session.outbox) > OUTBOX and not session.broken:
-                session.broken = True
-                log.warning("hcache: %s does not take its messages and is given up.", session.name)
+        put = Put.FULL if session.outbox else session.peer.put(frames)
+        if put is Put.FULL and not session.keep(frames) and not session.broken:
+            session.broken = True
+            log.warning("hcache: %s does not take its messages and is given up.", session.name)
+        return put is not Put.GONE
 
     def _reply(self, peer: Peer, session: Session | None, message: m.Message) -> None:
         if session is not None:

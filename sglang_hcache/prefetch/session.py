@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from sglang_hcache.prefetch.door import Frames, Peer
+from sglang_hcache.prefetch.door import Frames, Peer, Put
 from sglang_hcache.prefetch.messages import Bye, FromClient, Hello
 from sglang_hcache.prefetch.payload import Parting
 from sglang_hcache.prefetch.spaces import Space
+
+# Kept for a client whose queue is full, before it is given up.
+OUTBOX = 10_000  # messages
+OUTBOX_BYTES = 32 << 20
 
 
 class Refusal(Exception):
@@ -57,6 +61,7 @@ class Session:
     granted: set[int] = field(default_factory=set)
     asked: dict[str, Asked] = field(default_factory=dict)
     outbox: deque[Frames] = field(default_factory=deque)  # what its socket could not take yet
+    outbox_bytes: int = 0  # without payload, which lies in the arena
 
     @property
     def name(self) -> str:
@@ -65,6 +70,18 @@ class Session:
     @property
     def remote(self) -> bool:
         return self.peer.door.remote
+
+    def keep(self, frames: Frames) -> bool:
+        """Keep a message for later; False where that is too much."""
+        if len(self.outbox) >= OUTBOX or self.outbox_bytes + len(frames[0]) > OUTBOX_BYTES:
+            return False
+        self.outbox.append(frames)
+        self.outbox_bytes += len(frames[0])
+        return True
+
+    def send_kept(self) -> None:
+        while self.outbox and self.peer.put(self.outbox[0]) is not Put.FULL:
+            self.outbox_bytes -= len(self.outbox.popleft()[0])
 
     def in_order(self, message: FromClient) -> None:
         """Raises Refusal where it is not the next message."""
@@ -99,6 +116,7 @@ class Session:
     def end(self) -> list[Parting]:
         """Give back all it holds; what must wait until it is sent."""
         self.outbox.clear()
+        self.outbox_bytes = 0
         partings = [parting for owner in list(self.asked) if (parting := self.let_go(owner))]
         for slot in self.granted:
             self.space.store.abandon(slot)

@@ -30,11 +30,11 @@ REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
 
 # In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
-# when it stops, before the prefetcher could have written what is left. It logs to its first server's stderr.
-_LAUNCHER = (
-    "import subprocess, sys; "
-    "subprocess.Popen(sys.argv[1:], stdin=-3, stdout=-3, start_new_session=True)"  # -3: subprocess.DEVNULL
-)
+# when it stops, before the prefetcher could have written what is left. Its log goes where ours goes, to stderr;
+# whoever reads our stdout to its end must not wait for it.
+_LAUNCHER = """import sys
+from subprocess import DEVNULL, Popen
+Popen(sys.argv[1:], stdin=DEVNULL, stdout=DEVNULL, start_new_session=True)"""
 
 Client = TypeVar("Client", PrefetchClient, RemoteClient)
 
@@ -102,7 +102,7 @@ class Keeper(ABC, Generic[Client]):
         while not self._closed.is_set():
             try:
                 store = self.open()
-            except (Unavailable, OSError) as error:
+            except (Unavailable, OSError, subprocess.SubprocessError) as error:
                 log.warning("hcache: no prefetcher can be had (%s); trying again in %g s", error, pause)
                 self._closed.wait(pause)
                 pause = min(2 * pause, BACK_OFF_S[1])

@@ -5,12 +5,16 @@ Usage: `python -m tests.prefetch.child ROLE DIRECTORY [ARGUMENT]` in the reposit
 
 from __future__ import annotations
 
+import faulthandler
 import random
+import select
 import sys
 import time
 from pathlib import Path
 
+from sglang_hcache.prefetch import messages as m
 from tests.prefetch.clients import Gone, fetched, figures, save, supervisor_of
+from tests.prefetch.raw import Raw
 from tests.storage.pages import keys_of
 
 
@@ -31,6 +35,16 @@ def join(directory: Path, at: str) -> None:
     print(client.prefetcher_pid, flush=True)
     sys.stdin.readline()
     client.close()
+
+
+def never_read(directory: Path, _: str) -> None:
+    """Ask and ask, and say nonsense, without ever reading an answer."""
+    raw = Raw(directory)
+    raw.open()
+    for _number in range(30_000):
+        raw.say(m.Lookup(keys=keys_of(range(20))))
+    while True:
+        raw.send(b"HC\1\0nonsense")
 
 
 def load(directory: Path, seed: str) -> None:
@@ -87,11 +101,10 @@ def load(directory: Path, seed: str) -> None:
 
 
 def told_to_stop() -> bool:
-    import select
-
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(900, exit=True)
     role, directory, argument = [*sys.argv[1:], ""][:3]
     globals()[role](Path(directory), argument)

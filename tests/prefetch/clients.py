@@ -95,29 +95,16 @@ def figures(client: PrefetchClient) -> dict[str, int]:
     return {name: value for name, value in client.stats().items() if isinstance(value, int)}
 
 
-def assert_nothing_held(client: PrefetchClient) -> None:
-    """Nothing is leased or on its way, and no slots are open but those granted to this client, the only one."""
+def assert_nothing_held(client: PrefetchClient, timeout_s: float = 2.0) -> None:
+    """Nothing is leased or on its way, and no slots are open but those this client may fill."""
+    last: dict[str, int] = {}
 
-    def is_so() -> bool:
-        now = figures(client)
-        held = now["pages_leased"] + now["pages_reading"] + now["prefetches_waiting"]
-        return held == 0 and now["pages_open"] == now["pages_granted"]
+    def free() -> bool:
+        last.update(figures(client))
+        held = ("pages_leased", "pages_reading", "prefetches_waiting")
+        return not any(last[name] for name in held) and last["pages_open"] == last["pages_granted"]
 
-    assert until(is_so, 2.0), figures(client)
-
-
-def replaced(supervisor: Supervisor, gone: PrefetchClient) -> PrefetchClient:
-    """The store that follows one that is gone."""
-    supervisor.replace(gone)
-    found: list[PrefetchClient] = []
-
-    def taken() -> bool:
-        if store := supervisor.taken():
-            found.append(store)
-        return bool(found)
-
-    assert until(taken), "there is no other prefetcher"
-    return found[0]
+    assert until(free, timeout_s), last
 
 
 def child(role: str, *arguments: object) -> subprocess.Popen[str]:

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_hcache.prefetch import messages as m
+from tests.prefetch.clients import assert_nothing_held, child, fetched, figures, hello, save, until
+from tests.prefetch.conftest import Join
+from tests.prefetch.raw import Raw
+from tests.storage.pages import OTHER_FINGERPRINT, holds, key_of, keys_of
+
+
+def test_a_second_hello_is_refused_and_harms_nobody(directory: Path, join: Join) -> None:
+    client = join()
+    with Raw(directory) as raw:
+        for _ in range(2):
+            raw.send(m.encode(hello(fingerprint=OTHER_FINGERPRINT)))
+        assert raw.hear(m.Refused).reason == "out_of_order"
+        raw.session = raw.hear(m.Welcome).session
+        raw.say(m.Lookup(keys=keys_of([1])))
+        assert raw.hear(m.Found).present == [False]
+    assert until(lambda: figures(client)["prefetcher_clients"] == 1)
+    assert client.alive
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "fatal"),
+    [
+        (m.Lookup(session=99, seq=1, keys=[]), "unknown_session", True),
+        (m.Lookup(seq=5, keys=[]), "out_of_order", True),
+        (m.Lookup(seq=0, keys=[]), "replayed", False),
+        (m.Commit(seq=1, pages=[m.Page(key_of(1), key_of(0), 60)]), "not_granted", True),
+        (m.Abandon(seq=1, slots=[1 << 40]), "not_granted", True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_session_does_not_allow_is_refused(
+    directory: Path, join: Join, message: m.Message, reason: str, fatal: bool
+) -> None:
+    client = join()
+    with Raw(directory) as raw:
+        raw.open()
+        raw.seq = 9  # a goodbye may come out of order
+        struct = {name: getattr(message, name) for name in message.__struct_fields__}
+        raw.send(m.encode(type(message)(**struct | {"session": message.session or raw.session})))
+        refused = raw.hear(m.Refused)
+        assert (refused.reason, refused.fatal) == (reason, fatal)
+    assert figures(client)["messages_refused"] == 1
+    assert_nothing_held(client)
+
+
+def test_releases_and_cancels_of_owners_nobody_knows_are_nothing(directory: Path, join: Join) -> None:
+    client = join()
+    with Raw(directory) as raw:
+        raw.open()
+        raw.say(m.Release(owner="nobody"))
+        raw.say(m.Cancel(owner="nobody"))
+        raw.say(m.Health())
+        raw.hear(m.Alive)
+    assert figures(client)["messages_refused"] == 0
+
+
+def test_a_client_that_never_reads_delays_nobody_and_is_given_up(directory: Path, join: Join) -> None:
+    client = join()
+    save(client, range(20))
+    assert client.flush(10)
+    process = psutil.Process(client.prefetcher_pid)
+    rude = child("never_read", directory)
+    keys = keys_of(range(20))
+    latencies = []
+    memory = []
+    until_ = time.monotonic() + 6
+    while time.monotonic() < until_:
+        asked_at = time.perf_counter()
+        assert client.contains(keys) == [True] * 20
+        latencies.append(time.perf_counter() - asked_at)
+        memory.append(process.memory_info().rss)
+        time.sleep(0.01)
+    assert fetched(client, range(20)) == 20
+    assert rude.poll() is None
+    rude.kill()
+    rude.communicate()
+    assert sorted(latencies)[-len(latencies) // 50] < 0.1, "each of them has its turn"
+    assert memory[-1] - memory[len(memory) // 2] < 4 << 20, "what it does not take is not kept"
+    assert figures(client)["refused_malformed"] > 10_000
+    assert until(lambda: figures(client)["prefetcher_clients"] == 1)
+
+
+def test_many_clients_leave_room_for_pages(join: Join) -> None:
+    clients = [join(grant=64) for _ in range(8)]
+    assert until(lambda: figures(clients[-1])["pages_open"] >= 16)
+    time.sleep(0.5)
+    assert figures(clients[0])["pages_open"] <= 48
+    save(clients[0], range(20))
+    assert clients[0].flush(10)
+    assert fetched(clients[1], range(20)) >= 8
+    save(clients[-1], range(30, 35))
+
+
+def test_pages_are_shared_and_read_once(join: Join) -> None:
+    one, other = join(), join()
+    save(one, range(20))
+    assert one.flush(10)
+    one.drop_host()
+    before = figures(one)["hits_file"]
+    one.prefetch("a", keys_of(range(20)))
+    other.prefetch("a", keys_of(range(20)))
+    mine, theirs = one.wait("a", 10), other.wait("a", 10)
+    assert mine == theirs
+    assert len(mine.slots) == 20
+    assert all(holds(other.memory[slot], page) for page, slot in enumerate(theirs.slots))
+    count = figures(one)
+    assert count["hits_file"] - before == 20
+    assert count["pages_leased"] == 20
+    one.release("a")
+    assert until(lambda: figures(one)["pages_leased"] == 20), "the other still reads"
+    other.release("a")
+    assert until(lambda: figures(one)["pages_leased"] == 0)
+    count = figures(one)
+    assert count["pages_open"] == count["pages_granted"] + figures(other)["pages_granted"]
+
+
+def test_too_much_at_once_waits_for_room(join: Join) -> None:
+    client = join(grant=4)
+    save(client, range(60))
+    assert client.flush(10)
+    client.prefetch("first", keys_of(range(30)))
+    assert len(client.wait("first", 10).slots) == 30
+    client.prefetch("second", keys_of(range(30, 60)))
+    assert not client.wait("second", 0.2).done
+    assert figures(client)["prefetches_waiting"] == 1
+    client.prefetch("third", keys_of(range(30, 50)), deadline_s=0.3)
+    assert client.wait("third", 2) == ((), True), "a deadline holds for those who wait, too"
+    client.release("first")
+    assert len(client.wait("second", 10).slots) == 30
+    client.release("second")
+    client.release("third")
+    assert_nothing_held(client)
+
+
+def test_a_cancelled_prefetch_keeps_what_is_there(join: Join) -> None:
+    client = join(grant=4)
+    save(client, range(60))
+    assert client.flush(10)
+    client.prefetch("first", keys_of(range(30)))
+    client.wait("first", 10)
+    client.prefetch("second", keys_of(range(20, 55)))
+    client.cut("second")
+    slots, done = client.wait("second", 5)
+    assert done
+    assert all(holds(client.memory[slot], 20 + i) for i, slot in enumerate(slots))
+    client.cut("first")
+    assert len(client.progress("first").slots) == 30
+    client.release("first")
+    client.release("second")
+    assert_nothing_held(client)
