@@ -10,8 +10,10 @@ export HF_HUB_OFFLINE = 1
 FAULT_ROUNDS ?= 200
 DAMAGE_CASES ?= 0
 SERVER_KILLS ?= 50
+KILLS        ?= 50
 FUZZ_FRAMES  ?= 1000000
-PREFETCHER_KILLS ?= 50
+FLIPS        ?= 10000
+IO_ERRORS    ?= 20000
 MINUTES      ?= 20
 BENCH_ARGS   ?=
 
@@ -52,14 +54,14 @@ unit: setup ## tests without a server
 e2e: setup ## tests against the real server
 	$(BIN)/python -m pytest tests/e2e --durations=15
 
-faults: setup ## the full counts: FAULT_ROUNDS kills of a writer; every damage to every file under a server
-	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/storage
+faults: setup ## the full counts: kills of writer, prefetcher and clients; FLIPS bits; IO_ERRORS operations; all damage
+	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
 	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
-	HCACHE_KILLS=$(PREFETCHER_KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
+	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
 	HCACHE_SERVER_KILLS=$(SERVER_KILLS) $(BIN)/python -m pytest tests/e2e/test_prefetcher.py -k killed_prefetcher
 
-fuzz: setup ## FUZZ_FRAMES frames of every wrong kind at the prefetcher
-	HCACHE_FUZZ_FRAMES=$(FUZZ_FRAMES) $(BIN)/python -m pytest -s tests/prefetch/test_fuzz.py
+fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
+	HCACHE_FUZZ_FRAMES=$(FUZZ_FRAMES) $(BIN)/python -m pytest tests/prefetch/test_fuzz.py -s
 
 soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)

@@ -34,6 +34,7 @@ from sglang_hcache.storage.index_check import (
     Entry,
     decode,
     encode,
+    last_transaction,
 )
 
 MAP_BYTES = 8 << 30  # address space, not memory: room for tens of millions of pages
@@ -50,6 +51,7 @@ _MARKED = "all pages listed"
 _SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
 _MOST_HITS = (1 << 32) - 1
 _SEAL = "closed.xxh3"
+_SEALED = struct.Struct("<16sQ")  # digest of the file, number of its last transaction
 _BLOCK_BYTES = 16 << 20
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 
@@ -75,13 +77,12 @@ def prepare(path: Path, damage: Damage) -> None:
     for leftover in path.glob("check-*"):
         remove(leftover)
     data, seal = path / "data.mdb", path / _SEAL
-    as_closed = is_sealed(path)
-    remove(seal)
-    if as_closed or not os.path.lexists(data):
+    if is_sealed(path) or not os.path.lexists(data):
         return
     fresh = Path(tempfile.mkdtemp(prefix="check-", dir=path))
     try:
         reason = copy_checked(data, fresh, damage)
+        remove(seal)
         if reason is None:
             os.replace(fresh / "data.mdb", data)
         else:
@@ -94,19 +95,30 @@ def prepare(path: Path, damage: Damage) -> None:
 
 def seal_closed(path: Path) -> None:
     """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check."""
-    digest = _digest(path / "data.mdb")
+    data = path / "data.mdb"
+    content = _SEALED.pack(_digest(data), last_transaction(path))
     temporary = path / f"{_SEAL}.new"
     with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(digest)
+        file.write(content)
     os.replace(temporary, path / _SEAL)
 
 
 def is_sealed(path: Path) -> bool:
     """Whether the index is, byte for byte, as it was when it was closed."""
+    sealed = _read_seal(path)
     try:
-        return (path / _SEAL).read_bytes() == _digest(path / "data.mdb")
+        return sealed is not None and sealed[0] == _digest(path / "data.mdb")
     except OSError:
         return False
+
+
+def _read_seal(path: Path) -> tuple[bytes, int] | None:
+    """The digest of the index when it was closed, and the number of its last transaction."""
+    try:
+        content = (path / _SEAL).read_bytes()
+    except OSError:
+        return None
+    return _SEALED.unpack(content) if len(content) == _SEALED.size else None
 
 
 def _digest(data: Path) -> bytes:
@@ -134,7 +146,10 @@ def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
         raise OSError(errno.ENOSPC, f"no fresh copy of the index can be written ({child.stderr.strip()})")
     if child.returncode:
         return f"reading it failed (status {child.returncode}: {child.stderr.strip() or 'no message'})"
-    dropped = int(child.stdout)
+    dropped, last = map(int, child.stdout.split())
+    sealed = _read_seal(data.parent)
+    if sealed is not None and sealed[1] != last:
+        return "it is not as of the last transaction"
     if dropped:
         damage.file(data, f"{dropped} of its entries were changed and are dropped")
         damage.count_pages(dropped)
@@ -151,6 +166,8 @@ class _Environment:
         self.path = path
         self.users = 0
         self.condemned = False
+        if writable and remove(path / _SEAL):
+            sync_directory(path)
         self.env = lmdb.open(
             str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False, readonly=not writable
         )

@@ -3,8 +3,8 @@
 LMDB maps its file into memory and trusts every byte of it: a damaged or truncated file can crash the process that
 reads it, or make it loop. So the check is run as a program, `index_check.py SOURCE TARGET`, by a process that can
 afford to lose it. It needs only the standard library, lmdb and xxhash, and nothing of this package. It reads every
-entry of SOURCE and writes those that are sound to a fresh index in TARGET; prints how many were damaged. Entries of
-an older version are left out and not counted.
+entry of SOURCE and writes those that are sound to a fresh index in TARGET; prints how many were damaged, and the
+number of SOURCE's last transaction. Entries of an older version are left out and not counted.
 
 Exit status: 0 done; 2 SOURCE cannot be read to its end; 3 TARGET cannot be written. Anything else: it crashed.
 """
@@ -61,6 +61,12 @@ def decode(name: bytes, value: bytes) -> Entry | None:
     return Entry(segment.decode("ascii"), slot, parent, hits, last_use)
 
 
+def last_transaction(source: Path) -> int:
+    """The number of the transaction that LMDB takes for the last one. Raises lmdb.Error."""
+    with lmdb.open(str(source), readonly=True, lock=False, create=False) as env:
+        return int(env.info()["last_txnid"])
+
+
 def copy_sound(source: Path, target: Path) -> int:
     """Copy the sound entries of an index to a fresh one; how many were not sound.
 
@@ -101,7 +107,8 @@ def _entries(source: Path) -> Iterator[tuple[bytes, bytes]]:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        print(copy_sound(Path(sys.argv[1]), Path(sys.argv[2])))
+        source, target = map(Path, sys.argv[1:])
+        print(copy_sound(source, target), last_transaction(source))
     except Unreadable as error:
         print(error, file=sys.stderr)
         sys.exit(UNREADABLE)

@@ -19,6 +19,7 @@ from sglang_hcache.prefetch.keys import client_keys
 
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
+FAREWELL_S = 1.0  # for the answer to a goodbye
 LINGER_MS = 200  # for a goodbye
 HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
@@ -67,7 +68,7 @@ class Connection:
         self._outbox: deque[tuple[m.Message, Payload]] = deque()
         self._enqueued = 0
         self._heard_at = time.monotonic()
-        self._closing = False
+        self._closing = self._farewell = False
         self.alive = True
         self.why_ended = ""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -180,6 +181,7 @@ class Connection:
                 self.send(m.Health())
             full = not self._send_queued()
             if self._closing:
+                self._wait_for_farewell()
                 break
             if self._remote and self.alive:
                 poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if full else 0))
@@ -190,6 +192,14 @@ class Connection:
         self._end("it was closed")
         self._socket.close()
         self._context.term()
+
+    def _wait_for_farewell(self) -> None:
+        """A socket that is closed with something left to read resets the connection, and the goodbye is lost."""
+        deadline = time.monotonic() + FAREWELL_S
+        while self.alive and not self._farewell and (left := deadline - time.monotonic()) > 0:
+            self._send_queued()
+            if self._socket.poll(int(1000 * min(left, LOOK_S))):
+                self._drain_socket()
 
     def _drain_socket(self) -> None:
         while True:
@@ -212,7 +222,9 @@ class Connection:
                     if message.answers in self._asked:
                         self._answers[message.answers] = message
                         self._answered.notify_all()
-            elif not isinstance(message, m.Alive):
+            elif isinstance(message, m.Alive):
+                self._farewell = self._closing and message.answers == self._enqueued
+            else:
                 self._receive(message, payload)
 
     def _next_frames(self) -> list[memoryview]:

@@ -119,7 +119,7 @@ class Health(Message):
 
 
 class Bye(Message):
-    """The session ends; everything it holds is given back."""
+    """The session ends; everything it holds is given back. Answered by an `Alive`, the last message."""
 
 
 # ---- from the prefetcher ----

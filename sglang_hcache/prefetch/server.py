@@ -156,7 +156,7 @@ class Server:
         if session is None or message.session != session.number:
             raise Refusal("unknown_session", f"no session {message.session} of this client", fatal=True)
         if session.broken and not isinstance(message, m.Bye):
-            return
+            raise Refusal("session_over", "the session cannot be followed any more: start another", fatal=True)
         session.in_order(message)
         session.heard_at = time.monotonic()
         if isinstance(message, m.Commit) and session.remote:
@@ -323,6 +323,7 @@ class Server:
         self._send(session, m.Alive(answers=message.seq))
 
     def _bye(self, session: Session, message: m.Bye) -> None:
+        self._send(session, m.Alive(answers=message.seq))
         self._end(session, "it said goodbye")
 
     # ---- towards clients ----

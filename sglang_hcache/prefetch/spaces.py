@@ -111,6 +111,7 @@ class Spaces:
             raise ValueError(
                 f"{hello.host_bytes} bytes of host memory do not hold two pages of {layout.record_bytes}"
             )
+        policy = WritePolicy(hello.write_policy)
         free = psutil.virtual_memory().available
         if hello.host_bytes > free:
             raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {free} are free")
@@ -122,12 +123,12 @@ class Spaces:
                 slots * layout.record_bytes,
                 self._directories if hello.on_file else [],
                 region=region.memory,
-                write_policy=WritePolicy(hello.write_policy),
+                write_policy=policy,
                 quota_bytes=self._quota_bytes,
                 about=hello.about,
                 on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
             )
-        except BaseException:
+        except Exception:
             region.close()
             raise
         return Space(hello.fingerprint, store, region)

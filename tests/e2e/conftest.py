@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,14 +88,13 @@ def fresh_store(tmp_path: Path) -> Path:
 @contextmanager
 def started_together(*servers: Server) -> Iterator[tuple[Server, ...]]:
     """Servers that start at the same time, most of which is imports, and are killed at the end."""
-    try:
+    with ExitStack() as stack:
+        for server in reversed(servers):
+            server.shares_prefetcher = server is not servers[-1]
+            stack.callback(server.kill)
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start, servers))
         yield servers
-    finally:
-        for server in servers:
-            server.shares_prefetcher = server is not servers[-1]
-            server.kill()
 
 
 def tier_state(server: Server, rank: int = 0) -> dict[str, Any]:

@@ -1,3 +1,8 @@
+"""Hostile frames at the prefetcher's socket, beside a client that must not notice.
+
+Continuous integration sends a slice; `HCACHE_FUZZ_FRAMES=1000000` is the full count.
+"""
+
 from __future__ import annotations
 
 import json
@@ -9,10 +14,13 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import zmq
 
-from tests.prefetch.clients import REPOSITORY, assert_nothing_held, fetched, figures, save, until
+from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.endpoint import endpoint_for
+from tests.prefetch.clients import REPOSITORY, assert_nothing_held, fetched, figures, hello, save, until
 from tests.prefetch.conftest import Join
-from tests.storage.pages import keys_of
+from tests.storage.pages import key_of, keys_of
 
 FRAMES = int(os.environ.get("HCACHE_FUZZ_FRAMES", "20000"))
 ROUND = 100_000  # frames of one hostile process
@@ -75,3 +83,38 @@ def test_no_frame_harms_the_prefetcher_or_its_other_clients(directory: Path, joi
     assert memory[-1] - memory[0] < 16 << 20, "after the first, no more is taken"
     assert_nothing_held(client)
     assert fetched(client, range(1000, 1000 + PAGES)) == PAGES
+
+
+def test_each_refusal_has_its_reason(directory: Path, join: Join) -> None:
+    join()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(endpoint_for([str(directory)]).address)
+
+    def answer(*frames: bytes) -> m.FromServer:
+        socket.send_multipart(frames)
+        while isinstance(reply := m.decode_from_server(socket.recv()), m.Granted | m.Ready):
+            pass
+        return reply
+
+    def refusal(*frames: bytes) -> str:
+        reply = answer(*frames)
+        assert isinstance(reply, m.Refused), reply
+        return reply.reason
+
+    assert refusal(b"noise") == "malformed"
+    assert refusal(b"HC\x09\x00") == "unknown_version"
+    assert refusal(m.PREFIX + bytes(m.MAX_MESSAGE_BYTES)) == "oversized"
+    assert refusal(m.encode(m.Health(session=1 << 30, seq=1))) == "unknown_session"
+    assert refusal(m.encode(hello(pid=1 << 30))) == "bad_hello"
+    welcome = answer(m.encode(hello()))
+    assert isinstance(welcome, m.Welcome)
+    assert isinstance(answer(m.encode(m.Health(session=welcome.session, seq=1))), m.Alive)
+    assert refusal(m.encode(m.Health(session=welcome.session, seq=1))) == "replayed"
+    assert refusal(m.encode(hello())) == "out_of_order"
+    commit = m.Commit(pages=[m.Page(key_of(1), key_of(0), 1 << 40)], session=welcome.session, seq=2)
+    assert refusal(m.encode(commit)) == "not_granted"
+    assert refusal(m.encode(m.Health(session=welcome.session, seq=3))) == "session_over"
+    assert isinstance(answer(m.encode(m.Bye(session=welcome.session, seq=4))), m.Alive)
+    socket.close()
+    context.term()

@@ -1,3 +1,8 @@
+"""Prefetcher and clients killed at random moments while clients store, look up, fetch and cancel.
+
+Continuous integration kills a few times; `HCACHE_KILLS=50` is the full count.
+"""
+
 from __future__ import annotations
 
 import os
@@ -29,7 +34,7 @@ def test_a_prefetcher_killed_under_load_costs_nothing_that_was_on_file(directory
     first = supervisor_of(directory).open()
     pid = first.prefetcher_pid
     clients = [child("load", directory, seed) for seed in range(1, CLIENTS + 1)]
-    assert [line_of(client) for client in clients] == ["ready"] * CLIENTS
+    assert {next_session(client) for client in clients} == {pid}
     first.close()
     for round_ in range(ROUNDS):
         time.sleep(0.2 + chance.random() * 0.5)
@@ -42,12 +47,12 @@ def test_a_prefetcher_killed_under_load_costs_nothing_that_was_on_file(directory
 
     reports = [client.communicate("stop\n", timeout=60)[0].split() for client in clients]
     assert [client.returncode for client in clients] == [0] * CLIENTS
-    durable = {}
-    for word, start, pages, fetches, damaged in reports:
+    durable = {}  # first page → how many
+    for word, first_page, count, fetches, damaged in reports:
         assert word == "done"
         assert int(fetches) > 0
         assert damaged == "0"
-        durable[int(start)] = int(pages)
+        durable[int(first_page)] = int(count)
     print(f"\n{ROUNDS} kills, pages on file and number of fetches: {[report[2:4] for report in reports]}")
 
     last = supervisor_of(directory).open()
@@ -66,10 +71,10 @@ def test_a_client_killed_under_load_costs_the_others_nothing(directory: Path) ->
     chance = random.Random(2)
     watcher = supervisor_of(directory).open()
     steady = child("load", directory, 1)
-    assert line_of(steady) == "ready"
+    next_session(steady)
     for round_ in range(ROUNDS):
         victim = child("load", directory, 2 + round_)
-        assert line_of(victim) == "ready"
+        next_session(victim)
         time.sleep(0.1 + chance.random() * 0.4)
         victim.kill()
         victim.communicate()

@@ -6,14 +6,17 @@ Usage: `python -m tests.storage.child ROLE DIRECTORY [ARGUMENT]` in the reposito
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import random
 import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
-from tests.storage.pages import LAYOUT, open_store, save, served, states
+from sglang_hcache.storage.store import LocalStore
+from tests.storage.pages import LAYOUT, counters, open_store, save, served, states
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
@@ -58,6 +61,84 @@ def write_unwritable(directory: Path, _: str) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "tests.storage.child", *sys.argv[1:]])
     directory.chmod(0o500)
     report_failure_and_recovery(open_store(directory, retry_s=0.2), lambda: directory.chmod(0o700))
+
+
+def survive_errors(directory: Path, arguments: str) -> None:
+    """With `io_errors.c` preloaded: use a store of two directories while transfers fail, then without, and report.
+
+    Argument: operations, probability of an error.
+    """
+    errors = ctypes.CDLL(None)
+    errors.errors_set.argtypes = [ctypes.c_double]
+    errors.errors_injected.restype = ctypes.c_ulong
+    operations, probability = arguments.split()
+    pages = range(max(300, int(operations) // 4))
+    chance = random.Random(1)
+    store = open_store(directory / "a", directory / "b", retry_s=0.02)
+    errors.errors_set(float(probability))
+    os.environ["HCACHE_ERRORS_P"] = probability  # for the check of the index, a process of its own
+    seen: set[str] = set()
+    right = 0
+    for _ in range(int(operations)):
+        match chance.randrange(20):
+            case 0:
+                store.drop_host()
+            case 1:
+                assert store.flush(30)
+            case 2:
+                store.check()
+                seen.update(states(store))
+            case case if case < 11:
+                if not store.available:
+                    assert store.flush(30)
+                save(store, [chance.choice(pages)])
+            case _:
+                right += len(served(store, chance.sample(pages, 4)))
+    errors.errors_set(0.0)
+    del os.environ["HCACHE_ERRORS_P"]
+    during = counters(store)
+    recovered = recover(store, list(pages))
+    files = [served_from_files(store, list(pages))]
+    damaged, rebuilt = (counters(store)[name] for name in ("pages_damaged", "index_rebuilt"))
+    store.check()
+    store.close()
+    for _ in range(2):
+        store = open_store(directory / "a", directory / "b")
+        files.append(served_from_files(store, list(pages)))
+        store.check()
+        after = counters(store)
+        store.close()
+    report = {
+        "right": right,
+        "injected": [errors.errors_injected(kind) for kind in range(5)],
+        "states": sorted(seen),
+        "during": during,
+        "damaged": damaged,
+        "rebuilt": rebuilt,
+        "recovered": recovered,
+        "missing": [len(pages) - found for found in files],
+        "after": after,
+    }
+    print(json.dumps(report), flush=True)
+
+
+def recover(store: LocalStore, pages: list[int]) -> list[str]:
+    """Wait until all directories work again, and save what is not in files."""
+    deadline = time.monotonic() + 20
+    while set(states(store)) != {"ok"} and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert store.flush(30)
+    store.drop_host()
+    for page in pages:
+        if not served(store, [page]):
+            save(store, [page])
+            assert store.flush(30)
+    return states(store)
+
+
+def served_from_files(store: LocalStore, pages: list[int]) -> int:
+    store.drop_host()
+    return len(served(store, pages))
 
 
 def report_failure_and_recovery(store, recover) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,88 @@
+"""When pages go to files, under SGLang's three policies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sglang_hcache.storage.contract import WritePolicy
+from sglang_hcache.storage.store import LocalStore
+from tests.storage.pages import counters, keys_of, open_store, save, served
+
+
+def on_file(store: LocalStore) -> int:
+    return counters(store)["pages_file"]
+
+
+def test_write_through_writes_at_once(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save(store, range(5))
+    assert store.flush(30)
+    assert on_file(store) == 5
+    store.close()
+
+
+def test_selective_writes_what_is_used_a_second_time(tmp_path: Path) -> None:
+    store = open_store(tmp_path, write_policy=WritePolicy.SELECTIVE)
+    save(store, range(6))
+    assert store.flush(30)
+    assert on_file(store) == 0
+    store.lease("asked for", keys_of([1, 2]))
+    store.release("asked for")
+    save(store, [4])  # computed once more
+    assert store.flush(30)
+    assert on_file(store) == 3
+    store.close()
+    store = open_store(tmp_path)
+    assert served(store, range(6)) == [1, 2, 4]
+    store.close()
+
+
+def test_selective_loses_what_was_used_once_when_memory_is_short(tmp_path: Path) -> None:
+    store = open_store(tmp_path, slots=4, write_policy=WritePolicy.SELECTIVE)
+    save(store, range(6))
+    assert served(store, range(6)) == [2, 3, 4, 5]
+    store.check()
+    store.close()
+
+
+def test_write_back_writes_when_memory_gets_short_and_loses_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path, slots=16, write_policy=WritePolicy.WRITE_BACK)
+    save(store, range(8))
+    assert on_file(store) == 0
+    for page in range(8, 40):
+        while (slot := store.reserve()) is None:  # until the writer has made room
+            pass
+        store.abandon(slot)
+        save(store, [page])
+    assert on_file(store) >= 40 - 16
+    assert store.flush(30), "a page on file needs a slot to be read into"
+    assert served(store, range(40)) == list(range(40))
+    store.check()
+    store.close()
+
+
+def test_write_back_writes_the_rest_on_closing(tmp_path: Path) -> None:
+    store = open_store(tmp_path, write_policy=WritePolicy.WRITE_BACK)
+    save(store, range(10))
+    assert on_file(store) == 0
+    store.close()
+    store = open_store(tmp_path)
+    assert served(store, range(10)) == list(range(10))
+    store.close()
+
+
+def test_pages_that_no_disk_could_take_are_written_when_one_works_again(tmp_path: Path) -> None:
+    directory = tmp_path / "volume"
+    directory.write_text("not a directory yet")
+    store = open_store(directory, retry_s=0.05)
+    save(store, range(5))
+    assert store.flush(30)
+    assert counters(store)["pages_write_failed"] == 5
+    directory.unlink()
+    while on_file(store) < 5:
+        pass
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, range(5)) == list(range(5))
+    store.check()
+    store.close()
