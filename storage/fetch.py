@@ -40,6 +40,7 @@ class Read:
     key: bytes
     slot: int
     place: Place
+    priority: int
     waiting: list[tuple[Fetch, int]]
     started: bool = False
     dropped: bool = False
@@ -110,7 +111,7 @@ class Fetches:
             if self._closed:
                 return None
             read = heapq.heappop(self._queue)[2]
-            if not read.dropped:
+            if not (read.dropped or read.started):
                 read.started = True
                 return read
 
@@ -205,13 +206,19 @@ class Fetches:
             if read is None and slot is None and self._room() > 0 and key in fetch.places:
                 open_slot = self._arena.reserve()
                 if open_slot is not None:
-                    read = self._reads[key] = Read(key, open_slot, fetch.places[key], [])
-                    heapq.heappush(self._queue, (fetch.priority, next(self._order), read))
-                    self._readable.notify()
+                    read = self._reads[key] = Read(key, open_slot, fetch.places[key], fetch.priority, [])
+                    self._enqueue(read)
             if read is None:
                 self._cut(fetch, index)
                 return
+            if fetch.priority < read.priority and not read.started:
+                read.priority = fetch.priority
+                self._enqueue(read)  # once more; whoever comes to its former place finds it started
             read.waiting.append((fetch, index))
+
+    def _enqueue(self, read: Read) -> None:
+        heapq.heappush(self._queue, (read.priority, next(self._order), read))
+        self._readable.notify()
 
     def admit_waiting(self) -> None:
         """In order of priority; the first that does not fit holds back the others, so that none starves."""

@@ -56,7 +56,7 @@ def load(directory: Path, seed: str) -> None:
     first = 100_000 * int(seed)
     supervisor = supervisor_of(directory)
     client = supervisor.open()
-    durable = written = fetches = 0
+    durable = written = fetches = short = 0
     print("session", client.prefetcher_pid, flush=True)
     stop_at = float("inf")
     while time.monotonic() < stop_at:
@@ -84,18 +84,20 @@ def load(directory: Path, seed: str) -> None:
                 client.prefetch(owner, keys_of(wanted), priority=chance.randrange(3))
                 (client.cut if chance.random() < 0.5 else client.release)(owner)
             else:
-                found = fetched(client, wanted, owner, 20)
+                deadline = time.monotonic() + 10
+                while (found := fetched(client, wanted, owner, 20)) < len(wanted) and client.alive:
+                    short += 1  # memory is full of what others lease, or of pages still to be written
+                    assert time.monotonic() < deadline, f"{found} of {len(wanted)} pages"
                 fetches += 1
                 if client.alive:
                     assert all(all_there), "a page that was on file is not found"
-                    assert found == len(wanted), f"{found} of {len(wanted)} pages"
         if chance.random() < 0.1:
             client.drop_host()
         if client.alive and stop_at == float("inf") and told_to_stop():
             stop_at = 0.0
     save(client, range(first + written, first + written + 1))
     assert client.flush(20)
-    print("done", first, durable, fetches, figures(client)["pages_damaged"], flush=True)
+    print("done", first, durable, fetches, short, figures(client)["pages_damaged"], flush=True)
     client.close()
     supervisor.close()
 
