@@ -37,6 +37,15 @@ def join(directory: Path, at: str) -> None:
     client.close()
 
 
+def leave(directory: Path, _: str) -> None:
+    """Say goodbye and end at the same moment."""
+    raw = Raw(directory)
+    raw.open(grant=1)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    raw.__exit__()
+
+
 def never_read(directory: Path, _: str) -> None:
     """Ask and ask, and say nonsense, without ever reading an answer."""
     raw = Raw(directory)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import messages as m
-from tests.prefetch.clients import assert_nothing_held, child, fetched, figures, hello, save, until
+from tests.prefetch.clients import assert_nothing_held, child, fetched, figures, hello, line_of, save, until
 from tests.prefetch.conftest import Join
 from tests.prefetch.raw import Raw
 from tests.storage.pages import OTHER_FINGERPRINT, holds, key_of, keys_of
@@ -156,4 +158,38 @@ def test_a_cancelled_prefetch_keeps_what_is_there(join: Join) -> None:
     assert len(client.progress("first").slots) == 30
     client.release("first")
     client.release("second")
+    assert_nothing_held(client)
+
+
+def test_a_goodbye_and_the_end_of_its_process_at_once(directory: Path, join: Join) -> None:
+    client = join()
+    leaving = [child("leave", directory) for _ in range(3)]
+    assert [line_of(process) for process in leaving] == ["ready"] * 3
+    os.kill(client.prefetcher_pid, signal.SIGSTOP)
+    for process in leaving:
+        process.communicate("go\n", timeout=10)
+    os.kill(client.prefetcher_pid, signal.SIGCONT)
+    time.sleep(0.3)
+    assert figures(client)["prefetcher_clients"] == 1
+    assert_nothing_held(client)
+
+
+def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, join: Join) -> None:
+    client = join()
+    save(client, range(40))
+    assert client.flush(10)
+    client.drop_host()
+    with Raw(directory) as raw:
+        raw.open(grant=1)
+        raw.say(m.Prefetch(owner="a", ticket=7, keys=keys_of(range(30)), priority=0, deadline_s=0))
+        slots: list[int] = []
+        done = False
+        while not done:
+            ready = raw.hear(m.Ready)
+            assert (ready.owner, ready.ticket, ready.first) == ("a", 7, len(slots))
+            assert ready.done or ready.slots
+            slots += ready.slots
+            done = ready.done
+        assert len(slots) == 30
+        assert all(holds(client.memory[slot], page) for page, slot in enumerate(slots))
     assert_nothing_held(client)
