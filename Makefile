@@ -9,15 +9,12 @@ export HF_HUB_OFFLINE = 1
 # Sizes of the long counts; `make test` runs a small slice of each.
 FAULT_ROUNDS ?= 200
 DAMAGE_CASES ?= 0
-<<<<<<< HEAD
 SERVER_KILLS ?= 50
 KILLS        ?= 50
 FUZZ_FRAMES  ?= 1000000
-MINUTES      ?= 20
-=======
 FLIPS        ?= 10000
 IO_ERRORS    ?= 20000
->>>>>>> flips
+MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -57,17 +54,11 @@ unit: setup ## tests without a server
 e2e: setup ## tests against the real server
 	$(BIN)/python -m pytest tests/e2e --durations=15
 
-<<<<<<< HEAD
-faults: setup ## the full counts: kills of the writer and the prefetcher, every damage to every file
-	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/storage
-=======
-faults: setup ## the full counts: FAULT_ROUNDS kills of a writer, FLIPS bits, IO_ERRORS operations; every damage to every file under a server
+faults: setup ## the full counts: kills of writer, prefetcher and clients, flipped bits, failing transfers, damaged files
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
->>>>>>> flips
+	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
 	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
 	HCACHE_SERVER_KILLS=$(SERVER_KILLS) $(BIN)/python -m pytest tests/e2e/test_prefetcher.py -k killed_prefetcher
-
-	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
 
 fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
 	HCACHE_FUZZ_FRAMES=$(FUZZ_FRAMES) $(BIN)/python -m pytest tests/prefetch/test_fuzz.py -s

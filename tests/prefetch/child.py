@@ -57,7 +57,7 @@ def load(directory: Path, seed: str) -> None:
     supervisor = supervisor_of(directory)
     client = supervisor.open()
     durable = written = fetches = 0
-    print("session", client.prefetcher_pid, flush=True)
+    print("ready", flush=True)
     stop_at = float("inf")
     while time.monotonic() < stop_at:
         if not client.alive:

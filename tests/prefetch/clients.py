@@ -21,6 +21,7 @@ from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_o
 
 REPOSITORY = Path(__file__).parents[2]
 SLOTS = 64
+children: list[subprocess.Popen[str]] = []  # the fixture `directory` ends those that are left
 
 
 def hello(**changes: Any) -> Hello:
@@ -109,7 +110,9 @@ def assert_nothing_held(client: PrefetchClient, timeout_s: float = 2.0) -> None:
 
 def child(role: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.prefetch.child", role, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    children.append(process)
+    return process
 
 
 def line_of(process: subprocess.Popen[str]) -> str:

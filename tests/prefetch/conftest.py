@@ -11,7 +11,7 @@ import pytest
 
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.supervisor import Supervisor
-from tests.prefetch.clients import prefetchers, supervisor_of, until
+from tests.prefetch.clients import children, prefetchers, supervisor_of, until
 
 Join = Callable[..., PrefetchClient]
 
@@ -25,13 +25,17 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
+def directory(tmp_path: Path, runtime: Path) -> Iterator[Path]:
     """A store's directory; no prefetcher may be left behind by whoever has closed all sessions."""
     path = tmp_path / "volume"
     yield path
-    gone = until(lambda: not prefetchers(path), 15.0)
-    for process in prefetchers(path):
+    for process in children:
         process.kill()
+        process.wait()
+    children.clear()
+    gone = until(lambda: not prefetchers(path), 15.0)
+    for left in prefetchers(path):
+        left.kill()
     time.sleep(0 if gone else 0.1)
     assert gone, "a prefetcher was left behind"
 
