@@ -174,7 +174,11 @@ class Fetches:
         )
 
     def _must_wait(self, fetch: Fetch) -> bool:
-        return self.leased > 0 and self._needs(fetch) > self._room()
+        """Whether there will be more room, or more slots, than there are now, and the fetch needs them."""
+        if self.leased > 0 and self._needs(fetch) > self._room():
+            return True
+        missing = sum(self._arena.slot_of(key) is None and key not in self._reads for key in fetch.keys)
+        return self._arena.dirty > 0 and missing > self._arena.available
 
     def _pin_cached(self, fetch: Fetch) -> None:
         """Lease what is in memory, as far as room goes; pages still to be read keep theirs."""

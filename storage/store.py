@@ -88,7 +88,13 @@ class LocalStore:
         )
         self._writes = writable and (bool(directories) or files is not None)
         self._writer = Writer(
-            self._arena, self._files, self._lock, self._seal, policy=write_policy, tick_s=min(1.0, retry_s)
+            self._arena,
+            self._files,
+            self._lock,
+            self._seal,
+            policy=write_policy,
+            tick_s=min(1.0, retry_s),
+            settled=self._admit_waiting,
         )
         self._readers = [
             threading.Thread(target=self._read_forever, name=f"hcache-read-{i}", daemon=True)
@@ -272,6 +278,11 @@ class LocalStore:
 
     def _seal(self, record: Record, key: bytes, parent: bytes) -> None:
         seal(record, self.layout, self._fingerprint, key, parent)
+
+    def _admit_waiting(self) -> None:
+        with self._lock:
+            self._fetches.admit_waiting()
+        self._tell_progress()
 
     def _read_forever(self) -> None:
         while True:

@@ -27,11 +27,19 @@ Seal = Callable[[Record, bytes, bytes], None]  # record, key, parent
 class Writer:
     """One thread, and the queue of pages it writes. `lock` guards everything but the writing itself.
 
-    `seal` completes a record before it is written.
+    `seal` completes a record before it is written; `settled` is called, without the lock, once pages can be evicted.
     """
 
     def __init__(
-        self, arena: Arena, files: Stripe, lock: threading.Lock, seal: Seal, *, policy: WritePolicy, tick_s: float
+        self,
+        arena: Arena,
+        files: Stripe,
+        lock: threading.Lock,
+        seal: Seal,
+        *,
+        policy: WritePolicy,
+        tick_s: float,
+        settled: Callable[[], None],
     ) -> None:
         self._arena = arena
         self._files = files
@@ -40,6 +48,7 @@ class Writer:
         self._seal = seal
         self._policy = policy
         self._tick_s = tick_s
+        self._settled = settled
         self._queue: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written now
         self._backlog: OrderedDict[int, bytes] = OrderedDict()  # to be written when slots get short
         self._refused: OrderedDict[int, bytes] = OrderedDict()  # to be written when a directory works again
@@ -161,6 +170,7 @@ class Writer:
             self.failed += len(refused)
             self.writing = 0
             self._changed.notify_all()
+        self._settled()
 
     def _requeue(self) -> None:
         """Pages that no directory could take, and that are still in memory, get another chance."""

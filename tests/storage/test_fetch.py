@@ -123,6 +123,7 @@ class Sharing(RuleBasedStateMachine):
             slot = self.arena.slot_of(key_of(page))
             if slot is not None and self.arena.backing(slot) is Backing.DIRTY:
                 self.arena.mark(slot, Backing.CLEAN)
+        self.fetches.admit_waiting()
 
     @rule()
     def drop(self) -> None:
@@ -145,6 +146,7 @@ class Sharing(RuleBasedStateMachine):
         for round_ in range(100):
             while self.under_way or (read := readable(self.fetches)):
                 self.fetches.finish_read(self.under_way.pop() if self.under_way else read, sound=True)  # type: ignore[arg-type]
+            self.write_all()
             done = [owner for owner in "abcd" if self.fetches.progress(owner).done]
             for owner in done:
                 self.fetches.release(owner)
