@@ -54,17 +54,10 @@ unit: setup ## tests without a server
 e2e: setup ## tests against the real server
 	$(BIN)/python -m pytest tests/e2e --durations=15
 
-<<<<<<< HEAD
-faults: setup ## the full counts: kills of writer, prefetcher and clients; FLIPS bits; IO_ERRORS operations; all damage
-	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
-	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
-	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
-=======
 faults: setup ## the full counts: kills of writer, prefetcher and clients, flipped bits, failing transfers, damaged files
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
 	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
 	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
->>>>>>> main
 	HCACHE_SERVER_KILLS=$(SERVER_KILLS) $(BIN)/python -m pytest tests/e2e/test_prefetcher.py -k killed_prefetcher
 
 fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket

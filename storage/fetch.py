@@ -178,7 +178,8 @@ class Fetches:
         if self.leased > 0 and self._needs(fetch) > self._room():
             return True
         missing = sum(self._arena.slot_of(key) is None and key not in self._reads for key in fetch.keys)
-        return self._arena.dirty > 0 and missing > self._arena.available
+        enough = min(missing, self._room(), self._arena.slots // 2)  # more may never be free at once
+        return self._arena.dirty > 0 and enough > self._arena.available
 
     def _pin_cached(self, fetch: Fetch) -> None:
         """Lease what is in memory, as far as room goes; pages still to be read keep theirs."""

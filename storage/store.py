@@ -171,6 +171,8 @@ class LocalStore:
                 run.append(key)
             fetch = Fetch(owner, run, places, priority)
             self._fetches.start(fetch, wait_for_room=wait_for_room)
+            if self._fetches.waiting:
+                self._writer.make_room()
             self._stop_timer(owner)
             if deadline_s and not fetch.done:
                 timer = self._timers[owner] = threading.Timer(deadline_s, self._cut_late, (owner, fetch))

@@ -57,6 +57,7 @@ class Writer:
         self._touched: Counter[bytes] = Counter()
         self._touch_at = 0.0
         self._draining = 0
+        self._room_wanted = False
         self._closing = False
         self.written = self.failed = 0
         self.writing = 0
@@ -91,6 +92,11 @@ class Writer:
         """A slot has been taken: there may be too few left."""
         if self._backlog and self._arena.available < SHORT_OF_SLOTS * self._arena.slots:
             self._changed.notify_all()
+
+    def make_room(self) -> None:
+        """Somebody waits for slots: write the backlog."""
+        self._room_wanted = True
+        self._changed.notify_all()
 
     @property
     def waiting(self) -> int:
@@ -140,7 +146,8 @@ class Writer:
 
     def _must_write_back(self) -> bool:
         short = self._arena.available < SHORT_OF_SLOTS * self._arena.slots
-        return bool(self._backlog) and (short or self._draining > 0)
+        self._room_wanted &= bool(self._backlog)
+        return bool(self._backlog) and (short or self._room_wanted or self._draining > 0)
 
     def _next_batch(self, at_most: int) -> list[tuple[bytes, int, bytes]]:
         """(key, slot, parent) of the pages to write next."""

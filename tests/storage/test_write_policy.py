@@ -86,3 +86,33 @@ def test_pages_that_no_disk_could_take_are_written_when_one_works_again(tmp_path
     assert served(store, range(5)) == list(range(5))
     store.check()
     store.close()
+
+
+def test_write_back_writes_when_a_prefetch_waits_for_slots(tmp_path: Path) -> None:
+    store = open_store(tmp_path, slots=64, write_policy=WritePolicy.WRITE_BACK)
+    save(store, range(30))
+    assert store.flush(30)
+    store.drop_host()
+    save(store, range(100, 140))
+    assert on_file(store) == 30
+    store.prefetch("reader", keys_of(range(30)))
+    slots, done = store.wait("reader", 10)
+    assert done, "it waits for ever"
+    assert len(slots) == 30
+    assert on_file(store) > 30
+    store.check()
+    store.close()
+
+
+def test_a_prefetch_of_more_than_memory_holds_does_not_wait_for_every_page_to_be_written(tmp_path: Path) -> None:
+    store = open_store(tmp_path, slots=16, write_policy=WritePolicy.WRITE_BACK)
+    for first in range(0, 30, 10):
+        save(store, range(first, first + 10))
+        assert store.flush(30)
+    store.drop_host()
+    save(store, range(90, 94))
+    store.prefetch("reader", keys_of(range(30)))
+    slots, done = store.wait("reader", 10)
+    assert done
+    assert len(slots) >= 12
+    store.close()
