@@ -69,8 +69,11 @@ def test_the_quota_is_kept_and_a_prefix_loses_its_end_first(tmp_path: Path) -> N
     assert counters(store)["pages_damaged"] == 0
     store.close()
     store = open_store(tmp_path, quota_bytes=QUOTA)
-    assert served(store, range(600)) == kept
-    assert counters(store)["pages_damaged"] == counters(store)["pages_evicted"] == 0
+    again = served(store, range(600))
+    assert all(page % 20 == 0 or page - 1 in again for page in again)
+    assert set(again) <= set(kept)
+    assert len(kept) - len(again) == counters(store)["pages_evicted"] <= 2, "the index grew by what was noted of use"
+    assert counters(store)["pages_damaged"] == 0
     store.close()
 
 
