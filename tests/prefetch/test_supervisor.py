@@ -194,7 +194,7 @@ def test_it_ends_on_sigterm_with_everything_written(directory: Path, runtime: Pa
 
 
 def test_a_session_is_had_at_once_while_another_prefetcher_ends(directory: Path) -> None:
-    for _ in range(30):
+    for _ in range(10):
         supervisor = supervisor_of(directory)
         started = time.monotonic()
         client = supervisor.open(20)
