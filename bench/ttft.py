@@ -109,12 +109,12 @@ def measure(case: Case, mode: str, folder: Path, *, prefetch: bool = True) -> Me
             answers.append(answer)
         if mode == "recompute":
             return Measured(answers[CONVERSATIONS:])
-        stored = _wait_until_written(server) * PAGE_TOKENS
         _require_restored(case, answers[CONVERSATIONS:])
         from_disk = {
             name: [_from_disk(case, server, turn, name == "queued") for turn in range(case.rounds)]
             for name in (("idle", "queued") if mode == "hidden" else ())
         }
+        stored = _wait_until_written(server) * PAGE_TOKENS
     return Measured(answers[CONVERSATIONS:], _disk_bytes(store), stored, from_disk)
 
 
