@@ -93,7 +93,7 @@ class Connection:
         self._thread.start()
 
     def send(self, message: m.Message, payload: Payload = ()) -> int:
-        """Queue a message; its `seq`. Nothing is sent once the session is over."""
+        """Queue a message; its `seq`. Nothing is sent once the session is over, or after the goodbye."""
         with self._lock:
             return self._enqueue(message, payload)
 
@@ -153,7 +153,7 @@ class Connection:
         return answer
 
     def _enqueue(self, message: m.Message, payload: Payload = ()) -> int:
-        if self.alive or isinstance(message, m.Bye):
+        if (self.alive and not self._closing) or isinstance(message, m.Bye):
             self._enqueued += 1
             numbered = msgspec.structs.replace(message, session=self.welcome.session, seq=self._enqueued)
             self._outbox.append((numbered, payload))
