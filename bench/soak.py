@@ -4,7 +4,7 @@
 
 Method: a small Llama is served with a host tier of four KV pools (25 MB) and a quota of 0.2 GB on disk, both much
 smaller than what the load stores, so that everything is evicted all the time. Four clients hold conversations of a
-few turns, drawn from 60; some requests are broken off; each prompt that was answered before must be answered the same
+few turns, drawn from 150; some requests are broken off; each prompt that was answered before must be answered the same
 again. Every five seconds the resident memory of scheduler and prefetcher, the arena's slots and the directory's size
 are read. After a quarter of the time (warm-up), the median memory of the last quarter may exceed that of the second
 by 5 % and 16 MiB at most; slots must add up in every reading, and the directory keep its quota. Exit status 1 where
@@ -38,7 +38,7 @@ ARGS = (
     *("--hicache-backend", "hcache", "--hicache-ratio", "4", "--hcache-dir-size", str(QUOTA_GB)),
 )
 CLIENTS = 4
-CONVERSATIONS = 60
+CONVERSATIONS = 150
 TURNS = 6
 SAMPLE_S = 5.0
 SLACK = 1.05
@@ -61,7 +61,7 @@ class Load:
         chance = random.Random(seed)
         while not self.stop.is_set():
             conversation = chance.randrange(CONVERSATIONS)
-            history = random_prompt(200 + 20 * conversation, seed=conversation)
+            history = random_prompt(200 + 8 * conversation, seed=conversation)
             for turn in range(chance.randint(1, TURNS)):
                 if chance.random() < 0.05:
                     self._break_off(history)
