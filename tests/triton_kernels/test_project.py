@@ -1,0 +1,208 @@
+"""Hidden states to K and V: both forms against float64, with every option, into poisoned pools."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.tuning import Fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTH, K_HEADS, V_HEADS, DIM = 160, 3, 2, 64
+SMALL = Fused(tokens=32, depth=32, warps=4, stages=2)
+FORMS = {"split": None, "fused": SMALL}
+# bf16 dots are wrong in Triton's interpreter.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+POISON = 7.0
+
+Pool = tuple[torch.Tensor, torch.Tensor]
+
+
+def _random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def _projection(dtype: torch.dtype = torch.float32, **changes: Any) -> Projection:
+    plain = Projection(
+        weight=_random((K_HEADS + V_HEADS) * DIM, WIDTH, seed=1, dtype=dtype) / WIDTH**0.5,
+        k_heads=K_HEADS,
+        k_dim=DIM,
+        v_heads=V_HEADS,
+        v_dim=DIM,
+    )
+    return replace(plain, **changes)
+
+
+def _angles(rotary_dim: int, positions: int = 512) -> torch.Tensor:
+    turns = torch.arange(positions)[:, None] / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    return torch.cat((turns.cos(), turns.sin()), dim=-1).to(DEVICE)
+
+
+def _pool(projection: Projection, slots: int, dtype: torch.dtype) -> Pool:
+    p = projection
+    shapes = (slots, p.k_heads, p.k_dim), (slots, p.v_heads, p.v_dim)
+    keys, values = (torch.full(shape, POISON, device=DEVICE).to(dtype) for shape in shapes)
+    return keys, values
+
+
+def _error_bound(rows: torch.Tensor, projection: Projection, *, rounded: bool) -> torch.Tensor:
+    """`[n]`: how far any element of a token's K or V may be off before it is rounded to the pool's dtype.
+
+    A dot product of `width` terms in float32, in any order, is off by at most width · eps32 · Σ|x·w|; the split form
+    rounds it once to the rows' dtype. A norm multiplies that by its weight over the root mean square, and the mean's
+    own error, at most as large a part of it, comes on top. Turning a pair adds both columns' errors. Everything after
+    the dot product is a handful of operations in float32.
+    """
+    p = projection
+    x, w = rows.double(), p.weight.double()
+    bias = p.bias.double() if p.bias is not None else torch.zeros(p.columns, dtype=torch.float64, device=DEVICE)
+    magnitude = (x.abs() @ w.abs().T + bias.abs()).amax(dim=1)
+    error = magnitude * (WIDTH * torch.finfo(torch.float32).eps + rounded * torch.finfo(rows.dtype).eps / 2)
+    if p.norm_weight is not None:
+        key = (x @ w.T + bias)[:, : p.k_heads * p.k_dim].unflatten(1, (-1, p.norm_weight.numel()))
+        gain = key.square().mean(dim=-1).rsqrt().amax(dim=1) * p.norm_weight.double().abs().max()
+        mean_error = error / key.square().mean(dim=-1).sqrt().amin(dim=1)
+        error = torch.maximum(error, gain * (error + magnitude * mean_error))
+        magnitude = torch.maximum(magnitude, gain * magnitude)
+    return 2 * (error + 4 * magnitude * torch.finfo(torch.float32).eps) / min(p.k_scale, p.v_scale)
+
+
+def _check(
+    projection: Projection, n: int, form: Fused | None, dtype: torch.dtype, pool_dtype: torch.dtype | None = None
+) -> None:
+    out = pool_dtype or dtype
+    rows = _random(n, WIDTH, seed=2, dtype=dtype)
+    slots = torch.randperm(3 * n + 5, generator=torch.Generator().manual_seed(3))[:n].to(DEVICE)
+    positions = torch.randint(0, 512, (n,), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    pool, expected = _pool(projection, 3 * n + 5, out), _pool(projection, 3 * n + 5, torch.float64)
+
+    project_kv(rows, projection, positions, slots, *pool, fused=form)
+    project_kv_reference(rows, projection, positions, slots, *expected)
+
+    untouched = torch.ones(3 * n + 5, dtype=torch.bool, device=DEVICE)
+    untouched[slots] = False
+    bound = _error_bound(rows, projection, rounded=form is None)[:, None, None]
+    step = torch.finfo(out)
+    for buffer, want in zip(pool, expected, strict=True):
+        got = buffer.double()
+        tolerance = bound + (want[slots].abs() + bound) * step.eps / 2 + step.smallest_normal * step.eps / 2
+        assert torch.all((got[slots] - want[slots]).abs() <= tolerance)
+        assert torch.all(got[untouched] == POISON)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 63, 65])
+def test_a_plain_projection(n: int, dtype: torch.dtype, form: str) -> None:
+    _check(_projection(dtype), n, FORMS[form], dtype)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bias": {"bias": _random((K_HEADS + V_HEADS) * DIM, seed=5)},
+    "rope by halves": {"cos_sin": _angles(DIM)},
+    "rope by neighbours": {"cos_sin": _angles(DIM), "neox": False},
+    "partial rope by halves": {"cos_sin": _angles(16)},
+    "partial rope by neighbours": {"cos_sin": _angles(16), "neox": False},
+    "norm of each head": {"norm_weight": _random(DIM, seed=6), "eps": 1e-6},
+    "norm of each head, rope, bias": {
+        "norm_weight": _random(DIM, seed=6),
+        "eps": 1e-6,
+        "cos_sin": _angles(DIM),
+        "bias": _random((K_HEADS + V_HEADS) * DIM, seed=5),
+    },
+    "scales": {"k_scale": 0.5, "v_scale": 2.0, "cos_sin": _angles(DIM)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options: str, form: str) -> None:
+    _check(_projection(**OPTIONS[options]), 65, FORMS[form], torch.float32)
+
+
+def test_a_norm_over_all_heads() -> None:
+    projection = _projection(norm_weight=_random(K_HEADS * DIM, seed=7), eps=1e-5, cos_sin=_angles(DIM))
+    _check(projection, 65, None, torch.float32)
+    with pytest.raises(ValueError, match="one head a program"):
+        _check(projection, 65, SMALL, torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dim", [48, 80, 96])
+def test_heads_whose_size_is_no_power_of_two(dim: int, form: str) -> None:
+    projection = Projection(
+        weight=_random(4 * dim, WIDTH, seed=1) / WIDTH**0.5, k_heads=2, k_dim=dim, v_heads=2, v_dim=dim,
+        cos_sin=_angles(dim),
+    )  # fmt: skip
+    _check(projection, 33, FORMS[form], torch.float32)
+
+
+def test_values_of_another_size_than_keys() -> None:
+    weight = _random(2 * 64 + 3 * 32, WIDTH, seed=1) / WIDTH**0.5
+    _check(Projection(weight, 2, 64, 3, 32, cos_sin=_angles(64)), 65, None, torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pool_of_another_dtype(form: str) -> None:
+    _check(_projection(k_scale=0.25, v_scale=0.5), 33, FORMS[form], torch.float32, torch.float16)
+
+
+@triton.jit
+def _cast(source, target, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(target + index, tl.load(source + index).to(target.dtype.element_ty))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_pools_in_fp8_hold_the_scaled_values_cast_once(pool_dtype: torch.dtype, form: str) -> None:
+    """Against Triton's own cast, which in the interpreter is not PyTorch's: it loses a carry into the exponent."""
+    projection = _projection(k_scale=0.25, v_scale=0.5, cos_sin=_angles(DIM))
+    rows, slots = _random(32, WIDTH, seed=2), torch.randperm(64)[:32].to(DEVICE)
+    wide, narrow = _pool(projection, 64, torch.float32), _pool(projection, 64, pool_dtype)
+    for pool in (wide, narrow):
+        project_kv(rows, projection, slots, slots, *pool, fused=FORMS[form])
+    for values, got in zip(wide, narrow, strict=True):
+        expected = torch.empty_like(got)
+        for head, out in zip(values.view(-1, DIM), expected.view(-1, DIM), strict=True):
+            _cast[(1,)](head, out, SIZE=DIM)
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    wide = _random(10, 2 * WIDTH, seed=2)
+    projection, slots = _projection(), torch.arange(10, device=DEVICE)
+    pools = [_pool(projection, 10, torch.float32) for _ in range(2)]
+    for pool, rows in zip(pools, (wide[:, :WIDTH], wide[:, :WIDTH].contiguous()), strict=True):
+        project_kv(rows, projection, slots, slots, *pool, fused=SMALL)
+    for left, right in zip(*pools, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_no_tokens_are_no_work() -> None:
+    projection = _projection()
+    pool = _pool(projection, 2, torch.float32)
+    empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    for form in FORMS.values():
+        project_kv(_random(0, WIDTH, seed=0), projection, empty, empty, *pool, fused=form)
+    assert all(torch.all(buffer == POISON) for buffer in pool)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k_heads": 4},
+        {"bias": torch.zeros(3)},
+        {"norm_weight": torch.zeros(5)},
+        {"cos_sin": torch.zeros(8, 2 * DIM)},
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"for|turned"):
+        _projection(**changes)

@@ -1,0 +1,76 @@
+"""Rows of bytes between layouts: every byte asked for is moved, and no other is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_hcache.triton_kernels.rows import copy_rows, copy_rows_reference, gather_kv, scatter_kv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _bytes(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+@pytest.mark.parametrize(("n", "row_bytes"), [(1, 8), (63, 72), (65, 1600), (7, 8200)])
+def test_rows_of_several_layers_move_and_nothing_else(n: int, row_bytes: int, programs: int) -> None:
+    layers, space = 3, 2 * n
+    layout = {
+        "layers": layers,
+        "source_layer_bytes": space * row_bytes + 64,
+        "target_layer_bytes": space * row_bytes + 8,
+    }
+    source = _bytes(layers * layout["source_layer_bytes"], seed=1)
+    target = _bytes(layers * layout["target_layer_bytes"], seed=2)
+    expected = target.clone()
+    begins, ends = (torch.randperm(space, device=DEVICE)[:n] * row_bytes for _ in range(2))
+
+    copy_rows(source, begins, target, ends, row_bytes, programs=programs, **layout)
+    copy_rows_reference(source, begins, expected, ends, row_bytes, **layout)
+    assert torch.equal(target, expected)
+
+
+def test_no_rows_are_no_work() -> None:
+    empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    target = _bytes(64, seed=0)
+    before = target.clone()
+    copy_rows(_bytes(64, seed=1), empty, target, empty, 8)
+    assert torch.equal(target, before)
+
+
+def test_sizes_that_are_no_words_are_refused() -> None:
+    offsets = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="12 bytes"):
+        copy_rows(_bytes(64, 0), offsets, _bytes(64, 1), offsets, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_keys_and_values_come_back_to_other_slots(dtype: torch.dtype) -> None:
+    slots, n, size = 40, 13, torch.empty((), dtype=dtype).element_size()
+    keys, values = (
+        _bytes(slots * heads * 48 * size, seed=heads).view(dtype).view(slots, heads, 48) for heads in (2, 3)
+    )
+    rows = torch.empty(n, 5 * 48 * size, dtype=torch.uint8, device=DEVICE)
+    order = torch.randperm(slots, device=DEVICE)
+    source, target = order[:n], order[n : 2 * n]
+    before = [buffer.view(torch.uint8).clone() for buffer in (keys, values)]
+
+    gather_kv(keys, values, source, rows)
+    scatter_kv(rows, target, keys, values)
+
+    others = torch.ones(slots, dtype=torch.bool, device=DEVICE)
+    others[target] = False
+    for buffer, was in zip((keys, values), before, strict=True):
+        now = buffer.view(torch.uint8)
+        assert torch.equal(now[target], was[source])
+        assert torch.equal(now[others], was[others])
+
+
+def test_rows_of_another_size_are_refused() -> None:
+    buffer = torch.zeros(4, 2, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="64 \\+ 64 bytes"):
+        scatter_kv(torch.zeros(2, 31, device=DEVICE), torch.tensor([0, 1], device=DEVICE), buffer, buffer.clone())

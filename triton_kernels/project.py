@@ -1,0 +1,421 @@
+"""Projecting a layer's hidden states to K and V in the paged pool, with bias, K's norm and RoPE.
+
+Two forms of the same function: one GEMM that does all (`_project`), and cuBLAS followed by a kernel that does the
+rest (`_finish`). `tuning.py` says which serves a shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_hcache.triton_kernels.tuning import FINISH_TOKENS, FINISH_WARPS, Fused, Shape
+
+_NO_NORM, _HEAD_NORM, _FULL_NORM = range(3)
+_GROUP = 8  # blocks of tokens that share a pass over the weight, to find it in L2
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What one layer's attention does to its input to get K and V; N = k_heads · k_dim + v_heads · v_dim.
+
+    weight: `[N, width]`, K's rows first; bias: `[N]`. norm_weight: RMSNorm of K, over each head (`[k_dim]`) or over
+    all of them (`[k_heads · k_dim]`); eps is added to the mean square. cos_sin: `[positions, rotary_dim]`, cosines
+    then sines, as SGLang's rotary modules keep them; the first rotary_dim columns of a K head are turned, paired by
+    halves (NeoX) or with their neighbours (GPT-J). K and V are divided by their scales before they are stored.
+    Raises ValueError where shapes do not fit together.
+    """
+
+    weight: torch.Tensor
+    k_heads: int
+    k_dim: int
+    v_heads: int
+    v_dim: int
+    bias: torch.Tensor | None = None
+    norm_weight: torch.Tensor | None = None
+    eps: float = 0.0
+    cos_sin: torch.Tensor | None = None
+    neox: bool = True
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or self.weight.shape[0] != self.columns or self.weight.stride(1) != 1:
+            raise ValueError(f"a weight {list(self.weight.shape)} for {self.columns} columns")
+        if self.bias is not None and self.bias.shape != (self.columns,):
+            raise ValueError(f"a bias {list(self.bias.shape)} for {self.columns} columns")
+        if self.norm_weight is not None and self.norm_weight.numel() not in (self.k_dim, self.k_heads * self.k_dim):
+            raise ValueError(f"a norm of {self.norm_weight.numel()} for {self.k_heads} heads of {self.k_dim}")
+        if self.k_dim % 2 or self.v_dim % 2 or self.rotary_dim % 2 or self.rotary_dim > self.k_dim:
+            raise ValueError(f"heads of {self.k_dim} and {self.v_dim}, {self.rotary_dim} of it turned")
+
+    @property
+    def columns(self) -> int:
+        return self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return 0 if self.cos_sin is None else self.cos_sin.shape[1]
+
+    @property
+    def norm(self) -> int:
+        if self.norm_weight is None:
+            return _NO_NORM
+        return _HEAD_NORM if self.norm_weight.numel() == self.k_dim else _FULL_NORM
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.weight.shape[1], self.k_heads, self.v_heads, self.k_dim)
+
+    @property
+    def can_be_fused(self) -> bool:
+        """A program sees one head: not a norm over all, and its tile fits K's heads and V's alike."""
+        return self.norm != _FULL_NORM and self.k_dim == self.v_dim
+
+
+@triton.jit
+def _pair(pair, DIM: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr):
+    """The two columns of a head that are turned together; behind ROTARY / 2 pairs, two that stay."""
+    if NEOX:
+        first, second = pair, pair + ROTARY // 2
+    else:
+        first, second = 2 * pair, 2 * pair + 1
+    turned = pair < ROTARY // 2
+    return tl.where(turned, first, pair + ROTARY // 2), tl.where(turned, second, pair + DIM // 2)
+
+
+@triton.jit
+def _store_head(
+    x1,  # float32 [tokens, pairs], the first columns of the pairs
+    x2,
+    pair,
+    first,
+    second,
+    token,
+    n,
+    head,
+    slots,
+    positions,
+    cos_sin,
+    norm_weight,
+    inverse_rms,
+    eps,
+    buffer,
+    stride,
+    scale,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    inside = token < n
+    column = pair < DIM // 2
+    mask = inside[:, None] & column[None, :]
+    if NORM != 0:
+        if NORM == 1:
+            squares = tl.sum(tl.where(mask, x1 * x1 + x2 * x2, 0.0), axis=1)
+            inverse = 1.0 / tl.sqrt(squares / DIM + eps)
+            weights = norm_weight
+        else:
+            inverse = tl.load(inverse_rms + token, mask=inside, other=0.0)
+            weights = norm_weight + head * DIM
+        x1 = x1 * inverse[:, None] * tl.load(weights + first, mask=column, other=0.0).to(tl.float32)[None, :]
+        x2 = x2 * inverse[:, None] * tl.load(weights + second, mask=column, other=0.0).to(tl.float32)[None, :]
+    if ROTARY != 0:
+        turned = mask & (pair < ROTARY // 2)[None, :]
+        angles = cos_sin + tl.load(positions + token, mask=inside, other=0)[:, None] * ROTARY + pair[None, :]
+        cos = tl.load(angles, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(angles + ROTARY // 2, mask=turned, other=0.0).to(tl.float32)
+        x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    place = buffer + tl.load(slots + token, mask=inside, other=0)[:, None] * stride + head * DIM
+    tl.store(place + first[None, :], (x1 / scale).to(buffer.dtype.element_ty), mask=mask)
+    tl.store(place + second[None, :], (x2 / scale).to(buffer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(
+    projected,  # [n, N]
+    projected_stride,
+    slots,
+    positions,
+    cos_sin,
+    norm_weight,
+    inverse_rms,  # float32 [n]
+    eps,
+    k_buffer,
+    k_stride,
+    k_scale,
+    v_buffer,
+    v_stride,
+    v_scale,
+    n,
+    K_HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NEOX: tl.constexpr,
+    NORM: tl.constexpr,
+    K_PAIRS: tl.constexpr,
+    V_PAIRS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    head = tl.program_id(0)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    rows = projected + token.to(tl.int64)[:, None] * projected_stride
+    if head < K_HEADS:
+        pair = tl.arange(0, K_PAIRS)
+        first, second = _pair(pair, K_DIM, ROTARY, NEOX)
+        mask = (token < n)[:, None] & (pair < K_DIM // 2)[None, :]
+        x1 = tl.load(rows + head * K_DIM + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(rows + head * K_DIM + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        _store_head(
+            x1, x2, pair, first, second, token, n, head, slots, positions, cos_sin, norm_weight, inverse_rms, eps,
+            k_buffer, k_stride, k_scale, K_DIM, ROTARY, NORM,
+        )  # fmt: skip
+    else:
+        head -= K_HEADS
+        pair = tl.arange(0, V_PAIRS)
+        first, second = _pair(pair, V_DIM, V_DIM, True)
+        mask = (token < n)[:, None] & (pair < V_DIM // 2)[None, :]
+        rows += K_HEADS * K_DIM + head * V_DIM
+        x1 = tl.load(rows + first[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(rows + second[None, :], mask=mask, other=0.0).to(tl.float32)
+        _store_head(
+            x1, x2, pair, first, second, token, n, head, slots, positions, cos_sin, norm_weight, inverse_rms, eps,
+            v_buffer, v_stride, v_scale, V_DIM, 0, 0,
+        )  # fmt: skip
+
+
+@triton.jit
+def _inverse_rms(rows, stride, out, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(rows + token * stride + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+        squares += x * x
+    tl.store(out + token, 1.0 / tl.sqrt(tl.sum(squares) / COLUMNS + eps))
+
+
+@triton.jit
+def _project(
+    rows,  # [n, WIDTH]
+    rows_stride,
+    weight,
+    weight_stride,
+    bias,
+    slots,
+    positions,
+    cos_sin,
+    norm_weight,
+    eps,
+    k_buffer,
+    k_stride,
+    k_scale,
+    v_buffer,
+    v_stride,
+    v_scale,
+    n,
+    WIDTH: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # K's and V's
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NEOX: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    blocks = tl.cdiv(n, TOKENS)
+    group = tl.program_id(0) // (GROUP * HEADS)
+    in_group = tl.minimum(blocks - group * GROUP, GROUP)
+    block = group * GROUP + tl.program_id(0) % (GROUP * HEADS) % in_group
+    head = tl.program_id(0) % (GROUP * HEADS) // in_group
+
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    pair = tl.arange(0, PAIRS)
+    first, second = _pair(pair, DIM, ROTARY, NEOX)
+    inside, column = token < n, pair < DIM // 2
+    depth = tl.arange(0, DEPTH)
+    x_place = rows + token.to(tl.int64)[:, None] * rows_stride + depth[None, :]
+    w1_place = weight + (head * DIM + first).to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    w2_place = weight + (head * DIM + second).to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    x1 = tl.zeros([TOKENS, PAIRS], tl.float32)
+    x2 = tl.zeros([TOKENS, PAIRS], tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        here = start + depth < WIDTH
+        x = tl.load(x_place + start, mask=inside[:, None] & here[None, :], other=0.0)
+        w1 = tl.load(w1_place + start, mask=column[None, :] & here[:, None], other=0.0)
+        w2 = tl.load(w2_place + start, mask=column[None, :] & here[:, None], other=0.0)
+        x1 = tl.dot(x, w1, x1, input_precision="ieee")
+        x2 = tl.dot(x, w2, x2, input_precision="ieee")
+    if BIAS:
+        x1 += tl.load(bias + head * DIM + first, mask=column, other=0.0).to(tl.float32)[None, :]
+        x2 += tl.load(bias + head * DIM + second, mask=column, other=0.0).to(tl.float32)[None, :]
+    if head < K_HEADS:
+        _store_head(
+            x1, x2, pair, first, second, token, n, head, slots, positions, cos_sin, norm_weight, norm_weight, eps,
+            k_buffer, k_stride, k_scale, DIM, ROTARY, NORM,
+        )  # fmt: skip
+    else:
+        _store_head(
+            x1, x2, pair, first, second, token, n, head - K_HEADS, slots, positions, cos_sin, norm_weight,
+            norm_weight, eps, v_buffer, v_stride, v_scale, DIM, 0, 0,
+        )  # fmt: skip
+
+
+def project_kv(
+    rows: torch.Tensor,
+    projection: Projection,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    *,
+    fused: Fused | None = None,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """K and V of `n` tokens into the pool's slots, on the current stream.
+
+    rows: `[n, width]`, bf16, fp16 or fp32, as is the weight; positions, slots: int64 `[n]`, slots all different.
+    k_buffer: `[slots, k_heads, k_dim]`, v_buffer likewise, in the pool's dtype, fp8 as torch's fp8 dtype; values
+    beyond its range saturate. fused: run so; None for cuBLAS and a second kernel, which takes `workspace`,
+    `[≥ n, N]` of the rows' dtype, or allocates as much. Raises ValueError for a projection that cannot be fused.
+    """
+    if not len(rows):
+        return
+    if fused is None:
+        scratch = rows.new_empty(len(rows), projection.columns) if workspace is None else workspace[: len(rows)]
+        if projection.bias is None:
+            torch.mm(rows, projection.weight.T, out=scratch)
+        else:
+            torch.addmm(projection.bias, rows, projection.weight.T, out=scratch)
+        finish_kv(scratch, projection, positions, slots, k_buffer, v_buffer)
+        return
+    if not projection.can_be_fused:
+        raise ValueError("the fused form has one head a program: no norm over all heads, no V of another size")
+    p = projection
+    heads = p.k_heads + p.v_heads
+    _project[(triton.cdiv(len(rows), fused.tokens) * heads,)](
+        rows,
+        rows.stride(0),
+        p.weight,
+        p.weight.stride(0),
+        _or_any(p.bias, rows),
+        slots,
+        positions,
+        _or_any(p.cos_sin, rows),
+        _or_any(p.norm_weight, rows),
+        p.eps,
+        k_buffer,
+        k_buffer.stride(0),
+        p.k_scale,
+        v_buffer,
+        v_buffer.stride(0),
+        p.v_scale,
+        len(rows),
+        WIDTH=rows.shape[1],
+        K_HEADS=p.k_heads,
+        HEADS=heads,
+        DIM=p.k_dim,
+        ROTARY=p.rotary_dim,
+        NEOX=p.neox,
+        NORM=p.norm,
+        BIAS=p.bias is not None,
+        PAIRS=_pairs(p.k_dim),
+        TOKENS=fused.tokens,
+        DEPTH=fused.depth,
+        GROUP=_GROUP,
+        num_warps=fused.warps,
+        num_stages=fused.stages,
+    )
+
+
+def finish_kv(
+    projected: torch.Tensor,
+    projection: Projection,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+) -> None:
+    """What follows the GEMM: `projected`, `[n, N]`, bias included, into the pool's slots. As `project_kv` else."""
+    p, n = projection, len(projected)
+    inverse_rms = projected  # not read
+    if p.norm == _FULL_NORM:
+        inverse_rms = torch.empty(n, dtype=torch.float32, device=projected.device)
+        columns = p.k_heads * p.k_dim
+        _inverse_rms[(n,)](
+            projected, projected.stride(0), inverse_rms, p.eps, COLUMNS=columns, BLOCK=1024, num_warps=4
+        )
+    _finish[(p.k_heads + p.v_heads, triton.cdiv(n, FINISH_TOKENS))](
+        projected,
+        projected.stride(0),
+        slots,
+        positions,
+        _or_any(p.cos_sin, projected),
+        _or_any(p.norm_weight, projected),
+        inverse_rms,
+        p.eps,
+        k_buffer,
+        k_buffer.stride(0),
+        p.k_scale,
+        v_buffer,
+        v_buffer.stride(0),
+        p.v_scale,
+        n,
+        K_HEADS=p.k_heads,
+        K_DIM=p.k_dim,
+        V_DIM=p.v_dim,
+        ROTARY=p.rotary_dim,
+        NEOX=p.neox,
+        NORM=p.norm,
+        K_PAIRS=_pairs(p.k_dim),
+        V_PAIRS=_pairs(p.v_dim),
+        TOKENS=FINISH_TOKENS,
+        num_warps=FINISH_WARPS,
+    )
+
+
+def project_kv_reference(
+    rows: torch.Tensor,
+    projection: Projection,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+) -> None:
+    """As `project_kv`, in PyTorch and float64, rounded once, to the buffers' dtype."""
+    p = projection
+    projected = rows.double() @ p.weight.double().T
+    if p.bias is not None:
+        projected += p.bias.double()
+    key, value = projected.split([p.k_heads * p.k_dim, p.v_heads * p.v_dim], dim=1)
+    if p.norm_weight is not None:
+        over = key.unflatten(1, (-1, p.norm_weight.numel()))
+        inverse = (over.square().mean(dim=-1, keepdim=True) + p.eps).rsqrt()
+        key = (over * inverse * p.norm_weight.double()).flatten(1)
+    key, value = key.unflatten(1, (p.k_heads, p.k_dim)), value.unflatten(1, (p.v_heads, p.v_dim))
+    if p.cos_sin is not None:
+        cos, sin = p.cos_sin[positions].double()[:, None].chunk(2, dim=-1)
+        turned, stays = key.split([p.rotary_dim, p.k_dim - p.rotary_dim], dim=-1)
+        x1, x2 = turned.chunk(2, dim=-1) if p.neox else (turned[..., ::2], turned[..., 1::2])
+        y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        turned = torch.cat((y1, y2), dim=-1) if p.neox else torch.stack((y1, y2), dim=-1).flatten(-2)
+        key = torch.cat((turned, stays), dim=-1)
+    k_buffer[slots] = (key / p.k_scale).to(k_buffer.dtype)
+    v_buffer[slots] = (value / p.v_scale).to(v_buffer.dtype)
+
+
+def _pairs(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim // 2)))
+
+
+def _or_any(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A pointer that the kernel does not read, where there is no tensor."""
+    return other if tensor is None else tensor

@@ -1,0 +1,130 @@
+"""Copying rows of bytes between layouts: pool or staging ↔ chunks, many layers in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multiples
+_PROGRAMS = 256
+
+
+@triton.jit
+def _copy_rows(
+    source,  # words
+    source_offsets,  # int64 [n], bytes
+    source_layer: tl.int64,  # words from a layer to the next
+    target,
+    target_offsets,
+    target_layer: tl.int64,
+    n,
+    tasks,  # n × layers × pieces
+    row: tl.constexpr,  # words
+    WORD_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pieces: tl.constexpr = (row + BLOCK - 1) // BLOCK
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        piece = task % pieces
+        index = (task // pieces) % n
+        layer = (task // pieces) // n
+        columns = piece * BLOCK + tl.arange(0, BLOCK)
+        mask = columns < row
+        begin = tl.load(source_offsets + index) // WORD_BYTES + layer * source_layer
+        end = tl.load(target_offsets + index) // WORD_BYTES + layer * target_layer
+        words = tl.load(source + begin + columns, mask=mask)
+        tl.store(target + end + columns, words, mask=mask)
+
+
+def copy_rows(
+    source: torch.Tensor,
+    source_offsets: torch.Tensor,
+    target: torch.Tensor,
+    target_offsets: torch.Tensor,
+    row_bytes: int,
+    *,
+    layers: int = 1,
+    source_layer_bytes: int = 0,
+    target_layer_bytes: int = 0,
+    programs: int = _PROGRAMS,
+) -> None:
+    """Row i of layer l lies at `offsets[i] + l · layer_bytes`, in the source and in the target; copy n × layers rows.
+
+    source, target: the memory, any dtype, contiguous; on the device, or pinned on the host, which the kernel reads or
+    writes over the bus. source_offsets, target_offsets: int64 `[n]`, bytes, on the device; multiples of 8, as all
+    sizes are. programs: how many blocks of threads share the work: few leave the device to others, enough fill the
+    bus. Rows of `target` must not overlap. Raises ValueError for sizes that are no multiples of 8.
+    """
+    if any(size % WORD for size in (row_bytes, source_layer_bytes, target_layer_bytes, source.nbytes, target.nbytes)):
+        raise ValueError(f"rows of {row_bytes} bytes cannot be copied in words of {WORD}")
+    n, row = source_offsets.numel(), row_bytes // WORD
+    if not n:
+        return
+    block = min(1024, triton.next_power_of_2(row))
+    tasks = n * layers * triton.cdiv(row, block)
+    _copy_rows[(min(tasks, programs),)](
+        _words(source),
+        source_offsets,
+        source_layer_bytes // WORD,
+        _words(target),
+        target_offsets,
+        target_layer_bytes // WORD,
+        n,
+        tasks,
+        row=row,
+        WORD_BYTES=WORD,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def copy_rows_reference(
+    source: torch.Tensor,
+    source_offsets: torch.Tensor,
+    target: torch.Tensor,
+    target_offsets: torch.Tensor,
+    row_bytes: int,
+    *,
+    layers: int = 1,
+    source_layer_bytes: int = 0,
+    target_layer_bytes: int = 0,
+) -> None:
+    """As `copy_rows`, in PyTorch, on any device."""
+    bytes_in, bytes_out = source.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
+    for layer in range(layers):
+        for begin, end in zip(source_offsets.tolist(), target_offsets.tolist(), strict=True):
+            first, last = begin + layer * source_layer_bytes, end + layer * target_layer_bytes
+            bytes_out[last : last + row_bytes] = bytes_in[first : first + row_bytes]
+
+
+def scatter_kv(rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor) -> None:
+    """Stored K and V back into the pool: `rows[i]`, K's bytes and then V's, to slot `slots[i]`.
+
+    rows: `[n, …]`, contiguous; slots: int64 `[n]`, all different; k_buffer, v_buffer: `[slots, …]`, contiguous.
+    """
+    for buffer, rows_at, slots_at in _halves(rows, slots, k_buffer, v_buffer):
+        copy_rows(rows, rows_at, buffer, slots_at, buffer[0].nbytes)
+
+
+def gather_kv(k_buffer: torch.Tensor, v_buffer: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """The inverse of `scatter_kv`: `out[i]` = K's bytes and then V's of slot `slots[i]`; out may be pinned memory."""
+    for buffer, rows_at, slots_at in _halves(out, slots, k_buffer, v_buffer):
+        copy_rows(buffer, slots_at, out, rows_at, buffer[0].nbytes)
+
+
+def _halves(
+    rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of K, then V: the buffer, where its half of each row begins, and where the row's slot does, in bytes."""
+    k_bytes, v_bytes = k_buffer[0].nbytes, v_buffer[0].nbytes
+    if len(rows) != len(slots) or (len(rows) and rows[0].nbytes != k_bytes + v_bytes):
+        raise ValueError(
+            f"{len(slots)} slots of {k_bytes} + {v_bytes} bytes for rows {list(rows.shape)} {rows.dtype}"
+        )
+    begins = torch.arange(len(slots), device=slots.device) * (k_bytes + v_bytes)
+    return [(k_buffer, begins, slots * k_bytes), (v_buffer, begins + k_bytes, slots * v_bytes)]
+
+
+def _words(memory: torch.Tensor) -> torch.Tensor:
+    return memory.view(-1).view(torch.int64)
