@@ -6,9 +6,9 @@ Method: a small Llama is served with a host tier of four KV pools (25 MB) and a 
 smaller than what the load stores, so that everything is evicted all the time. Four clients hold conversations of a
 few turns, drawn from 150; some requests are broken off; each prompt that was answered before must be answered the
 same again. Every five seconds the resident memory of scheduler and prefetcher, the arena's slots and the directory's
-size are read. After a quarter of the time (warm-up), the median memory of the last quarter may exceed that of the second
-by 5 % and 16 MiB at most; slots must add up in every reading, and the directory keep its quota. Exit status 1 where
-one of these fails.
+size are read. After a quarter of the time (warm-up), the median memory of the last quarter may exceed that of the
+second by 5 % and 16 MiB at most; slots must add up in every reading, and the directory keep its quota. Exit status
+1 where one of these fails.
 """
 
 from __future__ import annotations

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_hcache import serving
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
-from sglang_hcache.capture import Capture
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representation
 from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
-from sglang_hcache.model import Unsupported, check_pool, kv_row_bytes
+from sglang_hcache.lanes import current_lane
+from sglang_hcache.model import Unsupported, check_pool
+from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
-from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, Projector, ReplayProjector
-from sglang_hcache.restore import LayerEvents, Load, Restorer
+from sglang_hcache.representation import choose
+from sglang_hcache.restore import HostPages, LayerEvents, Load, StoredLayer, restorer_for
 from sglang_hcache.savers import HiddenSaver, KVSaver, NoSaver, Saver
-from sglang_hcache.selftest import run_self_test
-from sglang_hcache.storage.layout import ROOT, ChunkLayout
+from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +64,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
-            self.representation, self._reason = self._choose_representation()
+            self._chosen = choose(
+                self._config.representation, serving.runner, serving.capture, self._pool, self._page_tokens
+            )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
-        self.layer_done_counter = LayerEvents()
+        self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)))
         self._work: HostWork = StreamWork() if torch.cuda.is_available() else InlineWork()
         self._queued: list[Load] = []
         self._started: dict[int, list[Load]] = {}
@@ -80,7 +80,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
         self._failed_batches: set[int] = set()
-        self._layout = ChunkLayout(self._page_tokens, (self._page_tokens * self._row_bytes,) * self._pool.layer_num)
+        self._layout = ChunkLayout(
+            self._page_tokens, (self._page_tokens * self._chosen.row_bytes,) * self._pool.layer_num
+        )
         self._identity, self._on_file = self._fingerprint(self._model_identity()), True
         self._supervisor = self._make_supervisor()
         try:
@@ -89,6 +91,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             raise RuntimeError(f"--hicache-backend hcache: no prefetcher can be had: {error}") from None
         self._ahead = Ahead(store, self._hold_rule(), self._page_tokens, alone=get_parallel().tp_size == 1)
         self._renewing = False
+        self._memory: PinnedMemory | None = None
         self._attach(store)
         serving.linker = self
         self._log_start()
@@ -241,16 +244,18 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def close(self) -> None:
         self._work.close()
+        if self._memory is not None:
+            self._memory.release()
         self._supervisor.close()
         self._store.close()
 
     def stats(self) -> dict[str, Any]:
         """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
         return {
-            "representation": str(self.representation),
-            "representation_reason": self._reason,
-            "projector": self._hidden_projector.name if self.representation is Representation.HIDDEN else "copy",
-            "bytes_per_token": self._row_bytes * self._pool.layer_num,
+            "representation": str(self._chosen.representation),
+            "representation_reason": self._chosen.reason,
+            "projector": self._chosen.projector_name,
+            "bytes_per_token": self._chosen.row_bytes * self._pool.layer_num,
             "page_size": self._page_tokens,
             "loads_accepted": self._loads["accepted"],
             "loads_refused": self._loads["refused"],
@@ -284,14 +289,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             write_policy=get_memory().hicache_write_policy,
             about={
                 "model": model.model_path,
-                "dtype": str(self._hidden_dtype).removeprefix("torch."),
-                "representation": str(self.representation),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "representation": str(self._chosen.representation),
             },
         )
 
     def _ranks_sharing_pages(self) -> int:
         """Ranks of this node that use the same pages: all, as hidden states are the same everywhere."""
-        return _ranks_of_a_node(self._server_args) if self.representation is Representation.HIDDEN else 1
+        return _ranks_of_a_node(self._server_args) if self._chosen.representation is Representation.HIDDEN else 1
 
     def _pages_of_a_forward(self) -> int:
         """New pages that may be open at once: those of a forward, twice, and one of each running request."""
@@ -309,30 +314,30 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """Save to, and restore from, this store."""
         self._store = store
         self._ahead.attach(store)
-        layers = self._pool.layer_num
-        projectors: list[Projector]
-        if self.representation is Representation.HIDDEN:
-            projectors = [self._hidden_projector] * layers
+        if self._chosen.representation is Representation.HIDDEN:
             self._saver: Saver = self._hidden_saver(store)
-            dtype, width = self._hidden_dtype, self._row_bytes // self._hidden_dtype.itemsize
         else:
-            projectors = [KVProjector(self._pool)] * layers
             self._saver = KVSaver(
                 store,
                 self._work,
                 self._pool,
-                row_bytes=self._row_bytes,
+                row_bytes=self._chosen.row_bytes,
                 forward_stream=self.forward_stream,
             )
-            dtype, width = torch.uint8, self._row_bytes
-        self._restorer = Restorer(
-            store,
-            projectors,
-            width=width,
-            dtype=dtype,
-            device=str(self._pool.device),
-            forward_stream=self.forward_stream,
-            events=self.layer_done_counter,
+        memory, layout, chosen = torch.from_numpy(store.memory), store.layout, self._chosen
+        if self._memory is not None:
+            self._memory.release()
+        self._memory = PinnedMemory(memory)
+        layers = [
+            StoredLayer(layout.layer_offset(layer), layout.layer_bytes[layer], chosen.dtype, chosen.projector)
+            for layer in range(layout.n_layers)
+        ]
+        self._restorer = restorer_for(
+            HostPages(memory, positions(store.memory, layout), layers),
+            str(self._pool.device),
+            self.forward_stream,
+            self.layer_done_counter,
+            pinned=self._memory.pinned,
         )
 
     def _hidden_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
@@ -342,56 +347,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if get_parallel().tp_rank % self._ranks_sharing_pages():
             capture.remove()
             return NoSaver()
-        saver = HiddenSaver(store, self._work, layers=self._pool.layer_num, row_bytes=self._row_bytes)
+        saver = HiddenSaver(store, self._work, layers=self._pool.layer_num, row_bytes=self._chosen.row_bytes)
         capture.sink = saver
         return saver
-
-    def _choose_representation(self) -> tuple[Representation, str]:
-        """By size, and only what has just been proven on this model; sets `_row_bytes` and `_hidden_*`."""
-        wanted, capture = self._config.representation, serving.capture
-        kv_bytes = sum(kv_row_bytes(self._pool, 0))
-        kv_bytes_all_ranks = kv_bytes * get_parallel().tp_size
-        model = serving.runner.model_config
-        self._hidden_dtype: torch.dtype = model.dtype
-        hidden_bytes = model.hidden_size * model.dtype.itemsize
-        if wanted != Representation.KV:
-            obstacle = self._obstacle_to_hidden_states()
-            if obstacle is None and (wanted == Representation.HIDDEN or hidden_bytes < kv_bytes_all_ranks):
-                self._row_bytes = hidden_bytes
-                return (
-                    Representation.HIDDEN,
-                    f"{hidden_bytes} bytes a token and layer, {kv_bytes_all_ranks} as K and V",
-                )
-            if wanted == Representation.HIDDEN:
-                raise Unsupported(f"--hcache-representation hidden: {obstacle}; use auto or kv")
-            reason = obstacle or f"{kv_bytes_all_ranks} bytes a token and layer, {hidden_bytes} as hidden states"
-        else:
-            reason = "as --hcache-representation says"
-        if capture is not None:
-            capture.remove()
-        self._row_bytes = kv_bytes
-        return Representation.KV, reason
-
-    def _obstacle_to_hidden_states(self) -> str | None:
-        """Why hidden states cannot be restored here; None when the self-test has just shown that they can."""
-        capture, runner = serving.capture, serving.runner
-        if capture is None:
-            return "hidden states are larger than K and V, or the attention modules cannot be replayed"
-        if len(capture.sites) != self._pool.layer_num:
-            return f"{len(capture.sites)} attention modules for {self._pool.layer_num} layers of the KV pool"
-        if self._server_args.enable_lora:
-            return "with LoRA the projection depends on the request"
-        if runner.model_config.model_is_mrope:
-            return "positions of several dimensions (M-RoPE) are not stored"
-        for projector in _candidates(capture, self._pool):
-            result = run_self_test(runner, capture, projector, self._pool, self._page_tokens)
-            verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
-            passed = "passed" if result.passed else "FAILED"
-            logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
-            if result.passed:
-                self._hidden_projector = projector
-                return None
-        return f"the self-test failed ({verdict})"
 
     def _model_identity(self) -> str:
         model_path = serving.runner.model_config.model_path
@@ -412,15 +370,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         parts: list[tuple[str, object]] = [
             ("model", model_identity),
             ("override", args.json_model_override_args),
-            ("dtype", str(self._hidden_dtype)),
+            ("dtype", str(serving.runner.model_config.dtype)),
             ("kv_dtype", str(self._pool.dtype)),
             ("quantization", serving.runner.model_config.quantization),
             ("page_size", self._page_tokens),
             ("layers", self._pool.layer_num),
-            ("row_bytes", self._row_bytes),
-            ("representation", str(self.representation)),
+            ("row_bytes", self._chosen.row_bytes),
+            ("representation", str(self._chosen.representation)),
         ]
-        if self.representation is Representation.KV:
+        if self._chosen.representation is Representation.KV:
             parallel = get_parallel()
             parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
         return fingerprint(parts)
@@ -443,8 +401,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         state = self._store.stats()
         logger.info(
             "hcache: storing %s (%s), %d layers; host tier %d pages of %d tokens; files in %s",
-            self.representation,
-            self._reason,
+            self._chosen.representation,
+            self._chosen.reason,
             self._pool.layer_num,
             state["pages_total"],
             self._page_tokens,
@@ -454,10 +412,3 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
 def _ranks_of_a_node(server_args: Any) -> int:
     return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
-
-
-def _candidates(capture: Capture, pool: MHATokenToKVPool) -> Iterator[ReplayProjector]:
-    """Projectors of hidden states, the fastest first."""
-    with contextlib.suppress(ValueError):
-        yield KeyValueReplayProjector(capture.sites, pool)
-    yield ReplayProjector(capture.sites, pool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -15,14 +15,6 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from sglang_hcache.model import AttentionSite, kv_row_bytes
-
-
-class Projector(Protocol):
-    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write layer `layer`'s K and V of `n` tokens to the pool, on the current stream.
-
-        rows: `[n, width]` as stored, on the device; positions, slots: int64 `[n]`, on the device.
-        """
 
 
 class _Stored(Exception):

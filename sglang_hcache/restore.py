@@ -1,20 +1,66 @@
-"""Restore: chunks in host memory become K and V on the device, layer by layer, ahead of the forward."""
+"""Restore: chunks in host memory become K and V on the device, layer by layer, ahead of the forward.
+
+Two lanes: one copies a few layers' rows of all pages into one half of a staging buffer, while the other projects the
+other half into the pool. Needs torch and numpy only, and Triton where chunks are copied by a kernel.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from sglang_hcache.projector import Projector
-from sglang_hcache.storage.contract import ChunkStore
-from sglang_hcache.storage.layout import positions as chunk_positions
+from sglang_hcache.lanes import Lane, Mark, StreamLane, current_lane, new_lane
 
-# Tokens projected at once. On a GPU it bounds what a restore takes; on a CPU, intermediates stay in its caches.
-_MAX_ROWS = {"cuda": 8192, "cpu": 1024}
+
+@dataclass(frozen=True)
+class Staging:
+    """How much is copied at once."""
+
+    half_rows: int  # in one half of the buffer; on a GPU they bound its size, on a CPU rows stay in the caches
+    together_bytes: int  # layers of a small load are copied together, up to so much
+
+    @classmethod
+    def on(cls, device: str) -> Staging:
+        if torch.device(device).type == "cpu":
+            return cls(half_rows=1024, together_bytes=0)
+        return cls(half_rows=8192, together_bytes=4 << 20)  # a launch takes as long as 100 KB on the bus
+
+
+class Projector(Protocol):
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write layer `layer`'s K and V of `n` tokens to the pool, on the current stream.
+
+        rows: `[n, width]` as stored, on the device; positions, slots: int64 `[n]`, on the device.
+        """
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer's payload in a record, and what makes K and V of it."""
+
+    offset: int  # bytes from the record's begin
+    page_bytes: int
+    dtype: torch.dtype
+    projector: Projector
+
+
+@dataclass(frozen=True)
+class HostPages:
+    """The host tier as restoring reads it."""
+
+    memory: torch.Tensor  # uint8 [slots, record_bytes], on the host
+    positions: npt.NDArray[np.int32]  # [slots, page_tokens]
+    layers: Sequence[StoredLayer]
+
+    @property
+    def page_tokens(self) -> int:
+        return int(self.positions.shape[1])
 
 
 @dataclass(frozen=True)
@@ -29,106 +75,222 @@ class Load:
 class LayerEvents:
     """SGLang's layer counter: the pool's getters ask it to wait until a layer has been restored.
 
-    On a GPU the forward's stream waits for an event and the CPU goes on. On the CPU a restore is complete
-    before the forward starts, and there is nothing to wait for.
+    `reader`: the lane that reads the pool; it waits for a mark, and the CPU goes on.
     """
 
-    def __init__(self) -> None:
-        self._events: dict[int, list[torch.cuda.Event]] = {}
+    def __init__(self, reader: Lane) -> None:
+        self._reader = reader
+        self._marks: dict[int, list[Mark]] = {}
         self._consumer = -1
         self._last = -1
 
     def new_batch(self) -> int:
         self._last += 1
-        self._events[self._last] = []
+        self._marks[self._last] = []
         return self._last
 
-    def record(self, index: int) -> None:
-        """The next layer of batch `index` is restored once the current stream has come this far."""
-        if torch.cuda.is_available():
-            event = torch.cuda.Event()
-            event.record()
-            self._events[index].append(event)
+    def restored(self, index: int, mark: Mark) -> None:
+        """The next layer of batch `index` is restored at `mark`."""
+        self._marks[index].append(mark)
 
     def synchronize(self, index: int) -> None:
-        for event in self._events.pop(index, [])[-1:]:
-            event.synchronize()
+        for mark in self._marks.pop(index, [])[-1:]:
+            mark.synchronize()
 
     def set_consumer(self, index: int) -> None:
         self._consumer = index
 
     def wait_until(self, layer: int) -> None:
-        events = self._events.get(self._consumer)
-        if events:
-            torch.cuda.current_stream().wait_event(events[layer])
+        if marks := self._marks.get(self._consumer):
+            self._reader.wait(marks[layer])
+
+
+class Copier(Protocol):
+    indexed_on: str  # device of the chunk numbers it is given
+
+    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+        """Payload of layers of equal size and distance, of chunks int64 `[m]`, on the current stream.
+
+        target: uint8 `[len(layers), m, page_bytes]`, on the device.
+        """
+
+
+class IndexCopier:
+    """By torch, layer by layer. From memory that is not pinned a GPU copies while the caller waits."""
+
+    indexed_on = "cpu"
+
+    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+        for layer, out in zip(layers, target, strict=True):
+            stored = pages.layers[layer]
+            source = pages.memory[:, stored.offset : stored.offset + stored.page_bytes]
+            if out.device.type == "cpu":
+                torch.index_select(source, 0, chunks, out=out)
+            else:
+                out.copy_(source[chunks])
+
+
+class KernelCopier:
+    """In one launch for all pages and layers: the GPU reads pinned memory over the bus.
+
+    programs: blocks of threads that do so: as few as fill the bus, for the forward has use for the others.
+    """
+
+    indexed_on = "cuda"
+
+    def __init__(self, programs: int = 128) -> None:
+        self._programs = programs
+
+    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+        from sglang_hcache.triton_kernels.rows import copy_rows
+
+        first = pages.layers[layers[0]]
+        copy_rows(
+            pages.memory,
+            chunks * pages.memory.shape[1] + first.offset,
+            target,
+            torch.arange(len(chunks), device=chunks.device) * first.page_bytes,
+            first.page_bytes,
+            layers=len(layers),
+            source_layer_bytes=pages.layers[layers[1]].offset - first.offset if len(layers) > 1 else 0,
+            target_layer_bytes=len(chunks) * first.page_bytes,
+            programs=self._programs,
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is copied at once, and then projected."""
+
+    layers: range
+    pages: slice
 
 
 class Restorer:
-    """Runs the queued loads of a batch together, layer by layer, on a stream of its own where there is one."""
+    """Runs the queued loads of a batch together, layer by layer.
+
+    Nothing is projected before what was queued on the lanes `before` is done, as it may still read the slots; copies
+    start at once. Nothing of a call holds up the caller, except for an `IndexCopier` on a GPU.
+    """
 
     def __init__(
         self,
-        store: ChunkStore,
-        projectors: Sequence[Projector],
+        pages: HostPages,
         *,
-        width: int,
-        dtype: torch.dtype,
         device: str,
-        forward_stream: torch.cuda.Stream | None,
+        copier: Copier,
+        copying: Lane,
+        projecting: Lane,
+        before: Sequence[Lane],
         events: LayerEvents,
+        staging: Staging,
     ) -> None:
-        layout = store.layout
-        self._store = store
-        self._projectors = projectors
+        self._pages = pages
         self._device = device
-        self._max_rows = _MAX_ROWS[torch.device(device).type]
-        memory = torch.from_numpy(store.memory).view(dtype)
-        self._layer_rows = [
-            memory[:, layout.layer_offset(layer) // dtype.itemsize :][:, : layout.page_tokens * width].unflatten(
-                1, (layout.page_tokens, width)
-            )
-            for layer in range(len(projectors))
-        ]
-        self._stream = torch.cuda.Stream() if device.startswith("cuda") else None
-        self._forward_stream = forward_stream
+        self._copier = copier
+        self._copying, self._projecting, self._before = copying, projecting, before
         self._events = events
+        self._together_bytes = staging.together_bytes
+        self._half_pages = max(1, staging.half_rows // pages.page_tokens)
+        half_bytes = self._half_pages * max(layer.page_bytes for layer in pages.layers)
+        self._halves = [torch.empty(half_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._projected: list[Mark | None] = [None, None]  # of each half: from here on it may be overwritten
 
     def run(self, loads: Sequence[Load]) -> int:
-        """Issue the restoration of all loads; returns the batch's index for `events`."""
+        """Issue the restoration of all loads; returns the batch's index for `events`.
+
+        After an error nothing of the batch is under way any more: what it reads may be given back.
+        """
         index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.chunks]
-        host_positions = np.concatenate(
-            [chunk_positions(self._store.memory[chunk], self._store.layout) for chunk in chunks]
-        )
-        chunk_index = torch.tensor(chunks)
-        with self._on_stream():
-            positions = torch.from_numpy(host_positions.astype(np.int64)).to(self._device)
-            slots = torch.cat([load.device_slots for load in loads])
-            for layer, projector in enumerate(self._projectors):
-                self._restore_layer(layer, projector, chunk_index, positions, slots)
-                self._events.record(index)
+        try:
+            for lane in self._before:
+                self._projecting.wait(lane.mark())
+            with self._copying.active():
+                numbers = _to(self._copier.indexed_on, torch.tensor(chunks))
+            with self._projecting.active():
+                host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
+                positions = _to(self._device, torch.from_numpy(host_positions))
+                slots = torch.cat([load.device_slots for load in loads])
+            for turn, step in enumerate(self._steps(len(chunks))):
+                rows = self._copy(turn % 2, step, numbers[step.pages])
+                self._project(index, turn % 2, step, rows, positions, slots)
+        except BaseException:
+            for lane in (self._copying, self._projecting):
+                lane.mark().synchronize()
+            raise
         return index
 
-    def _restore_layer(
-        self,
-        layer: int,
-        projector: Projector,
-        chunks: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        page_tokens = self._store.layout.page_tokens
-        step = max(1, self._max_rows // page_tokens)
-        for first in range(0, len(chunks), step):
-            part = chunks[first : first + step]
-            tokens = slice(first * page_tokens, (first + len(part)) * page_tokens)
-            rows = self._layer_rows[layer][part].flatten(0, 1).to(self._device)
-            projector.project(layer, rows, positions[tokens], slots[tokens])
+    def _steps(self, n_pages: int) -> Iterator[_Step]:
+        """In the order of layers; a layer of many pages takes several steps, small ones share a step."""
+        layers, first = self._pages.layers, 0
+        while first < len(layers):
+            last = first + 1
+            while last < len(layers) and self._fits_in(range(first, last + 1), n_pages):
+                last += 1
+            for page in range(0, n_pages, self._half_pages):
+                yield _Step(range(first, last), slice(page, min(page + self._half_pages, n_pages)))
+            first = last
 
-    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
-        if self._stream is None:
-            return contextlib.nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        if self._forward_stream is not None:  # a forward under way may still read slots that were freed since
-            self._stream.wait_stream(self._forward_stream)
-        return torch.cuda.stream(self._stream)
+    def _fits_in(self, together: range, n_pages: int) -> bool:
+        """Whether these layers of so many pages are copied at once: equal in size and distance, and small."""
+        layers = [self._pages.layers[layer] for layer in together]
+        distances = {after.offset - before.offset for before, after in pairwise(layers)}
+        return (
+            len(distances) == 1
+            and len({layer.page_bytes for layer in layers}) == 1
+            and len(layers) * n_pages * layers[0].page_bytes <= min(self._together_bytes, self._halves[0].nbytes)
+        )
+
+    def _copy(self, half: int, step: _Step, chunks: torch.Tensor) -> torch.Tensor:
+        """Payload of the step, uint8 `[layers, pages, page_bytes]`, in a half of the staging buffer."""
+        shape = (len(step.layers), len(chunks), self._pages.layers[step.layers[0]].page_bytes)
+        rows = self._halves[half][: shape[0] * shape[1] * shape[2]].view(shape)
+        if (projected := self._projected[half]) is not None:
+            self._copying.wait(projected)
+        with self._copying.active():
+            self._copier.copy(self._pages, step.layers, chunks, rows)
+        self._projecting.wait(self._copying.mark())
+        return rows
+
+    def _project(
+        self, index: int, half: int, step: _Step, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        page_tokens = self._pages.page_tokens
+        tokens = slice(step.pages.start * page_tokens, step.pages.stop * page_tokens)
+        complete = tokens.stop == len(positions)
+        with self._projecting.active():
+            for layer, payload in zip(step.layers, rows, strict=True):
+                stored = self._pages.layers[layer]
+                typed = payload.view(stored.dtype).view(len(payload) * page_tokens, -1)
+                stored.projector.project(layer, typed, positions[tokens], slots[tokens])
+                mark = self._projecting.mark()
+                if complete:
+                    self._events.restored(index, mark)
+        self._projected[half] = mark
+
+
+def _to(device: str, tensor: torch.Tensor) -> torch.Tensor:
+    """On the device, without a wait."""
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def restorer_for(
+    pages: HostPages, device: str, forward_stream: torch.cuda.Stream | None, events: LayerEvents, *, pinned: bool
+) -> Restorer:
+    """A restorer on lanes of its own, behind what SGLang's two streams do now.
+
+    pinned: whether the GPU can read the pages' memory by itself.
+    """
+    return Restorer(
+        pages,
+        device=device,
+        copier=KernelCopier() if pinned else IndexCopier(),
+        copying=new_lane(device, urgent=True),
+        projecting=new_lane(device, urgent=True),
+        before=[current_lane(device), *([StreamLane(forward_stream)] if forward_stream is not None else [])],
+        events=events,
+        staging=Staging.on(device),
+    )

@@ -15,7 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_hcache.capture import Capture
-from sglang_hcache.projector import Projector
+from sglang_hcache.restore import Projector
 
 _PROMPT_TOKENS = 130
 

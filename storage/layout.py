@@ -114,9 +114,12 @@ class Header:
     parent: bytes  # ROOT for the first page of a prefix
 
 
-def positions(record: Record, layout: ChunkLayout) -> npt.NDArray[np.int32]:
-    """View of the tokens' positions as the forward saw them, int32 [page_tokens]; write them before sealing."""
-    return record[_FIXED.size : _FIXED.size + 4 * layout.page_tokens].view(np.int32)
+def positions(records: Record, layout: ChunkLayout) -> npt.NDArray[np.int32]:
+    """View of the tokens' positions as the forward saw them; write them before sealing.
+
+    records: [..., record_bytes]; returns int32 [..., page_tokens].
+    """
+    return records[..., _FIXED.size : _FIXED.size + 4 * layout.page_tokens].view(np.int32)
 
 
 def parent_of(record: Record) -> bytes:

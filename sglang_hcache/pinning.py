@@ -1,0 +1,34 @@
+"""The store's memory, registered with CUDA: the GPU then copies from it by itself."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class PinnedMemory:
+    """Memory of somebody else, registered until `release`. `pinned`: whether CUDA has taken it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._address = memory.data_ptr()
+        self.pinned = False
+        if not torch.cuda.is_available():
+            return
+        error = torch.cuda.cudart().cudaHostRegister(self._address, memory.nbytes, 0)
+        self.pinned = int(error) == 0
+        if not self.pinned:
+            logger.warning(
+                "hcache: CUDA cannot register %.1f GB of host memory (%s): restoring copies it once more, and the "
+                "scheduler waits for that. A smaller --hicache-size, or a higher limit of locked memory, may help.",
+                memory.nbytes / 1e9,
+                torch.cuda.cudart().cudaGetErrorString(error),
+            )
+
+    def release(self) -> None:
+        """No copy from it may be under way."""
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+            self.pinned = False

@@ -1,0 +1,253 @@
+"""The restore pipeline: what it writes, what may overtake what, and what is left behind by a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_hcache.lanes import ImmediateLane
+from sglang_hcache.restore import HostPages, IndexCopier, LayerEvents, Load, Restorer, Staging, StoredLayer
+
+PAGE, WIDTH, CHUNKS, SLOTS = 4, 6, 12, 96
+
+
+class Device:
+    """Lanes whose work is done later, in any order that their waits allow."""
+
+    def __init__(self) -> None:
+        self.queues: list[deque[Callable[[], bool]]] = []
+        self.current: list[FakeLane] = []
+
+    def submit(self, work: Callable[[], None]) -> None:
+        def run() -> bool:
+            work()
+            return True
+
+        self.current[-1].queue.append(run)
+
+    def finish(self, chance: random.Random) -> None:
+        """Do all that is queued; fails where lanes wait for each other."""
+        while any(self.queues):
+            waiting = [queue for queue in self.queues if queue]
+            chance.shuffle(waiting)
+            for queue in waiting:
+                if queue[0]():
+                    queue.popleft()
+                    break
+            else:
+                pytest.fail("lanes wait for each other")
+
+
+@dataclass(eq=False)
+class FakeMark:
+    device: Device
+    passed: bool = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.device.finish(random.Random(0))
+        assert self.passed
+
+
+@dataclass(eq=False)
+class FakeLane:
+    device: Device
+    queue: deque[Callable[[], bool]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.device.queues.append(self.queue)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        self.device.current.append(self)
+        yield
+        self.device.current.pop()
+
+    def mark(self) -> FakeMark:
+        mark = FakeMark(self.device)
+
+        def pass_by() -> bool:
+            mark.passed = True
+            return True
+
+        self.queue.append(pass_by)
+        return mark
+
+    def wait(self, mark: object) -> None:
+        assert isinstance(mark, FakeMark)
+        self.queue.append(mark.query)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+class DeferredCopier(IndexCopier):
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.bytes_at_once: list[int] = []
+
+    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+        self.bytes_at_once.append(target.nbytes)
+        self._device.submit(lambda: super(DeferredCopier, self).copy(pages, layers, chunks, target))
+
+
+class Pool:
+    """A projector that stores twice the rows, and their positions."""
+
+    def __init__(self, layers: int, device: Device | None = None, fails_at: int | None = None) -> None:
+        self.rows = torch.full((layers, SLOTS, WIDTH), -1.0)
+        self.positions = torch.full((layers, SLOTS), -1)
+        self._device = device
+        self._fails_at = fails_at
+
+    def clear(self) -> None:
+        self.rows.fill_(-1)
+
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        if layer == self._fails_at:
+            raise RuntimeError("no memory")
+
+        def write() -> None:
+            self.rows[layer, slots] = 2 * rows
+            self.positions[layer, slots] = positions
+
+        if self._device is None:
+            write()
+        else:
+            self._device.submit(write)
+
+
+def host_pages(pool: Pool, *, uneven: bool = False) -> HostPages:
+    layers = len(pool.rows)
+    page_bytes = PAGE * WIDTH * 4
+    generator = np.random.default_rng(0)
+    offsets = [
+        64 + layer * (page_bytes + 32) + (16 if uneven and layer == layers - 1 else 0) for layer in range(layers)
+    ]
+    values = generator.standard_normal((CHUNKS, offsets[-1] + page_bytes)).astype(np.float32)
+    memory = torch.from_numpy(generator.integers(0, 256, (CHUNKS, offsets[-1] + page_bytes), np.uint8))
+    for offset in offsets:
+        memory[:, offset : offset + page_bytes] = torch.from_numpy(values[:, : PAGE * WIDTH].copy()).view(torch.uint8)
+        values += 1
+    positions = generator.integers(0, 1000, (CHUNKS, PAGE), np.int32)
+    return HostPages(memory, positions, [StoredLayer(offset, page_bytes, torch.float32, pool) for offset in offsets])
+
+
+def some_loads(seed: int, pages: int) -> list[Load]:
+    """Two requests that share a chunk, to slots in no order."""
+    slots = torch.randperm(SLOTS // PAGE, generator=torch.Generator().manual_seed(seed))[:pages]
+    slots = (slots[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    chunks = [*np.random.default_rng(seed).permutation(CHUNKS)[: pages - 1].tolist()]
+    chunks.append(chunks[0])
+    cut = max(1, pages // 3)
+    return [
+        Load("first", tuple(chunks[:cut]), slots[: cut * PAGE]),
+        Load("second", tuple(chunks[cut:]), slots[cut * PAGE :]),
+    ]
+
+
+def expect(pool: Pool, pages: HostPages, loads: list[Load]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, positions = torch.full_like(pool.rows, -1.0), torch.full_like(pool.positions, -1)
+    for load in loads:
+        for index, chunk in enumerate(load.chunks):
+            slots = load.device_slots[index * PAGE : (index + 1) * PAGE]
+            for layer, stored in enumerate(pages.layers):
+                payload = pages.memory[chunk, stored.offset : stored.offset + stored.page_bytes].clone()
+                rows[layer, slots] = 2 * payload.view(torch.float32).view(PAGE, WIDTH)
+                positions[layer, slots] = torch.from_numpy(pages.positions[chunk].astype(np.int64))
+    return rows, positions
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("together_bytes", [0, 300, 1 << 20])
+@pytest.mark.parametrize("half_rows", [1, 3 * PAGE, 1024])
+def test_every_row_lands_in_its_slot_and_nowhere_else(half_rows: int, together_bytes: int, *, uneven: bool) -> None:
+    pool, lane = Pool(5), ImmediateLane()
+    pages = host_pages(pool, uneven=uneven)
+    restorer = Restorer(
+        pages, device="cpu", copier=IndexCopier(), copying=lane, projecting=lane, before=[lane],
+        events=LayerEvents(lane), staging=Staging(half_rows, together_bytes),
+    )  # fmt: skip
+    for seed, count in enumerate([2, 7, 11]):
+        pool.rows.fill_(-1)
+        pool.positions.fill_(-1)
+        loads = some_loads(seed, count)
+        restorer.run(loads)
+        rows, positions = expect(pool, pages, loads)
+        assert torch.equal(pool.rows, rows)
+        assert torch.equal(pool.positions, positions)
+
+
+def deferred(pool: Pool, device: Device, staging: Staging) -> tuple[Restorer, LayerEvents, FakeLane, DeferredCopier]:
+    forward = FakeLane(device)
+    events, copier = LayerEvents(forward), DeferredCopier(device)
+    restorer = Restorer(
+        host_pages(pool), device="cpu", copier=copier, copying=FakeLane(device), projecting=FakeLane(device),
+        before=[forward], events=events, staging=staging,
+    )  # fmt: skip
+    return restorer, events, forward, copier
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_overtakes_what_the_forward_reads_restored_layers(seed: int) -> None:
+    """Two batches are issued at once; then the device does its work in a random order that the lanes allow."""
+    chance, device = random.Random(seed), Device()
+    pool = Pool(4, device)
+    staging = Staging(chance.choice([PAGE, 3 * PAGE, 1024]), chance.choice([0, 600, 1 << 20]))
+    restorer, events, forward, copier = deferred(pool, device, staging)
+    pages = host_pages(Pool(4))
+    half_bytes = max(1, staging.half_rows // PAGE) * PAGE * WIDTH * 4
+    seen: list[tuple[int, int]] = []
+    for batch in range(2):
+        loads = some_loads(10 * seed + batch, chance.choice([2, 6, 11]))
+        with forward.active():  # the forward before it: its slots may be those that are restored now
+            device.submit(pool.clear)
+        index = restorer.run(loads)
+        events.set_consumer(index)
+        wanted, _ = expect(pool, pages, loads)
+        for layer in range(4):
+            events.wait_until(layer)
+
+            def attend(layer: int = layer, wanted: torch.Tensor = wanted, batch: int = batch) -> None:
+                assert torch.equal(pool.rows[layer], wanted[layer])
+                seen.append((batch, layer))
+
+            with forward.active():
+                device.submit(attend)
+    device.finish(chance)
+    assert seen == [(batch, layer) for batch in range(2) for layer in range(4)]
+    assert max(copier.bytes_at_once) <= half_bytes
+
+
+def test_a_failure_leaves_nothing_under_way() -> None:
+    device = Device()
+    pool = Pool(4, device, fails_at=2)
+    restorer, events, _, _ = deferred(pool, device, Staging(1024, 0))
+    with pytest.raises(RuntimeError, match="no memory"):
+        restorer.run(some_loads(0, 5))
+    assert not any(device.queues)
+    pool._fails_at = None
+    loads = some_loads(1, 5)
+    index = restorer.run(loads)
+    events.synchronize(index)
+    rows, _ = expect(pool, host_pages(Pool(4)), loads)
+    used = torch.cat([load.device_slots for load in loads])
+    assert torch.equal(pool.rows[:, used], rows[:, used])
+
+
+def test_a_forward_without_a_load_waits_for_nothing() -> None:
+    device = Device()
+    forward = FakeLane(device)
+    events = LayerEvents(forward)
+    events.set_consumer(-1)
+    events.wait_until(0)
+    assert not forward.queue
