@@ -1,7 +1,8 @@
 """Capture: the input of every layer's attention, copied out of the forward as it runs.
 
-A pre-hook on each attention module copies its input to the same rows of a staging buffer, in token order, so
-that a captured CUDA graph holds the same copies as an eager forward. After the forward the rows go to a sink.
+A pre-hook on each attention module has a custom operator copy its input to the same rows of a staging buffer, in
+token order, so that CUDA graphs and compiled code hold the same copies as an eager forward. After the forward the
+rows go to a sink; padding stays behind.
 """
 
 from __future__ import annotations
@@ -14,18 +15,46 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from sglang_hcache.lanes import Mark
 from sglang_hcache.model import AttentionSite
 
 logger = logging.getLogger(__name__)
+
+_UNUSABLE = -1  # in `seen`: a module was called with something other than `[tokens, width]`
+
+_library = torch.library.Library("hcache", "FRAGMENT")
+_library.define("stage_rows(Tensor hidden, Tensor(a!) staging, Tensor(b!) seen, int layer) -> ()")
+
+
+def _stage_rows(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor, layer: int) -> None:
+    """`staging[layer, :rows] = hidden[:rows]`, as many rows as there are in both; `seen[layer]` says how many.
+
+    hidden `[n, width]`, staging `[layers, rows, width]`, seen int64 `[layers]`, on the CPU: a graph's replay leaves
+    it as it is.
+    """
+    if hidden.shape[1:] != staging.shape[2:]:
+        seen[layer] = _UNUSABLE
+        return
+    rows = min(hidden.shape[0], staging.shape[1])
+    staging[layer, :rows].copy_(hidden[:rows])
+    seen[layer] = rows
+
+
+def _stage_nothing(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor, layer: int) -> None:
+    """What the operator returns, for a compiler: nothing."""
+
+
+_library.impl("stage_rows", _stage_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("hcache::stage_rows", _stage_nothing, lib=_library)
 
 
 class CaptureSink(Protocol):
     """Where captured rows go. Called on the scheduler's thread, right after each forward."""
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         """Rows of one forward: `slots` int64 `[n]`, `positions` int64 `[n]`, `rows` `[layers, n, width]`.
 
-        `rows` is the staging buffer: valid until the next forward is issued on the same stream.
+        They are complete on the current stream, and not overwritten before the mark that is returned.
         """
 
     def drop(self, slots: torch.Tensor) -> None:
@@ -33,7 +62,11 @@ class CaptureSink(Protocol):
 
 
 class Capture:
-    """The staging buffer, `[layers, rows, width]` on the device, and the hooks that fill it."""
+    """The staging buffer, `[layers, rows, width]` on the device, and the hooks that fill it.
+
+    On a GPU there is a second buffer of that size, into which a forward's rows are moved when it ends: they are
+    copied to the host from there while the next forward fills the first. While it is busy, nothing is captured.
+    """
 
     def __init__(
         self, sites: Sequence[AttentionSite], *, rows: int, width: int, dtype: torch.dtype, device: str
@@ -41,8 +74,10 @@ class Capture:
         self.sites = tuple(sites)
         self.sink: CaptureSink | None = None
         self._staging = torch.empty((len(sites), rows, width), dtype=dtype, device=device)
-        self._rows_seen = [0] * len(sites)
-        self._usable = True  # until a module is called with something other than `[tokens, width]`
+        self._outgoing = torch.empty_like(self._staging) if self._staging.device.type == "cuda" else self._staging
+        self._sent: Mark | None = None
+        self._seen = torch.zeros(len(sites), dtype=torch.int64)
+        self._usable = True
         self._hooks: list[RemovableHandle] = [
             site.module.register_forward_pre_hook(partial(self._stage, index), with_kwargs=True)
             for index, site in enumerate(sites)
@@ -53,22 +88,17 @@ class Capture:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._outgoing = self._staging.new_empty(0)
         if self._staging.device.type == "cpu":
-            self._staging = self._staging.new_empty(0)
+            self._staging = self._outgoing
         self.sink = None
 
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)
-        if hidden.shape[1:] != self._staging.shape[2:]:
-            self._usable = False
-            return
-        # A graph's padding may go beyond the buffer; the rows before it are valid all the same.
-        rows = min(hidden.shape[0], self._staging.shape[1])
-        self._staging[index, :rows].copy_(hidden[:rows])
-        self._rows_seen[index] = rows
+        torch.ops.hcache.stage_rows(hidden, self._staging, self._seen, index)
 
     def before_forward(self) -> None:
-        self._rows_seen = [0] * len(self.sites)
+        self._seen.zero_()
 
     def after_forward(self, slots: torch.Tensor, positions: torch.Tensor, *, from_graph: bool) -> None:
         """Hand the rows of the forward that was just issued to the sink.
@@ -79,8 +109,14 @@ class Capture:
         if self.sink is None:
             return
         count = slots.numel()
-        complete = from_graph or min(self._rows_seen) >= count
-        if self._usable and complete and count <= self._staging.shape[1]:
-            self.sink.write(slots, positions, self._staging[:, :count])
-        else:
+        fewest = int(self._seen.min())
+        self._usable = self._usable and fewest != _UNUSABLE
+        complete = from_graph or fewest >= count
+        busy = self._sent is not None and not self._sent.query()
+        if busy or not (self._usable and complete and count <= self._staging.shape[1]):
             self.sink.drop(slots)
+            return
+        rows = self._outgoing[:, :count]
+        if self._outgoing is not self._staging:
+            rows.copy_(self._staging[:, :count])
+        self._sent = self.sink.write(slots, positions, rows)

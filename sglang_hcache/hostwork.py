@@ -1,4 +1,4 @@
-"""Host work that must follow device copies, done in order and never waited for by the scheduler."""
+"""Copies off the device and the host work that follows them, in order, never waited for by the scheduler."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import torch
 
+from sglang_hcache.lanes import ImmediateLane, Lane, Mark
+
 logger = logging.getLogger(__name__)
 
-_MAX_PENDING = 16  # jobs, each of which may hold one forward's rows in pinned memory
+_MAX_PENDING_BYTES = 2 << 30  # of pinned memory, held by jobs that wait; one job may go beyond
 
 Job = Callable[[], None]
 
@@ -20,6 +22,14 @@ class InlineWork:
     """On the CPU there is no copy to wait for: a job is done when `submit` returns."""
 
     crowded = False
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as the next job finds it."""
+        return tensor
+
+    def mark(self) -> Mark:
+        """Passed once everything given to `to_host` may be overwritten."""
+        return ImmediateLane().mark()
 
     def submit(self, job: Job) -> None:
         job()
@@ -32,22 +42,45 @@ class InlineWork:
 
 
 class StreamWork:
-    """Jobs run on one thread, each once the device has come as far as the stream was at its submission."""
+    """Copies on a lane of their own; jobs on one thread, each once the copies before its submission are done.
 
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[torch.cuda.Event, Job] | None] = queue.SimpleQueue()
+    current: the lane on which the tensors are made.
+    """
+
+    def __init__(self, lane: Lane, current: Lane) -> None:
+        self._lane = lane
+        self._current = current
+        self._jobs: queue.SimpleQueue[tuple[Mark, Job, int] | None] = queue.SimpleQueue()
+        self._copied = 0  # bytes since the last submission
+        self._pending = 0
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hcache-hostwork", daemon=True)
         self._thread.start()
 
     @property
     def crowded(self) -> bool:
-        """Whether more jobs wait than may hold pinned memory; the caller then leaves its rows uncaptured."""
-        return self._jobs.qsize() > _MAX_PENDING
+        """Whether waiting jobs hold more than they should; the caller then leaves its rows uncaptured."""
+        return self._pending > _MAX_PENDING_BYTES
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._lane.wait(self._current.mark())
+        with self._lane.active():
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            # Copied as a whole, a tensor with gaps would be made contiguous on the device first.
+            for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
+                target.copy_(source, non_blocking=True)
+        self._lane.keep(tensor)
+        self._copied += host.nbytes
+        return host
+
+    def mark(self) -> Mark:
+        return self._lane.mark()
 
     def submit(self, job: Job) -> None:
-        event = torch.cuda.Event()
-        event.record()
-        self._jobs.put((event, job))
+        held, self._copied = self._copied, 0
+        with self._lock:
+            self._pending += held
+        self._jobs.put((self._lane.mark(), job, held))
 
     def drain(self) -> None:
         done = threading.Event()
@@ -60,24 +93,15 @@ class StreamWork:
 
     def _run(self) -> None:
         while item := self._jobs.get():
-            event, job = item
-            event.synchronize()
+            mark, job, held = item
+            mark.synchronize()
             try:
                 job()
             except Exception:
                 # The thread must outlive a failed job; what it held is simply not stored.
                 logger.exception("hcache: a page could not be kept")
+            with self._lock:
+                self._pending -= held
 
 
 HostWork = InlineWork | StreamWork
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, valid in a job submitted from now on; on the CPU the tensor itself."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    # Copied as a whole, a tensor with gaps would be made contiguous on the device first.
-    for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
-        target.copy_(source, non_blocking=True)
-    return host

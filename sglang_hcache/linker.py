@@ -21,7 +21,7 @@ from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representatio
 from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
-from sglang_hcache.lanes import current_lane
+from sglang_hcache.lanes import current_lane, new_lane
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
@@ -71,7 +71,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
         self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)))
-        self._work: HostWork = StreamWork() if torch.cuda.is_available() else InlineWork()
+        self._work: HostWork = _host_work(str(self._pool.device))
         self._queued: list[Load] = []
         self._started: dict[int, list[Load]] = {}
         self._promised: dict[str, list[int]] = {}
@@ -408,6 +408,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._page_tokens,
             ", ".join(self._config.directories),
         )
+
+
+def _host_work(device: str) -> HostWork:
+    on_cpu = torch.device(device).type == "cpu"
+    return InlineWork() if on_cpu else StreamWork(new_lane(device), current_lane(device))
 
 
 def _ranks_of_a_node(server_args: Any) -> int:

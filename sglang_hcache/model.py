@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,9 +27,13 @@ class AttentionSite:
     attention: RadixAttention
     signature: inspect.Signature  # of `module.forward`, without self
 
+    @cached_property
+    def _place(self) -> int:
+        return list(self.signature.parameters).index("hidden_states")
+
     def hidden_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The attention's input, `[tokens, width]`, among the arguments of a call of the module."""
-        hidden: torch.Tensor = self.signature.bind(*args, **kwargs).arguments["hidden_states"]
+        hidden: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[self._place]
         return hidden
 
 

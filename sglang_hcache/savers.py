@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_hcache.hostwork import HostWork, to_host
+from sglang_hcache.hostwork import HostWork
+from sglang_hcache.lanes import Mark
 from sglang_hcache.pages import OpenPages, chunk_rows
 from sglang_hcache.projector import gather_kv
 from sglang_hcache.storage.contract import ChunkStore
@@ -56,21 +57,22 @@ class HiddenSaver:
         self._work = work
         self._pages_incomplete = 0
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         if self._work.crowded:
             self.drop(slots)
-            return
-        host_slots, host_positions, host_rows = to_host(slots), to_host(positions), to_host(rows)
+            return self._work.mark()
+        host_slots, host_positions, host_rows = map(self._work.to_host, (slots, positions, rows))
         self._work.submit(
             lambda: self._pages.write(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())
         )
+        return self._work.mark()
 
     def drop(self, slots: torch.Tensor) -> None:
-        host_slots = to_host(slots)
+        host_slots = self._work.to_host(slots)
         self._work.submit(lambda: self._pages.drop(host_slots.numpy()))
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        first_slots = to_host(slots[:: self._page_tokens])
+        first_slots = self._work.to_host(slots[:: self._page_tokens])
 
         def commit() -> None:
             incomplete = [
@@ -84,7 +86,7 @@ class HiddenSaver:
         self._work.submit(commit)
 
     def overwrite(self, slots: torch.Tensor) -> None:
-        host_slots = to_host(slots)
+        host_slots = self._work.to_host(slots)
         self._work.submit(lambda: self._pages.forget(host_slots.numpy()))
 
     def clear(self) -> None:
@@ -132,7 +134,8 @@ class KVSaver:
             torch.cuda.current_stream().wait_stream(self._forward_stream)
         wanted = slots.view(-1, page_tokens)[[index for _, index, _ in pages]].flatten()
         layers = [
-            [to_host(part) for part in gather_kv(self._pool, layer, wanted)] for layer in range(self._pool.layer_num)
+            [self._work.to_host(part) for part in gather_kv(self._pool, layer, wanted)]
+            for layer in range(self._pool.layer_num)
         ]
         chunks = [chunk for _, _, chunk in pages]
 

@@ -15,6 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_hcache.capture import Capture
+from sglang_hcache.lanes import Mark, current_lane
 from sglang_hcache.restore import Projector
 
 _PROMPT_TOKENS = 130
@@ -38,8 +39,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.rows: torch.Tensor | None = None
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         self.slots, self.positions, self.rows = slots.clone(), positions.clone(), rows.clone()
+        return current_lane(str(rows.device)).mark()
 
     def drop(self, slots: torch.Tensor) -> None:
         self.rows = None

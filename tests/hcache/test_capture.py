@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sglang_hcache.capture import Capture
+from sglang_hcache.lanes import ImmediateLane, Mark
 from sglang_hcache.model import AttentionSite
 from sglang_hcache.pages import OpenPages
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
@@ -29,8 +30,9 @@ class Sink:
         self.rows: torch.Tensor | None = None
         self.dropped: list[int] = []
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         self.rows = rows.clone()
+        return ImmediateLane().mark()
 
     def drop(self, slots: torch.Tensor) -> None:
         self.dropped += slots.tolist()
@@ -88,6 +90,70 @@ def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Att
     forward(capture, modules, torch.randn(4, WIDTH + 1), count=4)
     sink = forward(capture, modules, torch.randn(4, WIDTH), count=4, from_graph=True)
     assert sink.rows is None
+
+
+def test_a_busy_buffer_drops_the_next_forward(capture: Capture, modules: list[Attention]) -> None:
+    class Busy(Sink):
+        left = 1
+
+        def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+            super().write(slots, positions, rows)
+            return self
+
+        def query(self) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+        def synchronize(self) -> None:
+            pytest.fail("the forward waited")
+
+    capture.sink = Busy()
+    forward(capture, modules, torch.zeros(3, WIDTH), count=3)
+    sink = forward(capture, modules, torch.ones(4, WIDTH), count=4)
+    assert sink.rows is not None
+    assert torch.equal(sink.rows[0], torch.zeros(3, WIDTH))
+    assert sink.dropped == [0, 1, 2, 3]
+    sink = forward(capture, modules, torch.ones(4, WIDTH), count=4)
+    assert sink.rows is not None
+    assert torch.equal(sink.rows[0], torch.ones(4, WIDTH))
+
+
+class Decoder(torch.nn.Module):
+    """Layers whose work around the attention a compiler can fuse, and change in place."""
+
+    def __init__(self, modules: list[Attention]) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(modules)
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = torch.tanh(hidden) * 2
+            hidden = layer(positions, hidden_states=hidden, forward_batch=None)
+            hidden.add_(1)
+        return hidden
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_captures_what_eager_code_does(
+    backend: str, capture: Capture, modules: list[Attention]
+) -> None:
+    decoder = Decoder(modules)
+    compiled = torch.compile(decoder, backend=backend, fullgraph=True, dynamic=True)
+    for count in (5, 7, ROWS):
+        hidden, results = torch.randn(count, WIDTH), []
+        for run in (decoder, compiled):
+            capture.before_forward()
+            with torch.inference_mode():
+                output = run(torch.arange(count), hidden.clone())
+            capture.after_forward(torch.arange(count), torch.arange(count), from_graph=False)
+            assert isinstance(capture.sink, Sink)
+            assert capture.sink.rows is not None
+            results.append((output, capture.sink.rows))
+            capture.sink.rows = None
+        (output, rows), (compiled_output, compiled_rows) = results
+        assert torch.allclose(output, compiled_output, rtol=1e-6)
+        assert torch.allclose(rows, compiled_rows, rtol=1e-6)
+        assert rows.shape == (LAYERS, count, WIDTH)
 
 
 # ---- open pages ----

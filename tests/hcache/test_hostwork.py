@@ -1,0 +1,115 @@
+"""Copies and the jobs behind them: order, bounds, and jobs that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sglang_hcache import hostwork
+from sglang_hcache.hostwork import InlineWork, StreamWork
+from sglang_hcache.lanes import ImmediateLane
+
+
+class HeldMark:
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+
+    def query(self) -> bool:
+        return self.passed.is_set()
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(10)
+
+
+class HeldLane(ImmediateLane):
+    """Whose marks are passed when the test says so."""
+
+    def __init__(self) -> None:
+        self.marks: list[HeldMark] = []
+        self.kept: list[torch.Tensor] = []
+
+    def mark(self) -> HeldMark:
+        self.marks.append(HeldMark())
+        return self.marks[-1]
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        self.kept.append(tensor)
+
+    def pass_all(self) -> None:
+        for mark in self.marks:
+            mark.passed.set()
+
+
+@pytest.fixture
+def lane() -> HeldLane:
+    return HeldLane()
+
+
+@pytest.fixture
+def work(lane: HeldLane) -> Iterator[StreamWork]:
+    work = StreamWork(lane, ImmediateLane())
+    yield work
+    with contextlib.suppress(IndexError):
+        lane.pass_all()
+    work.close()
+
+
+def test_jobs_wait_for_their_copies_and_keep_their_order(work: StreamWork, lane: HeldLane) -> None:
+    done: list[int] = []
+    for number in range(3):
+        host = work.to_host(torch.full((2, 3), number))
+        work.submit(lambda host=host: done.append(int(host[0, 0])))  # type: ignore[misc]
+    assert len(lane.kept) == 3
+    lane.marks[1].passed.set()
+    assert not done
+    lane.marks[0].passed.set()
+    lane.marks[2].passed.set()
+    lane.pass_all()
+    finished = threading.Event()
+    work.submit(finished.set)
+    lane.pass_all()
+    assert finished.wait(10)
+    assert done == [0, 1, 2]
+
+
+def test_rows_with_gaps_are_copied_whole(work: StreamWork) -> None:
+    tensor = torch.arange(48).view(4, 12)[:, 2:7]
+    assert torch.equal(work.to_host(tensor), tensor)
+
+
+def test_too_much_waiting_memory_makes_it_crowded(
+    work: StreamWork, lane: HeldLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostwork, "_MAX_PENDING_BYTES", 1000)
+    finished = threading.Event()
+    for _ in range(2):
+        work.to_host(torch.zeros(500, dtype=torch.uint8))
+        work.to_host(torch.zeros(1, dtype=torch.uint8))
+        assert not work.crowded
+        work.submit(lambda: None)
+    assert work.crowded
+    work.submit(finished.set)
+    lane.pass_all()
+    assert finished.wait(10)
+    assert not work.crowded
+
+
+def test_a_failed_job_does_not_end_the_thread(work: StreamWork, lane: HeldLane) -> None:
+    finished = threading.Event()
+    work.submit(lambda: 1 // 0)  # type: ignore[arg-type]
+    work.submit(finished.set)
+    lane.pass_all()
+    assert finished.wait(10)
+
+
+def test_on_the_cpu_a_job_is_done_at_once() -> None:
+    work, done = InlineWork(), []
+    tensor = torch.zeros(3)
+    assert work.to_host(tensor) is tensor
+    work.submit(lambda: done.append(1))
+    assert done == [1]
+    assert work.mark().query()
