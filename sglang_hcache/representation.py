@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import Representation
+from sglang_hcache.fast_projector import KernelProjector
 from sglang_hcache.model import Unsupported, kv_row_bytes
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.restore import Projector
@@ -59,7 +60,7 @@ def choose(wanted: str, runner: Any, capture: Capture | None, pool: MHATokenToKV
 
 def _hidden_projector(
     runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int
-) -> tuple[ReplayProjector | None, str]:
+) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
         return None, "hidden states are larger than K and V, or the attention modules cannot be replayed"
@@ -79,8 +80,12 @@ def _hidden_projector(
     return None, f"the self-test failed ({verdict})"
 
 
-def _candidates(sites: Sequence[Any], pool: MHATokenToKVPool) -> Iterator[ReplayProjector]:
+def _candidates(sites: Sequence[Any], pool: MHATokenToKVPool) -> Iterator[KernelProjector | ReplayProjector]:
     """Projectors of hidden states, the fastest first."""
+    try:
+        yield KernelProjector(sites, pool)
+    except ValueError as error:
+        logger.info("hcache: K and V are projected by the model's own code (%s)", error)
     with contextlib.suppress(ValueError):
         yield KeyValueReplayProjector(sites, pool)
     yield ReplayProjector(sites, pool)

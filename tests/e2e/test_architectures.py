@@ -50,6 +50,19 @@ def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> N
     assert control.logprob > 5 * FLOAT32_TOLERANCE, "the model's output does not depend on its prefix"
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "opt"])
+def test_restores_by_kernels(architecture: str, workshop: Workshop, fresh_store: Path) -> None:
+    """The kernels in Triton's interpreter, where there is no GPU to run them."""
+    spec = ModelSpec(architecture)
+    tiered = workshop.tiered(fresh_store, spec, ARGS, env={"TRITON_INTERPRET": "1"})
+    with started_together(workshop.stock(spec, ARGS), tiered) as (stock, tiered):
+        wanted, answers = restore_once(stock), restore_once(tiered)
+        state = tier_state(tiered)
+    assert state["projector"] == "kernels"
+    assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
+    assert_equal(answers, wanted)
+
+
 def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop, fresh_store: Path) -> None:
     """SGLang's own prefix cache changes log-probabilities in bf16 a little; the tier changes them no more."""
     spec = ModelSpec("llama", dtype="bfloat16")

@@ -1,0 +1,132 @@
+"""The fast projector: K's and V's part of the attention module in kernels of our own, for modules known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import QKVParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_hcache.model import AttentionSite
+from sglang_hcache.triton_kernels.project import Projection, project_kv
+from sglang_hcache.triton_kernels.tuning import choose
+
+# Read in SGLang 0.5.23: fused projection, then, where the module has them, K's norm (`k_norm`) and RoPE. Nothing else
+# happens to K and V. What a module might do only to some inputs, the self-test cannot see: hence a list.
+_KNOWN = {
+    "sglang.srt.models.gemma.GemmaAttention",
+    "sglang.srt.models.llama.LlamaAttention",
+    "sglang.srt.models.olmo2.Olmo2Attention",
+    "sglang.srt.models.opt.OPTAttention",
+    "sglang.srt.models.qwen2.Qwen2Attention",
+    "sglang.srt.models.qwen3.Qwen3Attention",
+}
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class KernelProjector:
+    """Runs `project_kv` on the modules' own weights, as they are at each call.
+
+    Raises ValueError for modules that are not known, or a device without Triton.
+    """
+
+    name = "kernels"
+
+    def __init__(self, sites: Sequence[AttentionSite], pool: MHATokenToKVPool) -> None:
+        if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+            raise ValueError("no device for Triton")
+        self._modules = [_Module(site) for site in sites]
+        self._pool = pool
+        self._keys, self._values = (
+            [buffer.view(pool.dtype) for buffer in buffers] for buffers in (pool.k_buffer, pool.v_buffer)
+        )
+        on_gpu = torch.cuda.is_available()
+        self._capability = 10 * torch.cuda.get_device_capability()[0] if on_gpu else 0
+
+    @torch.no_grad()
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        keys, values = self._keys[layer], self._values[layer]
+        projection = self._modules[layer].projection(scaled=keys.dtype != rows.dtype)
+        fused = choose(projection.shape, len(rows), self._capability) if projection.can_be_fused else None
+        project_kv(rows, projection, positions, slots, keys, values, fused=fused)
+
+
+class _Module:
+    """What a known attention module does to K and V."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        module: Any = site.module
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if kind not in _KNOWN:
+            raise ValueError(f"{kind} is not among the known attention modules")
+        self._attention = site.attention
+        self._qkv: Any = module.qkv_proj
+        self._norm: Any = getattr(module, "k_norm", None)
+        self._rotary: Any = getattr(module, "rotary_emb", None)
+        plain = isinstance(self._qkv, QKVParallelLinear) and type(self._qkv.quant_method) is UnquantizedLinearMethod
+        if not plain or self._qkv.skip_bias_add or self._qkv.weight.dtype not in _KERNEL_DTYPES:
+            raise ValueError("the projection is quantised")
+        if self._rotary is not None and not _turns_plainly(self._rotary):
+            raise ValueError(f"rotary embedding {type(self._rotary).__name__}")
+        self._check_norm()
+        self._made_of: tuple[int, ...] = ()
+        self._projection: Projection
+
+    def projection(self, *, scaled: bool) -> Projection:
+        """Of the module's tensors as they are now: weights may be loaded anew, the table of angles may grow.
+
+        scaled: whether K and V are divided by their scales, as the pool does when it stores another dtype.
+        """
+        weight, bias = self._qkv.weight, self._qkv.bias
+        angles = self._rotary.cos_sin_cache if self._rotary is not None else None
+        made_of = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias, angles))
+        if made_of != self._made_of:
+            self._made_of, self._projection = made_of, self._make(weight, bias, angles, scaled=scaled)
+        return self._projection
+
+    def _make(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, angles: torch.Tensor | None, *, scaled: bool
+    ) -> Projection:
+        attention, queries = self._attention, self._qkv.q_proj_shard_size
+        return Projection(
+            weight=weight[queries:],
+            bias=None if bias is None else bias[queries:],
+            k_heads=attention.tp_k_head_num,
+            k_dim=attention.qk_head_dim,
+            v_heads=attention.tp_v_head_num,
+            v_dim=attention.v_head_dim,
+            norm_weight=None if self._norm is None else self._norm.weight,
+            eps=0.0 if self._norm is None else self._norm.variance_epsilon,
+            cos_sin=angles,
+            neox=self._rotary is None or self._rotary.is_neox_style,
+            k_scale=_scale(attention.k_scale) if scaled else 1.0,
+            v_scale=_scale(attention.v_scale) if scaled else 1.0,
+        )
+
+    def _check_norm(self) -> None:
+        norm = self._norm
+        if norm is None:
+            return
+        if type(norm) is not RMSNorm or norm.variance_size_override is not None:
+            raise ValueError(f"a norm of K of type {type(norm).__name__}")
+        if norm.weight.numel() != self._attention.qk_head_dim and get_parallel().tp_size > 1:
+            raise ValueError("a norm over K's heads of all ranks")
+
+
+def _turns_plainly(rotary: Any) -> bool:
+    """Whether scaling, if any, is in the table of angles alone."""
+    base = RotaryEmbedding
+    return isinstance(rotary, base) and all(
+        getattr(type(rotary), method) is getattr(base, method) for method in ("forward_native", "forward_cuda")
+    )
+
+
+def _scale(scale: Any) -> float:
+    return 1.0 if scale is None else float(scale)
