@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.triton_kernels.project import Projection, project_kv
+from sglang_hcache.triton_kernels.project import E4M3_SINCE, Projection, project_kv
 from sglang_hcache.triton_kernels.tuning import choose
 
 # Read in SGLang 0.5.23: fused projection, then, where the module has them, K's norm (`k_norm`) and RoPE. Nothing else
@@ -47,8 +47,12 @@ class KernelProjector:
         self._keys, self._values = (
             [buffer.view(pool.dtype) for buffer in buffers] for buffers in (pool.k_buffer, pool.v_buffer)
         )
-        on_gpu = torch.cuda.is_available()
-        self._capability = 10 * torch.cuda.get_device_capability()[0] if on_gpu else 0
+        self._capability = 0
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            self._capability = 10 * major + minor
+            if pool.dtype == torch.float8_e4m3fn and self._capability < E4M3_SINCE:
+                raise ValueError(f"a pool in e4m3 on sm_{self._capability}")
 
     @torch.no_grad()
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:

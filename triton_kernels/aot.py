@@ -45,6 +45,7 @@ class KernelSpec:
     num_warps: int = 4
     num_stages: int = 3  # of software pipelining
     aligned: Sequence[str] = field(default=())  # arguments divisible by 16, as Triton finds at a launch
+    capabilities: Sequence[int] = CAPABILITIES  # where there is such a kernel
 
     @property
     def options(self) -> dict[str, int]:
@@ -92,7 +93,7 @@ def reports(modules: Sequence[str], capabilities: Sequence[int] = CAPABILITIES) 
     """One record a configuration and capability, of all `modules`' `compile_specs()`; failures have an `error`."""
     for module in modules:
         for spec in importlib.import_module(module).compile_specs():
-            for capability in capabilities:
+            for capability in set(capabilities) & set(spec.capabilities):
                 record = {"module": module.rpartition(".")[2], "name": spec.name, "capability": capability}
                 try:
                     yield record | spec.options | asdict(compile_spec(spec, capability))

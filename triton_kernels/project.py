@@ -6,14 +6,18 @@ rest (`_finish`). `tuning.py` says which serves a shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.tuning import FINISH_TOKENS, FINISH_WARPS, Fused, Shape
+from sglang_hcache.triton_kernels.aot import CAPABILITIES, KernelSpec
+from sglang_hcache.triton_kernels.tuning import FINISH_TOKENS, FINISH_WARPS, SHAPES, Fused, Shape, candidates
 
+E4M3_SINCE = 89  # a GPU before sm_89 has no instruction for it, and Triton no substitute
 _NO_NORM, _HEAD_NORM, _FULL_NORM = range(3)
 _GROUP = 8  # blocks of tokens that share a pass over the weight, to find it in L2
 
@@ -419,3 +423,76 @@ def _pairs(dim: int) -> int:
 def _or_any(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     """A pointer that the kernel does not read, where there is no tensor."""
     return other if tensor is None else tensor
+
+
+def compile_specs() -> Iterator[KernelSpec]:
+    """The fused form of each known shape in each configuration, and what follows cuBLAS, with every option."""
+    for shape, model in {shape: model for model, shape in SHAPES.items()}.items():
+        for fused in candidates(shape.head_dim):
+            yield _spec(
+                f"project {model} {fused.tokens}x{fused.depth}",
+                _project,
+                fused.warps,
+                fused.stages,
+                WIDTH=shape.width,
+                K_HEADS=shape.k_heads,
+                HEADS=shape.k_heads + shape.v_heads,
+                DIM=shape.head_dim,
+                ROTARY=shape.head_dim,
+                NEOX=True,
+                NORM=_HEAD_NORM,
+                BIAS=True,
+                PAIRS=_pairs(shape.head_dim),
+                TOKENS=fused.tokens,
+                DEPTH=fused.depth,
+                GROUP=_GROUP,
+            )
+    for dim, rotary, neox, norm, pool in (
+        (64, 16, True, _NO_NORM, "*bf16"),
+        (96, 96, True, _NO_NORM, "*fp16"),
+        (128, 128, True, _FULL_NORM, "*bf16"),
+        (128, 128, False, _HEAD_NORM, "*bf16"),
+        (128, 0, True, _NO_NORM, "*fp8e5"),
+        (128, 128, True, _NO_NORM, "*fp8e4nv"),
+        (256, 256, True, _NO_NORM, "*bf16"),
+    ):
+        yield _spec(
+            f"finish heads of {dim}, {rotary} turned, norm {norm}, into {pool[1:]}",
+            _finish,
+            FINISH_WARPS,
+            1,
+            pool,
+            K_HEADS=32,
+            K_DIM=dim,
+            V_DIM=dim,
+            ROTARY=rotary,
+            NEOX=neox,
+            NORM=norm,
+            K_PAIRS=_pairs(dim),
+            V_PAIRS=_pairs(dim),
+            TOKENS=FINISH_TOKENS,
+        )
+    yield KernelSpec(
+        name="inverse_rms",
+        kernel=_inverse_rms,
+        signature={"rows": "*bf16", "stride": "i32", "out": "*fp32", "eps": "fp32"},
+        constexprs={"COLUMNS": 4096, "BLOCK": 1024},
+        aligned=("rows", "stride", "out"),
+    )
+
+
+_TYPES = {
+    **dict.fromkeys(("rows", "weight", "bias", "projected", "norm_weight"), "*bf16"),
+    **dict.fromkeys(("slots", "positions"), "*i64"),
+    **dict.fromkeys(("cos_sin", "inverse_rms"), "*fp32"),
+    **dict.fromkeys(("rows_stride", "weight_stride", "projected_stride", "k_stride", "v_stride", "n"), "i32"),
+    **dict.fromkeys(("eps", "k_scale", "v_scale"), "fp32"),
+}
+
+
+def _spec(name: str, kernel: Any, warps: int, stages: int, pool: str = "*bf16", /, **constexprs: Any) -> KernelSpec:
+    types = _TYPES | {"k_buffer": pool, "v_buffer": pool}
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constexprs}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("stride")]
+    capabilities = [c for c in CAPABILITIES if pool != "*fp8e4nv" or c >= E4M3_SINCE]
+    return KernelSpec(name, kernel, signature, constexprs, warps, stages, aligned, capabilities)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from sglang_hcache.triton_kernels.aot import KernelSpec
 
 WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multiples
 _PROGRAMS = 256
@@ -124,6 +128,22 @@ def _halves(
         )
     begins = torch.arange(len(slots), device=slots.device) * (k_bytes + v_bytes)
     return [(k_buffer, begins, slots * k_bytes), (v_buffer, begins + k_bytes, slots * v_bytes)]
+
+
+def compile_specs() -> Iterator[KernelSpec]:
+    """Rows of one block, and of many: K or V of a token, a token's hidden state, a layer of a page."""
+    pointers = {"source": "*i64", "source_offsets": "*i64", "target": "*i64", "target_offsets": "*i64"}
+    numbers = {"source_layer": "i64", "target_layer": "i64", "n": "i32", "tasks": "i32"}
+    for row_bytes in (256, 8192, 64 * 8192):
+        row = row_bytes // WORD
+        yield KernelSpec(
+            name=f"copy_rows of {row_bytes} bytes",
+            kernel=_copy_rows,
+            signature=pointers | numbers,
+            constexprs={"row": row, "WORD_BYTES": WORD, "BLOCK": min(1024, triton.next_power_of_2(row))},
+            num_warps=4,
+            aligned=tuple(pointers),
+        )
 
 
 def _words(memory: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ SHAPES = {
 CANDIDATES: dict[int, tuple[Fused, ...]] = {
     32: (Fused(128, 64, 4, 3), Fused(64, 64, 4, 4)),
     64: (Fused(128, 64, 8, 3), Fused(128, 32, 8, 4), Fused(64, 64, 4, 3)),
-    128: (Fused(128, 32, 8, 3), Fused(64, 32, 8, 4)),
+    128: (Fused(64, 32, 8, 4), Fused(64, 64, 8, 3)),
 }
 
 
