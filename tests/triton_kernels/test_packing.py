@@ -188,13 +188,19 @@ def test_the_reference_counts_the_escapes() -> None:
         unpack_reference(spoilt(packed, HEADER_BYTES + 44 * 100 + 4, 1))
 
 
-def test_wrong_escape_counts_do_not_lead_the_kernel_astray() -> None:
-    """Content that no header check sees gives wrong values, and touches nothing else."""
+@pytest.mark.parametrize("beyond", [0, 1, 0x7FFFFFF0, 0x80000000])
+def test_a_wrong_count_of_escapes_does_not_lead_the_kernel_astray(beyond: int) -> None:
+    """No header check sees it. Values come out wrong, but nothing outside of the page or of the output is touched."""
     page = normal(16, 200)
-    packed = spoilt(pack(page), HEADER_BYTES + 44 * 100 + 4, 0x7FFFFFFF)
+    packed = pack(page)
+    third_block = HEADER_BYTES + 44 * 100 + 4 * 2  # where a tile begins
+    packed = spoilt(packed, third_block, read_header(packed).escapes + beyond)
+    packed = torch.cat([packed, torch.full((4096,), 0xFF, dtype=torch.uint8, device=DEVICE)])  # exponents of NaN
     memory = torch.full((18, 200), 7.0, dtype=torch.bfloat16, device=DEVICE)
     unpack(packed, memory[1:17])
-    assert torch.equal(memory[1:6], page[:5])
+    assert torch.equal(memory[1:11], page[:10])
+    assert not torch.equal(memory[1:17], page)
+    assert memory.isfinite().all()
     assert (memory[[0, 17]] == 7.0).all()
 
 
