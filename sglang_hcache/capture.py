@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from sglang_hcache.lanes import Mark
-from sglang_hcache.model import AttentionSite
+
+if TYPE_CHECKING:
+    from sglang_hcache.model import AttentionSite
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,82 @@
+"""What the GPU benches share: timing on the device, its ceilings, what machine it is. Torch and Triton suffice."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP = 2
+
+
+def seconds(work: Callable[[], object], *, rounds: int = 7) -> float:
+    """Median of the device's time for `work`, each round between two events; on a CPU, the caller's time."""
+    times = []
+    for round_ in range(WARM_UP + rounds):
+        took = _once(work)
+        if round_ >= WARM_UP:
+            times.append(took)
+    return statistics.median(times)
+
+
+def _once(work: Callable[[], object]) -> float:
+    if DEVICE == "cpu":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    work()
+    after.record()
+    torch.cuda.synchronize()
+    return float(before.elapsed_time(after)) / 1000
+
+
+def pinned(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, pin_memory=DEVICE == "cuda")
+
+
+def noise(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Normal values on the device."""
+    return torch.randn(*shape, dtype=dtype, device=DEVICE) * scale
+
+
+def host_to_device_gb_s(n_bytes: int) -> float:
+    """The copy engine's rate from pinned memory."""
+    source, target = pinned(n_bytes), torch.empty(n_bytes, dtype=torch.uint8, device=DEVICE)
+    return n_bytes / seconds(lambda: target.copy_(source, non_blocking=True)) / 1e9
+
+
+def device_copy_gb_s(n_bytes: int) -> float:
+    """Bytes read and bytes written, a second."""
+    source, target = (torch.empty(n_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return 2 * n_bytes / seconds(lambda: target.copy_(source)) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
+        "capability": _capability(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _capability() -> int:
+    if DEVICE == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor

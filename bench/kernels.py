@@ -1,0 +1,187 @@
+"""The kernels: what they compile to, and on a GPU whether they are right and how fast they are.
+
+    python -m bench.kernels --compile-only [--json] [--save]
+    python -m bench.kernels [--json] [--save] [--tune]
+
+`--compile-only` needs no GPU: every kernel in every configuration is compiled for sm_80, sm_90 and sm_100; registers,
+shared memory and spills are what cuobjdump reads in the machine code.
+
+Method on a GPU: for each model's shape and number of tokens, random bf16 inputs; the projection's two forms are first
+compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike), beside
+the same error of torch's own matrix product. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second
+kernel, and the fused kernel in each configuration are timed between events, median of 7 after 2 that warm up. `ratio`
+is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. `--tune` writes which form
+was fastest to triton_kernels/tuned.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bench.gpu import DEVICE, machine, noise, seconds
+from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
+from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS = (64, 256, 1024, 4096, 16384)
+CHECKED_TOKENS = 512
+POSITIONS = 32768
+
+
+def compile_all() -> dict[str, Any]:
+    """Raises RuntimeError where Triton's interpreter stands in the compiler's place."""
+    if os.environ.get("TRITON_INTERPRET"):
+        raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
+    records = []
+    for record in reports(modules_with_kernels()):
+        print(f"sm_{record['capability']} {record['module']}: {record['name']}", file=sys.stderr)
+        records.append(record)
+    failed = [record for record in records if "error" in record]
+    return {
+        "compiled": len(records) - len(failed),
+        "failed": len(failed),
+        "spills": sum(record["spills"] > 0 for record in records if "error" not in record),
+        "configurations": records,
+        "triton": triton.__version__,
+    }
+
+
+def projection_of(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Projection:
+    """Random, with RoPE: activations of unit variance give K and V of unit variance."""
+    turns = torch.arange(POSITIONS)[:, None] / 10000 ** (torch.arange(0, shape.head_dim, 2) / shape.head_dim)
+    columns = (shape.k_heads + shape.v_heads) * shape.head_dim
+    return Projection(
+        weight=noise(columns, shape.width, dtype=dtype, scale=shape.width**-0.5),
+        k_heads=shape.k_heads,
+        k_dim=shape.head_dim,
+        v_heads=shape.v_heads,
+        v_dim=shape.head_dim,
+        cos_sin=torch.cat((turns.cos(), turns.sin()), dim=-1).to(DEVICE),
+    )
+
+
+def pool_of(shape: Shape, slots: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (
+        torch.full((slots, heads, shape.head_dim), torch.nan, dtype=dtype, device=DEVICE)
+        for heads in (shape.k_heads, shape.v_heads)
+    )
+    return keys, values
+
+
+def check(shape: Shape, form: Fused | None, tokens: int = CHECKED_TOKENS) -> dict[str, float]:
+    """Relative errors of K and V, of the product alone, and how many elements were not written, or wrongly."""
+    projection, rows = projection_of(shape), noise(tokens, shape.width, dtype=torch.bfloat16)
+    slots = torch.randperm(2 * tokens, device=DEVICE)[:tokens]
+    positions = torch.randint(0, POSITIONS, (tokens,), device=DEVICE)
+    pool, exact = pool_of(shape, 2 * tokens), pool_of(shape, 2 * tokens, torch.float64)
+    project_kv(rows, projection, positions, slots, *pool, fused=form)
+    project_kv_reference(rows, projection, positions, slots, *exact)
+    product = rows.double() @ projection.weight.double().T
+    others = torch.ones(2 * tokens, dtype=torch.bool, device=DEVICE)
+    others[slots] = False
+    report = {"product": _error(rows @ projection.weight.T, product)}
+    for name, got, want in zip("kv", pool, exact, strict=True):
+        report[name] = _error(got[slots], want[slots])
+        report[f"{name}_unwritten"] = float(got[slots].isnan().sum())
+        report[f"{name}_strayed"] = float((~got[others].isnan()).sum())
+    return report
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def measure(shape: Shape, tokens: int) -> dict[str, Any]:
+    """Times in milliseconds, and each form's ratio to the matrix product alone."""
+    projection, rows = projection_of(shape), noise(tokens, shape.width, dtype=torch.bfloat16)
+    slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
+    pool = pool_of(shape, tokens)
+    workspace = rows.new_empty(tokens, projection.columns)
+    product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace))
+    forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
+    took = {
+        form: seconds(
+            lambda form=form: project_kv(  # type: ignore[misc]
+                rows, projection, positions, slots, *pool, fused=form, workspace=workspace
+            )
+        )
+        for form in forms
+    }
+    best = min(took, key=took.__getitem__)
+    flops = 2 * tokens * shape.width * projection.columns
+    return {
+        "tokens": tokens,
+        "product_ms": 1e3 * product_s,
+        "product_tflop_s": flops / product_s / 1e12,
+        "ratio": product_s / took[best],
+        "best": asdict(best) if best else None,
+        "forms": [
+            {"fused": asdict(form) if form else None, "ms": 1e3 * s, "ratio": product_s / s}
+            for form, s in took.items()
+        ],
+    }
+
+
+def on_gpu(tokens: tuple[int, ...] = TOKENS, shapes: dict[str, Shape] = SHAPES) -> dict[str, Any]:
+    report: dict[str, Any] = {"models": {}, "errors": {}}
+    for shape, model in {shape: model for model, shape in shapes.items()}.items():
+        forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
+        report["errors"][model] = [{"fused": asdict(f) if f else None} | check(shape, f) for f in forms]
+        report["models"][model] = {"shape": asdict(shape), "rows": [measure(shape, n) for n in tokens]}
+        print(f"{model}: {[round(row['ratio'], 3) for row in report['models'][model]['rows']]}", file=sys.stderr)
+    return report
+
+
+def table(report: dict[str, Any], capability: int) -> dict[str, Any]:
+    """What `tuning.choose` reads."""
+    return {
+        "entries": [
+            {
+                "capability": capability,
+                "shape": model["shape"],
+                "rows": [{"tokens": row["tokens"], "fused": row["best"]} for row in model["rows"]],
+            }
+            for model in report["models"].values()
+        ]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile-only", action="store_true", help="compile everything; needs no GPU")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results")
+    parser.add_argument("--tune", action="store_true", help="write the fastest forms to triton_kernels/tuned.json")
+    arguments = parser.parse_args()
+    if not arguments.compile_only and DEVICE == "cpu":
+        sys.exit("bench.kernels: no GPU here; --compile-only needs none")
+    report = compile_all() if arguments.compile_only else on_gpu()
+    report |= {"machine": machine(), "method": " ".join((__doc__ or "").split("\n\n", 2)[2].split())}
+    if arguments.save:
+        name = "kernels_compiled" if arguments.compile_only else "kernels_gpu"
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.tune and not arguments.compile_only:
+        TABLE.write_text(json.dumps(table(report, report["machine"]["capability"]), indent=1) + "\n")
+    if arguments.compile_only:
+        print(f"{report['compiled']} compiled, {report['failed']} failed, {report['spills']} spill")
+    else:
+        for model, found in report["models"].items():
+            cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
+            print(f"{model:>12}  {cells}   of the matrix product's throughput")
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
