@@ -16,8 +16,11 @@ def _model(
     gated: bool = True,
     experts: tuple[int, int] = (1, 1),
     latent_size: int = 0,
+    mixed: bool = False,
 ) -> ModelShape:
-    """`heads`: of queries, of K and V, elements each; `experts`: all of a layer, those a token passes."""
+    """`heads`: of queries, of K and V, elements each; `experts`: all of a layer, those a token passes;
+    `mixed`: some layers see a window only.
+    """
     query_heads, kv_heads, head_dim = heads
     return ModelShape(
         name=name,
@@ -32,6 +35,7 @@ def _model(
         experts=experts[0],
         active_experts=experts[1],
         latent_size=latent_size,
+        mixed_attention=mixed,
     )
 
 
@@ -96,12 +100,12 @@ _ALL = (
     _model("Mixtral-8x7B", 32, 4096, (32, 8, 128), 14336, 32000, experts=(8, 2)),
     _model("Mixtral-8x22B", 56, 6144, (48, 8, 128), 16384, 32768, experts=(8, 2)),
     _model("Gemma-2B", 18, 2048, (8, 1, 256), 16384, 256000),
-    _model("Gemma-2-2B", 26, 2304, (8, 4, 256), 9216, 256000),
-    _model("Gemma-2-9B", 42, 3584, (16, 8, 256), 14336, 256000),
-    _model("Gemma-2-27B", 46, 4608, (32, 16, 128), 36864, 256000),
-    _model("Gemma-3-4B", 34, 2560, (8, 4, 256), 10240, 262208),
-    _model("Gemma-3-12B", 48, 3840, (16, 8, 256), 15360, 262208),
-    _model("Gemma-3-27B", 62, 5376, (32, 16, 128), 21504, 262208),
+    _model("Gemma-2-2B", 26, 2304, (8, 4, 256), 9216, 256000, mixed=True),
+    _model("Gemma-2-9B", 42, 3584, (16, 8, 256), 14336, 256000, mixed=True),
+    _model("Gemma-2-27B", 46, 4608, (32, 16, 128), 36864, 256000, mixed=True),
+    _model("Gemma-3-4B", 34, 2560, (8, 4, 256), 10240, 262208, mixed=True),
+    _model("Gemma-3-12B", 48, 3840, (16, 8, 256), 15360, 262208, mixed=True),
+    _model("Gemma-3-27B", 62, 5376, (32, 16, 128), 21504, 262208, mixed=True),
     _model("OLMo-2-32B", 64, 5120, (40, 8, 128), 27648, 100352),
     _model("Phi-3-medium", 40, 5120, (40, 10, 128), 17920, 32064),
     _model("Phi-4", 40, 5120, (40, 10, 128), 17920, 100352),

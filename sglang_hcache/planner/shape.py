@@ -22,6 +22,7 @@ class ModelShape:
     active_experts: int = 1  # MLPs a token passes through
     dtype_bytes: int = 2
     latent_size: int = 0  # elements a token of multi-head latent attention, which is not supported; 0: none
+    mixed_attention: bool = False  # some layers see a window only; they are counted as if they saw everything
 
     def __post_init__(self) -> None:
         for name in (
