@@ -66,10 +66,12 @@ fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
 soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
-bench: setup ## time to first token; the prefetcher; storage against fio
+bench: setup ## time to first token; the prefetcher; storage against fio; the planner and the papers
 	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.prefetch --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.storage --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.planner --json
+	$(BIN)/python -m bench.paper --json
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
