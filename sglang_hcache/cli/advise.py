@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offload", type=_part, default=0.0, metavar="PART", help="of the weights in host memory, 0–1"
     )
-    parser.add_argument("--tokens", type=_at_least(64), default=8192, help="context to plan for (default: 8192)")
+    parser.add_argument(
+        "--tokens", type=_lengths, default=[8192], metavar="N[,N…]", help="contexts to plan for (default: 8192)"
+    )
     parser.add_argument("--new-tokens", type=_at_least(1), default=64, help="of the prompt after it (default: 64)")
     parser.add_argument(
         "--layerwise",
@@ -139,7 +141,7 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
     tiers = ["host", "ssd"] if arguments.drives else ["host"]
     layout, stored_for = Layout(shape.layers, 0, 0), None
     for tier in reversed(tiers):
-        layout = plan_save(costs, _hit(arguments.tokens, tier, arguments), layerwise=arguments.layerwise).layout
+        layout = plan_save(costs, *_hits(tier, arguments), layerwise=arguments.layerwise).layout
         if layout.hidden + layout.kv:
             stored_for = tier
             break
@@ -179,18 +181,20 @@ def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
 
 
 def limit(shape: ModelShape, machine: Machine, tier: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a plan for the faster machine would gain, for the context that is planned for."""
-    hit = _hit(arguments.tokens, tier, arguments)
+    """What a plan for the faster machine would gain, for the contexts that are planned for."""
+    hits = _hits(tier, arguments)
 
     def planned_s(machine: Machine) -> float:
         costs = costs_of(shape, machine, offloaded=arguments.offload)
-        return plan_load(costs, plan_save(costs, hit, layerwise=arguments.layerwise).layout, hit).seconds
+        layout = plan_save(costs, *hits, layerwise=arguments.layerwise).layout
+        return sum(plan_load(costs, layout, hit).seconds for hit in hits)
 
     now_s = planned_s(machine)
     drives = arguments.drives if tier == "ssd" else 0
     found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, drives)]
     best, upgrade = max(found, key=lambda pair: pair[0])
-    alone_s = recompute_s(costs_of(shape, machine, offloaded=arguments.offload), hit)
+    costs = costs_of(shape, machine, offloaded=arguments.offload)
+    alone_s = sum(recompute_s(costs, hit) for hit in hits)
     restores = now_s < NOTICED * alone_s
     what = f"restoring is {upgrade.name}-bound" if restores else "recomputing is faster than restoring"
     text = f"{what}: {upgrade.text} would give {best:.1f}×"
@@ -272,6 +276,10 @@ def _hit(tokens: int, tier: str, arguments: argparse.Namespace) -> Hit:
     return Hit(DEFAULT_PAGE_SIZE, host, ssd, new_tokens=arguments.new_tokens)
 
 
+def _hits(tier: str, arguments: argparse.Namespace) -> list[Hit]:
+    return [_hit(tokens, tier, arguments) for tokens in arguments.tokens]
+
+
 def _plain(name: str) -> str:
     """So that meta-llama/Llama-2-7b-chat-hf is Llama-2-7B."""
     name = name.rstrip("/").split("/")[-1].lower()
@@ -291,6 +299,10 @@ def _at_least(least: int) -> Any:
         return value
 
     return parse
+
+
+def _lengths(text: str) -> list[int]:
+    return [_at_least(DEFAULT_PAGE_SIZE)(part) for part in text.split(",")]
 
 
 def _rate(text: str) -> float:

@@ -20,27 +20,38 @@ SPLITS = 32  # parts of the reference hit that are tried
 @dataclass(frozen=True)
 class SavePlan:
     layout: Layout
-    seconds: float  # to restore the reference, or to recompute it if that is faster
+    seconds: float  # to restore all references one by one, or to recompute those for which that is faster
+    slowdown: float  # mean of the references' times over those of the layouts made for each alone
 
 
-def plan_save(costs: Costs, reference: Hit, *, layerwise: bool = True, splits: bool = True) -> SavePlan:
-    """The layout that restores `reference` soonest; of equals, the one with the fewest bytes.
+def plan_save(costs: Costs, *references: Hit, layerwise: bool = True, splits: bool = True) -> SavePlan:
+    """The layout that restores `references` with the least slowdown; of equals, the one with the fewest bytes.
 
     `layerwise`: layers may be left to be recomputed from tokens. `splits`: the load plan will restore a part of the
     pages only where that is faster; then nothing at all is stored if recomputing is.
     """
-    none, hidden, kv = _layouts(costs.layers, layerwise)
+    counts = _layouts(costs.layers, layerwise)
+    seconds = np.array([_seconds(costs, counts, reference, splits) for reference in references])
+    slowdown = (seconds / seconds.min(axis=1, keepdims=True)).mean(axis=0)
+    none, hidden, kv = counts
+    stored = hidden * costs.hidden_bytes_per_token + kv * costs.kv_bytes_per_token
+    best = int(np.lexsort((stored, slowdown))[0])
+    layout = Layout(int(none[best]), int(hidden[best]), int(kv[best]))
+    return SavePlan(layout, float(seconds[:, best].sum()), float(slowdown[best]))
+
+
+def _seconds(costs: Costs, counts: tuple[Any, Any, Any], reference: Hit, splits: bool) -> Any:
+    """Of each layout."""
     pages = reference.pages
     tried = np.unique(np.linspace(1, pages, SPLITS).astype(int)) if splits else np.array([pages])
     tokens = (tried * reference.page_tokens).astype(float)
-    counts = (none[:, None], hidden[:, None], kv[:, None])
-    seconds = restore_s(costs, counts, reference, tokens[None, :]).min(axis=1)
+    none, hidden, kv = (count[:, None] for count in counts)
+    seconds = restore_s(costs, (none, hidden, kv), reference, tokens[None, :]).min(axis=1)
+    alone_s = recompute_s(costs, reference)
     if splits:
-        seconds = np.minimum(seconds, recompute_s(costs, reference))
-    seconds[hidden + kv == 0] = recompute_s(costs, reference)
-    stored = hidden * costs.hidden_bytes_per_token + kv * costs.kv_bytes_per_token
-    best = int(np.lexsort((stored, seconds))[0])
-    return SavePlan(Layout(int(none[best]), int(hidden[best]), int(kv[best])), float(seconds[best]))
+        seconds = np.minimum(seconds, alone_s)
+    seconds[counts[0] == costs.layers] = alone_s
+    return seconds
 
 
 def _layouts(layers: int, layerwise: bool) -> tuple[Any, Any, Any]:

@@ -104,6 +104,16 @@ def test_where_recomputing_is_faster_it_says_from_how_many_drives_on_restoring_p
     assert advise(capsys, "Llama-2-7B", "--gpu", "H200", "--drives", needed - 1)["planned_for"] == "host"
 
 
+def test_several_contexts_can_be_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        tokens: advise(capsys, "Llama-2-7B", "--gpu", "A10G", "--drives", 0, "--tokens", tokens)
+        for tokens in ("1024", "131072", "1024,131072")
+    }
+    short, long, both = (report["times"]["host"] for report in found.values())
+    assert short[0]["plan_s"] <= both[0]["plan_s"] < long[0]["plan_s"]
+    assert long[7]["plan_s"] < both[7]["plan_s"] <= short[7]["plan_s"]
+
+
 def test_a_config_and_its_folder_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "my-model" / "config.json"
     file.parent.mkdir()
@@ -137,6 +147,7 @@ def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str])
     assert "known are A100-40" in refused(capsys, "Llama-2-7B", "--gpu", "TPU")
     for wrong in (
         ["--drives", "-1"],
+        ["--tokens", "8192,63"],
         ["--bus-gb-s", "0"],
         ["--tp", "x"],
         ["--offload", "2"],
@@ -145,7 +156,7 @@ def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as stopped:
             main(["advise", "Llama-2-7B", "--gpu", "H100", *wrong])
         assert stopped.value.code == 2
-        assert wrong[1] in capsys.readouterr().err
+        assert wrong[1].split(",")[-1] in capsys.readouterr().err
 
 
 def test_every_model_and_gpu_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

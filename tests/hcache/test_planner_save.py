@@ -102,6 +102,23 @@ def test_the_plan_is_near_the_best_of_all(found: Costs, reference: Hit) -> None:
     assert loaded.seconds >= best * (1 - 1e-9)
 
 
+def test_a_layout_for_several_lengths_is_the_best_for_all_of_them() -> None:
+    found = costs_of(LLAMA_2_7B, streamed("A10G", 4))
+    short, long = Hit(64, 0, 16, new_tokens=64), Hit(64, 0, 1024, new_tokens=64)
+    both, of_short, of_long = plan_save(found, short, long), plan_save(found, short), plan_save(found, long)
+    assert of_short.layout != of_long.layout
+    assert of_short.slowdown == of_long.slowdown == 1
+
+    def slowdown(layout: Layout) -> float:
+        pairs = ((short, of_short), (long, of_long))
+        return sum(plan_load(found, layout, hit).seconds / alone.seconds for hit, alone in pairs) / 2
+
+    every = [slowdown(Layout(0, hidden, 32 - hidden)) for hidden in range(33)]
+    assert 1 < both.slowdown < slowdown(of_long.layout)
+    assert slowdown(both.layout) <= min(every) * 1.01
+    assert slowdown(both.layout) == pytest.approx(both.slowdown, rel=0.01)
+
+
 FASTER = ("bus_bytes_per_s", "ssd_bytes_per_s", "remote_bytes_per_s", "gemm_flop_per_s", "projection_flop_per_s")
 
 
