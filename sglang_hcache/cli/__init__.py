@@ -1,1 +1,1 @@
-"""The command `hcache`: looks at, checks, shrinks and moves what is on disk. Imports neither SGLang nor torch."""
+"""The command `hcache`: what is on disk, and what to put there. Imports neither SGLang nor torch."""

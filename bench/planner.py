@@ -1,0 +1,138 @@
+"""What planning costs, and what two other ways of restoring would gain.
+
+    python -m bench.planner [--json] [--save]
+
+Method: `plan_us`: `plan_load` of a hit of 131,072 tokens (2,048 pages, half of them on SSD), each with other new
+tokens; median and 99th percentile of the thread's CPU time in 3,000 calls. `save_ms`: `plan_save`, median of 20.
+`layerwise`: for every model of the table on five GPUs with 0 (host memory), 1 and 4 drives of 7 GB/s and hits of 2K,
+8K, 32K and 128K tokens, the time of the plan that splits tokens over that of the plan that may also leave the first
+layers to be recomputed, each with the layout made for that hit. `streams`: likewise, drives that are read before the
+pass starts over drives that feed it layer by layer; `layerwise_streams`: `layerwise` with such drives. The last three
+are the cost model's word, not a measurement of a server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sglang_hcache.cli.architectures import ARCHITECTURES
+from sglang_hcache.planner.cost import Costs, costs_of
+from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.machine import machine_of
+from sglang_hcache.planner.save import plan_save
+from sglang_hcache.planner.timeline import Hit, Layout
+
+RESULTS = Path(__file__).with_name("results")
+PAGE_TOKENS = 64
+COMPARED = ("A10G", "L40S", "A100-80", "H100", "B200")
+LENGTHS = [2048, 8192, 32768, 131072]
+DRIVE_BYTES_PER_S = 7e9
+MATTERS = 1.05
+
+
+def measure_planning(calls: int = 3000) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for streams in (False, True):
+        machine = machine_of("A100-80", drives=4, drive_bytes_per_s=DRIVE_BYTES_PER_S, streams=streams)
+        costs = costs_of(ARCHITECTURES["Llama-2-7B"], machine)
+        times = []
+        for call in range(calls):
+            hit = Hit(PAGE_TOKENS, 1024, 1024, new_tokens=1 + call)
+            began = time.thread_time()
+            plan_load(costs, Layout(0, 30, 2), hit)
+            times.append(1e6 * (time.thread_time() - began))
+        cut = statistics.quantiles(times, n=100)
+        report["streams" if streams else "ahead"] = {"p50": cut[49], "p99": cut[98]}
+    times = []
+    for _ in range(20):
+        began = time.thread_time()
+        plan_save(costs, Hit(PAGE_TOKENS, 128))
+        times.append(1e3 * (time.thread_time() - began))
+    return {"plan_us": report, "save_ms": statistics.median(times)}
+
+
+def cases() -> Iterator[tuple[str, Costs, Hit]]:
+    for model, shape in ARCHITECTURES.items():
+        if shape.latent_size:
+            continue
+        for gpu in COMPARED:
+            for drives in (0, 1, 4):
+                costs = costs_of(shape, machine_of(gpu, drives=drives, drive_bytes_per_s=DRIVE_BYTES_PER_S))
+                for tokens in LENGTHS:
+                    pages = tokens // PAGE_TOKENS
+                    hit = Hit(PAGE_TOKENS, 0, pages) if drives else Hit(PAGE_TOKENS, pages)
+                    where = f"{drives} drive{'s' if drives > 1 else ''}" if drives else "host memory"
+                    yield f"{model} on {gpu}, {tokens} tokens from {where}", costs, replace(hit, new_tokens=64)
+
+
+def planned_s(costs: Costs, hit: Hit, *, layerwise: bool) -> float:
+    layout = plan_save(costs, hit, layerwise=layerwise).layout
+    return plan_load(costs, layout, hit).seconds
+
+
+def compare() -> dict[str, Any]:
+    """Gains (times faster) over all cases."""
+    layerwise, streams, both = dict[str, float](), dict[str, float](), dict[str, float]()
+    for name, costs, hit in cases():
+        now_s = planned_s(costs, hit, layerwise=False)
+        layerwise[name] = now_s / planned_s(costs, hit, layerwise=True)
+        if hit.ssd_pages:
+            streaming = replace(costs, streams=True)
+            streamed_s = planned_s(streaming, hit, layerwise=False)
+            streams[name] = now_s / streamed_s
+            both[name] = streamed_s / planned_s(streaming, hit, layerwise=True)
+    return {"layerwise": summary(layerwise), "streams": summary(streams), "layerwise_streams": summary(both)}
+
+
+def summary(gains: dict[str, float]) -> dict[str, Any]:
+    best = max(gains, key=lambda name: gains[name])
+    return {
+        "cases": len(gains),
+        "cases_5_percent_faster": sum(gain >= MATTERS for gain in gains.values()),
+        "median": statistics.median(gains.values()),
+        "greatest": gains[best],
+        "greatest_case": best,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results/planner.json")
+    arguments = parser.parse_args()
+    report = {
+        **measure_planning(),
+        **compare(),
+        "machine": {"cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+    }
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "planner.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    for kind, found in report["plan_us"].items():
+        print(f"planning 128K tokens ({kind}): {found['p50']:.0f} us, 99 % within {found['p99']:.0f} us")
+    print(f"planning what to store: {report['save_ms']:.1f} ms")
+    for kind in ("layerwise", "streams", "layerwise_streams"):
+        one = report[kind]
+        print(
+            f"{kind}: 5 % faster in {one['cases_5_percent_faster']} of {one['cases']} cases, median "
+            f"{one['median']:.2f}×, at most {one['greatest']:.2f}× ({one['greatest_case']})"
+        )
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

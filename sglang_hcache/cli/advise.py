@@ -1,0 +1,325 @@
+"""What to store of a model on a machine, how long restoring will take, and what would make it faster.
+
+Rates are the GPU's datasheet times stated efficiencies (docs/planner.md), unless given. Nothing is measured.
+Exit status: 0; 2 bad arguments; 3 the model or the machine is none the planner knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sglang_hcache.cli.architectures import ARCHITECTURES
+from sglang_hcache.cli.common import CommandFailed, human
+from sglang_hcache.config import DEFAULT_PAGE_SIZE
+from sglang_hcache.planner.cost import Costs, costs_of
+from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
+from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.machine import GPUS, Machine, machine_of
+from sglang_hcache.planner.save import plan_save
+from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
+
+LENGTHS = [1024 << step for step in range(8)]  # tokens
+NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
+MOST_DRIVES = 16
+METHODS = ("recompute", "kv", "hidden", "plan")
+_SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v\d[\d.]*|\d{4}|bf16|fp16)$")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a config.json, its folder, or a name such as Llama-2-7B")
+    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--tp", type=_at_least(1), default=1, metavar="N", help="ranks of tensor parallelism")
+    parser.add_argument("--bus-gb-s", type=_rate, metavar="GB/S", help="host to device, a GPU (default: its PCIe's)")
+    parser.add_argument("--drives", type=_at_least(0), default=1, metavar="N", help="NVMe drives (default: 1)")
+    parser.add_argument("--drive-gb-s", type=_rate, default=7.0, metavar="GB/S", help="reading one (default: 7)")
+    parser.add_argument(
+        "--offload", type=_part, default=0.0, metavar="PART", help="of the weights in host memory, 0–1"
+    )
+    parser.add_argument(
+        "--tokens", type=_lengths, default=[8192], metavar="N[,N…]", help="contexts to plan for (default: 8192)"
+    )
+    parser.add_argument("--new-tokens", type=_at_least(1), default=64, help="of the prompt after it (default: 64)")
+    parser.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="allow first layers to be recomputed from tokens (no server does yet)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times; needs matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    shape = find_shape(arguments.model)
+    machine = find_machine(arguments)
+    if shape.latent_size:
+        raise CommandFailed(
+            f"{shape.name} has latent attention, which is not supported: its {human(shape.kv_bytes)} a token and "
+            f"layer are smaller than hidden states ({human(shape.hidden_bytes)})"
+        )
+    report = advise(shape, machine, arguments)
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    return 0
+
+
+def find_shape(model: str) -> ModelShape:
+    """Raises `CommandFailed`."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        path /= "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text())
+            if not isinstance(config, dict):
+                raise UnknownConfig("it is not a JSON object")
+            return shape_of_config(config, str(config.get("_name_or_path") or path.parent.name or model))
+        except (OSError, ValueError) as error:
+            raise CommandFailed(f"{path}: {error}") from error
+    names = {_plain(name): shape for name, shape in ARCHITECTURES.items()}
+    wanted = _plain(model)
+    if wanted in names:
+        return names[wanted]
+    if path.suffix == ".json" or model.startswith((".", "/", "~")):
+        raise CommandFailed(f"{path} does not exist")
+    close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.5)]
+    hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(ARCHITECTURES)}"
+    raise CommandFailed(f"no model {model!r}, nor a file of that name; {hint}")
+
+
+def find_machine(arguments: argparse.Namespace) -> Machine:
+    """Raises `CommandFailed`."""
+    known = {name.lower(): name for name in GPUS}
+    name = known.get(arguments.gpu.lower().replace(" ", "-"))
+    if name is None:
+        raise CommandFailed(f"no GPU {arguments.gpu!r}; known are {', '.join(GPUS)}")
+    return machine_of(
+        name,
+        ranks=arguments.tp,
+        drives=arguments.drives,
+        drive_bytes_per_s=1e9 * arguments.drive_gb_s,
+        bus_bytes_per_s=1e9 * arguments.bus_gb_s if arguments.bus_gb_s else None,
+    )
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    name: str  # what is made faster
+    text: str
+    machine: Machine
+
+
+def upgrades(machine: Machine, drives: int) -> Iterator[Upgrade]:
+    if drives:
+        text = "a second drive" if drives == 1 else f"one drive more than the {drives}"
+        yield Upgrade("SSD", text, _more(machine, (drives + 1) / drives))
+    yield Upgrade("bus", "twice the bus", replace(machine, bus_bytes_per_s=2 * machine.bus_bytes_per_s))
+    faster = replace(
+        machine,
+        gemm_flop_per_s=2 * machine.gemm_flop_per_s,
+        projection_flop_per_s=2 * machine.projection_flop_per_s,
+        attention_flop_per_s=2 * machine.attention_flop_per_s,
+        memory_bytes_per_s=2 * machine.memory_bytes_per_s,
+    )
+    yield Upgrade("compute", "a GPU twice as fast", faster)
+
+
+def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--json` prints. Times are seconds to the first token."""
+    costs = costs_of(shape, machine, offloaded=arguments.offload)
+    tiers = ["host", "ssd"] if arguments.drives else ["host"]
+    layout, stored_for = Layout(shape.layers, 0, 0), None
+    for tier in reversed(tiers):
+        layout = plan_save(costs, *_hits(tier, arguments), layerwise=arguments.layerwise).layout
+        if layout.hidden + layout.kv:
+            stored_for = tier
+            break
+    return {
+        "model": {**asdict(shape), "kv_heads_per_query_head": shape.kv_heads / shape.query_heads},
+        "machine": {name: value if value != float("inf") else None for name, value in asdict(machine).items()},
+        "layers": [
+            {"representation": kind, "first_layer": first, "last_layer": last}
+            for kind, first, last in layout.ranges()
+        ],
+        "planned_for": stored_for,
+        "planned_tokens": arguments.tokens,
+        "bytes_per_token": {
+            "plan": layout.bytes_per_token(shape),
+            "kv": shape.layers * shape.kv_bytes,
+            "hidden": shape.layers * shape.hidden_bytes,
+        },
+        "times": {
+            tier: [times(costs, layout, _hit(tokens, tier, arguments)) for tokens in LENGTHS] for tier in tiers
+        },
+        "limits": {tier: limit(shape, machine, tier, arguments) for tier in tiers},
+    }
+
+
+def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
+    """Of one length by each method; `restored_tokens` of the plan."""
+    tokens = hit.pages * hit.page_tokens
+    plan = plan_load(costs, layout, hit)
+    return {
+        "tokens": tokens,
+        "recompute_s": recompute_s(costs, hit),
+        "kv_s": float(restore_s(costs, (0, 0, costs.layers), hit, tokens)),
+        "hidden_s": float(restore_s(costs, (0, costs.layers, 0), hit, tokens)),
+        "plan_s": plan.seconds,
+        "restored_tokens": plan.pages * hit.page_tokens,
+    }
+
+
+def limit(shape: ModelShape, machine: Machine, tier: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a plan for the faster machine would gain, for the contexts that are planned for."""
+    hits = _hits(tier, arguments)
+
+    def planned_s(machine: Machine) -> float:
+        costs = costs_of(shape, machine, offloaded=arguments.offload)
+        layout = plan_save(costs, *hits, layerwise=arguments.layerwise).layout
+        return sum(plan_load(costs, layout, hit).seconds for hit in hits)
+
+    now_s = planned_s(machine)
+    drives = arguments.drives if tier == "ssd" else 0
+    found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, drives)]
+    best, upgrade = max(found, key=lambda pair: pair[0])
+    costs = costs_of(shape, machine, offloaded=arguments.offload)
+    alone_s = sum(recompute_s(costs, hit) for hit in hits)
+    restores = now_s < NOTICED * alone_s
+    what = f"restoring is {upgrade.name}-bound" if restores else "recomputing is faster than restoring"
+    text = f"{what}: {upgrade.text} would give {best:.1f}×"
+    needed = None
+    if tier == "ssd" and not restores:
+        needed = next(
+            (
+                n
+                for n in range(drives + 1, MOST_DRIVES + 1)
+                if planned_s(_more(machine, n / drives)) < NOTICED * alone_s
+            ),
+            None,
+        )
+        text += (
+            f"; restoring pays from {needed} drives on" if needed else f"; no {MOST_DRIVES} drives would change that"
+        )
+    return {
+        "limit": upgrade.name if restores else "recompute",
+        "text": text,
+        "drives_needed": needed,
+        "speedups": {one.text: gain for gain, one in found},
+    }
+
+
+def _more(machine: Machine, drives: float) -> Machine:
+    return replace(machine, ssd_bytes_per_s=drives * machine.ssd_bytes_per_s)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    model, machine = report["model"], report["machine"]
+    print(f"{model['name']} on {machine['name']}, host to device {machine['bus_bytes_per_s'] / 1e9:.1f} GB/s", end="")
+    drives = machine["ssd_bytes_per_s"]
+    print(f", drives {drives / 1e9:.1f} GB/s" if drives else ", no drives")
+    if model["mixed_attention"]:
+        print(
+            "  some layers see a window only: the server does not store such models yet; the times count all as full"
+        )
+    for one in report["layers"]:
+        what = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}[one["representation"]]
+        print(f"  layers {one['first_layer']}–{one['last_layer']}: {what}")
+    sizes = report["bytes_per_token"]
+    share = sizes["plan"] / sizes["kv"]
+    print(
+        f"  {human(sizes['plan'])} a token, {share:.2f} of KV ({human(sizes['kv'])}; hidden {human(sizes['hidden'])})"
+    )
+    for tier, rows in report["times"].items():
+        print(f"\nfrom {'SSD' if tier == 'ssd' else 'host memory'}, ms to the first token")
+        print(f"{'tokens':>8}" + "".join(f"{method:>11}" for method in METHODS) + "   restored")
+        for row in rows:
+            shown = "".join(f"{1000 * row[method + '_s']:11.1f}" for method in METHODS)
+            print(f"{row['tokens']:8}{shown}{row['restored_tokens'] / row['tokens']:10.0%}")
+        print(report["limits"][tier]["text"])
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Raises `CommandFailed`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CommandFailed("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(6 * len(report["times"]), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(report["times"]), squeeze=False)[0]
+    for panel, (tier, rows) in zip(axes, report["times"].items(), strict=True):
+        for method in METHODS:
+            style = {"linewidth": 3} if method == "plan" else {"linestyle": "--"}
+            panel.loglog([row["tokens"] for row in rows], [row[method + "_s"] for row in rows], label=method, **style)
+        panel.set(title=f"from {tier}", xlabel="tokens", ylabel="s to the first token")
+        panel.legend()
+    figure.suptitle(f"{report['model']['name']} on {report['machine']['name']}")
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise CommandFailed(f"{file}: {error}") from error
+
+
+def _hit(tokens: int, tier: str, arguments: argparse.Namespace) -> Hit:
+    pages = tokens // DEFAULT_PAGE_SIZE
+    host, ssd = (pages, 0) if tier == "host" else (0, pages)
+    return Hit(DEFAULT_PAGE_SIZE, host, ssd, new_tokens=arguments.new_tokens)
+
+
+def _hits(tier: str, arguments: argparse.Namespace) -> list[Hit]:
+    return [_hit(tokens, tier, arguments) for tokens in arguments.tokens]
+
+
+def _plain(name: str) -> str:
+    """So that meta-llama/Llama-2-7b-chat-hf is Llama-2-7B."""
+    name = name.rstrip("/").split("/")[-1].lower()
+    while (shorter := _SUFFIXES.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def _at_least(least: int) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def _lengths(text: str) -> list[int]:
+    return [_at_least(DEFAULT_PAGE_SIZE)(part) for part in text.split(",")]
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate in GB/s")
+    return value
+
+
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value

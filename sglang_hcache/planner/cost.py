@@ -1,0 +1,93 @@
+"""What things cost: a model on a machine, as seconds per token and layer. docs/planner.md derives the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.shape import ModelShape
+
+Vector = Any  # a float, or a numpy array of them: the formulas are the same
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Every layer costs the same; what is called a pass is one forward over all layers."""
+
+    layers: int
+    hidden_bytes_per_token: int  # of a layer
+    kv_bytes_per_token: int
+    linear_s_per_token: float  # matrix products of a layer
+    attention_s_per_pair: float  # a query and a key it sees
+    layer_pass_s: float  # reading a layer's weights from device memory, whatever the tokens
+    projection_s_per_token: float
+    projection_pass_s: float  # reading W_k and W_v
+    head_s: float  # logits, once a pass
+    weights_bus_s: float  # of a layer's weights that lie in host memory, every pass
+    bus_latency_s: float  # a layer's copy
+    hidden_bus_s_per_token: float
+    kv_bus_s_per_token: float
+    hidden_ssd_s_per_token: float
+    kv_ssd_s_per_token: float
+    ssd_latency_s: float
+    hidden_remote_s_per_token: float
+    kv_remote_s_per_token: float
+    remote_latency_s: float
+    streams: bool  # see `Machine.streams`
+
+    def layer_s(self, tokens: Vector, context_tokens: Vector) -> Vector:
+        """A layer's forward of `tokens` that follow `context_tokens`: each sees those, and half of its fellows."""
+        pairs = tokens * (context_tokens + tokens / 2)
+        return self.layer_pass_s + tokens * self.linear_s_per_token + pairs * self.attention_s_per_pair
+
+    def project_s(self, tokens: Vector) -> Vector:
+        """A layer's K and V from `tokens` hidden states (at least one)."""
+        return self.projection_pass_s + tokens * self.projection_s_per_token
+
+    def prefill_s(self, tokens: float, context_tokens: float = 0) -> float:
+        """A whole pass with no I/O but the weights', the first logits included."""
+        compute_s = float(self.layer_s(tokens, context_tokens))
+        last_layer_s = min(compute_s, self.weights_bus_s)
+        return self.layers * max(compute_s, self.weights_bus_s) + last_layer_s + self.head_s
+
+
+def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> Costs:
+    """`offloaded`: the part, 0 to 1, of every layer's weights that lies in host memory."""
+    if not 0 <= offloaded <= 1:
+        raise ValueError(f"offloaded must be between 0 and 1, not {offloaded}")
+    ranks = machine.ranks
+    # A ring reduces in two halves, each of which moves (ranks - 1) / ranks of the data; twice a layer.
+    gather_s = shape.hidden_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
+    hidden_shares = ranks if machine.shards_hidden else 1
+    kv_shares = min(ranks, shape.kv_heads)
+    ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)
+    weight_bytes = shape.layer_weight_bytes / ranks
+    return Costs(
+        layers=shape.layers,
+        hidden_bytes_per_token=shape.hidden_bytes,
+        kv_bytes_per_token=shape.kv_bytes,
+        linear_s_per_token=shape.linear_flop / ranks / machine.gemm_flop_per_s + 4 * gather_s,
+        attention_s_per_pair=shape.attention_flop_per_pair / ranks / machine.attention_flop_per_s,
+        layer_pass_s=weight_bytes / machine.memory_bytes_per_s,
+        projection_s_per_token=shape.projection_flop / kv_shares / machine.projection_flop_per_s
+        + (gather_s if machine.shards_hidden else 0.0),
+        projection_pass_s=shape.projection_parameters * shape.dtype_bytes / kv_shares / machine.memory_bytes_per_s,
+        head_s=shape.head_weight_bytes / ranks / machine.memory_bytes_per_s,
+        weights_bus_s=offloaded * weight_bytes / machine.bus_bytes_per_s,
+        bus_latency_s=machine.bus_latency_s,
+        hidden_bus_s_per_token=shape.hidden_bytes / hidden_shares / machine.bus_bytes_per_s,
+        kv_bus_s_per_token=shape.kv_bytes / kv_shares / machine.bus_bytes_per_s,
+        hidden_ssd_s_per_token=shape.hidden_bytes * ssd_s,
+        kv_ssd_s_per_token=shape.kv_bytes * ssd_s,
+        ssd_latency_s=machine.ssd_latency_s,
+        hidden_remote_s_per_token=shape.hidden_bytes * remote_s,
+        kv_remote_s_per_token=shape.kv_bytes * remote_s,
+        remote_latency_s=machine.remote_latency_s,
+        streams=machine.streams,
+    )
+
+
+def _seconds_per_byte(bytes_per_s: float) -> float:
+    """A tier that is absent must never be chosen, and must not make NaN of 0 bytes from it."""
+    return 1 / bytes_per_s if bytes_per_s > 0 else 1.0

@@ -1,0 +1,101 @@
+"""Keeps the rates true: what real loads took, against what the model expected of them.
+
+Each resource has one factor, the geometric mean of actual over calibrated time with exponential forgetting. A load
+that is far from the middle of the last few is left out; when the middle itself moves, it is no outlier any more.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.timeline import Hit
+
+
+class Resource(StrEnum):
+    BUS = "bus"
+    SSD = "ssd"
+    REMOTE = "remote"
+    PROJECTION = "projection"
+    PREFILL = "prefill"  # matrix products and attention together
+
+
+GAIN = 0.25  # weight of the newest load; the first few weigh more, so that they outweigh a wrong calibration
+WINDOW = 7  # loads whose middle tells outliers
+OUTLIER = 2.0  # times slower or faster than the middle
+PROBE_EVERY = 5  # plans in a row that left a tier unmeasured
+PROBE_PAGES = 4
+
+
+@dataclass
+class _Track:
+    log_factor: float = 0.0
+    kept: int = 0
+    plans_since: int = 0  # the last measurement, of those that could have made one
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def observe(self, log_ratio: float) -> None:
+        self.recent.append(log_ratio)
+        middle = statistics.median(self.recent)
+        if abs(log_ratio - middle) > math.log(OUTLIER):
+            return
+        if abs(self.log_factor - middle) > math.log(OUTLIER) and len(self.recent) >= 3:
+            self.log_factor, self.kept = middle, 2
+            return
+        self.kept += 1
+        self.log_factor += max(GAIN, 1 / (1 + self.kept)) * (log_ratio - self.log_factor)
+
+
+class Follower:
+    """One for a server. Every method is cheap; none is thread-safe."""
+
+    def __init__(self, calibrated: Machine) -> None:
+        self._calibrated = calibrated
+        self._tracks = {resource: _Track() for resource in Resource}
+
+    def observe(self, resource: Resource, expected_s: float, actual_s: float) -> None:
+        """`expected_s`: what the *calibrated* machine would take for the work alone; both without queueing.
+
+        Work that is too small to be timed, or a clock that went back, says nothing and is ignored.
+        """
+        if not (expected_s > 0 and actual_s > 0 and math.isfinite(expected_s) and math.isfinite(actual_s)):
+            return
+        track = self._tracks[resource]
+        track.plans_since = 0
+        track.observe(math.log(actual_s / expected_s))
+
+    def factor(self, resource: Resource) -> float:
+        """How many times slower than calibrated."""
+        return math.exp(self._tracks[resource].log_factor)
+
+    def machine(self) -> Machine:
+        """The calibrated machine with its rates as they are now."""
+        at, factor = self._calibrated, self.factor
+        return replace(
+            at,
+            bus_bytes_per_s=at.bus_bytes_per_s / factor(Resource.BUS),
+            ssd_bytes_per_s=at.ssd_bytes_per_s / factor(Resource.SSD),
+            remote_bytes_per_s=at.remote_bytes_per_s / factor(Resource.REMOTE),
+            projection_flop_per_s=at.projection_flop_per_s / factor(Resource.PROJECTION),
+            gemm_flop_per_s=at.gemm_flop_per_s / factor(Resource.PREFILL),
+            attention_flop_per_s=at.attention_flop_per_s / factor(Resource.PREFILL),
+        )
+
+    def least_pages(self, hit: Hit) -> int:
+        """Ask once a plan: pages to restore in any case, lest a tier that seems too slow is never measured again."""
+        least = before = 0
+        for resource, pages in (
+            (Resource.BUS, hit.host_pages),
+            (Resource.SSD, hit.ssd_pages),
+            (Resource.REMOTE, hit.remote_pages),
+        ):
+            if pages:
+                self._tracks[resource].plans_since += 1
+                if self._tracks[resource].plans_since >= PROBE_EVERY:
+                    least = before + min(PROBE_PAGES, pages)
+            before += pages
+        return least

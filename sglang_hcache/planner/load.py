@@ -1,0 +1,84 @@
+"""What of a hit is restored: its first pages, so many that the copies and the prefill of the rest end together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from sglang_hcache.planner.cost import Costs
+from sglang_hcache.planner.timeline import COEFFICIENTS, Basis, Hit, Layout, recompute_s, stages, waits
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    pages: int  # to restore, from the first on; prefill takes over after them
+    seconds: float  # expected, to the first token
+    recompute_s: float  # if nothing were restored
+
+
+def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -> LoadPlan:
+    """The fastest split of the hit, found by trying every page.
+
+    `least_pages` are restored whether it pays or not, so that rates nobody uses are measured again (`follow`).
+    """
+    alone_s = recompute_s(costs, hit)
+    if not hit.pages or not layout.hidden + layout.kv:
+        return LoadPlan(0, alone_s, alone_s)
+    seconds = split_seconds(costs, layout, hit)
+    least = min(least_pages, hit.pages)
+    skipped = max(0, least - 1)
+    best = skipped + int(seconds[skipped:].argmin())
+    if seconds[best] < alone_s or least:
+        return LoadPlan(best + 1, float(seconds[best]), alone_s)
+    return LoadPlan(0, alone_s, alone_s)
+
+
+def split_seconds(costs: Costs, layout: Layout, hit: Hit) -> Floats:
+    """Seconds to the first token when 1, 2, … all pages are restored."""
+    counts = (layout.none, layout.hidden, layout.kv)
+    table = _basis(hit.page_tokens, hit.host_pages, hit.ssd_pages, hit.remote_pages)
+    found = stages(costs, counts, hit, COEFFICIENTS)
+    busy = _highest(found.bus, table)
+    for sums, pages_before, pages in (
+        (found.ssd, hit.host_pages, hit.ssd_pages),
+        (found.remote, hit.host_pages + hit.ssd_pages, hit.remote_pages),
+    ):
+        if sums and pages:
+            np.maximum(busy[pages_before:], _highest(sums, table[:, pages_before:]), out=busy[pages_before:])
+    return np.asarray(busy + (waits(costs, counts, hit, Basis(*table)) + costs.head_s))
+
+
+def break_even_pages(costs: Costs, layout: Layout, hit: Hit, *, most_pages: int = 1 << 15) -> int | None:
+    """The shortest hit in host memory of which something is restored; None up to `most_pages`."""
+
+    def pays(pages: int) -> bool:
+        return plan_load(costs, layout, replace(hit, host_pages=pages, ssd_pages=0, remote_pages=0)).pages > 0
+
+    low, high = 0, 1
+    while not pays(high):
+        low, high = high, 2 * high
+        if high > most_pages:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
+
+
+def _highest(sums: list[Floats], table: Floats) -> Floats:
+    highest: Floats = (np.asarray(sums) @ table).max(axis=0)
+    return highest
+
+
+@lru_cache(maxsize=8)
+def _basis(page_tokens: int, host_pages: int, ssd_pages: int, remote_pages: int) -> Floats:
+    """`Basis` for 1, 2, … all pages, one row each."""
+    hit = Hit(page_tokens, host_pages, ssd_pages, remote_pages)
+    table = np.array(Basis.of(hit, page_tokens * np.arange(1.0, hit.pages + 1)))
+    table.setflags(write=False)
+    return table

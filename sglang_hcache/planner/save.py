@@ -1,0 +1,64 @@
+"""What is stored of each layer, so that copies and compute of a restoration end together (HCache's L_H + L_O = N).
+
+Where compute is fast, the first layers are recomputed from tokens while the others' hidden states come in; where
+I/O is fast, the last layers are stored as KV. Where KV is smaller than hidden states, no layer is stored as those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_hcache.planner.cost import Costs
+from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
+
+SPLITS = 32  # parts of the reference hit that are tried
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    layout: Layout
+    seconds: float  # to restore all references one by one, or to recompute those for which that is faster
+    slowdown: float  # mean of the references' times over those of the layouts made for each alone
+
+
+def plan_save(costs: Costs, *references: Hit, layerwise: bool = True, splits: bool = True) -> SavePlan:
+    """The layout that restores `references` with the least slowdown; of equals, the one with the fewest bytes.
+
+    `layerwise`: layers may be left to be recomputed from tokens. `splits`: the load plan will restore a part of the
+    pages only where that is faster; then nothing at all is stored if recomputing is.
+    """
+    counts = _layouts(costs.layers, layerwise)
+    seconds = np.array([_seconds(costs, counts, reference, splits) for reference in references])
+    slowdown = (seconds / seconds.min(axis=1, keepdims=True)).mean(axis=0)
+    none, hidden, kv = counts
+    stored = hidden * costs.hidden_bytes_per_token + kv * costs.kv_bytes_per_token
+    best = int(np.lexsort((stored, slowdown))[0])
+    layout = Layout(int(none[best]), int(hidden[best]), int(kv[best]))
+    return SavePlan(layout, float(seconds[:, best].sum()), float(slowdown[best]))
+
+
+def _seconds(costs: Costs, counts: tuple[Any, Any, Any], reference: Hit, splits: bool) -> Any:
+    """Of each layout."""
+    pages = reference.pages
+    tried = np.unique(np.linspace(1, pages, SPLITS).astype(int)) if splits else np.array([pages])
+    tokens = (tried * reference.page_tokens).astype(float)
+    none, hidden, kv = (count[:, None] for count in counts)
+    seconds = restore_s(costs, (none, hidden, kv), reference, tokens[None, :]).min(axis=1)
+    alone_s = recompute_s(costs, reference)
+    if splits:
+        seconds = np.minimum(seconds, alone_s)
+    seconds[counts[0] == costs.layers] = alone_s
+    return seconds
+
+
+def _layouts(layers: int, layerwise: bool) -> tuple[Any, Any, Any]:
+    """Every count of layers stored as nothing, hidden states, KV."""
+    none, hidden = np.meshgrid(np.arange(layers + 1 if layerwise else 1), np.arange(layers + 1), indexing="ij")
+    fits = none + hidden <= layers
+    none, hidden = none[fits], hidden[fits]
+    if not layerwise:
+        none, hidden = np.append(none, layers), np.append(hidden, 0)
+    return none, hidden, layers - none - hidden

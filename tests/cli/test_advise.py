@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sglang_hcache.cli.architectures import ARCHITECTURES
+from sglang_hcache.cli.main import main
+from sglang_hcache.planner.machine import GPUS
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
+
+
+def advise(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["advise", *map(str, arguments), "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["advise", *map(str, arguments)]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def representations(report: dict[str, Any]) -> set[str]:
+    return {one["representation"] for one in report["layers"]}
+
+
+def test_heads_of_their_own_are_stored_as_hidden_states(capsys: pytest.CaptureFixture[str]) -> None:
+    report = advise(capsys, "Llama-2-7B", "--gpu", "H100", "--drives", 4)
+    assert representations(report) == {"hidden"}
+    assert report["layers"][0]["first_layer"] == 0
+    assert report["layers"][-1]["last_layer"] == 31
+    assert report["bytes_per_token"] == {"plan": 32 * 8192, "kv": 32 * 16384, "hidden": 32 * 8192}
+
+
+def test_grouped_heads_are_stored_as_kv(capsys: pytest.CaptureFixture[str]) -> None:
+    report = advise(capsys, "Llama-3-8B", "--gpu", "H100", "--drives", 4)
+    assert representations(report) == {"kv"}
+    assert report["bytes_per_token"]["hidden"] == 2 * report["bytes_per_token"]["plan"]
+
+
+@pytest.mark.parametrize("model", ["Llama-2-7B", "Qwen3-8B", "Gemma-7B", "OPT-30B"])
+@pytest.mark.parametrize("gpu", ["A10G", "H200"])
+def test_for_the_context_planned_for_no_method_is_faster(
+    model: str, gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tier, drives in (("host", 0), ("ssd", 4)):
+        report = advise(capsys, model, "--gpu", gpu, "--drives", drives, "--tokens", 16384)
+        if report["planned_for"] != tier:
+            continue
+        row = next(row for row in report["times"][tier] if row["tokens"] == 16384)
+        assert row["plan_s"] <= min(row["recompute_s"], row["kv_s"], row["hidden_s"]) * 1.0001
+        assert 0 <= row["restored_tokens"] <= 16384
+
+
+def test_times_go_from_1k_to_128k_and_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    report = advise(capsys, "Llama-2-13B", "--gpu", "A100-80")
+    for rows in report["times"].values():
+        assert [row["tokens"] for row in rows] == [1024 << step for step in range(8)]
+        for method in ("recompute_s", "kv_s", "hidden_s", "plan_s"):
+            assert [row[method] for row in rows] == sorted(row[method] for row in rows)
+        assert all(row["plan_s"] <= row["recompute_s"] for row in rows)
+
+
+def test_it_says_what_to_buy(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = advise(capsys, "Llama-3.1-8B", "--gpu", "H100", "--drives", 1, "--tokens", 16384)["limits"]["ssd"]
+    assert slow["limit"] == "SSD"
+    assert slow["text"].startswith("restoring is SSD-bound: a second drive would give 1.")
+    two = advise(capsys, "Llama-3.1-8B", "--gpu", "H100", "--drives", 2, "--tokens", 16384)
+    one = advise(capsys, "Llama-3.1-8B", "--gpu", "H100", "--drives", 1, "--tokens", 16384)
+    gain = one["times"]["ssd"][4]["plan_s"] / two["times"]["ssd"][4]["plan_s"]
+    assert slow["speedups"]["a second drive"] == pytest.approx(gain, rel=1e-6)
+    assert advise(capsys, "Llama-2-7B", "--gpu", "H200")["limits"]["host"]["limit"] == "bus"
+    assert advise(capsys, "Llama-2-7B", "--gpu", "A10G", "--bus-gb-s", 400)["limits"]["host"]["limit"] == "compute"
+
+
+def test_where_recomputing_is_faster_it_says_from_how_many_drives_on_restoring_pays(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = advise(capsys, "Llama-2-7B", "--gpu", "H200", "--drives", 1)
+    ssd = report["limits"]["ssd"]
+    assert ssd["limit"] == "recompute"
+    needed = ssd["drives_needed"]
+    assert report["planned_for"] == "host"
+    assert advise(capsys, "Llama-2-7B", "--gpu", "H200", "--drives", needed)["planned_for"] == "ssd"
+    assert advise(capsys, "Llama-2-7B", "--gpu", "H200", "--drives", needed - 1)["planned_for"] == "host"
+
+
+def test_several_contexts_can_be_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        tokens: advise(capsys, "Llama-2-7B", "--gpu", "A10G", "--drives", 0, "--tokens", tokens)
+        for tokens in ("1024", "131072", "1024,131072")
+    }
+    short, long, both = (report["times"]["host"] for report in found.values())
+    assert short[0]["plan_s"] <= both[0]["plan_s"] < long[0]["plan_s"]
+    assert long[7]["plan_s"] < both[7]["plan_s"] <= short[7]["plan_s"]
+
+
+def test_a_config_and_its_folder_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my-model" / "config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(LLAMA))
+    of_file, of_folder = (advise(capsys, path, "--gpu", "A10G") for path in (file, file.parent))
+    assert of_file == of_folder
+    named = advise(capsys, "meta-llama/Llama-2-7b-chat-hf", "--gpu", "a10g")
+    assert of_file["times"] == named["times"]
+    assert of_file["model"]["name"] == "my-model"
+
+
+def test_a_wrong_model_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean Llama-3" in refused(capsys, "llama-3-9b", "--gpu", "H100")
+    assert "known are Llama-2-7B" in refused(capsys, "zzzzzzz", "--gpu", "H100")
+    assert "does not exist" in refused(capsys, tmp_path / "config.json", "--gpu", "H100")
+    broken = tmp_path / "broken.json"
+    for text, message in (
+        ("{", "broken.json"),
+        ("[]", "not a JSON object"),
+        ('{"hidden_size": 8}', "no num_attention"),
+    ):
+        broken.write_text(text)
+        assert message in refused(capsys, broken, "--gpu", "H100")
+    broken.write_bytes(b"\xff\xfe\x00")
+    assert "broken.json" in refused(capsys, broken, "--gpu", "H100")
+    latent = refused(capsys, "DeepSeek-V3", "--gpu", "H200")
+    assert "latent attention, which is not supported" in latent
+
+
+def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "known are A100-40" in refused(capsys, "Llama-2-7B", "--gpu", "TPU")
+    for wrong in (
+        ["--drives", "-1"],
+        ["--tokens", "8192,63"],
+        ["--bus-gb-s", "0"],
+        ["--tp", "x"],
+        ["--offload", "2"],
+        ["--drive-gb-s", "nan"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["advise", "Llama-2-7B", "--gpu", "H100", *wrong])
+        assert stopped.value.code == 2
+        assert wrong[1].split(",")[-1] in capsys.readouterr().err
+
+
+def test_every_model_and_gpu_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, shape in ARCHITECTURES.items():
+        if not shape.latent_size and shape.layers <= 40:
+            assert main(["advise", name, "--gpu", "H100"]) == 0
+    for gpu in GPUS:
+        assert main(["advise", "Llama-2-7B", "--gpu", gpu, "--tp", "2", "--offload", "0.5", "--layerwise"]) == 0
+    assert "layers 0–" in capsys.readouterr().out
+
+
+def test_the_table_shows_what_the_json_says(capsys: pytest.CaptureFixture[str]) -> None:
+    report = advise(capsys, "Llama-2-7B", "--gpu", "A10G")
+    assert main(["advise", "Llama-2-7B", "--gpu", "A10G"]) == 0
+    out = capsys.readouterr().out
+    for rows in report["times"].values():
+        assert f"{1000 * rows[3]['plan_s']:.1f}" in out
+    assert report["limits"]["ssd"]["text"] in out
+    assert "of KV (524.3 kB" in out
+
+
+def test_a_plot_without_matplotlib_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "needs matplotlib" in refused(capsys, "Llama-2-7B", "--gpu", "H100", "--plot", tmp_path / "a.png")
+
+
+def test_without_plot_matplotlib_is_not_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = builtins.__import__
+
+    def watch(name: str, *arguments: Any, **options: Any) -> ModuleType:
+        assert not name.startswith("matplotlib")
+        module: ModuleType = imported(name, *arguments, **options)
+        return module
+
+    monkeypatch.setattr(builtins, "__import__", watch)
+    advise(capsys, "Llama-2-7B", "--gpu", "H100")
+
+
+def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "a.png"
+    advise(capsys, "Llama-2-7B", "--gpu", "H100", "--plot", file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert "b.nonsense" in refused(capsys, "Llama-2-7B", "--gpu", "H100", "--plot", tmp_path / "b.nonsense")
