@@ -37,6 +37,7 @@ class HCacheConfig:
     directories: tuple[str, ...]  # absolute paths, one store each, striped
     representation: str = "auto"  # one of REPRESENTATION_CHOICES
     directory_bytes: int | None = None  # bound of what each directory takes; None for the whole disk
+    read_bytes_per_s: float | None = None  # the most that is read from files; None for all they give
     prefetcher: str | None = None  # tcp://HOST:PORT of one on another host; None for this node's own
     keys: str | None = None  # folder of this client's keys for it
     prefetch_timeout_base_s: float = 1.0

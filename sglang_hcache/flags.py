@@ -84,6 +84,13 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "Default: as much as the disk has.",
     )
     group.add_argument(
+        "--hcache-read-limit",
+        type=float,
+        default=None,
+        metavar="GB",
+        help="The most that is read from hcache's files in a second, where others need the drives, too.",
+    )
+    group.add_argument(
         "--hcache-prefetcher",
         default=None,
         metavar="tcp://HOST:PORT",
@@ -142,6 +149,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
     directories = values.pop("hcache_dir", None)
     representation = values.pop("hcache_representation", None)
     directory_gb = values.pop("hcache_dir_size", None)
+    read_gb = values.pop("hcache_read_limit", None)
     timeout = values.pop("hcache_prefetch_timeout", None)
     prefetcher = values.pop("hcache_prefetcher", None)
     keys = values.pop("hcache_keys", None)
@@ -152,6 +160,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
             "--hcache-dir": directories,
             "--hcache-representation": representation,
             "--hcache-dir-size": directory_gb,
+            "--hcache-read-limit": read_gb,
             "--hcache-prefetch-timeout": timeout,
             "--hcache-prefetcher": prefetcher,
             "--hcache-keys": keys,
@@ -167,12 +176,16 @@ def translate(values: MutableMapping[str, Any]) -> None:
     _check_host_size(values)
     if directory_gb is not None and not directory_gb > 0:
         raise FlagError(f"--hcache-dir-size {directory_gb} leaves no room for files: give gigabytes, or drop it")
-    _check_prefetcher(prefetcher, keys, {"--hcache-dir": directories, "--hcache-dir-size": directory_gb})
+    if read_gb is not None and not read_gb > 0:
+        raise FlagError(f"--hcache-read-limit {read_gb} lets nothing be read: give gigabytes a second, or drop it")
+    local = {"--hcache-dir": directories, "--hcache-dir-size": directory_gb, "--hcache-read-limit": read_gb}
+    _check_prefetcher(prefetcher, keys, local)
     base_s, per_ki_token_s = _prefetch_timeout(timeout)
     config = HCacheConfig(
         directories=_writable_directories(directories),
         representation=representation or "auto",
         directory_bytes=None if directory_gb is None else int(directory_gb * GB),
+        read_bytes_per_s=None if read_gb is None else read_gb * GB,
         prefetcher=prefetcher,
         keys=str(Path(keys).expanduser().absolute()) if keys else None,
         prefetch_timeout_base_s=base_s,

@@ -273,7 +273,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         config = self._config
         if config.prefetcher is not None:
             return RemoteSupervisor(config.prefetcher, config.keys, self._hello)
-        return Supervisor(config.directories, config.directory_bytes, self._hello)
+        return Supervisor(
+            config.directories, config.directory_bytes, self._hello, read_bytes_per_s=config.read_bytes_per_s
+        )
 
     def _hello(self) -> Hello:
         model = serving.runner.model_config

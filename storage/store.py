@@ -12,6 +12,7 @@ from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
 from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
+from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.stripe import Stripe
 from sglang_hcache.storage.volume import Volume
 from sglang_hcache.storage.writer import Writer
@@ -29,7 +30,7 @@ class LocalStore:
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
     `directories`: striped; none for host memory only. `files`: used
-    instead of these. `writable`: False reads files, but writes none.
+    instead of these. `writable`: False reads files, but writes none. `read_limit`: bounds how fast files are read.
     `segment_bytes`: size of a segment file. `quota_bytes`: bound of what each directory takes. `about`: what the
     pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`: fraction of the
     slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come further, from any
@@ -49,6 +50,7 @@ class LocalStore:
         write_policy: WritePolicy = WritePolicy.WRITE_THROUGH,
         segment_bytes: int = SEGMENT_BYTES,
         quota_bytes: int | None = None,
+        read_limit: RateLimit | None = None,
         about: Mapping[str, str] | None = None,
         retry_s: float = RETRY_S,
         lease_limit: float = 0.5,
@@ -64,6 +66,7 @@ class LocalStore:
         self.lease_limit = max(1, int(host_bytes // layout.record_bytes * lease_limit))
         self._fingerprint = fingerprint
         self._on_progress = on_progress
+        self._read_limit = read_limit
         self._arena = Arena(host_bytes // layout.record_bytes, layout.record_bytes, region)
         self._lock = threading.Lock()
         self._progressed = threading.Condition(self._lock)
@@ -293,6 +296,8 @@ class LocalStore:
             if read is None:
                 return
             try:
+                if self._read_limit is not None:
+                    self._read_limit.take(self.layout.record_bytes)
                 sound = read.place.read(read.key, self.memory[read.slot])
             except Exception:  # a bug of ours must not end the thread: those who wait for the page would hang
                 log.exception("hcache: a page could not be read.")

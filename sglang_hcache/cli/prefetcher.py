@@ -23,7 +23,7 @@ SUFFIXES = {
     "GI": 2**30,
     "TI": 2**40,
 }
-NAMES = ("dir", "listen", "keys", "size_limit", "host_limit")
+NAMES = ("dir", "listen", "keys", "size_limit", "host_limit", "read_limit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keys", metavar="DIR", help="made by `hcache keygen`")
     parser.add_argument("--size-limit", metavar="BYTES", help="bound of each directory, as 500G or 2Ti")
+    parser.add_argument("--read-limit", metavar="BYTES", help="the most that is read from files in a second")
     parser.add_argument("--host-limit", metavar="BYTES", help="bound of the memory for one model's pages")
 
 
@@ -86,6 +87,7 @@ def configuration(arguments: argparse.Namespace) -> Any:
         listen=listen,
         keys=keys,
         host_bytes=parse_size("--host-limit", values.get("host_limit")),
+        read_bytes_per_s=parse_size("--read-limit", values.get("read_limit")),
     )
 
 

@@ -20,6 +20,7 @@ from sglang_hcache.prefetch.door import MAX_PAYLOAD_BYTES, Door, Entrance, Frame
 from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
 from sglang_hcache.prefetch.session import Refusal, Session, split_owner
 from sglang_hcache.prefetch.spaces import Space, Spaces
+from sglang_hcache.storage.rate import RateLimit
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
 SENDING_MS = 5  # while records are on their way: how soon a slot can be used again
@@ -41,6 +42,7 @@ class ServerConfig:
     listen: str = ""  # tcp://HOST:PORT, for clients on other hosts
     keys: str = ""  # directory of CURVE keys for `listen`
     host_bytes: int | None = None  # the most memory one model's pages get, whatever a client asks for
+    read_bytes_per_s: float | None = None  # the most that is read from files, of all models together
     ends_when_unused: bool = True  # when the last client is gone
 
 
@@ -60,7 +62,11 @@ class Server:
         self._jobs: deque[Callable[[], None]] = deque()
         self._progress: deque[tuple[bytes, str]] = deque()
         self._spaces = Spaces(
-            [Path(d) for d in config.directories], config.quota_bytes, self._later, self._progressed
+            [Path(d) for d in config.directories],
+            config.quota_bytes,
+            RateLimit(config.read_bytes_per_s) if config.read_bytes_per_s else None,
+            self._later,
+            self._progressed,
         )
         self._numbers = itertools.count(1)
         self._greeted: set[Peer] = set()  # whose space is still being opened

@@ -13,6 +13,7 @@ import psutil
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import ChunkLayout
+from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
@@ -43,11 +44,13 @@ class Spaces:
         self,
         directories: Sequence[Path],
         quota_bytes: int | None,
+        read_limit: RateLimit | None,
         later: Callable[[Callable[[], None]], None],
         progressed: Callable[[bytes, str], None],
     ) -> None:
         self._directories = directories
         self._quota_bytes = quota_bytes
+        self._read_limit = read_limit
         self._later = later
         self._progressed = progressed
         self._open: dict[bytes, Space] = {}
@@ -125,6 +128,7 @@ class Spaces:
                 region=region.memory,
                 write_policy=policy,
                 quota_bytes=self._quota_bytes,
+                read_limit=self._read_limit,
                 about=hello.about,
                 on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
             )

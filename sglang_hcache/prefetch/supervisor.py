@@ -117,10 +117,19 @@ class Keeper(ABC, Generic[Client]):
 class Supervisor(Keeper[PrefetchClient]):
     """With the prefetcher on this host; it is started where none runs. `hello` is asked for anew for each session."""
 
-    def __init__(self, directories: tuple[str, ...], quota_bytes: int | None, hello: Callable[[], Hello]) -> None:
+    def __init__(
+        self,
+        directories: tuple[str, ...],
+        quota_bytes: int | None,
+        hello: Callable[[], Hello],
+        *,
+        read_bytes_per_s: float | None = None,
+    ) -> None:
         super().__init__()
         self._endpoint: Endpoint = endpoint_for(directories)
-        self._config = ServerConfig(self._endpoint.address, directories, quota_bytes)
+        self._config = ServerConfig(
+            self._endpoint.address, directories, quota_bytes, read_bytes_per_s=read_bytes_per_s
+        )
         self._hello = hello
 
     def _connect(self, timeout_s: float) -> PrefetchClient:

@@ -29,6 +29,18 @@ def test_becomes_sglangs_own_fields(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
 
 
+def test_limits_in_gigabytes(tmp_path: Path) -> None:
+    linker = switched_on(tmp_path, hcache_dir_size=2.0, hcache_read_limit=0.5)["unified_cache_external_linker_config"]
+    config = HCacheConfig.from_linker_extra(linker["linker_extra_config"])
+    assert (config.directory_bytes, config.read_bytes_per_s) == (2_000_000_000, 500_000_000)
+
+
+@pytest.mark.parametrize("flag", ["hcache_dir_size", "hcache_read_limit"])
+def test_a_limit_that_leaves_nothing(flag: str, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match=f"--{flag.replace('_', '-')} 0"):
+        switched_on(tmp_path, **{flag: 0})
+
+
 def test_default_directory_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     linker = server_kwargs()["unified_cache_external_linker_config"]
@@ -91,5 +103,7 @@ def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_the_tiers_flags_do_nothing_alone() -> None:
+    with pytest.raises(FlagError, match="--hcache-read-limit does nothing"):
+        translate({"hcache_read_limit": 1.0})
     with pytest.raises(FlagError, match="--hcache-dir does nothing without --hicache-backend hcache"):
         translate({"hcache_dir": "/tmp/x"})

@@ -1,0 +1,22 @@
+"""A bound on how fast files are read, for drives that others need, too."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class RateLimit:
+    """At most `bytes_per_s` over any longer while, for all who share the object. Thread-safe."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0  # monotonic
+        self._lock = threading.Lock()
+
+    def take(self, n_bytes: int) -> None:
+        """Return when so many bytes may have been read."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + n_bytes / self._bytes_per_s
+            wait_s = self._free_at - time.monotonic()
+        time.sleep(wait_s)

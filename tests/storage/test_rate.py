@@ -1,0 +1,35 @@
+"""A bound on reading holds for all readers together, and takes nothing when nothing is read."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sglang_hcache.storage.rate import RateLimit
+from tests.storage.pages import LAYOUT, open_store, save, served
+
+
+def test_many_threads_share_the_limit() -> None:
+    limit, began = RateLimit(1_000_000), time.monotonic()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(limit.take, [5_000] * 60))
+    assert 0.3 <= time.monotonic() - began < 3
+
+
+def test_idle_time_is_not_saved_up() -> None:
+    limit = RateLimit(1_000_000)
+    time.sleep(0.3)
+    began = time.monotonic()
+    limit.take(100_000)
+    assert time.monotonic() - began >= 0.1
+
+
+def test_a_store_reads_no_faster(tmp_path: Path) -> None:
+    store = open_store(tmp_path, read_limit=RateLimit(100 * LAYOUT.record_bytes))
+    save(store, range(30))
+    assert store.flush(30)
+    assert served(store, range(30)) == list(range(30)), "memory is not limited"
+    store.drop_host()
+    began = time.monotonic()
+    assert served(store, range(30)) == list(range(30))
+    assert time.monotonic() - began >= 0.29
+    store.close()
