@@ -49,7 +49,8 @@ imports: setup
 	$(BIN)/lint-imports
 
 unit: setup ## tests without a server
-	$(BIN)/python -m pytest tests --ignore tests/e2e
+	$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/triton_kernels
+	$(BIN)/python -m pytest tests/triton_kernels
 
 e2e: setup ## tests against the real server
 	$(BIN)/python -m pytest tests/e2e --durations=15

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+import time
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +17,9 @@ class Mark(Protocol):
 
     def synchronize(self) -> None:
         """Block the caller until it has."""
+
+    def elapsed_time(self, end: Mark) -> float:
+        """Milliseconds from here to a later mark of the same kind, once both are passed."""
 
 
 class Lane(Protocol):
@@ -32,11 +36,18 @@ class Lane(Protocol):
 
 
 class _Passed:
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
         pass
+
+    def elapsed_time(self, end: Mark) -> float:
+        assert isinstance(end, _Passed)
+        return 1000 * (end._at - self._at)
 
 
 class ImmediateLane:
@@ -65,8 +76,10 @@ class StreamLane:
         return torch.cuda.stream(self._stream)
 
     def mark(self) -> Mark:
-        event: Mark = self._stream.record_event()
-        return event
+        event: Any = torch.cuda.Event(enable_timing=True)
+        self._stream.record_event(event)
+        mark: Mark = event
+        return mark
 
     def wait(self, mark: Mark) -> None:
         self._stream.wait_event(mark)  # type: ignore[arg-type]  # marks of streams are events

@@ -81,6 +81,7 @@ class LayerEvents:
     def __init__(self, reader: Lane) -> None:
         self._reader = reader
         self._marks: dict[int, list[Mark]] = {}
+        self._begins: dict[int, Mark] = {}
         self._consumer = -1
         self._last = -1
 
@@ -93,9 +94,17 @@ class LayerEvents:
         """The next layer of batch `index` is restored at `mark`."""
         self._marks[index].append(mark)
 
-    def synchronize(self, index: int) -> None:
-        for mark in self._marks.pop(index, [])[-1:]:
-            mark.synchronize()
+    def begin(self, index: int, mark: Mark) -> None:
+        """The lane that restores batch `index` has nothing else to do from `mark` on."""
+        self._begins[index] = mark
+
+    def synchronize(self, index: int) -> float | None:
+        """Wait until batch `index` is restored; seconds it took from its begin, where anything was."""
+        begin, marks = self._begins.pop(index, None), self._marks.pop(index, [])
+        if not marks:
+            return None
+        marks[-1].synchronize()
+        return None if begin is None else begin.elapsed_time(marks[-1]) / 1000
 
     def set_consumer(self, index: int) -> None:
         self._consumer = index
@@ -212,6 +221,7 @@ class Restorer:
                 host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
                 positions = _to(self._device, torch.from_numpy(host_positions))
                 slots = torch.cat([load.device_slots for load in loads])
+                self._events.begin(index, self._projecting.mark())
             for turn, step in enumerate(self._steps(len(chunks))):
                 rows = self._copy(turn % 2, step, numbers[step.pages])
                 self._project(index, turn % 2, step, rows, positions, slots)

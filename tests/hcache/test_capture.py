@@ -107,6 +107,9 @@ def test_a_busy_buffer_drops_the_next_forward(capture: Capture, modules: list[At
         def synchronize(self) -> None:
             pytest.fail("the forward waited")
 
+        def elapsed_time(self, end: Mark) -> float:
+            raise NotImplementedError
+
     capture.sink = Busy()
     forward(capture, modules, torch.zeros(3, WIDTH), count=3)
     sink = forward(capture, modules, torch.ones(4, WIDTH), count=4)
@@ -127,7 +130,7 @@ class Decoder(torch.nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            hidden = torch.tanh(hidden) * 2
+            hidden = torch.relu(hidden) * 2 - 3  # exact, however it is compiled
             hidden = layer(positions, hidden_states=hidden, forward_batch=None)
             hidden.add_(1)
         return hidden
@@ -140,7 +143,7 @@ def test_compiled_code_captures_what_eager_code_does(
     decoder = Decoder(modules)
     compiled = torch.compile(decoder, backend=backend, fullgraph=True, dynamic=True)
     for count in (5, 7, ROWS):
-        hidden, results = torch.randn(count, WIDTH), []
+        hidden, results = torch.randint(-9, 9, (count, WIDTH)).float(), []
         for run in (decoder, compiled):
             capture.before_forward()
             with torch.inference_mode():
@@ -151,8 +154,8 @@ def test_compiled_code_captures_what_eager_code_does(
             results.append((output, capture.sink.rows))
             capture.sink.rows = None
         (output, rows), (compiled_output, compiled_rows) = results
-        assert torch.allclose(output, compiled_output, rtol=1e-6)
-        assert torch.allclose(rows, compiled_rows, rtol=1e-6)
+        assert torch.equal(output, compiled_output)
+        assert torch.equal(rows, compiled_rows)
         assert rows.shape == (LAYERS, count, WIDTH)
 
 

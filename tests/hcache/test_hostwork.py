@@ -11,7 +11,7 @@ import torch
 
 from sglang_hcache import hostwork
 from sglang_hcache.hostwork import InlineWork, StreamWork
-from sglang_hcache.lanes import ImmediateLane
+from sglang_hcache.lanes import ImmediateLane, Mark
 
 
 class HeldMark:
@@ -23,6 +23,9 @@ class HeldMark:
 
     def synchronize(self) -> None:
         assert self.passed.wait(10)
+
+    def elapsed_time(self, end: Mark) -> float:
+        raise NotImplementedError
 
 
 class HeldLane(ImmediateLane):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache.lanes import ImmediateLane
+from sglang_hcache.lanes import ImmediateLane, Mark
 from sglang_hcache.restore import HostPages, IndexCopier, LayerEvents, Load, Restorer, Staging, StoredLayer
 
 PAGE, WIDTH, CHUNKS, SLOTS = 4, 6, 12, 96
@@ -56,6 +56,9 @@ class FakeMark:
     def synchronize(self) -> None:
         self.device.finish(random.Random(0))
         assert self.passed
+
+    def elapsed_time(self, end: Mark) -> float:
+        return 1.0
 
 
 @dataclass(eq=False)

@@ -50,7 +50,7 @@ class Fuzzer(Raw):
             self.several_frames: 4,
             self.not_granted: 0.5,
             self.giant: 0.05,
-            self.oversized: 0.02,
+            self.oversized: 0.1,
             self.second_hello: 1,
             self.valid: 30,
         }

@@ -1,0 +1,81 @@
+"""A forward of random tokens before the server takes requests, to learn from."""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+
+def most_tokens(runner: Any, page_size: int) -> int:
+    """The longest prompt that a trial can prefill at once."""
+    return int(min(runner.max_total_num_tokens - 2 * page_size, runner.model_config.context_len - 2))
+
+
+@contextlib.contextmanager
+def leaving_no_trace(runner: Any) -> Iterator[None]:
+    """Leaves the pools as it found them, empty."""
+    try:
+        yield
+    finally:
+        runner.req_to_token_pool.clear()
+        runner.token_to_kv_pool_allocator.clear()
+
+
+class _NoPrefixCache(SimpleNamespace):
+    def supports_swa(self) -> bool:
+        return False
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def supports_prefix_sharing(self) -> bool:
+        return True
+
+    def evict(self, _params: object) -> None:
+        pass
+
+    def maybe_hand_to_session(self, _req: object) -> None:
+        pass
+
+
+@torch.no_grad()
+def prefill_random_prompt(runner: Any, page_size: int, tokens: int) -> None:
+    """One forward of `tokens` random tokens. Must run on all ranks alike, `leaving_no_trace`."""
+    vocabulary = runner.model_config.vocab_size
+    prompt = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    request = Req(
+        rid="hcache-trial",
+        origin_input_text="",
+        origin_input_ids=array("q", prompt),
+        sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+    )
+    request.full_untruncated_fill_ids = request.origin_input_ids
+    request.logprob_start_len = -1
+    request.extend_end = len(prompt)
+    batch = ScheduleBatch.init_new(
+        reqs=[request],
+        req_to_token_pool=runner.req_to_token_pool,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        tree_cache=_NoPrefixCache(
+            page_size=page_size,
+            device=runner.device,
+            token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        ),
+        model_config=runner.model_config,
+        enable_overlap=False,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
+    )
+    batch.prepare_for_extend()
+    if batch.input_ids is None:
+        batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+        batch.prefill_input_ids_cpu = None
+    runner.forward(ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False))
