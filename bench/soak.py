@@ -35,7 +35,16 @@ MODEL = ModelSpec("llama", hidden_size=128, layers=3)
 QUOTA_GB = 0.2
 ARGS = (
     *("--page-size", "64", "--max-total-tokens", "4096", "--chunked-prefill-size", "256"),
-    *("--hicache-backend", "hcache", "--hicache-ratio", "4", "--hcache-dir-size", str(QUOTA_GB)),
+    *(
+        "--hicache-backend",
+        "hcache",
+        "--hcache-plan",
+        "always",
+        "--hicache-ratio",
+        "4",
+        "--hcache-dir-size",
+        str(QUOTA_GB),
+    ),
 )
 CLIENTS = 4
 CONVERSATIONS = 150

@@ -95,7 +95,16 @@ def measure(case: Case, mode: str, folder: Path, *, prefetch: bool = True) -> Me
     pool_tokens = -(-(case.prefix_tokens + NEW_TOKENS + ANSWER_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS + 256
     args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(pool_tokens)]
     if mode != "recompute":
-        args += ["--hicache-backend", "hcache", "--hcache-dir", str(store), "--hcache-representation", mode]
+        args += [
+            "--hicache-backend",
+            "hcache",
+            "--hcache-dir",
+            str(store),
+            "--hcache-representation",
+            mode,
+            "--hcache-plan",
+            "always",
+        ]
         args += ["--hicache-ratio", "4", "--hicache-storage-prefetch-policy", "wait_complete"]
     model = make_model(folder / "model", case.model)
     env = {} if prefetch else {"PYTHONPATH": os.pathsep.join((str(NO_PREFETCH), os.environ.get("PYTHONPATH", "")))}
@@ -114,14 +123,14 @@ def measure(case: Case, mode: str, folder: Path, *, prefetch: bool = True) -> Me
             name: [_from_disk(case, server, turn, name == "queued") for turn in range(case.rounds)]
             for name in (("idle", "queued") if mode == "hidden" else ())
         }
-        stored = _wait_until_written(server) * PAGE_TOKENS
+        stored = wait_until_written(server) * PAGE_TOKENS
     return Measured(answers[CONVERSATIONS:], _disk_bytes(store), stored, from_disk)
 
 
 def _from_disk(case: Case, server: Server, round_: int, queued: bool) -> Answer:
     """One request of the case whose prefix is on disk only."""
     turn, conversation = divmod(round_, CONVERSATIONS)
-    _wait_until_written(server)
+    wait_until_written(server)
     server.flush_cache()
     with ThreadPoolExecutor(1) as pool:
         if queued:
@@ -133,7 +142,7 @@ def _from_disk(case: Case, server: Server, round_: int, queued: bool) -> Answer:
     return answer
 
 
-def _wait_until_written(server: Server) -> int:
+def wait_until_written(server: Server) -> int:
     """Pages in files, once there are no more to write."""
     while (state := _state(server))["pages_dirty"]:
         time.sleep(0.1)

@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.storage.contract import ChunkStore
 
 LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
+MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
 
 
@@ -43,8 +45,11 @@ class HoldRule:
 class _Request:
     keys: tuple[bytes, ...]
     place: dict[bytes, int]  # of each key in `keys`
+    prompt: Prompt
     asked_at: float
     let_go_at: float  # monotonic
+    at_first: int | None = None  # pages that were there when it was first looked at
+    enough: int = 0  # pages, from then on
 
 
 class Ahead:
@@ -54,9 +59,18 @@ class Ahead:
     build the same batches; `queued` holds the same requests everywhere, as all ranks queue the same ones.
     """
 
-    def __init__(self, store: ChunkStore, rule: HoldRule, page_tokens: int, *, alone: bool) -> None:
-        """`alone`: there is no other rank to agree with."""
+    def __init__(
+        self,
+        store: ChunkStore,
+        rule: HoldRule,
+        page_tokens: int,
+        *,
+        alone: bool,
+        planner: LoadPlanner | None = None,
+    ) -> None:
+        """`alone`: there is no other rank to agree with. Without a planner all of a hit is waited for, and loaded."""
         self._store = store
+        self._planner = planner
         self._alone = alone
         self._rule = rule
         self._page_tokens = page_tokens
@@ -71,9 +85,9 @@ class Ahead:
         self._store = store
         self._requests.clear()
 
-    def queued(self, rid: str, keys: Sequence[bytes]) -> None:
+    def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
-        self._ask(rid, keys)
+        self._ask(rid, keys, prompt)
         if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
             return
         if self._alone and self._store.wait(rid, ANSWER_WAIT_S).done:
@@ -93,7 +107,7 @@ class Ahead:
         free = []
         for rid in self._held:
             request = self._requests.get(rid)
-            if request is None or self._store.progress(rid).done:
+            if request is None or self._has_enough(rid, request):
                 free.append(rid)
             elif now > request.let_go_at:
                 free.append(rid)
@@ -105,6 +119,7 @@ class Ahead:
         for rid in rids:
             if (since := self._held.pop(rid, None)) is not None:
                 self.held_s += time.monotonic() - since
+                self._store.cut(rid)
 
     def ready(self, rid: str, keys: Sequence[bytes]) -> list[int]:
         """Slots of the longest leading run of `keys` that is in memory, leased until `forget`."""
@@ -116,6 +131,8 @@ class Ahead:
             request = self._ask(rid, keys)
             self._store.wait(rid, LOOKUP_WAIT_S)
             slots = self._known(request, rid, keys)
+        if slots and request is not None and self._planner is not None:
+            return slots[: self._planner.pages(len(slots), request.prompt)]
         return slots
 
     def forget(self, rid: str) -> None:
@@ -137,10 +154,29 @@ class Ahead:
             "lookups_not_ahead": self.lookups_late,
         }
 
-    def _ask(self, rid: str, keys: Sequence[bytes]) -> _Request:
+    def _has_enough(self, rid: str, request: _Request) -> bool:
+        """Whether all of its pages are there, or so many that it is not worth waiting for more."""
+        slots, done = self._store.progress(rid)
+        if self._planner is None:
+            return done
+        if request.at_first is None:
+            request.at_first = len(slots)
+            request.enough = self._planner.worth_waiting_for(
+                len(slots), len(request.keys) - len(slots), request.prompt
+            )
+        enough = done or len(slots) >= request.enough
+        if enough and len(self._held) == 1 and (read := len(slots) - request.at_first) >= MEASURED_PAGES:
+            self._planner.read(read, time.monotonic() - request.asked_at)
+        return enough
+
+    def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
         now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)
         request = self._requests[rid] = _Request(
-            tuple(keys), {key: i for i, key in enumerate(keys)}, now, now + deadline_s + LATE_S
+            tuple(keys),
+            {key: i for i, key in enumerate(keys)},
+            prompt or Prompt(self._page_tokens, 0),
+            now,
+            now + deadline_s + LATE_S,
         )
         self._arrivals += 1
         self._store.prefetch(rid, keys, priority=self._arrivals, deadline_s=deadline_s)

@@ -18,6 +18,7 @@ import psutil
 
 from sglang_hcache.config import (
     DEFAULT_PAGE_SIZE,
+    PLAN_CHOICES,
     REPRESENTATION_CHOICES,
     HCacheConfig,
     default_directory,
@@ -74,6 +75,13 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         help="What hcache stores of a page: hidden states, K and V, or (auto, the default) whichever is "
         "smaller for the model.",
+    )
+    group.add_argument(
+        "--hcache-plan",
+        choices=PLAN_CHOICES,
+        default=None,
+        help="How much of a stored prefix is restored: as much as is faster than to prefill it, as measured on this "
+        "machine (auto, the default), or always all of it.",
     )
     group.add_argument(
         "--hcache-dir-size",
@@ -148,6 +156,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
     backend = values.pop("hicache_backend", None) or "sglang"
     directories = values.pop("hcache_dir", None)
     representation = values.pop("hcache_representation", None)
+    plan = values.pop("hcache_plan", None)
     directory_gb = values.pop("hcache_dir_size", None)
     read_gb = values.pop("hcache_read_limit", None)
     timeout = values.pop("hcache_prefetch_timeout", None)
@@ -159,6 +168,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
         ours = {
             "--hcache-dir": directories,
             "--hcache-representation": representation,
+            "--hcache-plan": plan,
             "--hcache-dir-size": directory_gb,
             "--hcache-read-limit": read_gb,
             "--hcache-prefetch-timeout": timeout,
@@ -169,9 +179,12 @@ def translate(values: MutableMapping[str, Any]) -> None:
             if value is not None:
                 raise FlagError(f"{flag} does nothing without --hicache-backend hcache: add that, or drop this")
         return
-    if representation not in (None, *REPRESENTATION_CHOICES):
-        choices = ", ".join(REPRESENTATION_CHOICES)
-        raise FlagError(f"--hcache-representation: {representation!r} is not one of {choices}")
+    for flag, value, choices in (
+        ("--hcache-representation", representation, REPRESENTATION_CHOICES),
+        ("--hcache-plan", plan, PLAN_CHOICES),
+    ):
+        if value not in (None, *choices):
+            raise FlagError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
     _refuse_conflicts(values)
     _check_host_size(values)
     if directory_gb is not None and not directory_gb > 0:
@@ -184,6 +197,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
     config = HCacheConfig(
         directories=_writable_directories(directories),
         representation=representation or "auto",
+        plan=plan or "auto",
         directory_bytes=None if directory_gb is None else int(directory_gb * GB),
         read_bytes_per_s=None if read_gb is None else read_gb * GB,
         prefetcher=prefetcher,

@@ -17,11 +17,13 @@ from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_hcache import serving
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
+from sglang_hcache.calibration import load_planner
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representation
 from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.lanes import current_lane, new_lane
+from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
@@ -89,18 +91,34 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             store = self._supervisor.open()
         except (Unavailable, OSError) as error:
             raise RuntimeError(f"--hicache-backend hcache: no prefetcher can be had: {error}") from None
-        self._ahead = Ahead(store, self._hold_rule(), self._page_tokens, alone=get_parallel().tp_size == 1)
         self._renewing = False
         self._memory: PinnedMemory | None = None
-        self._attach(store)
+        self._connect(store)
+        self._planner = load_planner(
+            self._config,
+            serving.runner,
+            self._restorer,
+            self._chosen,
+            page_tokens=self._page_tokens,
+            device=str(self._pool.device),
+        )
+        self._saver.clear()  # of what the trials have left
+        self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
+        self._ahead = Ahead(
+            store,
+            self._hold_rule(),
+            self._page_tokens,
+            alone=get_parallel().tp_size == 1,
+            planner=self._planner,
+        )
         serving.linker = self
         self._log_start()
 
     # ---- ahead of scheduling ----
 
-    def queued(self, rid: str, keys: Sequence[bytes]) -> None:
+    def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt) -> None:
         """A request has been queued whose pages `keys` are not on the device."""
-        self._ahead.queued(rid, keys)
+        self._ahead.queued(rid, keys, prompt)
 
     def let_go(self) -> list[str]:
         """Requests that need not be held any longer, as this rank sees it."""
@@ -167,13 +185,24 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        self.layer_done_counter.synchronize(counter_index)
+        seconds = self.layer_done_counter.synchronize(counter_index)
         landed = counter_index not in self._failed_batches
         self._failed_batches.discard(counter_index)
+        tokens = 0
         for load in self._started.pop(counter_index, []):
             self.forget_request(load.rid)
-            self._tokens_restored += len(load.chunks) * self._page_tokens * landed
+            tokens += len(load.chunks) * self._page_tokens
+        self._tokens_restored += tokens * landed
+        if landed and seconds is not None and self._planner is not None:
+            self._planner.restored(tokens, seconds)
         return landed
+
+    def forward_begins(self, batch: Any) -> None:
+        """A forward is about to be issued."""
+        self._forwards.begin(batch, alone=not self._started)
+
+    def forward_ended(self) -> None:
+        self._forwards.end()
 
     def cancel_queued_load(self, rid: str) -> bool:
         kept = [load for load in self._queued if load.rid != rid]
@@ -263,6 +292,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "tokens_restored": self._tokens_restored,
             "prefetcher_restarts": self._supervisor.restarts,
             **self._ahead.stats(),
+            **(self._planner.stats() if self._planner is not None else {}),
             **self._saver.stats(),
             **self._store.stats(),
         }
@@ -313,9 +343,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
     def _attach(self, store: PrefetchClient | RemoteClient) -> None:
-        """Save to, and restore from, this store."""
-        self._store = store
+        """Save to, and restore from, this store, in the place of the former one."""
+        self._connect(store)
         self._ahead.attach(store)
+
+    def _connect(self, store: PrefetchClient | RemoteClient) -> None:
+        self._store = store
         if self._chosen.representation is Representation.HIDDEN:
             self._saver: Saver = self._hidden_saver(store)
         else:

@@ -231,6 +231,31 @@ class Restorer:
             raise
         return index
 
+    def trial(self, n_pages: int, *, repeats: int) -> tuple[float, float]:
+        """Seconds to copy, and to project, the first layer of the store's first pages, each alone; the least of some.
+
+        Overwrites the pool's first slots: only before requests are served.
+        """
+        n_pages = min(n_pages, self._half_pages, len(self._pages.memory))
+        step = _Step(range(1), slice(0, n_pages))
+        numbers = _to(self._copier.indexed_on, torch.arange(n_pages))
+        tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
+        copies, projections = [], []
+        for _ in range(repeats + 1):
+            marks = [self._copying.mark()]
+            with self._copying.active():
+                rows = self._copy(0, step, numbers)
+            marks += [self._copying.mark(), self._projecting.mark()]
+            stored = self._pages.layers[0]
+            with self._projecting.active():
+                typed = rows[0].view(stored.dtype).view(len(tokens), -1)
+                stored.projector.project(0, typed, tokens * 0, tokens)
+            marks.append(self._projecting.mark())
+            marks[-1].synchronize()
+            copies.append(marks[0].elapsed_time(marks[1]) / 1000)
+            projections.append(marks[2].elapsed_time(marks[3]) / 1000)
+        return min(copies[1:]), min(projections[1:])
+
     def _steps(self, n_pages: int) -> Iterator[_Step]:
         """In the order of layers; a layer of many pages takes several steps, small ones share a step."""
         layers, first = self._pages.layers, 0

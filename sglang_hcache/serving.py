@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.load_planner import Prompt
 from sglang_hcache.model import attention_sites
 from sglang_hcache.storage.layout import ROOT
 
@@ -66,13 +67,20 @@ def most_rows_of_a_forward() -> int:
 def around_forward(
     original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    if capture is None or model_runner is not runner:
+    if model_runner is not runner:
         return original(model_runner, forward_batch, *args, **kwargs)
-    slots, positions = forward_batch.out_cache_loc, forward_batch.positions
-    capture.before_forward()
-    output = original(model_runner, forward_batch, *args, **kwargs)
-    if slots is not None and slots.numel():
-        capture.after_forward(slots, positions, from_graph=bool(output.can_run_graph))
+    if linker is not None:
+        linker.forward_begins(forward_batch)
+    if capture is None:
+        output = original(model_runner, forward_batch, *args, **kwargs)
+    else:
+        slots, positions = forward_batch.out_cache_loc, forward_batch.positions
+        capture.before_forward()
+        output = original(model_runner, forward_batch, *args, **kwargs)
+        if slots is not None and slots.numel():
+            capture.after_forward(slots, positions, from_graph=bool(output.can_run_graph))
+    if linker is not None:
+        linker.forward_ended()
     return output
 
 
@@ -99,24 +107,27 @@ def after_request_queued(_result: None, scheduler: Any, req: Any, *_args: object
     queue = scheduler.waiting_queue
     if linker is None or not queue or queue[-1] is not req:
         return
-    keys = _missing_pages(scheduler.tree_cache, req)
+    keys, prompt = _missing_pages(scheduler.tree_cache, req)
     if keys:
-        linker.queued(req.rid, keys)
+        linker.queued(req.rid, keys, prompt)
 
 
-def _missing_pages(tree_cache: Any, req: Any) -> list[bytes]:
+def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
     """Keys of the request's pages behind what the radix tree has on the device; asks no other rank."""
     from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
     from sglang.srt.mem_cache.common import _req_radix_key
 
-    if req.positional_embed_overrides is not None:
-        return []
     tokens = req.origin_input_ids + req.output_ids
+    if req.positional_embed_overrides is not None:
+        return [], Prompt(len(tokens), 0)
     key = _req_radix_key(tree_cache, req, tokens, req._compute_max_prefix_len(len(tokens)))
     match = tree_cache.match_prefix(MatchPrefixParams(key=key))
-    if match.device_prefix_len >= len(key):
-        return []
-    return [bytes.fromhex(name) for name in tree_cache.linker._tail_hashes(key, match, match.device_prefix_len)]
+    on_device = match.device_prefix_len
+    if on_device >= len(key):
+        return [], Prompt(len(tokens) - on_device, on_device)
+    keys = [bytes.fromhex(name) for name in tree_cache.linker._tail_hashes(key, match, on_device)]
+    covered = on_device + len(keys) * tree_cache.page_size
+    return keys, Prompt(max(1, len(tokens) - covered), on_device)
 
 
 def around_broadcast(

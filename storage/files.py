@@ -69,3 +69,16 @@ def punch(fd: int, offset: int, length: int) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise OSError(code, os.strerror(code))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Readers find what was there before, or all of `data`; only this user can read it. Raises OSError."""
+    make_private(path.parent)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

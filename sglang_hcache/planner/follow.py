@@ -28,6 +28,7 @@ GAIN = 0.25  # weight of the newest load; the first few weigh more, so that they
 WINDOW = 7  # loads whose middle tells outliers
 OUTLIER = 2.0  # times slower or faster than the middle
 PROBE_EVERY = 5  # plans in a row that left a tier unmeasured
+PROBE_SELDOM = 80  # likewise, after probes that found it as it was: each doubles the number, up to this
 PROBE_PAGES = 4
 
 
@@ -36,6 +37,7 @@ class _Track:
     log_factor: float = 0.0
     kept: int = 0
     plans_since: int = 0  # the last measurement, of those that could have made one
+    probe_after: int = PROBE_EVERY  # so many
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def observe(self, log_ratio: float) -> None:
@@ -64,9 +66,12 @@ class Follower:
         """
         if not (expected_s > 0 and actual_s > 0 and math.isfinite(expected_s) and math.isfinite(actual_s)):
             return
-        track = self._tracks[resource]
+        track, log_ratio = self._tracks[resource], math.log(actual_s / expected_s)
+        as_before = track.kept > 0 and abs(log_ratio - track.log_factor) < math.log(OUTLIER)
+        probed = track.plans_since >= track.probe_after
+        track.probe_after = min(2 * track.probe_after, PROBE_SELDOM) if probed and as_before else PROBE_EVERY
         track.plans_since = 0
-        track.observe(math.log(actual_s / expected_s))
+        track.observe(log_ratio)
 
     def factor(self, resource: Resource) -> float:
         """How many times slower than calibrated."""
@@ -95,7 +100,7 @@ class Follower:
         ):
             if pages:
                 self._tracks[resource].plans_since += 1
-                if self._tracks[resource].plans_since >= PROBE_EVERY:
+                if self._tracks[resource].plans_since >= self._tracks[resource].probe_after:
                     least = before + min(PROBE_PAGES, pages)
             before += pages
         return least

@@ -58,7 +58,7 @@ class Workshop:
         *,
         env: Environment | None = None,
     ) -> AnyServer:
-        tier = ("--hicache-backend", "hcache", "--hcache-dir", str(store))
+        tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(store))
         return server_class(self.model(spec), (*args, *tier), log=self.log("tiered"), env=env)
 
 

@@ -171,7 +171,15 @@ def test_a_prefetcher_on_another_host(workshop: Workshop, tmp_path: Path, refere
     listen = ("--listen", f"tcp://127.0.0.1:{port}", "--keys", str(keys))
     command = [*hcache, "prefetcher", "--dir", str(tmp_path / "store"), *listen]
     with (tmp_path / "prefetcher.log").open("wb") as log, subprocess.Popen(command, stderr=log) as prefetcher:
-        args = (*SERVER_ARGS, "--hicache-backend", "hcache", "--hcache-prefetcher", f"tcp://127.0.0.1:{port}")
+        args = (
+            *SERVER_ARGS,
+            "--hicache-backend",
+            "hcache",
+            "--hcache-plan",
+            "always",
+            "--hcache-prefetcher",
+            f"tcp://127.0.0.1:{port}",
+        )
         server = Server(
             workshop.model(LLAMA), (*args, "--hcache-keys", str(keys / "server-a")), log=workshop.log("remote")
         )

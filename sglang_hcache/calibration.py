@@ -1,0 +1,186 @@
+"""What this machine delivers on this model: measured at start, and kept for the next one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+import sglang_hcache
+from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.load_planner import LoadPlanner
+from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
+from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.representation import Chosen
+from sglang_hcache.restore import Restorer
+from sglang_hcache.storage.files import write_atomically
+from sglang_hcache.storage.probe import read_bytes_per_s
+from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_prompt
+
+logger = logging.getLogger(__name__)
+
+_PREFILL_TOKENS = {"cpu": (64, 192, 384), "cuda": (64, 512, 2048)}
+_RESTORED_TOKENS = 1024
+_REPEATS = 3
+_LEAST_S = 1e-9  # what is too short to be measured
+_NO_PROBE_BYTES_PER_S = 1e9  # where a drive cannot be tried: corrected by the first loads
+_REMOTE_BYTES_PER_S = 1e9  # likewise
+
+
+def load_planner(
+    config: HCacheConfig, runner: Any, restorer: Restorer, chosen: Chosen, *, page_tokens: int, device: str
+) -> LoadPlanner | None:
+    """None where all of every hit is restored: as the flag says, or because the model's cost cannot be told.
+
+    Must be called before any request, on all ranks alike: where the rates are not known yet, it runs the model.
+    """
+    if config.plan != "auto":
+        return None
+    model, ranks = runner.model_config, get_parallel().tp_size
+    try:
+        shape = shape_of_config(model.hf_config.to_dict(), Path(model.model_path).name)
+    except UnknownConfig as error:
+        logger.warning("hcache: all of every hit is restored, whatever it costs: %s", error)
+        return None
+    shape = replace(shape, dtype_bytes=model.dtype.itemsize)
+    hidden = chosen.representation is Representation.HIDDEN
+
+    def measure() -> Machine:
+        rates = _measure(runner, restorer, shape, hidden=hidden, page_tokens=page_tokens, ranks=ranks, device=device)
+        if config.prefetcher is not None:
+            return replace(rates, remote_bytes_per_s=_REMOTE_BYTES_PER_S)
+        return replace(rates, ssd_bytes_per_s=_drives(config.directories, config.read_bytes_per_s))
+
+    kind = chosen.representation, chosen.projector_name
+    about = f"{shape} {kind} {device} {ranks} {page_tokens} {config.read_bytes_per_s} {config.prefetcher}"
+    name = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{get_parallel().tp_rank}.json"
+    machine = _kept_at(Path(config.directories[0]) / "calibration" / name, about, measure)
+    layout = Layout(0, shape.layers, 0) if hidden else Layout(0, 0, shape.layers)
+    return LoadPlanner(shape, machine, layout, page_tokens)
+
+
+def _measure(
+    runner: Any,
+    restorer: Restorer,
+    shape: ModelShape,
+    *,
+    hidden: bool,
+    page_tokens: int,
+    ranks: int,
+    device: str,
+) -> Machine:
+    """Rates of prefill and restoring, in seconds at most.
+
+    A forward of m tokens takes fixed + linear · m + quadratic · m² / 2, which three lengths tell.
+    """
+    limit = most_tokens(runner, page_tokens)
+    lengths = sorted({min(tokens, limit) for tokens in _PREFILL_TOKENS[torch.device(device).type]})
+    with leaving_no_trace(runner):
+        prefill_random_prompt(runner, page_tokens, lengths[0])
+        times = [_seconds(lambda m=m: _prefill(runner, page_tokens, m), device) for m in lengths]  # type: ignore[misc]
+    fixed_s, linear_s, quadratic_s = _fit(lengths, times)
+    pages = max(1, min(_RESTORED_TOKENS, limit) // page_tokens)
+    copy_s, project_s = restorer.trial(pages, repeats=_REPEATS)
+    tokens, layers = pages * page_tokens, shape.layers
+    kv_ranks = min(ranks, shape.kv_heads)
+    one_after_the_other = torch.device(device).type == "cpu"
+    if hidden:
+        row_bytes = shape.hidden_bytes
+        project_s += copy_s * one_after_the_other
+    else:  # K and V are copied twice: to the device, and to their slots
+        row_bytes, copy_s = shape.kv_bytes // kv_ranks, copy_s + project_s
+    return Machine(
+        name=_machine_name(),
+        ranks=ranks,
+        gemm_flop_per_s=shape.linear_flop / ranks * layers / max(linear_s, _LEAST_S),
+        attention_flop_per_s=shape.attention_flop_per_pair / ranks * layers / max(quadratic_s, _LEAST_S),
+        memory_bytes_per_s=shape.layer_weight_bytes / ranks * layers / max(fixed_s, _LEAST_S),
+        projection_flop_per_s=shape.projection_flop / kv_ranks * tokens / max(project_s, _LEAST_S),
+        bus_bytes_per_s=row_bytes * tokens / max(copy_s, _LEAST_S),
+    )
+
+
+def _drives(directories: Sequence[str], read_limit: float | None) -> float:
+    """Bytes a second, of all directories' drives together."""
+    total = 0.0
+    for directory in directories:
+        try:
+            total += read_bytes_per_s(Path(directory))
+        except OSError as error:
+            logger.info("hcache: %s cannot be tried (%s)", directory, error)
+            total += _NO_PROBE_BYTES_PER_S
+    return min(total, read_limit or math.inf)
+
+
+def _kept_at(path: Path, as_of: str, measure: Callable[[], Machine]) -> Machine:
+    """The machine of an earlier start if it was the same, by the same version; else measured, and kept.
+
+    as_of: everything that the rates depend on. A file that cannot be read, or written, costs a measurement.
+    """
+    about = {"version": sglang_hcache.__version__, "machine": _machine_name(), "as_of": as_of}
+    try:
+        found = json.loads(path.read_text())
+        if found["about"] == about:
+            return Machine(**found["rates"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    began = time.perf_counter()
+    machine = measure()
+    logger.info("hcache: calibrated in %.1f s", time.perf_counter() - began)
+    try:
+        write_atomically(path, json.dumps({"about": about, "rates": asdict(machine)}, indent=1).encode())
+    except OSError as error:
+        logger.info("hcache: the calibration cannot be kept (%s)", error)
+    return machine
+
+
+def _machine_name() -> str:
+    gpu = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+    return f"{platform.node()}, {os.cpu_count()} cores, {gpu}"
+
+
+def _prefill(runner: Any, page_tokens: int, tokens: int) -> None:
+    runner.req_to_token_pool.clear()
+    runner.token_to_kv_pool_allocator.clear()
+    prefill_random_prompt(runner, page_tokens, tokens)
+
+
+def _seconds(work: Callable[[], None], device: str) -> float:
+    """The least of a few, the device's work included."""
+    times = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _fit(lengths: Sequence[int], times: Sequence[float]) -> tuple[float, float, float]:
+    """Coefficients of 1, m and m² / 2, none negative, that come nearest to the times."""
+    m = np.asarray(lengths, float)
+    columns = np.stack([np.ones_like(m), m, m * m / 2], axis=1)
+    left = [0, 1, 2]
+    while True:
+        found, *_ = np.linalg.lstsq(columns[:, left], np.asarray(times), rcond=None)
+        if (found >= 0).all():
+            result = [0.0, 0.0, 0.0]
+            for index, value in zip(left, found, strict=True):
+                result[index] = float(value)
+            return result[0], result[1], result[2]
+        left.pop(int(found.argmin()))

@@ -1,0 +1,135 @@
+"""How much of a hit is restored, from what the machine delivers now: the planner's face towards the linker."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_hcache.lanes import Lane, Mark
+from sglang_hcache.planner.cost import Costs, costs_of
+from sglang_hcache.planner.follow import Follower, Resource
+from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Hit, Layout
+
+_REFRESH_S = 0.1  # rates are made into costs anew at most so often
+_MOST_UNREAD = 16  # forwards whose end has not been looked at
+_LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Of a request's prompt, what no page of the hit covers."""
+
+    new_tokens: int  # after the hit
+    device_tokens: int  # before it, in the KV pool
+
+
+class LoadPlanner:
+    """One a scheduler process. Plans are this rank's own; SGLang restores what all ranks agree to."""
+
+    def __init__(self, shape: ModelShape, calibrated: Machine, layout: Layout, page_tokens: int) -> None:
+        self._shape = shape
+        self._layout = layout
+        self._page_tokens = page_tokens
+        self._calibrated = costs_of(shape, calibrated)
+        self._follower = Follower(calibrated)
+        self._costs, self._costs_at = self._calibrated, 0.0
+        self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
+        self.plans = self.pages_left_out = 0
+
+    def pages(self, host_pages: int, prompt: Prompt) -> int:
+        """How many leading pages to restore of a hit whose pages are all in host memory."""
+        hit = Hit(self._page_tokens, host_pages, new_tokens=prompt.new_tokens, device_tokens=prompt.device_tokens)
+        pages = plan_load(self._now(), self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
+        self.plans += 1
+        self.pages_left_out += host_pages - pages
+        return pages
+
+    def worth_waiting_for(self, host_pages: int, lower_pages: int, prompt: Prompt) -> int:
+        """How many leading pages a request should wait for, of a hit that continues on a lower tier."""
+        on_ssd = self._lower_tier is Resource.SSD
+        hit = Hit(
+            self._page_tokens,
+            host_pages,
+            ssd_pages=lower_pages if on_ssd else 0,
+            remote_pages=0 if on_ssd else lower_pages,
+            new_tokens=prompt.new_tokens,
+            device_tokens=prompt.device_tokens,
+        )
+        return plan_load(self._now(), self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
+
+    # ---- what really happened ----
+
+    def prefilled(self, tokens: Sequence[int], contexts: Sequence[int], seconds: float) -> None:
+        """A forward of some requests' next tokens, each after its context, with nothing to wait for."""
+        if sum(tokens) < _LEAST_TOKENS:
+            return
+        costs = self._calibrated
+        together = costs.layer_s(0, 0) + sum(
+            costs.layer_s(m, c) - costs.layer_s(0, 0) for m, c in zip(tokens, contexts, strict=True)
+        )
+        self._follower.observe(Resource.PREFILL, costs.layers * together + costs.head_s, seconds)
+
+    def restored(self, tokens: int, seconds: float) -> None:
+        """A batch's loads, from host memory to the pool."""
+        if tokens < _LEAST_TOKENS:
+            return
+        costs, layers = self._calibrated, self._layout.layers
+        if self._layout.hidden:
+            copy_s = costs.bus_latency_s + tokens * costs.hidden_bus_s_per_token
+            project_s = costs.project_s(tokens)
+            slower = Resource.PROJECTION if project_s > copy_s else Resource.BUS
+            self._follower.observe(slower, layers * max(copy_s, project_s), seconds)
+        else:
+            expected_s = layers * (costs.bus_latency_s + tokens * costs.kv_bus_s_per_token)
+            self._follower.observe(Resource.BUS, expected_s, seconds)
+
+    def read(self, pages: int, seconds: float) -> None:
+        """Pages of one request, from a lower tier into host memory, with nobody else waiting for any."""
+        costs, tokens = self._calibrated, pages * self._page_tokens
+        hidden, kv = self._layout.hidden, self._layout.kv
+        if self._lower_tier is Resource.SSD:
+            per_token, latency_s = (costs.hidden_ssd_s_per_token, costs.kv_ssd_s_per_token), costs.ssd_latency_s
+        else:
+            per_token = costs.hidden_remote_s_per_token, costs.kv_remote_s_per_token
+            latency_s = costs.remote_latency_s
+        expected_s = latency_s + tokens * (hidden * per_token[0] + kv * per_token[1])
+        self._follower.observe(self._lower_tier, expected_s, seconds)
+
+    def stats(self) -> dict[str, float | int]:
+        """Plans made, pages that were left to prefill, and how much slower than calibrated each resource is."""
+        factors = {f"slower_{resource}": round(self._follower.factor(resource), 3) for resource in Resource}
+        return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_out, **factors}
+
+    def _now(self) -> Costs:
+        if time.monotonic() - self._costs_at > _REFRESH_S:
+            self._costs, self._costs_at = costs_of(self._shape, self._follower.machine()), time.monotonic()
+        return self._costs
+
+
+class ForwardTimer:
+    """Tells a planner how long prefills take, on the device; for the scheduler's thread, which never waits."""
+
+    def __init__(self, planner: LoadPlanner | None, lane: Lane) -> None:
+        self._planner = planner
+        self._lane = lane
+        self._begun: tuple[Sequence[int], Sequence[int], Mark] | None = None
+        self._ended: deque[tuple[Sequence[int], Sequence[int], Mark, Mark]] = deque(maxlen=_MOST_UNREAD)
+
+    def begin(self, batch: Any, *, alone: bool) -> None:
+        """A forward is about to be issued; `alone`: it waits for no load."""
+        self._begun = None
+        if self._planner is not None and alone and batch.forward_mode.is_extend_without_speculative():
+            self._begun = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu, self._lane.mark()
+
+    def end(self) -> None:
+        if self._begun is not None:
+            self._ended.append((*self._begun, self._lane.mark()))
+        while self._planner is not None and self._ended and self._ended[0][3].query():
+            tokens, contexts, began, ended = self._ended.popleft()
+            self._planner.prefilled(tokens, contexts, began.elapsed_time(ended) / 1000)

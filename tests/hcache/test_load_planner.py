@@ -1,0 +1,97 @@
+"""What is restored of a hit, and waited for, and how that follows what loads really took."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from sglang_hcache.load_planner import LoadPlanner, Prompt
+from sglang_hcache.planner.cost import costs_of
+from sglang_hcache.planner.follow import PROBE_PAGES
+from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Layout
+
+PAGE = 64
+SHAPE = ModelShape("m", 8, 1024, 16, 16, 64, 2816, 32000, dtype_bytes=4)
+CPU = Machine("cpu", 100e9, 100e9, 30e9, 20e9, 3e9, ssd_bytes_per_s=1e9)
+HIDDEN = Layout(0, 8, 0)
+PROMPT = Prompt(new_tokens=64, device_tokens=0)
+
+
+def planner(machine: Machine = CPU, layout: Layout = HIDDEN) -> LoadPlanner:
+    return LoadPlanner(SHAPE, machine, layout, PAGE)
+
+
+def test_a_hit_in_memory_is_restored_whole_where_that_is_fast() -> None:
+    assert planner().pages(64, PROMPT) == 64
+    assert planner().stats()["pages_left_to_prefill"] == 0
+
+
+def test_a_hit_is_prefilled_where_the_bus_is_slow() -> None:
+    slow = planner(replace(CPU, bus_bytes_per_s=1e6))
+    assert slow.pages(64, PROMPT) == 0
+    assert slow.stats()["pages_left_to_prefill"] == 64
+
+
+@pytest.mark.parametrize(("ssd_bytes_per_s", "waits"), [(1e9, True), (1e6, False)])
+def test_a_request_waits_for_drives_that_are_fast(ssd_bytes_per_s: float, *, waits: bool) -> None:
+    found = planner(replace(CPU, ssd_bytes_per_s=ssd_bytes_per_s)).worth_waiting_for(4, 60, PROMPT)
+    assert found == (64 if waits else 4)
+
+
+def test_a_remote_store_is_the_lower_tier_where_there_is_one() -> None:
+    near = planner(replace(CPU, ssd_bytes_per_s=0.0, remote_bytes_per_s=1e9))
+    far = planner(replace(CPU, ssd_bytes_per_s=0.0, remote_bytes_per_s=1e6))
+    assert near.worth_waiting_for(0, 64, PROMPT) == 64
+    assert far.worth_waiting_for(0, 64, PROMPT) == 0
+
+
+def test_drives_that_turn_out_slow_are_waited_for_no_more_and_tried_again() -> None:
+    follows = planner(replace(CPU, ssd_bytes_per_s=10e9))
+    seconds = 64 * PAGE * 8 * SHAPE.hidden_bytes / 2e6
+    waited = []
+    for _ in range(120):
+        wanted = follows.worth_waiting_for(0, 64, PROMPT)
+        waited.append(wanted)
+        follows._costs_at = 0.0  # as if time had passed
+        if wanted:
+            follows.read(wanted, seconds * wanted / 64)
+    assert waited[0] == 64
+    assert set(waited[10:]) == {0, PROBE_PAGES}
+    probes = [plan for plan, wanted in enumerate(waited) if wanted == PROBE_PAGES]
+    gaps = [later - sooner for sooner, later in pairwise(probes)]
+    assert gaps == sorted(gaps), "a tier that stays slow is tried less and less often"
+    assert gaps[-1] > gaps[0]
+
+
+def test_a_slower_machine_restores_more() -> None:
+    """Forwards that take five times what was measured make restoring worth more, and the other way round."""
+    tight = replace(CPU, projection_flop_per_s=9e9)
+    for times, more in ((5.0, True), (0.2, False)):
+        follows = planner(tight)
+        before = follows.pages(64, PROMPT)
+        costs = costs_of(SHAPE, tight)
+        for _ in range(20):
+            follows.prefilled([512], [0], times * costs.prefill_s(512))
+        follows._costs_at = 0.0
+        after = follows.pages(64, PROMPT)
+        assert (after >= before and after == 64) if more else after < 64
+
+
+def test_restoring_that_takes_longer_than_measured_is_seen() -> None:
+    for layout in (HIDDEN, Layout(0, 0, 8)):
+        follows = planner(layout=layout)
+        for _ in range(20):
+            follows.restored(1024, 100.0)
+        follows._costs_at = 0.0
+        assert follows.pages(64, PROMPT) in (0, PROBE_PAGES)
+
+
+def test_short_work_says_nothing() -> None:
+    follows = planner()
+    follows.prefilled([3], [0], 100.0)
+    follows.restored(5, 100.0)
+    assert all(value == 1.0 for name, value in follows.stats().items() if name.startswith("slower_"))
