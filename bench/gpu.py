@@ -65,7 +65,7 @@ def device_copy_gb_s(n_bytes: int) -> float:
 def machine() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
-        "capability": _capability(),
+        "capability": capability(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _capability() -> int:
+def capability() -> int:
     if DEVICE == "cpu":
         return 0
     major, minor = torch.cuda.get_device_capability()
