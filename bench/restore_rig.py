@@ -47,6 +47,7 @@ class Arena:
         os.ftruncate(file, n_bytes)
         self.memory = torch.frombuffer(mmap.mmap(file, n_bytes), dtype=torch.uint8)
         os.close(file)
+        self.memory.zero_()  # the system finds all pages now, not while CUDA holds its locks
         self._registered = PinnedMemory(self.memory)
         self.pinned = self._registered.pinned
         values = self.memory.view(dtype)
