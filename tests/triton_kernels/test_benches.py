@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +32,7 @@ def test_the_kernels_bench_checks_and_times_every_form() -> None:
 ONE_LENGTH = dataclasses.replace(gpu_restore.SMALL, tokens=(64,))
 
 
-def test_the_restore_bench_runs_every_section_and_finds_nothing_wrong() -> None:
+def test_the_restore_bench_runs_every_section_and_finds_nothing_wrong(tmp_path: Path) -> None:
     saved: list[dict[str, Any]] = []
     report = gpu_restore.measure(ONE_LENGTH, 1e6, saved.append)
     found = report["sections"]
@@ -53,6 +55,9 @@ def test_the_restore_bench_runs_every_section_and_finds_nothing_wrong() -> None:
         assert "GPU" in captured["decode"]["skipped"]
     lines = list(gpu_report.table(report))
     assert any("restore hidden, tiny, 64" in line for line in lines)
+    plot_gpu = pytest.importorskip("bench.plot_gpu")
+    for file in plot_gpu.draw(json.loads(json.dumps(report)), tmp_path / "figures"):
+        assert file.stat().st_size > 1000
 
 
 def test_the_restore_bench_survives_a_section_and_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
