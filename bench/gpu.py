@@ -17,14 +17,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 2
 
 
-def seconds(work: Callable[[], object], *, rounds: int = 7) -> float:
-    """Median of the device's time for `work`, each round between two events; on a CPU, the caller's time."""
-    times = []
-    for round_ in range(WARM_UP + rounds):
-        took = _once(work)
-        if round_ >= WARM_UP:
-            times.append(took)
-    return statistics.median(times)
+def seconds(work: Callable[[], object], *, rounds: int = 7, calls: int = 1) -> float:
+    """Median of the device's time for `work`, each round between two events; on a CPU, the caller's time.
+
+    calls: in a row between the events, so that the device need not wait for the launches of short work.
+    """
+
+    def in_a_row() -> None:
+        for _ in range(calls):
+            work()
+
+    return statistics.median([_once(in_a_row) for _ in range(WARM_UP + rounds)][WARM_UP:]) / calls
 
 
 def _once(work: Callable[[], object]) -> float:

@@ -32,10 +32,10 @@ def compare(sections: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> Iterator[str]:
     sections = report["sections"]
-    for name, section in sections.items():
-        if stopped := section.get("error") or section.get("skipped"):
-            yield f"{name}: {stopped.splitlines()[0][:150]}"
-    yield from _ceilings(sections.get("ceilings", {}))
+    for name, part in _parts(sections):
+        if stopped := part.get("error") or part.get("skipped"):
+            yield f"{name}: {(stopped.splitlines() or [''])[0][:150]}"
+    yield from _ceilings(sections)
     for model, forms in sections.get("numerics", {}).items():
         if isinstance(forms, list):
             bad = sum(form["unwritten"] + form["strayed"] for form in forms)
@@ -55,17 +55,30 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield f"{model}: restoring is faster than prefill from {comparison['restore_faster_from']} tokens on"
 
 
-def _ceilings(section: dict[str, Any]) -> Iterator[str]:
-    if "gemm" not in section:
-        return
-    rates = {key.removesuffix("_gb_s"): rate for key, rate in section.items() if isinstance(rate, float)}
-    yield "GB/s: " + _cells({key: rate for key, rate in rates.items() if key != "took_s"}, ".1f")
-    if isinstance(kernel := section["kernel_gb_s"], dict):
-        yield "kernel copy, GB/s by programs: " + _cells(kernel, ".1f")
-    for model, rows in section["gemm"].items():
+def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sections, their rows, and the two kinds of capture: whatever can fail by itself."""
+    for name, section in sections.items():
+        yield name, section
+        for row in section.get("rows", []):
+            yield f"{name}, {row['tokens']}", row
+        for kind in ("prefill", "decode"):
+            if kind in section:
+                yield f"{name}, {kind}", section[kind]
+
+
+def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
+    ceilings = sections.get("ceilings", {})
+    rates = {key.removesuffix("_gb_s"): rate for key, rate in ceilings.items() if key.endswith("_gb_s")}
+    if rates:
+        yield "GB/s: " + _cells(rates, ".1f")
+    for model, rows in ceilings.get("gemm", {}).items():
         yield f"product, TFLOP/s, {model}: " + _cells({row["tokens"]: row["tflop_s"] for row in rows}, ".0f")
-        ratios = {row["tokens"]: row["project_ratio"] for row in rows}
-        yield f"project_kv / product (≥ 0.85 from 1,024 on), {model}: " + _cells(ratios, ".2f")
+    if found := sections.get("copy kernel", {}).get("gb_s"):
+        yield "copy kernel, GB/s by programs: " + _cells(found, ".1f")
+    for model, rows in sections.get("projection", {}).items():
+        if isinstance(rows, list):
+            ratios = {row["tokens"]: row["ratio"] for row in rows}
+            yield f"project_kv / product (≥ 0.85 from 1,024 on), {model}: " + _cells(ratios, ".2f")
 
 
 def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:

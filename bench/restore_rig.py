@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import mmap
@@ -60,7 +61,8 @@ class Arena:
 
     def close(self) -> None:
         if DEVICE == "cuda":
-            torch.cuda.synchronize()
+            with contextlib.suppress(RuntimeError):  # a device that is lost copies nothing any more
+                torch.cuda.synchronize()
         self._registered.release()
         self.pinned = False
 
