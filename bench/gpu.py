@@ -17,14 +17,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 2
 
 
-def seconds(work: Callable[[], object], *, rounds: int = 7) -> float:
-    """Median of the device's time for `work`, each round between two events; on a CPU, the caller's time."""
-    times = []
-    for round_ in range(WARM_UP + rounds):
-        took = _once(work)
-        if round_ >= WARM_UP:
-            times.append(took)
-    return statistics.median(times)
+def seconds(work: Callable[[], object], *, rounds: int = 7, calls: int = 1) -> float:
+    """Median of the device's time for `work`, each round between two events; on a CPU, the caller's time.
+
+    calls: in a row between the events, so that the device need not wait for the launches of short work.
+    """
+
+    def in_a_row() -> None:
+        for _ in range(calls):
+            work()
+
+    return statistics.median([_once(in_a_row) for _ in range(WARM_UP + rounds)][WARM_UP:]) / calls
 
 
 def _once(work: Callable[[], object]) -> float:
@@ -65,7 +68,7 @@ def device_copy_gb_s(n_bytes: int) -> float:
 def machine() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
-        "capability": _capability(),
+        "capability": capability(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
@@ -75,7 +78,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _capability() -> int:
+def capability() -> int:
     if DEVICE == "cpu":
         return 0
     major, minor = torch.cuda.get_device_capability()

@@ -9,7 +9,8 @@ shared memory and spills are what cuobjdump reads in the machine code.
 Method on a GPU: for each model's shape and number of tokens, random bf16 inputs; the projection's two forms are first
 compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike), beside
 the same error of torch's own matrix product. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second
-kernel, and the fused kernel in each configuration are timed between events, median of 7 after 2 that warm up. `ratio`
+kernel, and the fused kernel in each configuration are timed between events, 8 calls in a row, so that launches are
+hidden behind the work of the call before; median of 7 after 2 that warm up. `ratio`
 is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. `--tune` writes which form
 was fastest to triton_kernels/tuned.json.
 """
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 TOKENS = (64, 256, 1024, 4096, 16384)
 CHECKED_TOKENS = 512
 POSITIONS = 32768
+CALLS = 8 if DEVICE == "cuda" else 1
 
 
 def compile_all() -> dict[str, Any]:
@@ -107,13 +109,14 @@ def measure(shape: Shape, tokens: int) -> dict[str, Any]:
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
     pool = pool_of(shape, tokens)
     workspace = rows.new_empty(tokens, projection.columns)
-    product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace))
+    product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace), calls=CALLS)
     forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
     took = {
         form: seconds(
             lambda form=form: project_kv(  # type: ignore[misc]
                 rows, projection, positions, slots, *pool, fused=form, workspace=workspace
-            )
+            ),
+            calls=CALLS,
         )
         for form in forms
     }

@@ -8,6 +8,7 @@ rows go to a sink; padding stays behind.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from sglang_hcache.lanes import Mark
+from sglang_hcache.lanes import Lane, Mark, current_lane
 
 if TYPE_CHECKING:
     from sglang_hcache.model import AttentionSite
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 4  # the outbox holds this part of a full forward beside it
 _UNUSABLE = -1  # in `seen`: a module was called with something other than `[tokens, width]`
 
 _library = torch.library.Library("hcache", "FRAGMENT")
@@ -63,11 +65,45 @@ class CaptureSink(Protocol):
         """Whatever is held of these device slots is overwritten by a forward that was not captured."""
 
 
+class Outbox:
+    """Device memory where rows lie until they are on the host: a ring.
+
+    Rows that find it full are moved in once the oldest are away. The lane waits for that, not the caller; it hardly
+    ever does, as a forward takes longer than the bus takes for its rows.
+    """
+
+    def __init__(self, memory: torch.Tensor, lane: Lane) -> None:
+        self._memory = memory
+        self._lane = lane
+        self._next = 0
+        self._away: deque[tuple[range, Mark]] = deque()
+
+    def take(self, size: int) -> torch.Tensor:
+        """So many values of the memory, for what is queued on the lane from now on; `sent` follows."""
+        begin = self._next if self._next + size <= len(self._memory) else 0
+        self._next = begin + size
+        overlapping = [
+            i for i, (place, _) in enumerate(self._away) if place.start < self._next and begin < place.stop
+        ]
+        if overlapping:
+            for _ in range(overlapping[-1] + 1):
+                _, mark = self._away.popleft()
+            if not mark.query():
+                self._lane.wait(mark)
+        self._taken = range(begin, self._next)
+        return self._memory[begin : self._next]
+
+    def sent(self, mark: Mark) -> None:
+        """What was taken last is free at the mark, and all before it, too."""
+        self._away.append((self._taken, mark))
+
+
 class Capture:
     """The staging buffer, `[layers, rows, width]` on the device, and the hooks that fill it.
 
-    On a GPU there is a second buffer of that size, into which a forward's rows are moved when it ends: they are
-    copied to the host from there while the next forward fills the first. While it is busy, nothing is captured.
+    On a GPU a forward's rows are moved to an outbox when it ends: they are copied to the host from there while the
+    next forward fills the staging buffer. It has room for a full forward and some small ones: a scheduler that
+    issues forwards ahead of the device never finds the last one's rows away.
     """
 
     def __init__(
@@ -76,8 +112,10 @@ class Capture:
         self.sites = tuple(sites)
         self.sink: CaptureSink | None = None
         self._staging = torch.empty((len(sites), rows, width), dtype=dtype, device=device)
-        self._outgoing = torch.empty_like(self._staging) if self._staging.device.type == "cuda" else self._staging
-        self._sent: Mark | None = None
+        self._outbox: Outbox | None = None
+        if self._staging.device.type == "cuda":
+            room = self._staging.new_empty(len(sites) * (rows + rows // _SPARE) * width)
+            self._outbox = Outbox(room, current_lane(device))
         self._seen = torch.zeros(len(sites), dtype=torch.int64)
         self._usable = True
         self._hooks: list[RemovableHandle] = [
@@ -90,9 +128,9 @@ class Capture:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._outgoing = self._staging.new_empty(0)
+        self._outbox = None
         if self._staging.device.type == "cpu":
-            self._staging = self._outgoing
+            self._staging = self._staging.new_empty(0)
         self.sink = None
 
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -114,11 +152,13 @@ class Capture:
         fewest = int(self._seen.min())
         self._usable = self._usable and fewest != _UNUSABLE
         complete = from_graph or fewest >= count
-        busy = self._sent is not None and not self._sent.query()
-        if busy or not (self._usable and complete and count <= self._staging.shape[1]):
+        if not (self._usable and complete and count <= self._staging.shape[1]):
             self.sink.drop(slots)
             return
-        rows = self._outgoing[:, :count]
-        if self._outgoing is not self._staging:
-            rows.copy_(self._staging[:, :count])
-        self._sent = self.sink.write(slots, positions, rows)
+        rows = self._staging[:, :count]
+        if self._outbox is None:
+            self.sink.write(slots, positions, rows)
+            return
+        away = self._outbox.take(rows.numel()).view(rows.shape)
+        away.copy_(rows)
+        self._outbox.sent(self.sink.write(slots, positions, away))

@@ -20,6 +20,7 @@ class PinnedMemory:
         error = torch.cuda.cudart().cudaHostRegister(self._address, memory.nbytes, 0)
         self.pinned = int(error) == 0
         if not self.pinned:
+            _forget_error()
             logger.warning(
                 "hcache: CUDA cannot register %.1f GB of host memory (%s): restoring copies it once more, and the "
                 "scheduler waits for that. A smaller --hicache-size, or a higher limit of locked memory, may help.",
@@ -32,3 +33,11 @@ class PinnedMemory:
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self._address)
             self.pinned = False
+
+
+def _forget_error() -> None:
+    """CUDA reports a failed call once more to whoever launches a kernel next: let that be a kernel of nobody."""
+    try:
+        torch.ones(1, device="cuda")
+    except RuntimeError as error:
+        logger.debug("hcache: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache.capture import Capture
+from sglang_hcache.capture import Capture, Outbox
 from sglang_hcache.lanes import ImmediateLane, Mark
 from sglang_hcache.model import AttentionSite
 from sglang_hcache.pages import OpenPages
@@ -18,6 +19,17 @@ from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 
 WIDTH, PAGE, LAYERS, ROWS = 8, 16, 2, 40
+
+
+class _Passed:
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pytest.fail("the forward waited")
+
+    def elapsed_time(self, end: Mark) -> float:
+        raise NotImplementedError
 
 
 class Attention(torch.nn.Module):
@@ -92,33 +104,58 @@ def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Att
     assert sink.rows is None
 
 
-def test_a_busy_buffer_drops_the_next_forward(capture: Capture, modules: list[Attention]) -> None:
-    class Busy(Sink):
-        left = 1
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
+    """Forwards of random sizes, and a bus that is behind by a random number of them."""
+    chance = random.Random(seed)
+    memory = torch.zeros(100, dtype=torch.int64)
+    copied, waits = 0, 0
 
-        def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
-            super().write(slots, positions, rows)
-            return self
+    class Sent(_Passed):
+        def __init__(self, number: int, place: torch.Tensor) -> None:
+            self.number, self.place = number, place
 
         def query(self) -> bool:
-            self.left -= 1
-            return self.left < 0
+            return self.number < copied
 
-        def synchronize(self) -> None:
+    class Forward(ImmediateLane):
+        def wait(self, mark: Mark) -> None:
+            assert isinstance(mark, Sent)
+            copy(mark.number + 1)
+
+    def copy(upto: int) -> None:
+        nonlocal copied
+        while copied < upto:
+            assert torch.equal(sent[copied].place, torch.full_like(sent[copied].place, copied))
+            copied += 1
+
+    sent: list[Sent] = []
+    outbox = Outbox(memory, Forward())
+    for number in range(200):
+        before = copied
+        place = outbox.take(chance.choice([1, 5, 80]))
+        waits += copied > before
+        place.fill_(number)
+        sent.append(Sent(number, place))
+        outbox.sent(sent[-1])
+        copy(max(copied, number - chance.randrange(6)))
+    copy(200)
+    assert waits
+
+
+def test_small_forwards_behind_a_full_one_wait_for_nothing() -> None:
+    class Never(ImmediateLane):
+        def wait(self, mark: Mark) -> None:
             pytest.fail("the forward waited")
 
-        def elapsed_time(self, end: Mark) -> float:
-            raise NotImplementedError
+    class UnderWay(_Passed):
+        def query(self) -> bool:
+            return False
 
-    capture.sink = Busy()
-    forward(capture, modules, torch.zeros(3, WIDTH), count=3)
-    sink = forward(capture, modules, torch.ones(4, WIDTH), count=4)
-    assert sink.rows is not None
-    assert torch.equal(sink.rows[0], torch.zeros(3, WIDTH))
-    assert sink.dropped == [0, 1, 2, 3]
-    sink = forward(capture, modules, torch.ones(4, WIDTH), count=4)
-    assert sink.rows is not None
-    assert torch.equal(sink.rows[0], torch.ones(4, WIDTH))
+    outbox = Outbox(torch.zeros(100), Never())
+    for size in (80, 5, 5, 5, 5):
+        outbox.take(size)
+        outbox.sent(UnderWay())
 
 
 class Decoder(torch.nn.Module):

@@ -1,0 +1,260 @@
+"""What capture costs a forward: an eager prefill chunk, and a decode step in a CUDA graph, with and without it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu import DEVICE, noise
+from bench.toy_model import Attend, Decoding, Layer, Model, Prefix, Weights, angles, forward
+from sglang_hcache.capture import Capture
+from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
+from sglang_hcache.lanes import Mark, current_lane, new_lane
+
+Step = Callable[[], torch.Tensor]
+IN_FLIGHT = 2  # forwards issued and not yet done: an overlapping scheduler is one ahead
+
+
+@dataclass(frozen=True)
+class Site:
+    module: torch.nn.Module
+
+    def hidden_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        hidden: torch.Tensor = args[0]
+        return hidden
+
+
+class HostSink:
+    """Rows to the host and into memory there, as the server's saver of hidden states takes them."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.work: HostWork = StreamWork(new_lane(DEVICE), current_lane(DEVICE)) if DEVICE == "cuda" else InlineWork()
+        self.rows = torch.empty(0)  # of the last forward that was written
+        self.written = self.dropped = 0
+        self._memory = np.zeros(n_bytes, np.uint8)
+        self._lock = threading.Lock()
+
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+        if self.work.crowded:
+            self.drop(slots)
+            return self.work.mark()
+        host_slots, _, host_rows = map(self.work.to_host, (slots, positions, rows))
+
+        def keep() -> None:
+            kept = self._memory[: host_rows.nbytes]
+            np.copyto(kept, host_rows.view(torch.uint8).numpy().reshape(-1))
+            with self._lock:
+                self.rows = torch.from_numpy(kept).view(host_rows.dtype).view(host_rows.shape)
+                self.written += len(host_slots)
+
+        self.work.submit(keep)
+        return self.work.mark()
+
+    def drop(self, slots: torch.Tensor) -> None:
+        with self._lock:
+            self.dropped += len(slots)
+
+    def share(self) -> float:
+        """Of the tokens since the last call, those that were written."""
+        self.work.drain()
+        written, dropped = self.written, self.dropped
+        self.written = self.dropped = 0
+        return written / max(1, written + dropped)
+
+
+@dataclass
+class Forward:
+    """One kind of forward: the same weights twice, with capture on one of the two."""
+
+    plain: Step
+    captured: Step
+    capture: Capture
+    tokens: torch.Tensor  # stands for slots and positions
+    from_graph: bool
+
+    def issue(self, *, captured: bool) -> None:
+        if not captured:
+            self.plain()
+            return
+        self.capture.before_forward()
+        self.captured()
+        self.capture.after_forward(self.tokens, self.tokens, from_graph=self.from_graph)
+
+    def series(self, steps: int, *, captured: bool) -> float:
+        """Seconds of the device for a forward, of several in a row."""
+        events: deque[torch.cuda.Event] = deque()
+        began = time.perf_counter()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            begin = torch.cuda.Event(enable_timing=True)
+            begin.record()
+        for _ in range(steps):
+            if len(events) == IN_FLIGHT:
+                events.popleft().synchronize()
+            self.issue(captured=captured)
+            if DEVICE == "cuda":
+                events.append(torch.cuda.Event(enable_timing=True))
+                events[-1].record()
+        if DEVICE == "cpu":
+            return (time.perf_counter() - began) / steps
+        events[-1].synchronize()
+        return float(begin.elapsed_time(events[-1])) / 1000 / steps
+
+    def compare(self, sink: HostSink, steps: int, rounds: int = 9) -> dict[str, Any]:
+        """In turns: plain, captured, and plain again, whose distance from the first is the noise."""
+        kinds = {"plain_ms": False, "captured_ms": True, "plain_again_ms": False}
+        took: dict[str, list[float]] = {kind: [] for kind in kinds}
+        self.series(steps, captured=False)
+        self.series(steps, captured=True)
+        sink.share()
+        for _, (kind, captured) in itertools.product(range(rounds), kinds.items()):
+            took[kind].append(1e3 * self.series(steps, captured=captured))
+            sink.work.drain()
+        median = {kind: statistics.median(values) for kind, values in took.items()}
+        base = (median["plain_ms"] + median["plain_again_ms"]) / 2
+        return {
+            **median,
+            "fastest_ms": {kind: min(values) for kind, values in took.items()},
+            "slowest_ms": {kind: max(values) for kind, values in took.items()},
+            "slow_down": median["captured_ms"] / base - 1,
+            "noise": abs(median["plain_again_ms"] - median["plain_ms"]) / base,
+            "captured_share": sink.share(),
+        }
+
+
+class Recording:
+    """What the attention modules see, kept apart from capture."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.seen: list[torch.Tensor] = []
+        self._hooks = [layer.attention.register_forward_pre_hook(self._keep) for layer in layers]
+
+    def _keep(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.seen.append(args[0].clone())
+
+    def end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def differing(self, rows: torch.Tensor) -> int:
+        """Elements of `rows`, `[layers, n, width]` on the host, that are not what was seen."""
+        return int((rows != torch.stack(self.seen)[:, : rows.shape[1]].cpu()).sum())
+
+
+def graph_of(step: Step, before_capture: Callable[[], None] = lambda: None) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    before_capture()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+class Bench:
+    """A model of all its layers, twice over one set of weights; capture is on the second.
+
+    Of a graph's rows a quarter is padding, which must not be handed on.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype, *, chunk: int, batch: int, context: int) -> None:
+        self._model, self._dtype, self._chunk, self._batch, self._context = model, dtype, chunk, batch, context
+        weights = [Weights.random(model, dtype) for _ in range(model.layers)]
+        self._plain, self._hooked = ([Layer(of_layer) for of_layer in weights] for _ in range(2))
+        self._capture = Capture(
+            [Site(layer.attention) for layer in self._hooked],  # type: ignore[misc]
+            rows=chunk,
+            width=model.shape.width,
+            dtype=dtype,
+            device=DEVICE,
+        )
+        self._sink = HostSink(model.layers * chunk * model.row_bytes(dtype))
+        self._capture.sink = self._sink
+
+    @torch.inference_mode()
+    def prefill(self, steps: int = 3) -> dict[str, Any]:
+        prefix = Prefix(self._model, self._chunk, self._dtype)
+
+        def step(layers: Sequence[Layer]) -> Step:
+            attends = [self._afresh(prefix)] * len(layers)
+            return self._step(layers, attends, self._inputs(self._chunk))
+
+        forward_ = Forward(
+            step(self._plain), step(self._hooked), self._capture, torch.arange(self._chunk, device=DEVICE), False
+        )
+        differing = self._check(forward_)
+        return {"tokens": self._chunk, "differing": differing} | forward_.compare(self._sink, steps)
+
+    @torch.inference_mode()
+    def decode(self, steps: int = 32) -> dict[str, Any]:
+        if DEVICE == "cpu":
+            return {"skipped": "CUDA graphs need a GPU"}
+        attends = [Decoding(self._model, self._batch, self._context, self._dtype) for _ in self._plain]
+        inputs = self._inputs(self._batch)
+        plain, hooked = (self._step(layers, attends, inputs) for layers in (self._plain, self._hooked))
+        tokens = torch.arange(self._batch, device=DEVICE)
+        differing = self._check_graph(hooked, inputs, tokens[: self._batch * 3 // 4])
+        graphs = [graph_of(step) for step in (plain, hooked)]
+        forward_ = Forward(graphs[0].replay, graphs[1].replay, self._capture, tokens, True)  # type: ignore[arg-type]
+        found = forward_.compare(self._sink, steps)
+        return {"batch": self._batch, "context": self._context, "differing": differing} | found
+
+    def close(self) -> None:
+        self._sink.work.drain()
+        self._sink.work.close()
+        self._capture.remove()
+
+    def _inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dim = self._model.shape.head_dim
+        turns = torch.arange(tokens, device=DEVICE)[:, None] / 10000 ** (torch.arange(0, dim, 2, device=DEVICE) / dim)
+        cos_sin = torch.cat((turns.cos(), turns.sin()), dim=-1)
+        x = noise(tokens, self._model.shape.width, dtype=self._dtype)
+        return x, *angles(cos_sin, torch.arange(tokens, device=DEVICE), self._dtype)
+
+    @staticmethod
+    def _afresh(prefix: Prefix) -> Attend:
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            prefix.length = 0
+            return prefix(query, key, value)
+
+        return attend
+
+    @staticmethod
+    def _step(
+        layers: Sequence[Layer], attends: Sequence[Attend], inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> Step:
+        return lambda: forward(layers, attends, *inputs)
+
+    def _check(self, forward_: Forward) -> int:
+        recording = Recording(self._hooked)
+        forward_.issue(captured=True)
+        self._sink.work.drain()
+        recording.end()
+        return recording.differing(self._sink.rows)
+
+    def _check_graph(self, step: Step, inputs: tuple[torch.Tensor, ...], tokens: torch.Tensor) -> int:
+        """Of a graph that records what its layers see, replayed on inputs that came after its capture."""
+        recording = Recording(self._hooked)
+        graph = graph_of(step, before_capture=recording.seen.clear)
+        recording.end()
+        inputs[0].copy_(noise(*inputs[0].shape, dtype=inputs[0].dtype))
+        forward_ = Forward(step, graph.replay, self._capture, tokens, True)  # type: ignore[arg-type]
+        forward_.issue(captured=True)
+        self._sink.work.drain()
+        if self._sink.rows.shape[1] != len(tokens):
+            raise RuntimeError(f"{self._sink.rows.shape[1]} rows were captured of {len(tokens)}")
+        return recording.differing(self._sink.rows)

@@ -1,0 +1,128 @@
+"""What the machine and the kernels can do by themselves: the first sections of `bench.gpu_restore`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu import DEVICE, device_copy_gb_s, host_to_device_gb_s, noise, seconds
+from bench.gpu_run import PROGRAMS, Run, Scale
+from bench.kernels import CALLS, POSITIONS, pool_of, projection_of
+from bench.restore_rig import errors
+from bench.toy_model import CHUNK, Model
+from sglang_hcache.restore import HostPages, KernelCopier, StoredLayer
+from sglang_hcache.triton_kernels.project import project_kv
+from sglang_hcache.triton_kernels.tuning import Fused, candidates
+
+
+def ceilings(run: Run) -> dict[str, Any]:
+    """GB/s, and milliseconds of one layer's product. Torch alone: no kernel of ours can spoil them."""
+    n_bytes, memory = run.scale.copy_bytes, run.arena.memory
+    target = torch.empty(n_bytes, dtype=torch.uint8, device=DEVICE)
+    parts = itertools.cycle(memory[: len(memory) // n_bytes * n_bytes].view(-1, n_bytes).unbind(0))
+    page = min(512 << 10, n_bytes)
+    engine_s = seconds(lambda: target.copy_(next(parts), non_blocking=True))
+
+    def page_by_page() -> None:
+        for begin in range(0, n_bytes, page):
+            target[begin : begin + page].copy_(memory[begin : begin + page], non_blocking=True)
+
+    return {
+        "registered": run.arena.pinned,
+        "pinned_gb_s": host_to_device_gb_s(n_bytes),
+        "registered_gb_s": n_bytes / engine_s / 1e9,
+        "registered_by_pages_gb_s": n_bytes / seconds(page_by_page, rounds=3) / 1e9,
+        "device_copy_gb_s": device_copy_gb_s(n_bytes),
+        "gemm": {
+            model.name: [_product(model, n, run.scale) for n in _gemm_rows(run.scale)] for model in run.scale.models
+        },
+    }
+
+
+def copy_kernel(run: Run) -> dict[str, Any]:
+    """GB/s of the kernel that reads the arena, by how many programs run it; scattered pages, others each time."""
+    if not run.arena.pinned:
+        return {"skipped": "needs a GPU that has taken the memory"}
+    page_bytes = 512 << 10
+    memory = run.arena.chunks(page_bytes)
+    stored = HostPages(memory, np.zeros((0, 0), np.int32), [StoredLayer(0, page_bytes, torch.uint8, None)])  # type: ignore[arg-type]
+    pages = min(1024, len(memory))
+    target = torch.empty(1, pages, page_bytes, dtype=torch.uint8, device=DEVICE)
+    picks = itertools.cycle([torch.randperm(len(memory), device=DEVICE)[:pages] for _ in range(8)])
+    rates = {}
+    for programs in PROGRAMS:
+        copier = KernelCopier(programs)
+        took = seconds(lambda copier=copier: copier.copy(stored, range(1), next(picks), target))  # type: ignore[misc]
+        rates[programs] = target.nbytes / took / 1e9
+    return {"gb_s": rates}
+
+
+def _gemm_rows(scale: Scale) -> list[int]:
+    return sorted({min(tokens, CHUNK) for tokens in scale.tokens})
+
+
+def _product(model: Model, tokens: int, scale: Scale) -> dict[str, float]:
+    """cuBLAS on the rows of one step; weights in turns, for one would stay in the L2 cache."""
+    weights = itertools.cycle([projection_of(model.shape, scale.dtype).weight for _ in range(3)])
+    rows = noise(tokens, model.shape.width, dtype=scale.dtype)
+    out = rows.new_empty(tokens, len(next(weights)))
+    took = seconds(lambda: torch.mm(rows, next(weights).T, out=out), calls=CALLS)
+    flops = 2 * tokens * model.shape.width * out.shape[1]
+    return {"tokens": tokens, "ms": 1e3 * took, "tflop_s": flops / took / 1e12}
+
+
+def projections(run: Run) -> dict[str, Any]:
+    """`project_kv` in all forms as the products were timed; `ratio`: their time over the best form's."""
+    products = run.sections["ceilings"]["gemm"]
+    return {
+        model.name: [_projection(model, row["tokens"], row["ms"], run.scale) for row in products[model.name]]
+        for model in run.scale.models
+    }
+
+
+def _projection(model: Model, tokens: int, product_ms: float, scale: Scale) -> dict[str, Any]:
+    projections = itertools.cycle([projection_of(model.shape, scale.dtype) for _ in range(3)])
+    rows = noise(tokens, model.shape.width, dtype=scale.dtype)
+    workspace = rows.new_empty(tokens, next(projections).columns)
+    slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
+    pool = pool_of(model.shape, tokens, scale.dtype)
+
+    def project(form: Fused | None) -> None:
+        project_kv(rows, next(projections), positions, slots, *pool, fused=form, workspace=workspace)
+
+    ms = {form: 1e3 * seconds(partial(project, form), calls=CALLS) for form in _forms(model)}
+    forms = [{"fused": asdict(form) if form else None, "ms": took} for form, took in ms.items()]
+    return {"tokens": tokens, "ratio": product_ms / min(ms.values()), "forms": forms}
+
+
+def numerics(run: Run) -> dict[str, Any]:
+    """Both forms of the projection against float64, beside the forward's own way; into pools of NaNs."""
+    return {
+        model.name: [_form_errors(model, form, run.scale) for form in _forms(model)] for model in run.scale.models
+    }
+
+
+def _forms(model: Model) -> list[Fused | None]:
+    return [None, *candidates(model.shape.head_dim)]
+
+
+def _form_errors(model: Model, form: Fused | None, scale: Scale) -> dict[str, Any]:
+    n, projection = scale.checked_tokens, projection_of(model.shape, scale.dtype)
+    rows = noise(n, model.shape.width, dtype=scale.dtype)
+    slots = torch.randperm(2 * n, device=DEVICE)[:n]
+    positions = torch.randint(0, POSITIONS, (n,), device=DEVICE)
+    pool = pool_of(model.shape, 2 * n, scale.dtype)
+    project_kv(rows, projection, positions, slots, *pool, fused=form)
+    others = torch.ones(2 * n, dtype=torch.bool, device=DEVICE)
+    others[slots] = False
+    return {
+        "fused": asdict(form) if form else None,
+        "unwritten": sum(int(part[slots].isnan().sum()) for part in pool),
+        "strayed": sum(int((~part[others].isnan()).sum()) for part in pool),
+        **errors(rows, projection, positions, pool[0][slots], pool[1][slots]),
+    }

@@ -1,0 +1,108 @@
+"""What the figures of `bench.gpu_restore` say: comparisons, and a table of one line a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+KINDS = ("restore hidden", "restore KV", "prefill")
+
+
+def compare(sections: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """By model: KV's time over hidden's, prefill's over hidden's, and from which length on restoring is faster."""
+    found = {}
+    for model in models:
+        times = {
+            kind: {
+                row["tokens"]: row["ms"]
+                for row in sections.get(f"{kind}, {model}", {}).get("rows", [])
+                if "ms" in row
+            }
+            for kind in KINDS
+        }
+        hidden = times["restore hidden"]
+        rows = [
+            {"tokens": n} | {f"{kind} / hidden": times[kind][n] / hidden[n] for kind in KINDS[1:] if n in times[kind]}
+            for n in hidden
+        ]
+        faster = [row["tokens"] for row in rows if row.get("prefill / hidden", 0) > 1]
+        found[model] = {"rows": rows, "restore_faster_from": min(faster, default=None)}
+    return found
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    sections = report["sections"]
+    for name, part in _parts(sections):
+        if stopped := part.get("error") or part.get("skipped"):
+            yield f"{name}: {(stopped.splitlines() or [''])[0][:150]}"
+    yield from _ceilings(sections)
+    for model, forms in sections.get("numerics", {}).items():
+        if isinstance(forms, list):
+            bad = sum(form["unwritten"] + form["strayed"] for form in forms)
+            worst = max(form["ratio"] for form in forms)
+            yield f"numerics, {model}: error / forward's {worst:.3f} (≤ 1.5), {bad} elements missing or strayed"
+    overhead = {key: ms for key, ms in sections.get("overhead", {}).items() if key.endswith("_ms")}
+    if overhead:
+        yield "caller, ms a batch (≤ 1): " + _cells(overhead, ".2f")
+    for name, section in sections.items():
+        if name.startswith("restore"):
+            yield from _restores(name, section)
+        if name.startswith("capture"):
+            yield from _captures(name, section)
+    for model, comparison in report.get("comparison", {}).items():
+        for row in comparison["rows"]:
+            yield f"{model}, {row['tokens']}: " + _cells({k: v for k, v in row.items() if k != "tokens"}, ".2f")
+        yield f"{model}: restoring is faster than prefill from {comparison['restore_faster_from']} tokens on"
+
+
+def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sections, their rows, and the two kinds of capture: whatever can fail by itself."""
+    for name, section in sections.items():
+        yield name, section
+        for row in section.get("rows", []):
+            yield f"{name}, {row['tokens']}", row
+        for kind in ("prefill", "decode"):
+            if kind in section:
+                yield f"{name}, {kind}", section[kind]
+
+
+def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
+    ceilings = sections.get("ceilings", {})
+    rates = {key.removesuffix("_gb_s"): rate for key, rate in ceilings.items() if key.endswith("_gb_s")}
+    if rates:
+        yield "GB/s: " + _cells(rates, ".1f")
+    for model, rows in ceilings.get("gemm", {}).items():
+        yield f"product, TFLOP/s, {model}: " + _cells({row["tokens"]: row["tflop_s"] for row in rows}, ".0f")
+    if found := sections.get("copy kernel", {}).get("gb_s"):
+        yield "copy kernel, GB/s by programs: " + _cells(found, ".1f")
+    for model, rows in sections.get("projection", {}).items():
+        if isinstance(rows, list):
+            ratios = {row["tokens"]: row["ratio"] for row in rows}
+            yield f"project_kv / product (≥ 0.85 from 1,024 on), {model}: " + _cells(ratios, ".2f")
+
+
+def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
+    for row in section.get("rows", []):
+        if "ms" not in row:
+            continue
+        ratio = f", ratio {row['ratio']:.2f} (≤ 1.10)" if "ratio" in row else ""
+        checks = {key: row[key] for key in ("error_ratio", "differing", "unwritten", "strayed") if key in row}
+        yield (
+            f"{name}, {row['tokens']}: {row['ms']:.2f} ms, caller {row['caller_ms']:.2f} ms, {row['gb_s']:.1f} GB/s"
+            f"{ratio}; {_cells(checks, '.4g')}"
+        )
+    if "by_programs_ms" in section:
+        yield f"{name}, ms by programs: " + _cells(section["by_programs_ms"], ".2f")
+
+
+def _captures(name: str, section: dict[str, Any]) -> Iterator[str]:
+    for kind, goal in (("prefill", "3 %"), ("decode", "1 %")):
+        if "slow_down" in (part := section.get(kind, {})):
+            yield (
+                f"{name}, {kind}: {100 * part['slow_down']:+.2f} % (≤ {goal}; noise {100 * part['noise']:.2f} %), "
+                f"{100 * part['captured_share']:.0f} % of tokens captured, {part['differing']} elements differ"
+            )
+
+
+def _cells(values: dict[Any, float], form: str) -> str:
+    return ", ".join(f"{key}: {value:{form}}" for key, value in values.items())

@@ -1,0 +1,209 @@
+"""Restore and capture on a GPU: the machine's ceilings, then what the pipeline makes of them. One call does it all.
+
+    python3 -m bench.gpu_restore [--budget-s N] [--out FOLDER] [--save] [--json]
+    TRITON_INTERPRET=1 python3 -m bench.gpu_restore --tiny
+
+Needs torch, Triton and numpy. `--tiny` runs every section on small shapes, on a CPU too; its speeds mean nothing.
+
+Method: random bf16 weights and activations; device time between events, median of 7 rounds after 2 that warm up
+(where not said otherwise), fastest and slowest beside it. Ceilings come from the same run. An arena of shared
+memory, registered with CUDA as the server does it, holds chunks of 64-token pages; the server's own `Restorer`
+copies them and projects every layer into a paged pool, chunks and slots in random order, another load each round.
+Time runs from issue to the event that the forward would wait for before the last layer; `caller_ms` is how long
+Python was busy with it. `ratio` is that time over the larger of the copy's at the copy engine's rate from the same
+memory and the projection's at cuBLAS' rate for products of that shape and up to 8,192 rows. Each restore is first
+made into pools of NaNs: of three layers, all slots are checked for values missing or strayed, and four pages
+against float64; the error's norm over the values' is compared with that of K and V made as a forward makes them. K
+and V stored as such must come back bit by bit. Prefill: one decoder layer in plain torch with flash attention, in
+chunks of 8,192 tokens, times the number of layers; embedding and sampling are left out. Capture: all layers of the
+model, with and without hooks, in turns, two forwards in flight; plain forwards are measured twice a round, which
+gives the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu_report
+from bench.capture_cost import Bench
+from bench.gpu import DEVICE, machine, noise, seconds
+from bench.gpu_ceilings import ceilings, copy_kernel, numerics, projections
+from bench.gpu_run import FULL, PROGRAMS, SMALL, Run, Scale
+from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
+from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def overhead(run: Run) -> dict[str, Any]:
+    """The caller's milliseconds for a batch of 32 layers where copier and projector do nothing."""
+    return {"one_request_of_64_pages_ms": pipeline_ms(32, [64]), "8_requests_of_8_pages_ms": pipeline_ms(32, [8] * 8)}
+
+
+def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:
+    """Times by length, of hidden states or of K and V."""
+    scale = run.scale
+    fits = [n for n in scale.tokens if _free_bytes() > Rig.bytes_needed(model, n, scale.dtype)]
+    report: dict[str, Any] = {"rows": [], "too_large": [n for n in scale.tokens if n not in fits]}
+    if not fits:
+        return report
+    rig = Rig(run.arena, model, max(fits), scale.dtype, kv=kv)
+
+    def row(tokens: int) -> dict[str, Any]:
+        found: dict[str, Any] = rig.check(tokens) | rig.times(tokens)
+        found["gb_s"] = tokens * rig.bytes_a_token / found["ms"] / 1e6
+        floors = None if kv else run.floors_ms(model, tokens)
+        return found | (floors | {"ratio": found["ms"] / max(floors.values())} if floors else {})
+
+    report["rows"] = [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in fits]
+    if not kv and run.arena.pinned and scale.sweep_tokens in fits and not run.late():
+        report["by_programs_ms"] = {}
+        for programs in PROGRAMS:
+            rig.use(programs)
+            report["by_programs_ms"][programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+    return report
+
+
+def prefills(run: Run, model: Model) -> dict[str, Any]:
+    """One layer's time times the layers."""
+    dtype, layer = run.scale.dtype, Layer(Weights.random(model, run.scale.dtype))
+
+    @torch.inference_mode()
+    def row(tokens: int) -> dict[str, float]:
+        prefix, x = Prefix(model, tokens, dtype), noise(tokens, model.shape.width, dtype=dtype)
+        cos_sin = torch.ones(tokens, model.shape.head_dim, device=DEVICE)
+        cos, sin = angles(cos_sin, torch.arange(tokens, device=DEVICE), dtype)
+        took = seconds(partial(_chunked, layer, prefix, x, cos, sin), rounds=3)
+        return {"ms": 1e3 * took * model.layers}
+
+    lengths = run.scale.tokens
+    return {"rows": [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in lengths]}
+
+
+def _chunked(layer: Layer, prefix: Prefix, *inputs: torch.Tensor) -> None:
+    prefix.length = 0
+    for parts in zip(*(tensor.split(CHUNK) for tensor in inputs), strict=True):
+        forward([layer], [prefix], *parts)
+
+
+def captures(run: Run, model: Model) -> dict[str, Any]:
+    scale = run.scale
+    bench = Bench(model, scale.dtype, chunk=scale.chunk, batch=scale.batch, context=scale.context)
+    try:
+        return {
+            kind: run.isolated(f"capture, {kind}", measured)
+            for kind, measured in (("prefill", bench.prefill), ("decode", bench.decode))
+        }
+    finally:
+        bench.close()
+
+
+def _free_bytes() -> int:
+    if DEVICE == "cpu":
+        return 1 << 62
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
+
+
+def sections(models: tuple[Model, ...]) -> list[tuple[str, Callable[[Run], dict[str, Any]]]]:
+    """The most important first: what comes last is left out when time is up."""
+    first = [
+        ("ceilings", ceilings),
+        ("numerics", numerics),
+        ("overhead", overhead),
+        ("copy kernel", copy_kernel),
+        ("projection", projections),
+    ]
+    per_model = [
+        [
+            (f"restore hidden, {model.name}", partial(restores, model=model, kv=False)),
+            (f"restore KV, {model.name}", partial(restores, model=model, kv=True)),
+            (f"prefill, {model.name}", partial(prefills, model=model)),
+        ]
+        for model in models
+    ]
+    capture = (f"capture, {models[0].name}", partial(captures, model=models[0]))
+    return [*first, *per_model[0], capture, *itertools.chain(*per_model[1:])]
+
+
+def measure(scale: Scale, budget_s: float, save: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """All sections; `save` has the report after each."""
+    began = time.monotonic()
+    torch.manual_seed(0)
+    report = {"machine": machine(), "method": " ".join((__doc__ or "").split("Method: ")[1].split())}
+    report["scale"] = {
+        "models": [asdict(model) for model in scale.models],
+        "tokens": scale.tokens,
+        "dtype": str(scale.dtype),
+    }
+    run = Run(scale, _arena(scale), began + budget_s)
+    report["sections"] = run.sections
+    report["arena"] = {
+        "bytes": len(run.arena.memory),
+        "pinned": run.arena.pinned,
+        "made_in_s": time.monotonic() - began,
+        "page_tokens": PAGE_TOKENS,
+    }
+    try:
+        for name, section in sections(scale.models):
+            since = time.monotonic()
+            run.sections[name] = run.isolated(name, partial(section, run))
+            run.sections[name]["took_s"] = round(time.monotonic() - since, 1)
+            print(f"{since - began:6.1f} s  {name}: {run.sections[name]['took_s']} s", file=sys.stderr, flush=True)
+            report["comparison"] = gpu_report.compare(run.sections, [model.name for model in scale.models])
+            save(report)
+    finally:
+        run.arena.close()
+    return report
+
+
+def _arena(scale: Scale) -> Arena:
+    """As large as CUDA takes it; on a CPU as it should be."""
+    for n_bytes in (scale.arena_bytes, scale.arena_bytes // 2, scale.arena_bytes // 4):
+        arena = Arena(n_bytes, scale.dtype)
+        if arena.pinned or DEVICE == "cpu":
+            break
+    return arena
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--budget-s", type=float, default=500, help="start nothing after so many seconds (default 500)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default $OUT, or bench/results with --save)")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does it all run?")
+    arguments = parser.parse_args()
+    if DEVICE == "cpu" and not (arguments.tiny and os.environ.get("TRITON_INTERPRET")):
+        sys.exit("bench.gpu_restore: no GPU here; TRITON_INTERPRET=1 and --tiny run it without one")
+    folders = {RESULTS} if arguments.save else set()
+    if out := arguments.out or os.environ.get("OUT"):
+        folders.add(Path(out))
+
+    def save(report: dict[str, Any]) -> None:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "gpu_restore.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    report = measure(SMALL if arguments.tiny else FULL, arguments.budget_s, save)
+    print("\n".join(gpu_report.table(report)))
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The real `Restorer` over an arena of random activations, into pools of random weights: to time, and to check."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bench.gpu import DEVICE, WARM_UP, capability, noise
+from bench.kernels import POSITIONS, pool_of, projection_of
+from bench.toy_model import Model, forward_kv
+from sglang_hcache.lanes import current_lane, new_lane
+from sglang_hcache.pinning import PinnedMemory
+from sglang_hcache.restore import (
+    Copier,
+    HostPages,
+    IndexCopier,
+    KernelCopier,
+    LayerEvents,
+    Load,
+    Restorer,
+    Staging,
+    StoredLayer,
+)
+from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.rows import scatter_kv
+from sglang_hcache.triton_kernels.tuning import choose
+
+PAGE_TOKENS = 64
+HEADER_BYTES = 4096
+CHECKED_PAGES = 4
+SPARE = 1.25  # slots of the pool for each token that is restored: some must stay as they are
+
+
+class Arena:
+    """Shared memory, registered with CUDA, full of normal values: the chunks of whichever model looks at it."""
+
+    def __init__(self, n_bytes: int, dtype: torch.dtype) -> None:
+        file = os.memfd_create("bench-arena")
+        os.ftruncate(file, n_bytes)
+        self.memory = torch.frombuffer(mmap.mmap(file, n_bytes), dtype=torch.uint8)
+        os.close(file)
+        self.memory.zero_()  # the system finds all pages now, not while CUDA holds its locks
+        self._registered = PinnedMemory(self.memory)
+        self.pinned = self._registered.pinned
+        values = self.memory.view(dtype)
+        for part in values.split(min(len(values), 128 << 20)):
+            part.copy_(noise(len(part), dtype=dtype))
+
+    def chunks(self, record_bytes: int) -> torch.Tensor:
+        slots = len(self.memory) // record_bytes
+        return self.memory[: slots * record_bytes].view(slots, record_bytes)
+
+    def close(self) -> None:
+        if DEVICE == "cuda":
+            with contextlib.suppress(RuntimeError):  # a device that is lost copies nothing any more
+                torch.cuda.synchronize()
+        self._registered.release()
+        self.pinned = False
+
+
+class HiddenPool:
+    """Each layer's projection, and the pool that it fills."""
+
+    def __init__(self, model: Model, slots: int, dtype: torch.dtype) -> None:
+        first = projection_of(model.shape, dtype)
+        others = (noise(*first.weight.shape, dtype=dtype, scale=model.shape.width**-0.5) for _ in range(model.layers))
+        self.projections = [dataclasses.replace(first, weight=weight) for weight in others]
+        self.buffers = [pool_of(model.shape, slots, dtype) for _ in range(model.layers)]
+        self._capability = capability()
+
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        projection = self.projections[layer]
+        fused = choose(projection.shape, len(rows), self._capability)
+        project_kv(rows, projection, positions, slots, *self.buffers[layer], fused=fused)
+
+    def check(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> dict[str, float]:
+        """Against float64: the error of what is in the slots, over that of the forward's own K and V."""
+        found = errors(rows, self.projections[layer], positions, *(part[slots] for part in self.buffers[layer]))
+        return {"error_ratio": found["ratio"]}
+
+
+class KVPool:
+    """The pool of a model whose K and V are stored."""
+
+    def __init__(self, model: Model, slots: int, dtype: torch.dtype) -> None:
+        self.buffers = [pool_of(model.shape, slots, dtype) for _ in range(model.layers)]
+
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        scatter_kv(rows, slots, *self.buffers[layer])
+
+    def check(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> dict[str, float]:
+        stored = torch.cat([part[slots].flatten(1) for part in self.buffers[layer]], dim=1)
+        return {"differing": float((stored != rows).sum())}
+
+
+def errors(
+    rows: torch.Tensor, projection: Projection, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> dict[str, float]:
+    """Norm of the error over the norm, of K and V and of what a forward would have written; `ratio`, the worst."""
+    n = len(rows)
+    exact = [torch.empty(part.shape, dtype=torch.float64, device=DEVICE) for part in (key, value)]
+    project_kv_reference(rows, projection, positions, torch.arange(n, device=DEVICE), exact[0], exact[1])
+    report = {}
+    for name, pair in {"": (key, value), "forward_": forward_kv(rows, projection, positions)}.items():
+        for side, got, want in zip("kv", pair, exact, strict=True):
+            report[name + side] = float((got.double() - want).norm() / want.norm())
+    return report | {"ratio": max(report[side] / report[f"forward_{side}"] for side in "kv")}
+
+
+class Rig:
+    """A model's layers in the arena, as hidden states or K and V, a pool for up to `tokens`, and a restorer."""
+
+    def __init__(self, arena: Arena, model: Model, tokens: int, dtype: torch.dtype, *, kv: bool) -> None:
+        self._slots = int(SPARE * tokens) // PAGE_TOKENS * PAGE_TOKENS
+        row_bytes = model.kv_row_bytes(dtype) if kv else model.row_bytes(dtype)
+        page_bytes = PAGE_TOKENS * row_bytes
+        self.bytes_a_token = model.layers * row_bytes
+        self.pool = (KVPool if kv else HiddenPool)(model, self._slots, dtype)
+        memory = arena.chunks(HEADER_BYTES + model.layers * page_bytes)
+        self._pages = HostPages(
+            memory,
+            np.arange(len(memory) * PAGE_TOKENS, dtype=np.int32).reshape(-1, PAGE_TOKENS) % POSITIONS,
+            [StoredLayer(HEADER_BYTES + page_bytes * i, page_bytes, dtype, self.pool) for i in range(model.layers)],
+        )
+        self._pinned = arena.pinned
+        self._random = np.random.default_rng(0)
+        self.use()
+
+    @staticmethod
+    def bytes_needed(model: Model, tokens: int, dtype: torch.dtype) -> int:
+        """On the device, with some room for what the allocator leaves unused."""
+        weights = model.layers * model.kv_row_bytes(dtype) * model.shape.width
+        return int(1.1 * (SPARE * tokens * model.layers * model.kv_row_bytes(dtype) + weights)) + (2 << 30)
+
+    def use(self, programs: int | None = None) -> None:
+        """A restorer as the server makes it, or with another number of programs that copy."""
+        copier: Copier = IndexCopier()
+        if self._pinned:
+            copier = KernelCopier() if programs is None else KernelCopier(programs)
+        self._events = LayerEvents(current_lane(DEVICE))
+        self._restorer = Restorer(
+            self._pages,
+            device=DEVICE,
+            copier=copier,
+            copying=new_lane(DEVICE, urgent=True),
+            projecting=new_lane(DEVICE, urgent=True),
+            before=[current_lane(DEVICE)],
+            events=self._events,
+            staging=Staging.on(DEVICE),
+        )
+
+    def load(self, tokens: int) -> Load:
+        """Chunks and pages of the pool in no order; chunks come again where the arena has too few."""
+        pages = tokens // PAGE_TOKENS
+        repeats = -(-pages // len(self._pages.memory))
+        chunks = np.concatenate([self._random.permutation(len(self._pages.memory)) for _ in range(repeats)])[:pages]
+        places = torch.randperm(self._slots // PAGE_TOKENS, device=DEVICE)[:pages]
+        slots = (places[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=DEVICE)).flatten()
+        return Load("bench", tuple(chunks.tolist()), slots)
+
+    def run(self, load: Load) -> tuple[float, float]:
+        """Seconds from issue to when the forward could read the last layer, and the caller's share of them."""
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        began = time.perf_counter()
+        index = self._restorer.run([load])
+        caller_s = time.perf_counter() - began
+        if DEVICE == "cpu":
+            return caller_s, caller_s
+        self._events.set_consumer(index)
+        self._events.wait_until(len(self._pages.layers) - 1)
+        end.record()
+        torch.cuda.synchronize()
+        self._events.synchronize(index)
+        return float(begin.elapsed_time(end)) / 1000, caller_s
+
+    def times(self, tokens: int, rounds: int = 7) -> dict[str, float]:
+        loads = itertools.cycle([self.load(tokens) for _ in range(3)])
+        took = [self.run(next(loads)) for _ in range(WARM_UP + rounds)][WARM_UP:]
+        device = sorted(1e3 * device_s for device_s, _ in took)
+        return {
+            "ms": statistics.median(device),
+            "fastest_ms": device[0],
+            "slowest_ms": device[-1],
+            "caller_ms": 1e3 * statistics.median(caller_s for _, caller_s in took),
+        }
+
+    def check(self, tokens: int) -> dict[str, float]:
+        """Restore once into poisoned pools. Some layers: all slots; and some pages' values against a reference."""
+        load = self.load(tokens)
+        layers = sorted({0, len(self.pool.buffers) // 2, len(self.pool.buffers) - 1})
+        for part in itertools.chain(*(self.pool.buffers[layer] for layer in layers)):
+            part.fill_(torch.nan)
+        self.run(load)
+        others = torch.ones(self._slots, dtype=torch.bool, device=DEVICE)
+        others[load.device_slots] = False
+        found: dict[str, float] = {"unwritten": 0, "strayed": 0}
+        for layer in layers:
+            for part in self.pool.buffers[layer]:
+                bad = part.isnan().flatten(1)
+                found["unwritten"] += int(bad[~others].sum())
+                found["strayed"] += int((~bad[others]).sum())
+            for name, value in self.pool.check(layer, *self._sample(load, layer)).items():
+                found[name] = max(found.get(name, 0.0), value)
+        return found
+
+    def _sample(self, load: Load, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, positions and slots of a few of the load's pages, read in the arena."""
+        stored = self._pages.layers[layer]
+        picked = self._random.permutation(len(load.chunks))[:CHECKED_PAGES].tolist()
+        chunks = [load.chunks[index] for index in picked]
+        payload = self._pages.memory[chunks, stored.offset : stored.offset + stored.page_bytes]
+        rows = payload.view(stored.dtype).view(len(picked) * PAGE_TOKENS, -1).to(DEVICE)
+        positions = torch.from_numpy(self._pages.positions[chunks].astype(np.int64)).flatten().to(DEVICE)
+        return rows, positions, load.device_slots.view(-1, PAGE_TOKENS)[picked].flatten()
+
+
+class _Nothing:
+    """Copies and projects nothing: what is left is the pipeline's own time."""
+
+    indexed_on = DEVICE
+
+    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+        pass
+
+    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        pass
+
+
+def pipeline_ms(layers: int, requests: Sequence[int], rounds: int = 50) -> float:
+    """The caller's time of `Restorer.run` for a batch with so many pages a request, where nothing is done."""
+    nothing, page_bytes = _Nothing(), PAGE_TOKENS * 8192
+    pages = HostPages(
+        torch.empty(0, dtype=torch.uint8),
+        np.zeros((sum(requests), PAGE_TOKENS), np.int32),
+        [StoredLayer(page_bytes * layer, page_bytes, torch.bfloat16, nothing) for layer in range(layers)],
+    )
+    events, ends = LayerEvents(current_lane(DEVICE)), list(itertools.accumulate(requests))
+    restorer = Restorer(
+        pages, device=DEVICE, copier=nothing, copying=new_lane(DEVICE), projecting=new_lane(DEVICE),
+        before=[current_lane(DEVICE)], events=events, staging=Staging(half_rows=8192, together_bytes=0),
+    )  # fmt: skip
+    loads = [
+        Load(str(end), tuple(range(end - count, end)), torch.arange(count * PAGE_TOKENS, device=DEVICE))
+        for count, end in zip(requests, ends, strict=True)
+    ]
+    took = []
+    for _ in range(WARM_UP + rounds):
+        began = time.perf_counter()
+        index = restorer.run(loads)
+        took.append(time.perf_counter() - began)
+        events.synchronize(index)
+    return 1e3 * statistics.median(took[WARM_UP:])
