@@ -9,12 +9,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sglang.srt.runtime_context import get_parallel
 
@@ -22,7 +21,7 @@ import sglang_hcache
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.load_planner import LoadPlanner
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
-from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.machine import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.representation import Chosen
@@ -33,9 +32,10 @@ from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_pr
 
 logger = logging.getLogger(__name__)
 
-_PREFILL_TOKENS = {"cpu": (64, 192, 384), "cuda": (64, 512, 2048)}
+CALIBRATION = "calibration"  # folder in the first directory: what was measured, one file a model
+_PREFILL_TOKENS = {"cpu": (64, 512), "cuda": (64, 2048)}
 _RESTORED_TOKENS = 1024
-_REPEATS = 3
+_REPEATS = 5
 _LEAST_S = 1e-9  # what is too short to be measured
 _NO_PROBE_BYTES_PER_S = 1e9  # where a drive cannot be tried: corrected by the first loads
 _REMOTE_BYTES_PER_S = 1e9  # likewise
@@ -65,10 +65,21 @@ def load_planner(
             return replace(rates, remote_bytes_per_s=_REMOTE_BYTES_PER_S)
         return replace(rates, ssd_bytes_per_s=_drives(config.directories, config.read_bytes_per_s))
 
-    kind = chosen.representation, chosen.projector_name
-    about = f"{shape} {kind} {device} {ranks} {page_tokens} {config.read_bytes_per_s} {config.prefetcher}"
-    name = f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{get_parallel().tp_rank}.json"
-    machine = _kept_at(Path(config.directories[0]) / "calibration" / name, about, measure)
+    about = {
+        "version": sglang_hcache.__version__,
+        "machine": _machine_name(),
+        "model": asdict(shape),
+        "representation": str(chosen.representation),
+        "projector": chosen.projector_name,
+        "device": device,
+        "ranks": ranks,
+        "rank": get_parallel().tp_rank,
+        "page_tokens": page_tokens,
+        "directories": list(config.directories),
+        "read_bytes_per_s": config.read_bytes_per_s,
+        "prefetcher": config.prefetcher,
+    }
+    machine = _kept_at(Path(config.directories[0]) / CALIBRATION, about, measure)
     layout = Layout(0, shape.layers, 0) if hidden else Layout(0, 0, shape.layers)
     return LoadPlanner(shape, machine, layout, page_tokens)
 
@@ -83,16 +94,15 @@ def _measure(
     ranks: int,
     device: str,
 ) -> Machine:
-    """Rates of prefill and restoring, in seconds at most.
-
-    A forward of m tokens takes fixed + linear · m + quadratic · m² / 2, which three lengths tell.
-    """
+    """Rates of prefill and restoring, in seconds at most. Attention's follows from the matrix products'."""
     limit = most_tokens(runner, page_tokens)
-    lengths = sorted({min(tokens, limit) for tokens in _PREFILL_TOKENS[torch.device(device).type]})
+    few, many = (min(tokens, limit) for tokens in _PREFILL_TOKENS[torch.device(device).type])
     with leaving_no_trace(runner):
-        prefill_random_prompt(runner, page_tokens, lengths[0])
-        times = [_seconds(lambda m=m: _prefill(runner, page_tokens, m), device) for m in lengths]  # type: ignore[misc]
-    fixed_s, linear_s, quadratic_s = _fit(lengths, times)
+        _prefill(runner, page_tokens, few)
+        few_s = _seconds(lambda: _prefill(runner, page_tokens, few), device)
+        many_s = _seconds(lambda: _prefill(runner, page_tokens, many), device)
+    fixed_s, token_s = _fit((few, few_s), (many, many_s))
+    gemm_flop_per_s = shape.linear_flop / ranks * shape.layers / max(token_s, _LEAST_S)
     pages = max(1, min(_RESTORED_TOKENS, limit) // page_tokens)
     copy_s, project_s = restorer.trial(pages, repeats=_REPEATS)
     tokens, layers = pages * page_tokens, shape.layers
@@ -106,8 +116,8 @@ def _measure(
     return Machine(
         name=_machine_name(),
         ranks=ranks,
-        gemm_flop_per_s=shape.linear_flop / ranks * layers / max(linear_s, _LEAST_S),
-        attention_flop_per_s=shape.attention_flop_per_pair / ranks * layers / max(quadratic_s, _LEAST_S),
+        gemm_flop_per_s=gemm_flop_per_s,
+        attention_flop_per_s=gemm_flop_per_s * ATTENTION_EFFICIENCY / GEMM_EFFICIENCY,
         memory_bytes_per_s=shape.layer_weight_bytes / ranks * layers / max(fixed_s, _LEAST_S),
         projection_flop_per_s=shape.projection_flop / kv_ranks * tokens / max(project_s, _LEAST_S),
         bus_bytes_per_s=row_bytes * tokens / max(copy_s, _LEAST_S),
@@ -126,12 +136,13 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
     return min(total, read_limit or math.inf)
 
 
-def _kept_at(path: Path, as_of: str, measure: Callable[[], Machine]) -> Machine:
-    """The machine of an earlier start if it was the same, by the same version; else measured, and kept.
+def _kept_at(folder: Path, about: Mapping[str, Any], measure: Callable[[], Machine]) -> Machine:
+    """The machine of an earlier start if it was the same; else measured, and kept.
 
-    as_of: everything that the rates depend on. A file that cannot be read, or written, costs a measurement.
+    about: everything that the rates depend on. A file that cannot be read, or written, costs a measurement.
     """
-    about = {"version": sglang_hcache.__version__, "machine": _machine_name(), "as_of": as_of}
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{name}.json"
     try:
         found = json.loads(path.read_text())
         if found["about"] == about:
@@ -171,16 +182,11 @@ def _seconds(work: Callable[[], None], device: str) -> float:
     return min(times)
 
 
-def _fit(lengths: Sequence[int], times: Sequence[float]) -> tuple[float, float, float]:
-    """Coefficients of 1, m and m² / 2, none negative, that come nearest to the times."""
-    m = np.asarray(lengths, float)
-    columns = np.stack([np.ones_like(m), m, m * m / 2], axis=1)
-    left = [0, 1, 2]
-    while True:
-        found, *_ = np.linalg.lstsq(columns[:, left], np.asarray(times), rcond=None)
-        if (found >= 0).all():
-            result = [0.0, 0.0, 0.0]
-            for index, value in zip(left, found, strict=True):
-                result[index] = float(value)
-            return result[0], result[1], result[2]
-        left.pop(int(found.argmin()))
+def _fit(short: tuple[int, float], long: tuple[int, float]) -> tuple[float, float]:
+    """Seconds of a forward, whatever its tokens, and of each token; from two lengths and what they took.
+
+    On a busy machine the short one may have taken as long as the long one: at least half of that is the tokens'.
+    """
+    (few, few_s), (many, many_s) = short, long
+    token_s = max((many_s - few_s) / max(1, many - few), many_s / many / 2)
+    return max(0.0, few_s - few * token_s), token_s

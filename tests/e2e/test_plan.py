@@ -1,0 +1,51 @@
+"""A server as it comes plans what it restores; the answers are the same, whatever it decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.harness import ModelSpec, Server
+from sglang_hcache.cli.main import main
+from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.scenarios import SERVER_ARGS, assert_equal, evicted_prefix, tail_logprobs, whole_pages
+from bench.harness import random_prompt
+
+SPEC = ModelSpec("llama", hidden_size=128, layers=3)
+PREFIX = whole_pages(1200)
+
+
+def as_it_comes(store: Path, workshop: Workshop) -> Server:
+    args = (*SERVER_ARGS, "--hicache-backend", "hcache", "--hcache-dir", str(store), "--hcache-read-limit", "0.0005")
+    return Server(workshop.model(SPEC), args, log=workshop.log("planned"))
+
+
+def test_rates_decide_what_is_restored(
+    workshop: Workshop, fresh_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rates are measured, and then replaced, so that it is known what is right: memory is fast, drives are slow."""
+    with started_together(as_it_comes(fresh_store, workshop)) as (server,):
+        assert "hcache: calibrated in" in server.log_text()
+    (kept,) = (fresh_store / "calibration").glob("*.json")
+    found = json.loads(kept.read_text())
+    assert found["rates"]["ssd_bytes_per_s"] == 500_000
+    assert all(found["rates"][name] > 0 for name in ("gemm_flop_per_s", "projection_flop_per_s", "bus_bytes_per_s"))
+    assert main(["doctor", "--dir", str(fresh_store)]) == 0
+    assert "restored by" in capsys.readouterr().out
+
+    found["rates"] |= {"gemm_flop_per_s": 1e9, "projection_flop_per_s": 1e13, "bus_bytes_per_s": 1e11}
+    kept.write_text(json.dumps(found))
+    with started_together(workshop.stock(SPEC), as_it_comes(fresh_store, workshop)) as (stock, server):
+        wanted = evicted_prefix(stock)
+        answers = evicted_prefix(server)
+        in_memory = tier_state(server)
+        server.flush_cache()
+        prompt = random_prompt(1200, seed=1)
+        on_drive = server.send(tail_logprobs(prompt + random_prompt(40, seed=2)))
+        assert "hcache: calibrated in" not in server.log_text(), "the rates were kept"
+    assert answers[1].cached_host == PREFIX
+    assert in_memory["plans"] > 0
+    assert on_drive.cached_host < PREFIX // 2
+    assert_equal([*answers, on_drive], [*wanted, wanted[1]])
