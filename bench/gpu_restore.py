@@ -68,11 +68,16 @@ def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:
         return found | (floors | {"ratio": found["ms"] / max(floors.values())} if floors else {})
 
     report["rows"] = [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in fits]
-    if not kv and run.arena.pinned and scale.sweep_tokens in fits and not run.late():
-        report["by_programs_ms"] = {}
+
+    def sweep() -> dict[str, Any]:
+        found = {}
         for programs in PROGRAMS:
             rig.use(programs)
-            report["by_programs_ms"][programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+            found[programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+        return {"by_programs_ms": found}
+
+    if not kv and run.arena.pinned and scale.sweep_tokens in fits:
+        report["sweep"] = run.isolated(f"{model.name}, by programs", sweep)
     return report
 
 
