@@ -56,14 +56,14 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Sections, their rows, and the two kinds of capture: whatever can fail by itself."""
+    """Sections, their rows and parts: whatever can fail by itself."""
     for name, section in sections.items():
         yield name, section
         for row in section.get("rows", []):
             yield f"{name}, {row['tokens']}", row
-        for kind in ("prefill", "decode"):
-            if kind in section:
-                yield f"{name}, {kind}", section[kind]
+        for part in ("sweep", "prefill", "decode"):
+            if part in section:
+                yield f"{name}, {part}", section[part]
 
 
 def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
@@ -91,8 +91,8 @@ def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
             f"{name}, {row['tokens']}: {row['ms']:.2f} ms, caller {row['caller_ms']:.2f} ms, {row['gb_s']:.1f} GB/s"
             f"{ratio}; {_cells(checks, '.4g')}"
         )
-    if "by_programs_ms" in section:
-        yield f"{name}, ms by programs: " + _cells(section["by_programs_ms"], ".2f")
+    if swept := section.get("sweep", {}).get("by_programs_ms"):
+        yield f"{name}, ms by programs: " + _cells(swept, ".2f")
 
 
 def _captures(name: str, section: dict[str, Any]) -> Iterator[str]:

@@ -6,18 +6,18 @@
 Needs torch, Triton and numpy. `--tiny` runs every section on small shapes, on a CPU too; its speeds mean nothing.
 
 Method: random bf16 weights and activations; device time between events, median of 7 rounds after 2 that warm up
-(where not said otherwise), fastest and slowest beside it. Ceilings come from the same run. An arena of shared
-memory, registered with CUDA as the server does it, holds chunks of 64-token pages; the server's own `Restorer`
-copies them and projects every layer into a paged pool, chunks and slots in random order, another load each round.
-Time runs from issue to the event that the forward would wait for before the last layer; `caller_ms` is how long
-Python was busy with it. `ratio` is that time over the larger of the copy's at the copy engine's rate from the same
-memory and the projection's at cuBLAS' rate for products of that shape and up to 8,192 rows. Each restore is first
-made into pools of NaNs: of three layers, all slots are checked for values missing or strayed, and four pages
-against float64; the error's norm over the values' is compared with that of K and V made as a forward makes them. K
-and V stored as such must come back bit by bit. Prefill: one decoder layer in plain torch with flash attention, in
-chunks of 8,192 tokens, times the number of layers; embedding and sampling are left out. Capture: all layers of the
-model, with and without hooks, in turns, two forwards in flight; plain forwards are measured twice a round, which
-gives the noise.
+(where not said otherwise), fastest and slowest beside it; products and projections 8 calls in a row, with three
+weights in turns. Ceilings come from the same run. An arena of shared memory, registered with CUDA as the server
+does it, holds chunks of 64-token pages; the server's own `Restorer` copies them and projects every layer into a
+paged pool, chunks and slots in random order, another load each round. Time runs from issue to the event that the
+forward would wait for before the last layer; `caller_ms` is how long Python was busy with it. `ratio` is that time
+over the larger of the copy's at the copy engine's rate from the same memory and the projection's at cuBLAS' rate
+for products of that shape and up to 8,192 rows. Each restore is first made into pools of NaNs: of three layers, all
+slots are checked for values missing or strayed, and four pages against float64; the error's norm over the values'
+is compared with that of K and V made as a forward makes them. K and V stored as such must come back bit by bit.
+Prefill: one decoder layer in plain torch with flash attention, in chunks of 8,192 tokens, times the number of
+layers; embedding and sampling are left out. Capture: all layers of the model, with and without hooks, in turns, two
+forwards in flight; plain forwards are measured twice a round, which gives the noise.
 """
 
 from __future__ import annotations
@@ -68,11 +68,16 @@ def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:
         return found | (floors | {"ratio": found["ms"] / max(floors.values())} if floors else {})
 
     report["rows"] = [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in fits]
-    if not kv and run.arena.pinned and scale.sweep_tokens in fits and not run.late():
-        report["by_programs_ms"] = {}
+
+    def sweep() -> dict[str, Any]:
+        found = {}
         for programs in PROGRAMS:
             rig.use(programs)
-            report["by_programs_ms"][programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+            found[programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+        return {"by_programs_ms": found}
+
+    if not kv and run.arena.pinned and scale.sweep_tokens in fits:
+        report["sweep"] = run.isolated(f"{model.name}, by programs", sweep)
     return report
 
 

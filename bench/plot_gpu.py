@@ -48,7 +48,8 @@ def ratios(report: dict[str, Any]) -> Figure:
 def by_programs(report: dict[str, Any]) -> Figure | None:
     """How fast restoring is with so many blocks of threads that copy; None where no kernel copied."""
     sections = report["sections"]
-    swept = {model: sections.get(f"{KINDS[0]}, {model}", {}).get("by_programs_ms") for model in report["comparison"]}
+    parts = {model: sections.get(f"{KINDS[0]}, {model}", {}).get("sweep", {}) for model in report["comparison"]}
+    swept = {model: part.get("by_programs_ms") for model, part in parts.items()}
     if not any(swept.values()):
         return None
     figure, panel = _panel("restore as hidden states", "programs that copy", "ms")

@@ -50,7 +50,7 @@ class StreamWork:
     def __init__(self, lane: Lane, current: Lane) -> None:
         self._lane = lane
         self._current = current
-        self._jobs: queue.SimpleQueue[tuple[Mark, Job, int] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Mark | None, Job, int] | None] = queue.SimpleQueue()
         self._copied = 0  # bytes since the last submission
         self._pending = 0
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class StreamWork:
 
     def drain(self) -> None:
         done = threading.Event()
-        self.submit(done.set)
+        self._jobs.put((None, done.set, 0))
         done.wait()
 
     def close(self) -> None:
@@ -94,11 +94,12 @@ class StreamWork:
     def _run(self) -> None:
         while item := self._jobs.get():
             mark, job, held = item
-            mark.synchronize()
             try:
+                if mark is not None:
+                    mark.synchronize()
                 job()
             except Exception:
-                # The thread must outlive a failed job; what it held is simply not stored.
+                # The thread must outlive a failed copy or job; what it held is simply not stored.
                 logger.exception("hcache: a page could not be kept")
             with self._lock:
                 self._pending -= held

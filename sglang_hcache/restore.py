@@ -149,22 +149,30 @@ class KernelCopier:
 
     def __init__(self, programs: int = 128) -> None:
         self._programs = programs
+        self._places: dict[int, torch.Tensor] = {}
 
     def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
         from sglang_hcache.triton_kernels.rows import copy_rows
 
         first = pages.layers[layers[0]]
         copy_rows(
-            pages.memory,
-            chunks * pages.memory.shape[1] + first.offset,
+            pages.memory.view(-1)[first.offset :],
+            chunks * pages.memory.shape[1],
             target,
-            torch.arange(len(chunks), device=chunks.device) * first.page_bytes,
+            self._places_of(chunks, first.page_bytes),
             first.page_bytes,
             layers=len(layers),
             source_layer_bytes=pages.layers[layers[1]].offset - first.offset if len(layers) > 1 else 0,
             target_layer_bytes=len(chunks) * first.page_bytes,
             programs=self._programs,
         )
+
+    def _places_of(self, chunks: torch.Tensor, page_bytes: int) -> torch.Tensor:
+        """Where each chunk goes. Kept, as one more launch a layer takes longer than the copy of a small load."""
+        known = self._places.get(page_bytes)
+        if known is None or len(known) < len(chunks):
+            known = self._places[page_bytes] = torch.arange(len(chunks), device=chunks.device) * page_bytes
+        return known[: len(chunks)]
 
 
 @dataclass(frozen=True)

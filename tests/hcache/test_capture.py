@@ -143,6 +143,15 @@ def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
     assert waits
 
 
+def test_rows_that_go_through_an_outbox(capture: Capture, modules: list[Attention]) -> None:
+    capture._outbox = Outbox(torch.full((LAYERS * 2 * ROWS * WIDTH,), torch.nan), ImmediateLane())
+    for count in (7, ROWS, 1):
+        hidden = torch.randn(ROWS, WIDTH)
+        sink = forward(capture, modules, hidden, count=count)
+        assert sink.rows is not None
+        assert torch.equal(sink.rows, torch.stack([hidden[:count], hidden[:count] + 1]))
+
+
 def test_small_forwards_behind_a_full_one_wait_for_nothing() -> None:
     class Never(ImmediateLane):
         def wait(self, mark: Mark) -> None:

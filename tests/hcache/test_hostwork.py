@@ -109,6 +109,23 @@ def test_a_failed_job_does_not_end_the_thread(work: StreamWork, lane: HeldLane) 
     assert finished.wait(10)
 
 
+def test_after_a_failed_copy_nobody_waits_forever(work: StreamWork, lane: HeldLane) -> None:
+    class Lost(HeldMark):
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error")
+
+    lane.mark = Lost  # type: ignore[method-assign]
+    done: list[int] = []
+    work.to_host(torch.zeros(3))
+    work.submit(lambda: done.append(1))
+    drained = threading.Thread(target=work.drain, daemon=True)
+    drained.start()
+    drained.join(10)
+    assert not drained.is_alive()
+    assert not done
+    assert not work.crowded
+
+
 def test_on_the_cpu_a_job_is_done_at_once() -> None:
     work, done = InlineWork(), []
     tensor = torch.zeros(3)

@@ -18,10 +18,11 @@ def test_the_kernel_copies_what_torch_copies(layers: range) -> None:
         memory.numpy()[:, :16].view("int32"),
         [StoredLayer(64 + DISTANCE * layer, PAGE_BYTES, torch.uint8, None) for layer in range(LAYERS)],  # type: ignore[arg-type]
     )
-    chunks = torch.tensor([3, 8, 0, 3])
-    copies = [torch.full((len(layers), len(chunks), PAGE_BYTES), 7, dtype=torch.uint8) for _ in range(2)]
     copiers: list[Copier] = [IndexCopier(), KernelCopier(programs=3)]
-    for copier, target in zip(copiers, copies, strict=True):
-        copier.copy(pages, layers, chunks, target)
-    assert torch.equal(*copies)
-    assert torch.equal(copies[0][0, 1], memory[8, 64 + DISTANCE * layers[0] :][:PAGE_BYTES])
+    for numbers in ([3, 8], [3, 8, 0, 3], [5, 8, 1]):
+        chunks = torch.tensor(numbers)
+        copies = [torch.full((len(layers), len(chunks), PAGE_BYTES), 7, dtype=torch.uint8) for _ in range(2)]
+        for copier, target in zip(copiers, copies, strict=True):
+            copier.copy(pages, layers, chunks, target)
+        assert torch.equal(*copies)
+        assert torch.equal(copies[0][0, 1], memory[8, 64 + DISTANCE * layers[0] :][:PAGE_BYTES])
