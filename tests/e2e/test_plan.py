@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import ModelSpec, Server
+from bench.harness import ModelSpec, Server, random_prompt
 from sglang_hcache.cli.main import main
 from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import SERVER_ARGS, assert_equal, evicted_prefix, tail_logprobs, whole_pages
-from bench.harness import random_prompt
 
 SPEC = ModelSpec("llama", hidden_size=128, layers=3)
 PREFIX = whole_pages(1200)
@@ -25,7 +24,7 @@ def as_it_comes(store: Path, workshop: Workshop) -> Server:
 def test_rates_decide_what_is_restored(
     workshop: Workshop, fresh_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rates are measured, and then replaced, so that it is known what is right: memory is fast, drives are slow."""
+    """Rates are measured, and then replaced, so that it is known what is right: memory is fast, drives are slow."""
     with started_together(as_it_comes(fresh_store, workshop)) as (server,):
         assert "hcache: calibrated in" in server.log_text()
     (kept,) = (fresh_store / "calibration").glob("*.json")
