@@ -99,6 +99,6 @@ def new_lane(device: str, *, urgent: bool = False) -> Lane:
     return StreamLane(torch.cuda.Stream(device, priority=-1 if urgent else 0))
 
 
-def current_lane(device: str) -> Lane:
-    """Whichever stream of the device is current when the lane is used."""
-    return ImmediateLane() if torch.device(device).type == "cpu" else StreamLane()
+def current_lane(device: str, stream: torch.cuda.Stream | None = None) -> Lane:
+    """A stream of SGLang's: the one that is given, or whichever is current when the lane is used."""
+    return ImmediateLane() if torch.device(device).type == "cpu" else StreamLane(stream)

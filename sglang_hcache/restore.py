@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_hcache.lanes import Lane, Mark, StreamLane, current_lane, new_lane
+from sglang_hcache.lanes import Lane, Mark, current_lane, new_lane
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def restorer_for(
         copier=KernelCopier() if pinned else IndexCopier(),
         copying=new_lane(device, urgent=True),
         projecting=new_lane(device, urgent=True),
-        before=[current_lane(device), *([StreamLane(forward_stream)] if forward_stream is not None else [])],
+        before=[current_lane(device), current_lane(device, forward_stream)],
         events=events,
         staging=Staging.on(device),
     )
