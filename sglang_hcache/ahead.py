@@ -48,7 +48,7 @@ class _Request:
     prompt: Prompt
     asked_at: float
     let_go_at: float  # monotonic
-    at_first: int | None = None  # pages that were there when it was first looked at
+    at_first: tuple[int, float] | None = None  # pages that were there when it was first looked at, and when that was
     enough: int = 0  # pages, from then on
 
 
@@ -160,13 +160,14 @@ class Ahead:
         if self._planner is None:
             return done
         if request.at_first is None:
-            request.at_first = len(slots)
+            request.at_first = len(slots), time.monotonic()
             request.enough = self._planner.worth_waiting_for(
                 len(slots), len(request.keys) - len(slots), request.prompt
             )
         enough = done or len(slots) >= request.enough
-        if enough and len(self._held) == 1 and (read := len(slots) - request.at_first) >= MEASURED_PAGES:
-            self._planner.read(read, time.monotonic() - request.asked_at)
+        pages, since = request.at_first
+        if enough and len(self._held) == 1 and len(slots) - pages >= MEASURED_PAGES:
+            self._planner.read(len(slots) - pages, time.monotonic() - since)
         return enough
 
     def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:

@@ -11,6 +11,10 @@ import pytest
 
 from sglang_hcache import ahead
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
+from sglang_hcache.load_planner import LoadPlanner, Prompt
+from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.storage.stripe import Place
 from tests.storage.pages import LAYOUT, holds, keys_of, open_store, save
@@ -112,3 +116,39 @@ def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStor
     assert requests.stats()["lookups_not_ahead"] == 1
     requests.forget("a")
     assert store.stats()["pages_leased"] == 0
+
+
+def planner(ssd_bytes_per_s: float, bus_bytes_per_s: float = 1e10) -> LoadPlanner:
+    shape = ModelShape("m", 4, 512, 8, 8, 64, 1408, 32000)
+    machine = Machine("m", 1e11, 1e11, 1e11, 1e11, bus_bytes_per_s, ssd_bytes_per_s=ssd_bytes_per_s)
+    return LoadPlanner(shape, machine, Layout(0, 4, 0), LAYOUT.page_tokens)
+
+
+def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> None:
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e3))
+    requests.queued("a", keys_of(range(10)))
+    assert requests.let_go() == ["a"]
+    requests.admit(["a"])
+    assert store.progress("a").done, "the rest is not read"
+    assert requests.stats()["requests_let_go_late"] == 0
+
+
+def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threading.Event) -> None:
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e10))
+    requests.queued("a", keys_of(range(10)))
+    assert requests.let_go() == []
+    disk.set()
+    wait_until_let_go(requests, "a")
+    assert len(requests.ready("a", keys_of(range(10)))) == 10
+
+
+def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: threading.Event) -> None:
+    disk.set()
+    store.prefetch("warm", keys_of(range(10)))
+    store.wait("warm", 10)
+    for bus, expected in ((1e10, 10), (1e3, 0)):
+        requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10, bus))
+        requests.queued("a", keys_of(range(10)), Prompt(new_tokens=8, device_tokens=0))
+        assert len(requests.ready("a", keys_of(range(10)))) == expected
+        requests.clear()
+    store.release("warm")
