@@ -36,6 +36,7 @@ CALIBRATION = "calibration"  # folder in the first directory: what was measured,
 _PREFILL_TOKENS = {"cpu": (64, 512), "cuda": (64, 2048)}
 _RESTORED_TOKENS = 1024
 _REPEATS = 5
+_SLOW_S = 0.5  # a forward that takes longer is tried once, and no longer one is
 _LEAST_S = 1e-9  # what is too short to be measured
 _NO_PROBE_BYTES_PER_S = 1e9  # where a drive cannot be tried: corrected by the first loads
 _REMOTE_BYTES_PER_S = 1e9  # likewise
@@ -94,13 +95,19 @@ def _measure(
     ranks: int,
     device: str,
 ) -> Machine:
-    """Rates of prefill and restoring, in seconds at most. Attention's follows from the matrix products'."""
+    """Rates of prefill and restoring, in seconds. Attention's follows from the matrix products'.
+
+    A rank by itself tries less where the model is slow. Several ranks must all run the same, so they never do less.
+    """
     limit = most_tokens(runner, page_tokens)
     few, many = (min(tokens, limit) for tokens in _PREFILL_TOKENS[torch.device(device).type])
     with leaving_no_trace(runner):
-        _prefill(runner, page_tokens, few)
-        few_s = _seconds(lambda: _prefill(runner, page_tokens, few), device)
-        many_s = _seconds(lambda: _prefill(runner, page_tokens, many), device)
+        first_s = _seconds(lambda: _prefill(runner, page_tokens, few), device, repeats=1)
+        repeats = 1 if ranks == 1 and first_s > _SLOW_S else _REPEATS
+        few_s = _seconds(lambda: _prefill(runner, page_tokens, few), device, repeats)
+        if ranks == 1:
+            many = max(few, min(many, int(few * _SLOW_S / few_s)))
+        many_s = _seconds(lambda: _prefill(runner, page_tokens, many), device, repeats)
     fixed_s, token_s = _fit((few, few_s), (many, many_s))
     gemm_flop_per_s = shape.linear_flop / ranks * shape.layers / max(token_s, _LEAST_S)
     pages = max(1, min(_RESTORED_TOKENS, limit) // page_tokens)
@@ -170,10 +177,10 @@ def _prefill(runner: Any, page_tokens: int, tokens: int) -> None:
     prefill_random_prompt(runner, page_tokens, tokens)
 
 
-def _seconds(work: Callable[[], None], device: str) -> float:
+def _seconds(work: Callable[[], None], device: str, repeats: int) -> float:
     """The least of a few, the device's work included."""
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         began = time.perf_counter()
         work()
         if torch.device(device).type == "cuda":
