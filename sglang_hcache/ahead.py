@@ -119,7 +119,8 @@ class Ahead:
         for rid in rids:
             if (since := self._held.pop(rid, None)) is not None:
                 self.held_s += time.monotonic() - since
-                self._store.cut(rid)
+                if self._planner is not None:  # what is missing was not worth waiting for
+                    self._store.cut(rid)
 
     def ready(self, rid: str, keys: Sequence[bytes]) -> list[int]:
         """Slots of the longest leading run of `keys` that is in memory, leased until `forget`."""

@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 import sglang_hcache
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.load_planner import LoadPlanner
-from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
+from sglang_hcache.planner.hf_config import shape_of_config
 from sglang_hcache.planner.machine import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
@@ -54,7 +54,7 @@ def load_planner(
     model, ranks = runner.model_config, get_parallel().tp_size
     try:
         shape = shape_of_config(model.hf_config.to_dict(), Path(model.model_path).name)
-    except UnknownConfig as error:
+    except ValueError as error:
         logger.warning("hcache: all of every hit is restored, whatever it costs: %s", error)
         return None
     shape = replace(shape, dtype_bytes=model.dtype.itemsize)

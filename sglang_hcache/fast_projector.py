@@ -90,7 +90,8 @@ class _Module:
         """
         weight, bias = self._qkv.weight, self._qkv.bias
         angles = self._rotary.cos_sin_cache if self._rotary is not None else None
-        made_of = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias, angles))
+        norm = self._norm.weight if self._norm is not None else None
+        made_of = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias, angles, norm))
         if made_of != self._made_of:
             self._made_of, self._projection = made_of, self._make(weight, bias, angles, scaled=scaled)
         return self._projection

@@ -124,8 +124,10 @@ class ForwardTimer:
     def begin(self, batch: Any, *, alone: bool) -> None:
         """A forward is about to be issued; `alone`: it waits for no load."""
         self._begun = None
-        if self._planner is not None and alone and batch.forward_mode.is_extend_without_speculative():
-            self._begun = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu, self._lane.mark()
+        tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
+        known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
+        if self._planner is not None and alone and known:
+            self._begun = tokens, contexts, self._lane.mark()
 
     def end(self) -> None:
         if self._begun is not None:
