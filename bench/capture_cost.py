@@ -216,7 +216,7 @@ class Bench:
     def close(self) -> None:
         self._sink.work.drain()
         self._sink.work.close()
-        self._capture.remove()
+        self._capture.keep(0)
 
     def _inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dim = self._model.shape.head_dim

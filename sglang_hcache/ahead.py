@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from sglang_hcache.load_planner import LoadPlanner, Prompt
+from sglang_hcache.planner.order import AGEING
 from sglang_hcache.storage.contract import ChunkStore
 
 LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
@@ -50,6 +52,7 @@ class _Request:
     let_go_at: float  # monotonic
     at_first: tuple[int, float] | None = None  # pages that were there when it was first looked at, and when that was
     enough: int = 0  # pages, from then on
+    pass_s: float = 0.0  # of the engine, from then on; 0 where it is not planned
 
 
 class Ahead:
@@ -76,7 +79,6 @@ class Ahead:
         self._page_tokens = page_tokens
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
-        self._arrivals = 0
         self.requests_held = self.requests_late = self.lookups_late = 0
         self.held_s = 0.0
 
@@ -122,8 +124,11 @@ class Ahead:
                 if self._planner is not None:  # what is missing was not worth waiting for
                     self._store.cut(rid)
 
-    def ready(self, rid: str, keys: Sequence[bytes]) -> list[int]:
-        """Slots of the longest leading run of `keys` that is in memory, leased until `forget`."""
+    def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> list[int]:
+        """Slots of the leading pages of `keys` to load, all in memory, and leased until `forget`.
+
+        queued_pages: of loads that the bus carries first.
+        """
         request = self._requests.get(rid)
         slots = self._known(request, rid, keys) if request is not None else []
         stale = request is None or time.monotonic() - request.asked_at > RETRY_S
@@ -133,7 +138,7 @@ class Ahead:
             self._store.wait(rid, LOOKUP_WAIT_S)
             slots = self._known(request, rid, keys)
         if slots and request is not None and self._planner is not None:
-            return slots[: self._planner.pages(len(slots), request.prompt)]
+            return slots[: self._planner.pages(len(slots), request.prompt, queued_pages=queued_pages)]
         return slots
 
     def forget(self, rid: str) -> None:
@@ -162,9 +167,16 @@ class Ahead:
             return done
         if request.at_first is None:
             request.at_first = len(slots), time.monotonic()
+            before = list(itertools.takewhile(lambda other: other is not request, self._requests.values()))
             request.enough = self._planner.worth_waiting_for(
-                len(slots), len(request.keys) - len(slots), request.prompt
+                len(slots),
+                len(request.keys) - len(slots),
+                request.prompt,
+                start_s=sum(other.pass_s for other in before),
+                queued_pages=sum(max(0, other.enough - other.at_first[0]) for other in before if other.at_first),
             )
+            missing = len(request.keys) - request.enough
+            request.pass_s = self._planner.pass_s(request.enough, request.prompt, missing_pages=missing)
         enough = done or len(slots) >= request.enough
         pages, since = request.at_first
         if enough and len(self._held) == 1 and len(slots) - pages >= MEASURED_PAGES:
@@ -180,8 +192,10 @@ class Ahead:
             now,
             now + deadline_s + LATE_S,
         )
-        self._arrivals += 1
-        self._store.prefetch(rid, keys, priority=self._arrivals, deadline_s=deadline_s)
+        read_s = self._planner.read_s(1) if self._planner is not None else 0.0
+        # As in `planner.order`; the clock is the same for all who share a prefetcher.
+        arrival, page = (int(1e6 * seconds) for seconds in (AGEING * time.time(), read_s))
+        self._store.prefetch(rid, keys, priority=arrival, page_priority=page, deadline_s=deadline_s)
         return request
 
     def _known(self, request: _Request, rid: str, keys: Sequence[bytes]) -> list[int]:

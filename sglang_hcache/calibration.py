@@ -14,18 +14,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.runtime_context import get_parallel
 
 import sglang_hcache
-from sglang_hcache.config import HCacheConfig, Representation
-from sglang_hcache.load_planner import LoadPlanner
+from sglang_hcache.config import HCacheConfig
+from sglang_hcache.lanes import current_lane
+from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.planner.hf_config import shape_of_config
 from sglang_hcache.planner.machine import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Machine
 from sglang_hcache.planner.shape import ModelShape
-from sglang_hcache.planner.timeline import Layout
-from sglang_hcache.representation import Chosen
-from sglang_hcache.restore import Restorer
+from sglang_hcache.representation import Way, Ways
+from sglang_hcache.restore import HostPages, LayerEvents, StoredLayer, restorer_for
 from sglang_hcache.storage.files import write_atomically
 from sglang_hcache.storage.probe import read_bytes_per_s
 from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_prompt
@@ -42,26 +43,25 @@ _NO_PROBE_BYTES_PER_S = 1e9  # where a drive cannot be tried: corrected by the f
 _REMOTE_BYTES_PER_S = 1e9  # likewise
 
 
-def load_planner(
-    config: HCacheConfig, runner: Any, restorer: Restorer, chosen: Chosen, *, page_tokens: int, device: str
-) -> LoadPlanner | None:
-    """None where all of every hit is restored: as the flag says, or because the model's cost cannot be told.
+def calibrate(
+    config: HCacheConfig, runner: Any, ways: Ways, *, page_tokens: int, layers: int, device: str
+) -> tuple[ModelShape, Machine] | None:
+    """The model's shape and this machine's rates on it; None where its cost cannot be told.
 
     Must be called before any request, on all ranks alike: where the rates are not known yet, it runs the model.
     """
-    if config.plan != "auto":
-        return None
     model, ranks = runner.model_config, get_parallel().tp_size
     try:
         shape = shape_of_config(model.hf_config.to_dict(), Path(model.model_path).name)
+        if shape.layers != layers:
+            raise ValueError(f"its configuration names {shape.layers} layers, its KV pool has {layers}")
     except ValueError as error:
         logger.warning("hcache: all of every hit is restored, whatever it costs: %s", error)
         return None
     shape = replace(shape, dtype_bytes=model.dtype.itemsize)
-    hidden = chosen.representation is Representation.HIDDEN
 
     def measure() -> Machine:
-        rates = _measure(runner, restorer, shape, hidden=hidden, page_tokens=page_tokens, ranks=ranks, device=device)
+        rates = _measure(runner, ways, shape, page_tokens=page_tokens, ranks=ranks, device=device)
         if config.prefetcher is not None:
             return replace(rates, remote_bytes_per_s=_REMOTE_BYTES_PER_S)
         return replace(rates, ssd_bytes_per_s=_drives(config.directories, config.read_bytes_per_s))
@@ -70,8 +70,7 @@ def load_planner(
         "version": sglang_hcache.__version__,
         "machine": _machine_name(),
         "model": asdict(shape),
-        "representation": str(chosen.representation),
-        "projector": chosen.projector_name,
+        "projector": ways.hidden.projector_name if ways.hidden else None,
         "device": device,
         "ranks": ranks,
         "rank": get_parallel().tp_rank,
@@ -80,21 +79,10 @@ def load_planner(
         "read_bytes_per_s": config.read_bytes_per_s,
         "prefetcher": config.prefetcher,
     }
-    machine = _kept_at(Path(config.directories[0]) / CALIBRATION, about, measure)
-    layout = Layout(0, shape.layers, 0) if hidden else Layout(0, 0, shape.layers)
-    return LoadPlanner(shape, machine, layout, page_tokens)
+    return shape, _kept_at(Path(config.directories[0]) / CALIBRATION, about, measure)
 
 
-def _measure(
-    runner: Any,
-    restorer: Restorer,
-    shape: ModelShape,
-    *,
-    hidden: bool,
-    page_tokens: int,
-    ranks: int,
-    device: str,
-) -> Machine:
+def _measure(runner: Any, ways: Ways, shape: ModelShape, *, page_tokens: int, ranks: int, device: str) -> Machine:
     """Rates of prefill and restoring, in seconds. Attention's follows from the matrix products'.
 
     A rank by itself tries less where the model is slow. Several ranks must all run the same, so they never do less.
@@ -110,25 +98,36 @@ def _measure(
         many_s = _seconds(lambda: _prefill(runner, page_tokens, many), device, repeats)
     fixed_s, token_s = _fit((few, few_s), (many, many_s))
     gemm_flop_per_s = shape.linear_flop / ranks * shape.layers / max(token_s, _LEAST_S)
-    pages = max(1, min(_RESTORED_TOKENS, limit) // page_tokens)
-    copy_s, project_s = restorer.trial(pages, repeats=_REPEATS)
-    tokens, layers = pages * page_tokens, shape.layers
-    kv_ranks = min(ranks, shape.kv_heads)
-    one_after_the_other = torch.device(device).type == "cpu"
-    if hidden:
-        row_bytes = shape.hidden_bytes
-        project_s += copy_s * one_after_the_other
-    else:  # K and V are copied twice: to the device, and to their slots
-        row_bytes, copy_s = shape.kv_bytes // kv_ranks, copy_s + project_s
+    pages, kv_ranks = max(1, min(_RESTORED_TOKENS, limit) // page_tokens), min(ranks, shape.kv_heads)
+    tokens, copied_bytes, copies_s, stages_s = pages * page_tokens, 0, 0.0, []
+    for way in (ways.kv, ways.hidden) if ways.hidden else (ways.kv,):
+        copy_s, make_s = _try_restoring(way, pages, page_tokens, device)
+        copied_bytes, copies_s = copied_bytes + tokens * way.row_bytes, copies_s + copy_s
+        stages_s.append(max(make_s + copy_s * (torch.device(device).type == "cpu"), _LEAST_S))
     return Machine(
         name=_machine_name(),
         ranks=ranks,
         gemm_flop_per_s=gemm_flop_per_s,
         attention_flop_per_s=gemm_flop_per_s * ATTENTION_EFFICIENCY / GEMM_EFFICIENCY,
-        memory_bytes_per_s=shape.layer_weight_bytes / ranks * layers / max(fixed_s, _LEAST_S),
-        projection_flop_per_s=shape.projection_flop / kv_ranks * tokens / max(project_s, _LEAST_S),
-        bus_bytes_per_s=row_bytes * tokens / max(copy_s, _LEAST_S),
+        memory_bytes_per_s=shape.layer_weight_bytes / ranks * shape.layers / max(fixed_s, _LEAST_S),
+        projection_flop_per_s=shape.projection_flop / kv_ranks * tokens / stages_s[-1],
+        scatter_bytes_per_s=shape.kv_bytes / kv_ranks * tokens / stages_s[0],
+        bus_bytes_per_s=copied_bytes / max(copies_s, _LEAST_S),
     )
+
+
+def _try_restoring(way: Way, pages: int, page_tokens: int, device: str) -> tuple[float, float]:
+    """Seconds to copy pages of the first layer to the device, and to make K and V of them in the pool, each alone."""
+    memory = torch.zeros(pages, page_tokens * way.row_bytes, dtype=torch.uint8)
+    pinned = PinnedMemory(memory)
+    layer = StoredLayer(0, page_tokens * way.row_bytes, way.dtype, way.projector)
+    positions = np.zeros((pages, page_tokens), np.int32)
+    events = LayerEvents(current_lane(device))
+    restorer = restorer_for(HostPages(memory, positions, [layer]), device, None, events, pinned=pinned.pinned)
+    try:
+        return restorer.trial(pages, repeats=_REPEATS)
+    finally:
+        pinned.release()
 
 
 def _drives(directories: Sequence[str], read_limit: float | None) -> float:

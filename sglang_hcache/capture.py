@@ -123,15 +123,16 @@ class Capture:
             for index, site in enumerate(sites)
         ]
 
-    def remove(self) -> None:
-        """Take the hooks off. The buffer stays on a GPU: a graph captured before goes on writing into it."""
-        for hook in self._hooks:
+    def keep(self, layers: int) -> None:
+        """Capture the first layers only. The buffer stays on a GPU: graphs captured before go on writing into it."""
+        for hook in self._hooks[layers:]:
             hook.remove()
-        self._hooks.clear()
-        self._outbox = None
-        if self._staging.device.type == "cpu":
-            self._staging = self._staging.new_empty(0)
-        self.sink = None
+        del self._hooks[layers:]
+        self._seen, self._staging = self._seen[:layers], self._staging[:layers]
+        if not layers:
+            self._outbox = self.sink = None
+            if self._staging.device.type == "cpu":
+                self._staging = self._staging.new_empty(0)
 
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)

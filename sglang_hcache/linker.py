@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_memory, get_parallel
 
 from sglang_hcache import serving
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
-from sglang_hcache.calibration import load_planner
-from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig, Representation
-from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
-from sglang_hcache.flags import GB
+from sglang_hcache.calibration import calibrate
+from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
+from sglang_hcache.introduction import Introduction
 from sglang_hcache.lanes import current_lane, new_lane
-from sglang_hcache.load_planner import ForwardTimer, Prompt
+from sglang_hcache.load_planner import ForwardTimer, LoadPlanner, Prompt
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
-from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
-from sglang_hcache.representation import choose
+from sglang_hcache.representation import Stored, ways_of
 from sglang_hcache.restore import HostPages, LayerEvents, Load, StoredLayer, restorer_for
-from sglang_hcache.savers import HiddenSaver, KVSaver, NoSaver, Saver
-from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
+from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
+from sglang_hcache.savers import HiddenSaver, KVRows, KVSaver, NoSaver, Saver
+from sglang_hcache.storage.layout import ROOT, positions
+from sglang_hcache.trial import most_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +65,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
-            self._chosen = choose(
-                self._config.representation, serving.runner, serving.capture, self._pool, self._page_tokens
-            )
+            self._stored, self._planner = self._plan()
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
@@ -82,10 +79,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
         self._failed_batches: set[int] = set()
-        self._layout = ChunkLayout(
-            self._page_tokens, (self._page_tokens * self._chosen.row_bytes,) * self._pool.layer_num
+        self._introduction = Introduction(
+            self._config,
+            server_args,
+            serving.runner.model_config,
+            self._pool,
+            self._stored,
+            page_tokens=self._page_tokens,
+            rows_of_a_forward=serving.most_rows_of_a_forward(),
         )
-        self._identity, self._on_file = self._fingerprint(self._model_identity()), True
         self._supervisor = self._make_supervisor()
         try:
             store = self._supervisor.open()
@@ -94,15 +96,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._renewing = False
         self._memory: PinnedMemory | None = None
         self._connect(store)
-        self._planner = load_planner(
-            self._config,
-            serving.runner,
-            self._restorer,
-            self._chosen,
-            page_tokens=self._page_tokens,
-            device=str(self._pool.device),
-        )
-        self._saver.clear()  # of what the trials have left
         self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
         self._ahead = Ahead(
             store,
@@ -154,7 +147,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        self._promised[rid] = self._ahead.ready(rid, keys)
+        loads = [*self._queued, *itertools.chain(*self._started.values())]
+        queued_pages = sum(len(load.chunks) for load in loads)
+        self._promised[rid] = self._ahead.ready(rid, keys, queued_pages=queued_pages)
         return list(range(1, len(self._promised[rid]) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
@@ -261,7 +256,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def weights_changed(self) -> None:
         """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us."""
         self.reset()
-        self._identity, self._on_file = self._fingerprint(process_identity()), False
+        self._introduction.weights_changed()
         former = self._store
         try:
             self._attach(self._supervisor.open(timeout_s=_REOPEN_S))
@@ -281,10 +276,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def stats(self) -> dict[str, Any]:
         """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
         return {
-            "representation": str(self._chosen.representation),
-            "representation_reason": self._chosen.reason,
-            "projector": self._chosen.projector_name,
-            "bytes_per_token": self._chosen.row_bytes * self._pool.layer_num,
+            "representation": self._stored.name,
+            "representation_reason": self._stored.reason,
+            "layers_hidden": self._stored.layout.hidden,
+            "layers_kv": self._stored.layout.kv,
+            "projector": self._stored.projector_names,
+            "bytes_per_token": sum(self._stored.row_bytes),
             "page_size": self._page_tokens,
             "loads_accepted": self._loads["accepted"],
             "loads_refused": self._loads["refused"],
@@ -299,41 +296,35 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     # ---- start ----
 
+    def _plan(self) -> tuple[Stored, LoadPlanner | None]:
+        """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
+        config, runner, pool = self._config, serving.runner, self._pool
+        hidden_wanted = config.representation != Representation.KV
+        ways = ways_of(runner, serving.capture, pool, self._page_tokens, hidden_wanted=hidden_wanted)
+        stored = choose_by_flag(config.representation, ways, pool.layer_num)
+        if config.plan != "auto":
+            return stored, None
+        rates = calibrate(
+            config, runner, ways, page_tokens=self._page_tokens, layers=pool.layer_num, device=str(pool.device)
+        )
+        if rates is None:
+            return stored, None
+        shape, machine = rates
+        if config.representation == "auto" and ways.hidden is not None and get_parallel().tp_size == 1:
+            most = most_tokens(runner, self._page_tokens)
+            stored = choose_by_plan(config, ways, shape, machine, page_tokens=self._page_tokens, most_tokens=most)
+        return stored, LoadPlanner(shape, machine, stored.layout, self._page_tokens)
+
     def _make_supervisor(self) -> Keeper[Any]:
         config = self._config
         if config.prefetcher is not None:
-            return RemoteSupervisor(config.prefetcher, config.keys, self._hello)
+            return RemoteSupervisor(config.prefetcher, config.keys, self._introduction.hello)
         return Supervisor(
-            config.directories, config.directory_bytes, self._hello, read_bytes_per_s=config.read_bytes_per_s
+            config.directories,
+            config.directory_bytes,
+            self._introduction.hello,
+            read_bytes_per_s=config.read_bytes_per_s,
         )
-
-    def _hello(self) -> Hello:
-        model = serving.runner.model_config
-        return Hello(
-            pid=os.getpid(),
-            name=f"{Path(model.model_path).name} rank {get_parallel().tp_rank}",
-            fingerprint=self._identity,
-            page_tokens=self._layout.page_tokens,
-            layer_bytes=list(self._layout.layer_bytes),
-            host_bytes=self._host_bytes() * self._ranks_sharing_pages(),
-            grant=self._pages_of_a_forward(),
-            on_file=self._on_file,
-            write_policy=get_memory().hicache_write_policy,
-            about={
-                "model": model.model_path,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "representation": str(self._chosen.representation),
-            },
-        )
-
-    def _ranks_sharing_pages(self) -> int:
-        """Ranks of this node that use the same pages: all, as hidden states are the same everywhere."""
-        return _ranks_of_a_node(self._server_args) if self._chosen.representation is Representation.HIDDEN else 1
-
-    def _pages_of_a_forward(self) -> int:
-        """New pages that may be open at once: those of a forward, twice, and one of each running request."""
-        tokens = serving.most_rows_of_a_forward()
-        return 2 * -(-tokens // self._page_tokens) + (get_schedule().max_running_requests or 64)
 
     def _hold_rule(self) -> HoldRule:
         return HoldRule(
@@ -349,23 +340,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _connect(self, store: PrefetchClient | RemoteClient) -> None:
         self._store = store
-        if self._chosen.representation is Representation.HIDDEN:
-            self._saver: Saver = self._hidden_saver(store)
-        else:
-            self._saver = KVSaver(
-                store,
-                self._work,
-                self._pool,
-                row_bytes=self._chosen.row_bytes,
-                forward_stream=self.forward_stream,
-            )
-        memory, layout, chosen = torch.from_numpy(store.memory), store.layout, self._chosen
+        self._saver = self._make_saver(store)
+        memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
         if self._memory is not None:
             self._memory.release()
         self._memory = PinnedMemory(memory)
         layers = [
-            StoredLayer(layout.layer_offset(layer), layout.layer_bytes[layer], chosen.dtype, chosen.projector)
-            for layer in range(layout.n_layers)
+            StoredLayer(layout.layer_offset(layer), layout.layer_bytes[layer], way.dtype, way.projector)
+            for layer, way in enumerate(map(stored.of, range(layout.n_layers)))
         ]
         self._restorer = restorer_for(
             HostPages(memory, positions(store.memory, layout), layers),
@@ -375,70 +357,30 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             pinned=self._memory.pinned,
         )
 
-    def _hidden_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
+    def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
         """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
-        capture = serving.capture
+        layout, capture, others = self._stored.layout, serving.capture, None
+        if capture is not None:
+            captured = get_parallel().tp_rank % self._introduction.ranks_sharing_pages == 0
+            capture.keep(layout.hidden if captured else 0)
+            if not captured:
+                return NoSaver()
+        if layout.kv:
+            layers = range(layout.hidden, layout.layers)
+            others = KVRows(store, self._work, self._pool, layers, self.forward_stream)
+            if not layout.hidden:
+                return KVSaver(store, self._work, others)
         assert capture is not None
-        if get_parallel().tp_rank % self._ranks_sharing_pages():
-            capture.remove()
-            return NoSaver()
-        saver = HiddenSaver(store, self._work, layers=self._pool.layer_num, row_bytes=self._chosen.row_bytes)
+        saver = HiddenSaver(store, self._work, layers=layout.hidden, others=others)
         capture.sink = saver
         return saver
-
-    def _model_identity(self) -> str:
-        model_path = serving.runner.model_config.model_path
-        if self._server_args.load_format == "dummy":
-            return process_identity()
-        try:
-            return checkpoint_identity(model_path, memo=Path(self._config.directories[0]) / "checkpoints.json")
-        except OSError as error:
-            logger.warning(
-                "hcache: cannot identify the weights of %s (%s): pages will not outlive this process",
-                model_path,
-                error,
-            )
-            return process_identity()
-
-    def _fingerprint(self, model_identity: str) -> bytes:
-        args = self._server_args
-        parts: list[tuple[str, object]] = [
-            ("model", model_identity),
-            ("override", args.json_model_override_args),
-            ("dtype", str(serving.runner.model_config.dtype)),
-            ("kv_dtype", str(self._pool.dtype)),
-            ("quantization", serving.runner.model_config.quantization),
-            ("page_size", self._page_tokens),
-            ("layers", self._pool.layer_num),
-            ("row_bytes", self._chosen.row_bytes),
-            ("representation", str(self._chosen.representation)),
-        ]
-        if self._chosen.representation is Representation.KV:
-            parallel = get_parallel()
-            parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
-        return fingerprint(parts)
-
-    def _host_bytes(self) -> int:
-        memory = get_memory()
-        if memory.hicache_size > 0:
-            return int(memory.hicache_size * GB)
-        ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
-        wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
-        available = psutil.virtual_memory().available // get_parallel().tp_size
-        if wanted > available:
-            raise RuntimeError(
-                f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
-                f"{available / GB:.1f} GB available; give a smaller ratio, or --hicache-size"
-            )
-        return wanted
 
     def _log_start(self) -> None:
         state = self._store.stats()
         logger.info(
-            "hcache: storing %s (%s), %d layers; host tier %d pages of %d tokens; files in %s",
-            self._chosen.representation,
-            self._chosen.reason,
-            self._pool.layer_num,
+            "hcache: storing %s (%s); host tier %d pages of %d tokens; files in %s",
+            ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
+            self._stored.reason,
             state["pages_total"],
             self._page_tokens,
             ", ".join(self._config.directories),
@@ -448,7 +390,3 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 def _host_work(device: str) -> HostWork:
     on_cpu = torch.device(device).type == "cpu"
     return InlineWork() if on_cpu else StreamWork(new_lane(device), current_lane(device))
-
-
-def _ranks_of_a_node(server_args: Any) -> int:
-    return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))

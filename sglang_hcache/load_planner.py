@@ -42,17 +42,33 @@ class LoadPlanner:
         self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
         self.plans = self.pages_left_out = 0
 
-    def pages(self, host_pages: int, prompt: Prompt) -> int:
-        """How many leading pages to restore of a hit whose pages are all in host memory."""
-        hit = Hit(self._page_tokens, host_pages, new_tokens=prompt.new_tokens, device_tokens=prompt.device_tokens)
-        pages = plan_load(self._now(), self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
+    def pages(self, host_pages: int, prompt: Prompt, *, queued_pages: int = 0) -> int:
+        """How many leading pages to restore of a hit whose pages are all in host memory.
+
+        queued_pages: of other loads, which the bus has to carry first.
+        """
+        costs, tokens = self._now(), queued_pages * self._page_tokens
+        hit = Hit(
+            self._page_tokens,
+            host_pages,
+            new_tokens=prompt.new_tokens,
+            device_tokens=prompt.device_tokens,
+            bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
+        )
+        pages = plan_load(costs, self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
         self.plans += 1
         self.pages_left_out += host_pages - pages
         return pages
 
-    def worth_waiting_for(self, host_pages: int, lower_pages: int, prompt: Prompt) -> int:
-        """How many leading pages a request should wait for, of a hit that continues on a lower tier."""
+    def worth_waiting_for(
+        self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0
+    ) -> int:
+        """How many leading pages a request should wait for, of a hit that continues on a lower tier.
+
+        start_s: until the engine is done with the requests before. queued_pages: what is read for others first.
+        """
         on_ssd = self._lower_tier is Resource.SSD
+        queue_s = self.read_s(queued_pages) if queued_pages else 0.0
         hit = Hit(
             self._page_tokens,
             host_pages,
@@ -60,8 +76,21 @@ class LoadPlanner:
             remote_pages=0 if on_ssd else lower_pages,
             new_tokens=prompt.new_tokens,
             device_tokens=prompt.device_tokens,
+            start_s=start_s,
+            ssd_queue_s=queue_s if on_ssd else 0.0,
+            remote_queue_s=0.0 if on_ssd else queue_s,
         )
         return plan_load(self._now(), self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
+
+    def read_s(self, pages: int) -> float:
+        """From the lower tier into host memory, with nobody else reading."""
+        return self._read_s(self._now(), pages)
+
+    def pass_s(self, host_pages: int, prompt: Prompt, *, missing_pages: int) -> float:
+        """Of the engine, for a request with a hit in host memory and pages after it that are not."""
+        new_tokens = prompt.new_tokens + missing_pages * self._page_tokens
+        hit = Hit(self._page_tokens, host_pages, new_tokens=new_tokens, device_tokens=prompt.device_tokens)
+        return plan_load(self._now(), self._layout, hit).seconds
 
     # ---- what really happened ----
 
@@ -79,32 +108,33 @@ class LoadPlanner:
         """A batch's loads, from host memory to the pool."""
         if tokens < _LEAST_TOKENS:
             return
-        costs, layers = self._calibrated, self._layout.layers
-        if self._layout.hidden:
-            copy_s = costs.bus_latency_s + tokens * costs.hidden_bus_s_per_token
-            project_s = costs.project_s(tokens)
-            slower = Resource.PROJECTION if project_s > copy_s else Resource.BUS
-            self._follower.observe(slower, layers * max(copy_s, project_s), seconds)
-        else:
-            expected_s = layers * (costs.bus_latency_s + tokens * costs.kv_bus_s_per_token)
-            self._follower.observe(Resource.BUS, expected_s, seconds)
+        costs, layout = self._calibrated, self._layout
+        copies_s = layout.layers * costs.bus_latency_s
+        copies_s += tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
+        making_s = layout.hidden * costs.project_s(tokens) + layout.kv * tokens * costs.scatter_s_per_token
+        slower = Resource.PROJECTION if making_s > copies_s else Resource.BUS
+        self._follower.observe(slower, max(copies_s, making_s), seconds)
 
     def read(self, pages: int, seconds: float) -> None:
         """Pages of one request, from a lower tier into host memory, with nobody else waiting for any."""
-        costs, tokens = self._calibrated, pages * self._page_tokens
-        hidden, kv = self._layout.hidden, self._layout.kv
-        if self._lower_tier is Resource.SSD:
-            per_token, latency_s = (costs.hidden_ssd_s_per_token, costs.kv_ssd_s_per_token), costs.ssd_latency_s
-        else:
-            per_token = costs.hidden_remote_s_per_token, costs.kv_remote_s_per_token
-            latency_s = costs.remote_latency_s
-        expected_s = latency_s + tokens * (hidden * per_token[0] + kv * per_token[1])
-        self._follower.observe(self._lower_tier, expected_s, seconds)
+        self._follower.observe(self._lower_tier, self._read_s(self._calibrated, pages), seconds)
 
     def stats(self) -> dict[str, float | int]:
         """Plans made, pages that were left to prefill, and how much slower than calibrated each resource is."""
         factors = {f"slower_{resource}": round(self._follower.factor(resource), 3) for resource in Resource}
         return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_out, **factors}
+
+    def _read_s(self, costs: Costs, pages: int) -> float:
+        """From the lower tier into host memory."""
+        if self._lower_tier is Resource.SSD:
+            per_token = self._per_token(costs.hidden_ssd_s_per_token, costs.kv_ssd_s_per_token)
+            return costs.ssd_latency_s + pages * self._page_tokens * per_token
+        per_token = self._per_token(costs.hidden_remote_s_per_token, costs.kv_remote_s_per_token)
+        return costs.remote_latency_s + pages * self._page_tokens * per_token
+
+    def _per_token(self, hidden_s: float, kv_s: float) -> float:
+        """Of all layers, from those of one that is stored as hidden states, or as K and V."""
+        return self._layout.hidden * hidden_s + self._layout.kv * kv_s
 
     def _now(self) -> Costs:
         if time.monotonic() - self._costs_at > _REFRESH_S:

@@ -13,13 +13,14 @@ from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
 
 
-def chunk_rows(store: ChunkStore, *, layers: int, row_bytes: int) -> NDArray[np.uint8]:
-    """A view of the store's memory as `[slots, layers, page_tokens, row_bytes]`, layers of equal size."""
+def chunk_rows(store: ChunkStore, layers: range) -> NDArray[np.uint8]:
+    """A view of layers of equal size in the store's memory, `[slots, layers, page_tokens, row_bytes]`."""
     layout = store.layout
-    stride = layout.layer_offset(1) - layout.layer_offset(0) if layers > 1 else layout.record_bytes
+    first, row_bytes = layout.layer_offset(layers[0]), layout.layer_bytes[layers[0]] // layout.page_tokens
+    stride = layout.layer_offset(layers[1]) - first if len(layers) > 1 else layout.record_bytes
     return np.lib.stride_tricks.as_strided(
-        store.memory[:, layout.layer_offset(0) :],
-        shape=(store.memory.shape[0], layers, layout.page_tokens, row_bytes),
+        store.memory[:, first:],
+        shape=(store.memory.shape[0], len(layers), layout.page_tokens, row_bytes),
         strides=(store.memory.strides[0], stride, row_bytes, 1),
     )
 
@@ -31,18 +32,18 @@ class _OpenPage:
 
 
 class OpenPages:
-    """Collects rows by device page and commits a page once SGLang names it.
+    """Collects rows of the first `layers` layers by device page, in slots of the store, until SGLang names the page.
 
     A device page is written front to back by one sequence: a row 0 starts the page anew, a gap abandons it, and
-    only a page with all its rows is ever committed. Tokens that cannot be kept are counted, never waited for.
+    only a page with all its rows is ever handed out. Tokens that cannot be kept are counted, never waited for.
     """
 
-    def __init__(self, store: ChunkStore, *, layers: int, row_bytes: int) -> None:
+    def __init__(self, store: ChunkStore, *, layers: int) -> None:
         layout = store.layout
         self._store = store
         self._page_tokens = layout.page_tokens
         self._open: dict[int, _OpenPage] = {}
-        self._chunks = chunk_rows(store, layers=layers, row_bytes=row_bytes)
+        self._chunks = chunk_rows(store, range(layers))
         self.tokens_captured = 0
         self.tokens_not_captured = 0
 
@@ -68,14 +69,13 @@ class OpenPages:
         for page in np.unique(slots // self._page_tokens).tolist():
             self._abandon(page)
 
-    def commit(self, page: int, key: bytes, parent: bytes) -> bool:
-        """Device page `page` holds the page `key`, which follows `parent`; False when it was not captured whole."""
+    def take(self, page: int) -> int | None:
+        """The store's slot with the rows of a device page, the caller's from now on; None if it is not whole."""
         chunk = self._open.get(page)
         if chunk is None or chunk.filled < self._page_tokens:
-            return False
+            return None
         del self._open[page]
-        self._store.commit(key, chunk.slot, parent)
-        return True
+        return chunk.slot
 
     def clear(self) -> None:
         for page in list(self._open):

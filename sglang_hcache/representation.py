@@ -1,4 +1,4 @@
-"""What is stored of this model, hidden states or K and V: by size, and only what has just been proven on it."""
+"""How a layer can be stored, as hidden states or as K and V: only what has just been proven on this model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
-from sglang_hcache.model import Unsupported, kv_row_bytes
+from sglang_hcache.model import kv_row_bytes
+from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.restore import Projector
 from sglang_hcache.selftest import run_self_test
@@ -24,38 +25,72 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What is stored of each layer, and how it comes back."""
+class Way:
+    """To store a layer, and to get its K and V back."""
 
-    representation: Representation
-    reason: str
-    row_bytes: int  # of a token in a layer
+    row_bytes: int  # of a token
     dtype: torch.dtype  # of a row's elements
     projector: Projector
     projector_name: str
 
 
-def choose(wanted: str, runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int) -> Chosen:
-    """Runs the self-test of hidden states where they are wanted: before any request, on all ranks alike.
+@dataclass(frozen=True)
+class Ways:
+    """What this model allows."""
 
-    Takes `capture` off the model where it is not needed. Raises Unsupported for a wish that cannot be met.
-    """
+    hidden: Way | None
+    obstacle: str  # why there are no hidden states
+    kv: Way
+    kv_bytes_all_ranks: int  # K and V of a token in a layer
+
+    @property
+    def hidden_is_smaller(self) -> bool:
+        return self.hidden is not None and self.hidden.row_bytes < self.kv_bytes_all_ranks
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of each layer: hidden states of the first, K and V of the others."""
+
+    layout: Layout
+    ways: Ways
+    reason: str
+
+    def of(self, layer: int) -> Way:
+        if layer >= self.layout.hidden:
+            return self.ways.kv
+        assert self.ways.hidden is not None
+        return self.ways.hidden
+
+    @property
+    def row_bytes(self) -> tuple[int, ...]:
+        """Of a token, in each layer."""
+        return tuple(self.of(layer).row_bytes for layer in range(self.layout.layers))
+
+    @property
+    def name(self) -> str:
+        parts = ((Representation.HIDDEN, self.layout.hidden), (Representation.KV, self.layout.kv))
+        return "+".join(kind for kind, layers in parts if layers)
+
+    @property
+    def projector_names(self) -> str:
+        return " and ".join(dict.fromkeys(self.of(layer).projector_name for layer in range(self.layout.layers)))
+
+
+def ways_of(
+    model_runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int, *, hidden_wanted: bool
+) -> Ways:
+    """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike."""
     kv_bytes = sum(kv_row_bytes(pool, 0))
-    kv_bytes_all_ranks = kv_bytes * get_parallel().tp_size
-    dtype: torch.dtype = runner.model_config.dtype
-    hidden_bytes = runner.model_config.hidden_size * dtype.itemsize
-    reason = "as --hcache-representation says"
-    if wanted != Representation.KV:
-        projector, obstacle = _hidden_projector(runner, capture, pool, page_tokens)
-        if projector is not None and (wanted == Representation.HIDDEN or hidden_bytes < kv_bytes_all_ranks):
-            reason = f"{hidden_bytes} bytes a token and layer, {kv_bytes_all_ranks} as K and V"
-            return Chosen(Representation.HIDDEN, reason, hidden_bytes, dtype, projector, projector.name)
-        if wanted == Representation.HIDDEN:
-            raise Unsupported(f"--hcache-representation hidden: {obstacle}; use auto or kv")
-        reason = obstacle or f"{kv_bytes_all_ranks} bytes a token and layer, {hidden_bytes} as hidden states"
-    if capture is not None:
-        capture.remove()
-    return Chosen(Representation.KV, reason, kv_bytes, torch.uint8, KVProjector(pool), "copy")
+    hidden, obstacle = None, "K and V are wanted"
+    if hidden_wanted:
+        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens)
+        if projector is not None:
+            dtype: torch.dtype = model_runner.model_config.dtype
+            row_bytes = model_runner.model_config.hidden_size * dtype.itemsize
+            hidden = Way(row_bytes, dtype, projector, projector.name)
+    kv = Way(kv_bytes, torch.uint8, KVProjector(pool), "copy")
+    return Ways(hidden, obstacle, kv, kv_bytes * get_parallel().tp_size)
 
 
 def _hidden_projector(

@@ -48,13 +48,17 @@ class NoSaver:
 
 
 class HiddenSaver:
-    """Commits the rows that capture has collected. It is capture's sink, too."""
+    """Commits the rows of the first layers that capture has collected, with K and V of the others, if there are any.
 
-    def __init__(self, store: ChunkStore, work: HostWork, *, layers: int, row_bytes: int) -> None:
+    It is capture's sink, too.
+    """
+
+    def __init__(self, store: ChunkStore, work: HostWork, *, layers: int, others: KVRows | None = None) -> None:
         self._page_tokens = store.layout.page_tokens
-        self._pages = OpenPages(store, layers=layers, row_bytes=row_bytes)
+        self._pages = OpenPages(store, layers=layers)
         self._store = store
         self._work = work
+        self._others = others
         self._pages_incomplete = 0
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
@@ -72,15 +76,24 @@ class HiddenSaver:
         self._work.submit(lambda: self._pages.drop(host_slots.numpy()))
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        first_slots = self._work.to_host(slots[:: self._page_tokens])
+        by_page = slots.view(-1, self._page_tokens)
+        first_slots = self._work.to_host(by_page[:, 0])
+        new, rows = list(range(len(keys))), None
+        if self._others is not None:
+            new = [index for index, stored in enumerate(self._store.contains(keys)) if not stored]
+            rows = self._others.gather(by_page[new].flatten()) if new else None
 
         def commit() -> None:
-            incomplete = [
-                key
-                for key, before, slot in zip(keys, [parent, *keys], first_slots.tolist(), strict=False)
-                if not self._pages.commit(slot // self._page_tokens, key, before)
-            ]
-            if incomplete:
+            chunks = [self._pages.take(slot // self._page_tokens) for slot in first_slots.tolist()]
+            whole = [(place, chunk) for place, index in enumerate(new) if (chunk := chunks[index]) is not None]
+            if self._others is not None and rows is not None and whole:
+                self._others.write(rows, *zip(*whole, strict=True))
+            for index, chunk in enumerate(chunks):
+                if chunk is not None and index in new:
+                    self._store.commit(keys[index], chunk, keys[index - 1] if index else parent)
+                elif chunk is not None:
+                    self._store.abandon(chunk)
+            if incomplete := [key for key, chunk in zip(keys, chunks, strict=True) if chunk is None]:
                 self._pages_incomplete += self._store.contains(incomplete).count(False)
 
         self._work.submit(commit)
@@ -103,49 +116,31 @@ class HiddenSaver:
 
 
 class KVSaver:
-    """Copies K and V out of the device pool."""
+    """Copies K and V of all layers out of the device pool."""
 
-    def __init__(
-        self,
-        store: ChunkStore,
-        work: HostWork,
-        pool: MHATokenToKVPool,
-        *,
-        row_bytes: int,
-        forward_stream: torch.cuda.Stream | None,
-    ) -> None:
+    def __init__(self, store: ChunkStore, work: HostWork, rows: KVRows) -> None:
         self._store = store
         self._work = work
-        self._pool = pool
-        self._chunks = chunk_rows(store, layers=pool.layer_num, row_bytes=row_bytes)
-        self._forward_stream = forward_stream if torch.cuda.is_available() else None
+        self._rows = rows
         self._tokens_captured = 0
         self._tokens_not_captured = 0
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
         page_tokens = self._store.layout.page_tokens
         missing = [i for i, stored in enumerate(self._store.contains(keys)) if not stored]
-        pages = [(keys[i], i, chunk) for i in missing if (chunk := self._store.reserve()) is not None]
+        pages = [(i, chunk) for i in missing if (chunk := self._store.reserve()) is not None]
         self._tokens_captured += len(pages) * page_tokens
         self._tokens_not_captured += (len(missing) - len(pages)) * page_tokens
         if not pages:
             return
-        if self._forward_stream is not None:
-            torch.cuda.current_stream().wait_stream(self._forward_stream)
-        wanted = slots.view(-1, page_tokens)[[index for _, index, _ in pages]].flatten()
-        layers = [
-            [self._work.to_host(part) for part in gather_kv(self._pool, layer, wanted)]
-            for layer in range(self._pool.layer_num)
-        ]
-        chunks = [chunk for _, _, chunk in pages]
+        indices, chunks = zip(*pages, strict=True)
+        rows = self._rows.gather(slots.view(-1, page_tokens)[list(indices)].flatten())
+        before = [parent, *keys]
 
         def put() -> None:
-            for layer, (key_rows, value_rows) in enumerate(layers):
-                rows = np.concatenate([key_rows.numpy(), value_rows.numpy()], axis=1)
-                self._chunks[chunks, layer] = rows.reshape(len(chunks), page_tokens, -1)
-            before = [parent, *keys]
-            for key, index, chunk in pages:
-                self._store.commit(key, chunk, before[index])
+            self._rows.write(rows, range(len(chunks)), chunks)
+            for index, chunk in pages:
+                self._store.commit(keys[index], chunk, before[index])
 
         self._work.submit(put)
 
@@ -157,3 +152,40 @@ class KVSaver:
 
     def stats(self) -> dict[str, int]:
         return {"tokens_captured": self._tokens_captured, "tokens_not_captured": self._tokens_not_captured}
+
+
+class KVRows:
+    """K and V of some layers, on their way from the device pool into slots of the store."""
+
+    def __init__(
+        self,
+        store: ChunkStore,
+        work: HostWork,
+        pool: MHATokenToKVPool,
+        layers: range,
+        forward_stream: torch.cuda.Stream | None,
+    ) -> None:
+        self._work = work
+        self._pool = pool
+        self._layers = layers
+        self._chunks = chunk_rows(store, layers)
+        self._forward_stream = forward_stream if torch.cuda.is_available() else None
+
+    def gather(self, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[n, bytes]` each."""
+        if self._forward_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._forward_stream)
+        found = []
+        for layer in self._layers:
+            keys, values = gather_kv(self._pool, layer, slots)
+            found.append((self._work.to_host(keys), self._work.to_host(values)))
+        return found
+
+    def write(
+        self, rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pages: Sequence[int], chunks: Sequence[int]
+    ) -> None:
+        """Page `pages[i]` of what was gathered goes to slot `chunks[i]`."""
+        page_tokens = self._chunks.shape[2]
+        for layer, (keys, values) in enumerate(rows):
+            joined = np.concatenate([keys.numpy(), values.numpy()], axis=1)
+            self._chunks[list(chunks), layer] = joined.reshape(-1, page_tokens, joined.shape[1])[list(pages)]

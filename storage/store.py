@@ -156,6 +156,7 @@ class LocalStore:
         keys: Sequence[bytes],
         *,
         priority: int = 0,
+        page_priority: int = 0,
         deadline_s: float = 0.0,
         wait_for_room: bool = True,
     ) -> None:
@@ -164,15 +165,16 @@ class LocalStore:
             missing = [key for key in wanted if self._arena.slot_of(key) is None]
         places = self._files.locate(missing)
         with self._lock:
-            run = []
+            run, to_read = [], 0
             for key in wanted:
                 slot = self._arena.slot_of(key)
                 if slot is None and key not in places:
                     break
                 if slot is not None:
                     self._writer.used(key, slot)
+                to_read += slot is None
                 run.append(key)
-            fetch = Fetch(owner, run, places, priority)
+            fetch = Fetch(owner, run, places, priority + page_priority * to_read)
             self._fetches.start(fetch, wait_for_room=wait_for_room)
             if self._fetches.waiting:
                 self._writer.make_room()

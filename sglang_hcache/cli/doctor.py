@@ -20,7 +20,7 @@ from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
 from sglang_hcache.storage.probe import read_bytes_per_s
 
-FOLDER = "calibration"  # as in sglang_hcache.calibration, which needs SGLang
+RATES, LAYOUTS = "calibration", "layouts"  # as in sglang_hcache.calibration and .save_planner, which need SGLang
 LENGTHS = (1024, 8192, 65536)  # tokens
 NEW_TOKENS = 64
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder = arguments.dir[0] / FOLDER
+    folder = arguments.dir[0] / RATES
     files = sorted(folder.glob("*.json"))
     if arguments.again:
         for file in files:
@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{len(files)} forgotten; the next server measures anew")
         return 0
     drives = {str(path): _drive(path) for path in arguments.dir}
-    found = [examine(*one, len(drives)) for one in _read(files)]
+    stored = arguments.dir[0] / LAYOUTS
+    found = [examine(*one, _layout(stored, one[0]), len(drives)) for one in _read(files)]
     if arguments.json:
         print(json.dumps({"drives_bytes_per_s": drives, "models": found}, indent=2))
         return 0
@@ -69,16 +70,28 @@ def _drive(directory: Path) -> float | None:
         return None
 
 
-def examine(about: dict[str, Any], machine: Machine, drives: int) -> dict[str, Any]:
+def _layout(folder: Path, about: dict[str, Any]) -> Layout:
+    """What is stored of the model; where none was planned, the smaller representation."""
+    for file in folder.glob("*.json"):
+        try:
+            kept = json.loads(file.read_text())
+            if (kept["about"]["model"], kept["about"]["page_tokens"]) == (about["model"], about["page_tokens"]):
+                return Layout(0, kept["hidden"], kept["kv"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    layers = about["model"]["layers"]
+    return Layout(0, layers, 0) if about["projector"] else Layout(0, 0, layers)
+
+
+def examine(about: dict[str, Any], machine: Machine, layout: Layout, drives: int) -> dict[str, Any]:
     """What one file says, and what follows from it."""
     shape = ModelShape(**about["model"])
-    hidden = about["representation"] == "hidden"
-    layout = Layout(0, shape.layers, 0) if hidden else Layout(0, 0, shape.layers)
     costs, page_tokens = costs_of(shape, machine), about["page_tokens"]
     asked = argparse.Namespace(tokens=[8192], new_tokens=NEW_TOKENS, offload=0.0, layerwise=False, drives=drives)
     tiers = ("host", "ssd") if machine.ssd_bytes_per_s else ("host",)
     return {
         "about": about,
+        "stored": [{"representation": kind, "layers": [first, last]} for kind, first, last in layout.ranges()],
         "rates": {name: value for name, value in vars(machine).items() if name.endswith("_per_s")},
         "times": {
             tier: [times(costs, layout, _hit(tokens // page_tokens, page_tokens, tier)) for tokens in LENGTHS]
@@ -96,7 +109,8 @@ def _hit(pages: int, page_tokens: int, tier: str) -> Hit:
 def _print(report: dict[str, Any]) -> None:
     about, rates = report["about"], report["rates"]
     print(f"\n{about['model']['name']}, rank {about['rank']} of {about['ranks']}, on {about['machine']}")
-    print(f"  stored as {about['representation']}, restored by {about['projector']}")
+    stored = ("{representation} of layers {layers[0]}-{layers[1]}".format(**one) for one in report["stored"])
+    print(f"  stores {', '.join(stored)}")
     print(f"  prefill {rates['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s, attention ", end="")
     print(f"{rates['attention_flop_per_s'] / 1e12:.3g}, projection {rates['projection_flop_per_s'] / 1e12:.3g}")
     print(f"  host to device {rates['bus_bytes_per_s'] / 1e9:.3g} GB/s, drives ", end="")

@@ -23,6 +23,7 @@ class Costs:
     layer_pass_s: float  # reading a layer's weights from device memory, whatever the tokens
     projection_s_per_token: float
     projection_pass_s: float  # reading W_k and W_v
+    scatter_s_per_token: float  # K and V that have been copied, to their slots
     head_s: float  # logits, once a pass
     weights_bus_s: float  # of a layer's weights that lie in host memory, every pass
     bus_latency_s: float  # a layer's copy
@@ -73,6 +74,7 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
         projection_s_per_token=shape.projection_flop / kv_shares / machine.projection_flop_per_s
         + (gather_s if machine.shards_hidden else 0.0),
         projection_pass_s=shape.projection_parameters * shape.dtype_bytes / kv_shares / machine.memory_bytes_per_s,
+        scatter_s_per_token=shape.kv_bytes / kv_shares / machine.scatter_bytes_per_s,
         head_s=shape.head_weight_bytes / ranks / machine.memory_bytes_per_s,
         weights_bus_s=offloaded * weight_bytes / machine.bus_bytes_per_s,
         bus_latency_s=machine.bus_latency_s,

@@ -20,7 +20,7 @@ class Resource(StrEnum):
     BUS = "bus"
     SSD = "ssd"
     REMOTE = "remote"
-    PROJECTION = "projection"
+    PROJECTION = "projection"  # and what else is done with what has been copied
     PREFILL = "prefill"  # matrix products and attention together
 
 
@@ -33,11 +33,22 @@ PROBE_PAGES = 4
 
 
 @dataclass
+class _Probe:
+    """When a tier is tried again that plans have left alone."""
+
+    plans_since: int = 0  # the last measurement, of those that could have made one
+    after: int = PROBE_EVERY  # so many
+
+    def measured(self, *, as_before: bool) -> None:
+        probed = self.plans_since >= self.after
+        self.after = min(2 * self.after, PROBE_SELDOM) if probed and as_before else PROBE_EVERY
+        self.plans_since = 0
+
+
+@dataclass
 class _Track:
     log_factor: float = 0.0
     kept: int = 0
-    plans_since: int = 0  # the last measurement, of those that could have made one
-    probe_after: int = PROBE_EVERY  # so many
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def observe(self, log_ratio: float) -> None:
@@ -58,6 +69,7 @@ class Follower:
     def __init__(self, calibrated: Machine) -> None:
         self._calibrated = calibrated
         self._tracks = {resource: _Track() for resource in Resource}
+        self._probes = {resource: _Probe() for resource in (Resource.BUS, Resource.SSD, Resource.REMOTE)}
 
     def observe(self, resource: Resource, expected_s: float, actual_s: float) -> None:
         """`expected_s`: what the *calibrated* machine would take for the work alone; both without queueing.
@@ -68,9 +80,10 @@ class Follower:
             return
         track, log_ratio = self._tracks[resource], math.log(actual_s / expected_s)
         as_before = track.kept > 0 and abs(log_ratio - track.log_factor) < math.log(OUTLIER)
-        probed = track.plans_since >= track.probe_after
-        track.probe_after = min(2 * track.probe_after, PROBE_SELDOM) if probed and as_before else PROBE_EVERY
-        track.plans_since = 0
+        # A load from host memory measures the slower of its two stages.
+        probe = self._probes.get(Resource.BUS if resource is Resource.PROJECTION else resource)
+        if probe is not None:
+            probe.measured(as_before=as_before)
         track.observe(log_ratio)
 
     def factor(self, resource: Resource) -> float:
@@ -86,6 +99,7 @@ class Follower:
             ssd_bytes_per_s=at.ssd_bytes_per_s / factor(Resource.SSD),
             remote_bytes_per_s=at.remote_bytes_per_s / factor(Resource.REMOTE),
             projection_flop_per_s=at.projection_flop_per_s / factor(Resource.PROJECTION),
+            scatter_bytes_per_s=at.scatter_bytes_per_s / factor(Resource.PROJECTION),
             gemm_flop_per_s=at.gemm_flop_per_s / factor(Resource.PREFILL),
             attention_flop_per_s=at.attention_flop_per_s / factor(Resource.PREFILL),
         )
@@ -99,8 +113,8 @@ class Follower:
             (Resource.REMOTE, hit.remote_pages),
         ):
             if pages:
-                self._tracks[resource].plans_since += 1
-                if self._tracks[resource].plans_since >= self._tracks[resource].probe_after:
+                self._probes[resource].plans_since += 1
+                if self._probes[resource].plans_since >= self._probes[resource].after:
                     least = before + min(PROBE_PAGES, pages)
             before += pages
         return least

@@ -17,6 +17,7 @@ class Machine:
     memory_bytes_per_s: float  # device memory, one rank
     bus_bytes_per_s: float  # host to device, one rank
     ranks: int = 1  # of tensor parallelism
+    scatter_bytes_per_s: float = math.inf  # K and V that have been copied, to their slots, one rank
     bus_latency_s: float = 10e-6  # a copy's start: one a layer
     ssd_bytes_per_s: float = 0.0  # all drives; 0: there are none
     ssd_latency_s: float = 100e-6
@@ -28,7 +29,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         positive = ("gemm_flop_per_s", "projection_flop_per_s", "attention_flop_per_s", "memory_bytes_per_s")
-        for name in (*positive, "bus_bytes_per_s", "peer_bytes_per_s", "ranks"):
+        for name in (*positive, "bus_bytes_per_s", "scatter_bytes_per_s", "peer_bytes_per_s", "ranks"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 

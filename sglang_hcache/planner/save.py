@@ -15,6 +15,7 @@ from sglang_hcache.planner.cost import Costs
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 
 SPLITS = 32  # parts of the reference hit that are tried
+WORTH_A_CHANGE = 0.1  # of the time to restore
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,31 @@ class SavePlan:
     slowdown: float  # mean of the references' times over those of the layouts made for each alone
 
 
-def plan_save(costs: Costs, *references: Hit, layerwise: bool = True, splits: bool = True) -> SavePlan:
+def plan_save(
+    costs: Costs,
+    *references: Hit,
+    layerwise: bool = True,
+    splits: bool = True,
+    in_use: Layout | None = None,
+    tolerance: float = 0.0,
+) -> SavePlan:
     """The layout that restores `references` with the least slowdown; of equals, the one with the fewest bytes.
 
     `layerwise`: layers may be left to be recomputed from tokens. `splits`: the load plan will restore a part of the
-    pages only where that is faster; then nothing at all is stored if recomputing is.
+    pages only where that is faster; then nothing at all is stored if recomputing is. `tolerance`: layouts slower by
+    up to this part of the least are taken for equals. `in_use`: the layout of what is stored already, which another
+    would make worthless: it stays unless it is slower by more than `WORTH_A_CHANGE`.
     """
     counts = _layouts(costs.layers, layerwise)
     seconds = np.array([_seconds(costs, counts, reference, splits) for reference in references])
     slowdown = (seconds / seconds.min(axis=1, keepdims=True)).mean(axis=0)
     none, hidden, kv = counts
     stored = hidden * costs.hidden_bytes_per_token + kv * costs.kv_bytes_per_token
-    best = int(np.lexsort((stored, slowdown))[0])
+    equal = slowdown <= slowdown.min() * (1 + tolerance)
+    best = int(np.lexsort((slowdown, np.where(equal, stored, np.inf), ~equal))[0])
+    if in_use is not None:
+        (used,) = np.flatnonzero((none == in_use.none) & (hidden == in_use.hidden) & (kv == in_use.kv))
+        best = int(used) if slowdown[used] <= slowdown.min() * (1 + WORTH_A_CHANGE) else best
     layout = Layout(int(none[best]), int(hidden[best]), int(kv[best]))
     return SavePlan(layout, float(seconds[:, best].sum()), float(slowdown[best]))
 

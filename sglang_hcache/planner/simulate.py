@@ -120,7 +120,7 @@ def _layer_s(costs: Costs, hit: Hit, kind: str, tokens: int, overlaps: bool) -> 
         return float(costs.layer_s(hit.prefill_tokens, hit.device_tokens))
     if kind == "none":
         return float(costs.layer_s(hit.prefill_tokens if overlaps else tokens, hit.device_tokens))
-    seconds = costs.project_s(tokens) if kind == "hidden" else 0.0
+    seconds = costs.project_s(tokens) if kind == "hidden" else tokens * costs.scatter_s_per_token
     if overlaps:
         seconds += costs.layer_s(hit.prefill_tokens - tokens, hit.device_tokens + tokens)
     return float(seconds)

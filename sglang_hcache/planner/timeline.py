@@ -108,7 +108,7 @@ def stages(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, basis: Basis) -
     saved_s = costs.linear_s_per_token + hit.device_tokens * costs.attention_s_per_pair
     tail = whole - tokens * saved_s - basis.squared * (costs.attention_s_per_pair / 2)
     project = one * costs.projection_pass_s + tokens * costs.projection_s_per_token
-    compute = (whole, tail + project, tail)
+    compute = (whole, tail + project, tail + tokens * costs.scatter_s_per_token)
 
     weights, latency = one * costs.weights_bus_s, one * costs.bus_latency_s
     copies = (

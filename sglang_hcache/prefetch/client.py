@@ -98,7 +98,15 @@ class PrefetchClient:
         except Unavailable:
             return [False] * len(keys)
 
-    def prefetch(self, owner: str, keys: Sequence[bytes], *, priority: int = 0, deadline_s: float = 0.0) -> None:
+    def prefetch(
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        *,
+        priority: int = 0,
+        page_priority: int = 0,
+        deadline_s: float = 0.0,
+    ) -> None:
         with self._lock:
             wanted = self._wanted[owner] = _Wanted(next(self._tickets), done=not self.alive)
         self._connection.send(
@@ -107,6 +115,7 @@ class PrefetchClient:
                 ticket=wanted.ticket,
                 keys=list(keys[: m.MAX_KEYS]),
                 priority=priority,
+                page_priority=page_priority,
                 deadline_s=deadline_s,
             )
         )

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
@@ -63,6 +63,7 @@ class Prefetch(Message):
     ticket: Count  # comes back in every `Ready` to this request
     keys: Keys
     priority: int  # lower is earlier; equal ones in order of arrival
+    page_priority: int  # added to it for each page that has to be read
     deadline_s: Seconds  # from now; what is not in memory by then is left out; 0 for none
 
 

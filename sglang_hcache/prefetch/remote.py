@@ -98,7 +98,9 @@ class RemoteFiles(Stripe):
         owner, read = str(next(self._numbers)), _Read()
         with self._lock:
             self._reads[owner] = read
-        self.connection.send(m.Prefetch(owner=owner, ticket=0, keys=[key], priority=0, deadline_s=0.0))
+        self.connection.send(
+            m.Prefetch(owner=owner, ticket=0, keys=[key], priority=0, page_priority=0, deadline_s=0.0)
+        )
         with self._lock:
             self._changed.wait_for(lambda: read.ended or not self.connection.alive, READ_S)
             del self._reads[owner]
@@ -225,7 +227,15 @@ class RemoteClient:
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         return self._store.contains(keys)
 
-    def prefetch(self, owner: str, keys: Sequence[bytes], *, priority: int = 0, deadline_s: float = 0.0) -> None:
+    def prefetch(
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        *,
+        priority: int = 0,
+        page_priority: int = 0,
+        deadline_s: float = 0.0,
+    ) -> None:
         ticket, wanted = next(self._tickets), list(keys)
         with self._lock:
             self._pending[owner] = ticket
@@ -233,7 +243,7 @@ class RemoteClient:
         def look_up() -> None:
             if self._pending.get(owner) != ticket:
                 return
-            self._store.prefetch(owner, wanted, priority=priority, deadline_s=deadline_s)
+            self._store.prefetch(owner, wanted, priority=priority, page_priority=page_priority, deadline_s=deadline_s)
             with self._lock:
                 current = self._pending.get(owner) == ticket
                 if current:

@@ -269,7 +269,11 @@ class Server:
             self._let_go(session, message.owner)
         asked = session.ask(message.owner, message.ticket, message.keys)
         session.space.store.prefetch(
-            asked.store_owner, message.keys, priority=message.priority, deadline_s=message.deadline_s
+            asked.store_owner,
+            message.keys,
+            priority=message.priority,
+            page_priority=message.page_priority,
+            deadline_s=message.deadline_s,
         )
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:

@@ -15,7 +15,7 @@ MODEL = {
     "intermediate_size": 2816, "vocabulary": 32000,
 }  # fmt: skip
 ABOUT = {
-    "machine": "here", "model": MODEL, "representation": "hidden", "projector": "kernels", "ranks": 1, "rank": 0,
+    "machine": "here", "model": MODEL, "projector": "kernels", "ranks": 1, "rank": 0,
     "page_tokens": 64,
 }  # fmt: skip
 SLOW_DRIVE = Machine("here", 1e11, 1e13, 1e12, 1e12, 2e10, ssd_bytes_per_s=1e8)
@@ -34,7 +34,7 @@ def test_it_says_what_limits(measured: Path, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert f"{measured}: reads " in said
     assert "small, rank 0 of 1, on here" in said
-    assert "restored by kernels" in said
+    assert "stores hidden of layers 0-7" in said
     assert "a second drive would give" in said
     assert "drives 0.1 GB/s" in said
 
@@ -47,6 +47,18 @@ def test_json_holds_rates_times_and_limits(measured: Path, capsys: pytest.Captur
     assert [row["tokens"] for row in model["times"]["host"]] == [1024, 8192, 65536]
     assert all(row["plan_s"] <= row["recompute_s"] for rows in model["times"].values() for row in rows)
     assert report["drives_bytes_per_s"][str(measured)] > 0
+
+
+def test_the_layout_of_what_is_stored(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = measured / "layouts"
+    folder.mkdir()
+    (folder / "another.json").write_text(
+        json.dumps({"about": {"model": {}, "page_tokens": 64}, "hidden": 1, "kv": 1})
+    )
+    (folder / "broken.json").write_text("{")
+    (folder / "this.json").write_text(json.dumps({"about": ABOUT, "hidden": 3, "kv": 5}))
+    assert main(["doctor", "--dir", str(measured)]) == 0
+    assert "stores hidden of layers 0-2, kv of layers 3-7" in capsys.readouterr().out
 
 
 def test_rates_are_forgotten(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

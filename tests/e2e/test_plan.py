@@ -24,7 +24,10 @@ def as_it_comes(store: Path, workshop: Workshop) -> Server:
 def test_rates_decide_what_is_restored(
     workshop: Workshop, fresh_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rates are measured, and then replaced, so that it is known what is right: memory is fast, drives are slow."""
+    """Rates are measured, and then replaced, so that it is known what is right: memory is fast, drives are slow.
+
+    So is the layout of what is stored: what is in use stays, as with these rates none is much faster.
+    """
     with started_together(as_it_comes(fresh_store, workshop)) as (server,):
         assert "hcache: calibrated in" in server.log_text()
     (kept,) = (fresh_store / "calibration").glob("*.json")
@@ -32,10 +35,12 @@ def test_rates_decide_what_is_restored(
     assert found["rates"]["ssd_bytes_per_s"] == 100_000
     assert all(found["rates"][name] > 0 for name in ("gemm_flop_per_s", "projection_flop_per_s", "bus_bytes_per_s"))
     assert main(["doctor", "--dir", str(fresh_store)]) == 0
-    assert "restored by" in capsys.readouterr().out
+    assert "  stores " in capsys.readouterr().out
 
     found["rates"] |= {"gemm_flop_per_s": 1e9, "projection_flop_per_s": 1e13, "bus_bytes_per_s": 1e11}
     kept.write_text(json.dumps(found))
+    (layout,) = (fresh_store / "layouts").glob("*.json")
+    layout.write_text(json.dumps(json.loads(layout.read_text()) | {"hidden": 1, "kv": 2}))
     with started_together(workshop.stock(SPEC), as_it_comes(fresh_store, workshop)) as (stock, server):
         wanted = evicted_prefix(stock)
         answers = evicted_prefix(server)
@@ -46,5 +51,7 @@ def test_rates_decide_what_is_restored(
         assert "hcache: calibrated in" not in server.log_text(), "the rates were kept"
     assert answers[1].cached_host == PREFIX
     assert in_memory["plans"] > 0
+    assert (in_memory["representation"], in_memory["layers_hidden"], in_memory["layers_kv"]) == ("hidden+kv", 1, 2)
+    assert in_memory["pages_incomplete"] == 0
     assert on_drive.cached_host < PREFIX // 2
     assert_equal([*answers, on_drive], [*wanted, wanted[1]])

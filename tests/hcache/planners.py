@@ -50,6 +50,7 @@ def machines(draw: st.DrawFn) -> Machine:
         memory_bytes_per_s=draw(decades(11, 13)),
         bus_bytes_per_s=draw(decades(9, 11.3)),
         ranks=draw(st.sampled_from([1, 2, 4])),
+        scatter_bytes_per_s=draw(decades(9, 13)),
         bus_latency_s=draw(st.floats(0, 1e-4)),
         ssd_bytes_per_s=draw(decades(8.5, 10.7)),
         ssd_latency_s=draw(st.floats(0, 1e-3)),
@@ -122,5 +123,7 @@ def plain_restore_s(costs: Costs, kinds: list[str], hit: Hit, pages: int) -> flo
         gpu_s = max(gpu_s, ready_s)
         if kind == "hidden":
             gpu_s += costs.project_s(tokens)
+        if kind == "kv":
+            gpu_s += tokens * costs.scatter_s_per_token
         gpu_s += costs.layer_s(hit.prefill_tokens - tokens, hit.device_tokens + tokens)
     return begin_s + gpu_s + costs.head_s

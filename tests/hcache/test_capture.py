@@ -216,7 +216,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 @pytest.fixture
 def pages(store: LocalStore) -> OpenPages:
-    return OpenPages(store, layers=LAYERS, row_bytes=WIDTH)
+    return OpenPages(store, layers=LAYERS)
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -226,6 +226,13 @@ def rows(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def write(pages: OpenPages, first_slot: int, values: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     slots = np.arange(first_slot, first_slot + values.shape[1])
     pages.write(slots, slots + 1000, values)
+
+
+def commit(pages: OpenPages, store: LocalStore, page: int, key: bytes) -> bool:
+    if (slot := pages.take(page)) is None:
+        return False
+    store.commit(key, slot, ROOT)
+    return True
 
 
 def held(store: LocalStore, key: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -238,7 +245,7 @@ def test_a_page_filled_piece_by_piece(pages: OpenPages, store: LocalStore) -> No
     values = rows(PAGE)
     for start, stop in ((0, 5), (5, 6), (6, PAGE)):
         write(pages, 3 * PAGE + start, values[:, start:stop])
-        assert pages.commit(3, bytes(32), ROOT) == (stop == PAGE)
+        assert commit(pages, store, 3, bytes(32)) == (stop == PAGE)
     assert np.array_equal(held(store, bytes(32)), values)
     (slot,) = store.lease("test", [bytes(32)])
     assert positions(store.memory[slot], store.layout).tolist() == list(range(1048, 1064))
@@ -248,8 +255,8 @@ def test_rows_of_several_pages_in_one_forward(pages: OpenPages, store: LocalStor
     values = rows(2 * PAGE)
     slots = np.concatenate([np.arange(5 * PAGE, 6 * PAGE), np.arange(2 * PAGE, 3 * PAGE)])
     pages.write(slots, slots, values)
-    assert pages.commit(5, b"a" * 32, ROOT)
-    assert pages.commit(2, b"b" * 32, ROOT)
+    assert commit(pages, store, 5, b"a" * 32)
+    assert commit(pages, store, 2, b"b" * 32)
     assert np.array_equal(held(store, b"a" * 32), values[:, :PAGE])
     assert np.array_equal(held(store, b"b" * 32), values[:, PAGE:])
 
@@ -264,7 +271,7 @@ def test_a_page_that_is_not_whole_is_never_committed(harm: str, pages: OpenPages
     else:
         pages.forget(np.arange(PAGE))
     write(pages, 8, rows(8))
-    assert not pages.commit(0, bytes(32), ROOT)
+    assert not commit(pages, store, 0, bytes(32))
     assert store.contains([bytes(32)]) == [False]
     assert len(pages) == 0
     store.check()
@@ -273,10 +280,10 @@ def test_a_page_that_is_not_whole_is_never_committed(harm: str, pages: OpenPages
 def test_a_page_that_is_used_again_starts_anew(pages: OpenPages, store: LocalStore) -> None:
     write(pages, 0, rows(PAGE, seed=1))
     write(pages, 0, rows(4, seed=2))
-    assert not pages.commit(0, bytes(32), ROOT)
+    assert not commit(pages, store, 0, bytes(32))
     values = rows(PAGE, seed=3)
     write(pages, 0, values)
-    assert pages.commit(0, bytes(32), ROOT)
+    assert commit(pages, store, 0, bytes(32))
     assert np.array_equal(held(store, bytes(32)), values)
 
 

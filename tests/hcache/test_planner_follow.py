@@ -138,6 +138,13 @@ def test_what_cannot_be_a_time_is_ignored() -> None:
     assert follower.machine() == machine_of("A100-80")
 
 
+def test_a_load_whose_projection_was_slower_has_tried_host_memory() -> None:
+    follower = Follower(machine_of("A100-80"))
+    for _ in range(3 * PROBE_EVERY):
+        assert follower.least_pages(Hit(64, host_pages=50)) == 0
+        follower.observe(Resource.PROJECTION, 1.0, 1.0)
+
+
 def test_a_probe_is_asked_for_after_some_plans_without_a_load() -> None:
     follower = Follower(machine_of("A100-80"))
     hit = Hit(64, host_pages=50, ssd_pages=2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.machine import Machine, machine_of
-from sglang_hcache.planner.save import plan_save
+from sglang_hcache.planner.save import WORTH_A_CHANGE, plan_save
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 from tests.hcache.planners import LLAMA_2_7B, LLAMA_3_8B, costs, hits, machines, plain_restore_s, shapes
@@ -119,7 +119,35 @@ def test_a_layout_for_several_lengths_is_the_best_for_all_of_them() -> None:
     assert slowdown(both.layout) == pytest.approx(both.slowdown, rel=0.01)
 
 
-FASTER = ("bus_bytes_per_s", "ssd_bytes_per_s", "remote_bytes_per_s", "gemm_flop_per_s", "projection_flop_per_s")
+def test_a_layout_that_is_hardly_slower_and_smaller_is_an_equal() -> None:
+    found, reference = costs_of(LLAMA_2_7B, streamed("A10G", 4)), Hit(64, 0, 128)
+    best, smaller = plan_save(found, reference), plan_save(found, reference, tolerance=0.1)
+    assert 1 < smaller.slowdown <= 1.1
+    assert smaller.layout.bytes_per_token(LLAMA_2_7B) < best.layout.bytes_per_token(LLAMA_2_7B)
+    one_more = Layout(0, smaller.layout.hidden + 1, smaller.layout.kv - 1)
+    assert plan_load(found, one_more, reference).seconds > 1.1 * best.seconds
+
+
+@pytest.mark.parametrize(("drives", "stays"), [(3, True), (1, False)])
+def test_what_is_in_use_stays_until_another_is_much_faster(drives: int, *, stays: bool) -> None:
+    reference = Hit(64, 0, 128)
+    in_use = plan_save(costs_of(LLAMA_2_7B, streamed("A10G", 4)), reference, layerwise=False).layout
+    now = costs_of(LLAMA_2_7B, streamed("A10G", drives))
+    fresh = plan_save(now, reference, layerwise=False)
+    kept = plan_save(now, reference, layerwise=False, in_use=in_use)
+    assert fresh.layout != in_use
+    assert kept.layout == (in_use if stays else fresh.layout)
+    assert kept.slowdown <= 1 + WORTH_A_CHANGE
+
+
+FASTER = (
+    "bus_bytes_per_s",
+    "scatter_bytes_per_s",
+    "ssd_bytes_per_s",
+    "remote_bytes_per_s",
+    "gemm_flop_per_s",
+    "projection_flop_per_s",
+)
 
 
 @given(shapes(), machines(), hits(), st.sampled_from([*FASTER, "attention_flop_per_s"]), st.floats(1, 10))

@@ -53,7 +53,7 @@ def never_read(directory: Path, _: str) -> None:
     for _number in range(30_000):
         raw.say(m.Lookup(keys=keys_of(range(20))))
     while True:
-        raw.send(b"HC\1\0nonsense")
+        raw.send(m.PREFIX + b"nonsense")
 
 
 def load(directory: Path, seed: str) -> None:

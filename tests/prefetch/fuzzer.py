@@ -96,6 +96,7 @@ class Fuzzer(Raw):
                     ticket=self.chance.randrange(99),
                     keys=some,
                     priority=self.chance.randrange(-5, 5),
+                    page_priority=self.chance.randrange(-5, 5),
                     deadline_s=deadline,
                 ),
                 m.Cancel(owner=owner),
@@ -183,7 +184,7 @@ class Fuzzer(Raw):
         return chance.choice(plain)
 
     def other_version(self) -> list[bytes]:
-        return [b"HC" + bytes((self.chance.randrange(2, 256), 0)) + b"\x91\xa6Health"]
+        return [b"HC" + bytes((self.chance.randrange(m.VERSION + 1, 256), 0)) + b"\x91\xa6Health"]
 
     def replayed(self) -> list[bytes]:
         return [self.numbered(m.Health(), seq=max(0, self.seq - self.chance.randrange(10)))]

@@ -181,7 +181,7 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
     client.drop_host()
     with Raw(directory) as raw:
         raw.open(grant=1)
-        raw.say(m.Prefetch(owner="a", ticket=7, keys=keys_of(range(30)), priority=0, deadline_s=0))
+        raw.say(m.Prefetch(owner="a", ticket=7, keys=keys_of(range(30)), priority=0, page_priority=0, deadline_s=0))
         slots: list[int] = []
         done = False
         while not done:

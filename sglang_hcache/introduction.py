@@ -1,0 +1,124 @@
+"""What a scheduler process tells a prefetcher of itself: whose pages these are, and how much memory they may take."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
+
+from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
+from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
+from sglang_hcache.flags import GB
+from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.representation import Stored
+from sglang_hcache.storage.layout import ChunkLayout
+
+logger = logging.getLogger(__name__)
+
+
+class Introduction:
+    """`hello` makes it; it changes with the weights."""
+
+    def __init__(
+        self,
+        config: HCacheConfig,
+        server_args: Any,
+        model_config: Any,
+        pool: MHATokenToKVPool,
+        stored: Stored,
+        *,
+        page_tokens: int,
+        rows_of_a_forward: int,
+    ) -> None:
+        self._server_args = server_args
+        self._model = model_config
+        self._pool = pool
+        self._stored = stored
+        self._rows_of_a_forward = rows_of_a_forward
+        self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
+        self._identity = self._fingerprint(self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"))
+        self._on_file = True
+
+    def weights_changed(self) -> None:
+        """In place: nothing stored so far fits them, and nothing from now on outlives this process."""
+        self._identity, self._on_file = self._fingerprint(process_identity()), False
+
+    @property
+    def ranks_sharing_pages(self) -> int:
+        """Ranks of this node that use the same pages: all, if those are nothing but hidden states."""
+        return 1 if self._stored.layout.kv else _ranks_of_a_node(self._server_args)
+
+    def hello(self) -> Hello:
+        return Hello(
+            pid=os.getpid(),
+            name=f"{Path(self._model.model_path).name} rank {get_parallel().tp_rank}",
+            fingerprint=self._identity,
+            page_tokens=self._layout.page_tokens,
+            layer_bytes=list(self._layout.layer_bytes),
+            host_bytes=self._host_bytes() * self.ranks_sharing_pages,
+            grant=self._pages_of_a_forward(),
+            on_file=self._on_file,
+            write_policy=get_memory().hicache_write_policy,
+            about={
+                "model": self._model.model_path,
+                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "representation": self._stored.name,
+            },
+        )
+
+    def _pages_of_a_forward(self) -> int:
+        """New pages that may be open at once: those of a forward, twice, and one of each running request."""
+        pages = -(-self._rows_of_a_forward // self._layout.page_tokens)
+        return 2 * pages + (get_schedule().max_running_requests or 64)
+
+    def _weights_on_disk(self, memo: Path) -> str:
+        if self._server_args.load_format == "dummy":
+            return process_identity()
+        try:
+            return checkpoint_identity(self._model.model_path, memo=memo)
+        except OSError as error:
+            logger.warning(
+                "hcache: cannot identify the weights of %s (%s): pages will not outlive this process",
+                self._model.model_path,
+                error,
+            )
+            return process_identity()
+
+    def _fingerprint(self, model_identity: str) -> bytes:
+        parts: list[tuple[str, object]] = [
+            ("model", model_identity),
+            ("override", self._server_args.json_model_override_args),
+            ("dtype", str(self._model.dtype)),
+            ("kv_dtype", str(self._pool.dtype)),
+            ("quantization", self._model.quantization),
+            ("page_size", self._layout.page_tokens),
+            ("row_bytes", self._stored.row_bytes),
+            ("hidden_layers", self._stored.layout.hidden),
+        ]
+        if self._stored.layout.kv:
+            parallel = get_parallel()
+            parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
+        return fingerprint(parts)
+
+    def _host_bytes(self) -> int:
+        memory = get_memory()
+        if memory.hicache_size > 0:
+            return int(memory.hicache_size * GB)
+        ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
+        wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
+        available = psutil.virtual_memory().available // get_parallel().tp_size
+        if wanted > available:
+            raise RuntimeError(
+                f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
+                f"{available / GB:.1f} GB available; give a smaller ratio, or --hicache-size"
+            )
+        return wanted
+
+
+def _ranks_of_a_node(server_args: Any) -> int:
+    return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
