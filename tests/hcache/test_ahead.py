@@ -15,9 +15,10 @@ from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
-from sglang_hcache.storage.store import LocalStore
+from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Place
-from tests.storage.pages import LAYOUT, holds, keys_of, open_store, save
+from tests.storage.pages import LAYOUT, holds, key_of, keys_of, open_store, save
 
 TIMEOUT = HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.3, per_ki_token_s=0.0)
 
@@ -140,6 +141,43 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
     disk.set()
     wait_until_let_go(requests, "a")
     assert len(requests.ready("a", keys_of(range(10)))) == 10
+
+
+def test_the_shortest_is_read_first(
+    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, read = list[bytes](), Place.read
+
+    def recorded(place: Place, key: bytes, out: Record) -> bool:
+        begun.append(key)
+        return read(place, key, out)
+
+    save(store, range(10, 30))
+    assert store.flush(30)
+    store.drop_host()
+    monkeypatch.setattr(Place, "read", recorded)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests.queued("long", keys_of(range(20)))
+    requests.queued("short", keys_of([20, 21]))
+    disk.set()
+    assert store.wait("long", 10).done
+    assert store.wait("short", 10).done
+    assert begun.index(key_of(21)) <= READ_THREADS + 1, "as soon as readers were free"
+    assert len(begun) == 22
+    requests.clear()
+
+
+def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, disk: threading.Event) -> None:
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests.queued("alone", keys_of(range(5)))
+    assert requests.let_go() == ["alone"], "the drive is not worth it"
+    requests.admit(["alone"])
+    requests.forget("alone")
+    requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
+    requests.queued("behind", keys_of(range(5)))
+    assert requests.let_go() == ["before"]
+    assert requests.let_go() == ["before"]
+    requests.clear()
 
 
 def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: threading.Event) -> None:

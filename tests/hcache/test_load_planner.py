@@ -42,6 +42,29 @@ def test_a_request_waits_for_drives_that_are_fast(ssd_bytes_per_s: float, *, wai
     assert found == (64 if waits else 4)
 
 
+def test_waiting_costs_nothing_while_the_engine_is_busy() -> None:
+    slow = planner(replace(CPU, ssd_bytes_per_s=5e6))
+    assert slow.worth_waiting_for(4, 60, PROMPT) == 4
+    assert slow.worth_waiting_for(4, 60, PROMPT, start_s=50.0) == 64
+
+
+def test_waiting_behind_others_reads_costs_their_time() -> None:
+    fast = planner(replace(CPU, ssd_bytes_per_s=1e9))
+    assert fast.worth_waiting_for(4, 60, PROMPT, queued_pages=60) == 64
+    assert fast.worth_waiting_for(4, 60, PROMPT, queued_pages=60_000) == 4
+
+
+def test_loads_that_the_bus_carries_first_count() -> None:
+    assert planner().pages(8, PROMPT, queued_pages=64) == 8
+    assert planner().pages(8, PROMPT, queued_pages=10_000) == 0
+
+
+def test_the_engine_is_expected_to_be_busy_with_what_is_missing() -> None:
+    fast = planner()
+    assert fast.pass_s(64, PROMPT, missing_pages=0) < fast.pass_s(32, PROMPT, missing_pages=32)
+    assert fast.pass_s(0, PROMPT, missing_pages=64) == pytest.approx(costs_of(SHAPE, CPU).prefill_s(65 * PAGE))
+
+
 def test_a_remote_store_is_the_lower_tier_where_there_is_one() -> None:
     near = planner(replace(CPU, ssd_bytes_per_s=0.0, remote_bytes_per_s=1e9))
     far = planner(replace(CPU, ssd_bytes_per_s=0.0, remote_bytes_per_s=1e6))
@@ -82,7 +105,7 @@ def test_a_slower_machine_restores_more() -> None:
 
 
 def test_restoring_that_takes_longer_than_measured_is_seen() -> None:
-    for layout in (HIDDEN, Layout(0, 0, 8)):
+    for layout in (HIDDEN, Layout(0, 3, 5), Layout(0, 0, 8)):
         follows = planner(layout=layout)
         for _ in range(20):
             follows.restored(1024, 100.0)

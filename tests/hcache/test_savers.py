@@ -1,0 +1,93 @@
+"""Pages of which some layers are hidden states that were captured, and others K and V from the real pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from sglang_hcache.hostwork import InlineWork, StreamWork
+from sglang_hcache.lanes import ImmediateLane
+from sglang_hcache.pages import chunk_rows
+from sglang_hcache.savers import HiddenSaver, KVRows
+from sglang_hcache.storage.layout import ROOT, ChunkLayout
+from sglang_hcache.storage.store import LocalStore
+
+PAGE, WIDTH, HEADS, HEAD = 16, 6, 2, 4
+HIDDEN, KV = range(0, 2), range(2, 5)
+KEYS = [b"a" * 32, b"b" * 32, b"c" * 32]
+
+
+@pytest.fixture
+def pool() -> MHATokenToKVPool:
+    pool = MHATokenToKVPool(
+        8 * PAGE, PAGE, torch.float32, HEADS, HEAD, len(KV) + len(HIDDEN), "cpu", enable_memory_saver=False
+    )
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        buffer.normal_()
+    return pool
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LocalStore]:
+    row_bytes = [4 * WIDTH] * len(HIDDEN) + [2 * 4 * HEADS * HEAD] * len(KV)
+    layout = ChunkLayout(PAGE, tuple(PAGE * size for size in row_bytes))
+    store = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
+    yield store
+    store.check()
+
+
+@pytest.fixture(params=["inline", "thread"])
+def saver(request: pytest.FixtureRequest, store: LocalStore, pool: MHATokenToKVPool) -> Iterator[HiddenSaver]:
+    work = InlineWork() if request.param == "inline" else StreamWork(ImmediateLane(), ImmediateLane())
+    yield HiddenSaver(store, work, layers=len(HIDDEN), others=KVRows(store, work, pool, KV, None))
+    work.close()
+
+
+def capture(saver: HiddenSaver, device_page: int, rows: torch.Tensor) -> torch.Tensor:
+    """As a forward would: rows `[layers, n, width]`; returns the slots of the page."""
+    slots = torch.arange(device_page * PAGE, (device_page + 1) * PAGE)
+    saver.write(slots[: rows.shape[1]], torch.arange(rows.shape[1]), rows)
+    return slots
+
+
+def test_a_page_holds_both(saver: HiddenSaver, store: LocalStore, pool: MHATokenToKVPool) -> None:
+    pages = (5, 2)
+    rows = torch.randn(len(pages), len(HIDDEN), PAGE, WIDTH)
+    slots = torch.cat([capture(saver, *page) for page in zip(pages, rows, strict=True)])
+    saver.save(KEYS[:2], ROOT, slots)
+    saver.clear()
+    leased = store.lease("test", KEYS[:2])
+    assert len(leased) == 2
+    hidden, kv = (chunk_rows(store, layers)[leased] for layers in (HIDDEN, KV))
+    assert np.array_equal(hidden.view(np.float32), rows.numpy())
+    for place, page in enumerate(pages):
+        of_page = slice(page * PAGE, (page + 1) * PAGE)
+        for index, layer in enumerate(KV):
+            expected = [buffer[layer][of_page].flatten(1) for buffer in (pool.k_buffer, pool.v_buffer)]
+            assert np.array_equal(kv[place, index].view(np.float32), torch.cat(expected, dim=1).numpy())
+
+
+def test_a_page_that_was_not_captured_whole_is_left_out(saver: HiddenSaver, store: LocalStore) -> None:
+    parts = [capture(saver, page, torch.randn(len(HIDDEN), rows, WIDTH)) for page, rows in ((1, PAGE), (3, PAGE - 1))]
+    saver.save(KEYS[:2], ROOT, torch.cat(parts))
+    saver.clear()
+    assert store.contains(KEYS[:2]) == [True, False]
+    assert saver.stats()["pages_incomplete"] == 1
+
+
+def test_a_page_that_is_stored_already_gives_its_slot_back(saver: HiddenSaver, store: LocalStore) -> None:
+    rows = torch.randn(len(HIDDEN), PAGE, WIDTH)
+    saver.save(KEYS[:1], ROOT, capture(saver, 1, rows))
+    slots = torch.cat([capture(saver, page, rows + page) for page in (2, 3)])
+    saver.save([KEYS[0], KEYS[1]], ROOT, slots)
+    saver.clear()
+    assert store.contains(KEYS[:2]) == [True, True]
+    (leased,) = store.lease("test", KEYS[:1])
+    assert np.array_equal(chunk_rows(store, HIDDEN)[leased].view(np.float32), rows.numpy()), "the first one stays"
+    assert saver.stats()["pages_open"] == 0
+    assert store.stats()["pages_open"] == 0
