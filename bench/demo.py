@@ -2,7 +2,8 @@
 
     python -m bench.demo        (or `make demo`)
 
-A small Llama with random weights is served with `--hicache-backend hcache` and talked to over HTTP. The two
+A small Llama with random weights is served with `--hicache-backend hcache` and talked to over HTTP. Hidden states are
+stored, whatever would be fastest on this machine (on a CPU, with no bus to save, often K and V). The two
 conversations take turns, so each finds a part of its context evicted when it comes back. Then the server is
 stopped, started again on the same directory, and the oldest conversation goes on. Each request goes first to
 a server without the tier, whose text is what both are told as history. That server is not restarted but
@@ -53,7 +54,7 @@ QUESTION_CHARS = 120  # of its other messages
 ANSWER_TOKENS = 16
 POOL_TOKENS = 2560  # holds one conversation to its end, but not both
 COMMON_ARGS = ("--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle")
-TIER_ARGS = ("--hicache-backend", "hcache", "--hcache-dir", str(STORE))
+TIER_ARGS = ("--hicache-backend", "hcache", "--hcache-dir", str(STORE), "--hcache-representation", "hidden")
 VOCABULARY = 261  # special tokens and bytes: without merges the text of an answer is tokenised as it was generated
 SPOKEN = string.ascii_letters + string.digits + string.punctuation + " "
 WORDS = (

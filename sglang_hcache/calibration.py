@@ -8,9 +8,10 @@ import logging
 import math
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,14 @@ _SLOW_S = 0.5  # a forward that takes longer is tried once, and no longer one is
 _LEAST_S = 1e-9  # what is too short to be measured
 _NO_PROBE_BYTES_PER_S = 1e9  # where a drive cannot be tried: corrected by the first loads
 _REMOTE_BYTES_PER_S = 1e9  # likewise
+_LEARN_EVERY_S = 30.0
+_LEARNED = [field.name for field in fields(Machine) if field.name.endswith("_per_s")]
+_WORTH_KEEPING = 1.2  # times faster or slower
 
 
 def calibrate(
     config: HCacheConfig, runner: Any, ways: Ways, *, page_tokens: int, layers: int, device: str
-) -> tuple[ModelShape, Machine] | None:
+) -> tuple[ModelShape, KeptRates] | None:
     """The model's shape and this machine's rates on it; None where its cost cannot be told.
 
     Must be called before any request, on all ranks alike: where the rates are not known yet, it runs the model.
@@ -79,7 +83,7 @@ def calibrate(
         "read_bytes_per_s": config.read_bytes_per_s,
         "prefetcher": config.prefetcher,
     }
-    return shape, _kept_at(Path(config.directories[0]) / CALIBRATION, about, measure)
+    return shape, KeptRates(Path(config.directories[0]) / CALIBRATION, about, measure)
 
 
 def _measure(runner: Any, ways: Ways, shape: ModelShape, *, page_tokens: int, ranks: int, device: str) -> Machine:
@@ -142,27 +146,49 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
     return min(total, read_limit or math.inf)
 
 
-def _kept_at(folder: Path, about: Mapping[str, Any], measure: Callable[[], Machine]) -> Machine:
-    """The machine of an earlier start if it was the same; else measured, and kept.
+class KeptRates:
+    """The rates of an earlier start if it was the same; else measured. They are kept for the next, as is what is learned.
 
     about: everything that the rates depend on. A file that cannot be read, or written, costs a measurement.
     """
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{name}.json"
-    try:
-        found = json.loads(path.read_text())
-        if found["about"] == about:
-            return Machine(**found["rates"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    began = time.perf_counter()
-    machine = measure()
-    logger.info("hcache: calibrated in %.1f s", time.perf_counter() - began)
-    try:
-        write_atomically(path, json.dumps({"about": about, "rates": asdict(machine)}, indent=1).encode())
-    except OSError as error:
-        logger.info("hcache: the calibration cannot be kept (%s)", error)
-    return machine
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], measure: Callable[[], Machine]) -> None:
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        self._path = folder / f"{name}.json"
+        self._about = about
+        self._looked_at = time.monotonic()
+        if (kept := self._read()) is not None:
+            self.machine = kept
+            return
+        began = time.perf_counter()
+        self.machine = measure()
+        logger.info("hcache: calibrated in %.1f s", time.perf_counter() - began)
+        self._write()
+
+    def learned(self, machine: Machine) -> None:
+        """What the machine delivers by now; kept, in the background, where it differs. May be called often."""
+        if time.monotonic() - self._looked_at < _LEARN_EVERY_S:
+            return
+        self._looked_at = time.monotonic()
+        before, now = asdict(self.machine), asdict(machine)
+        changes = [abs(math.log(now[name] / before[name])) for name in _LEARNED if 0 < before[name] < math.inf]
+        if max(changes) > math.log(_WORTH_KEEPING):
+            self.machine = machine
+            threading.Thread(target=self._write, name="hcache-rates", daemon=True).start()
+
+    def _read(self) -> Machine | None:
+        try:
+            found = json.loads(self._path.read_text())
+            return Machine(**found["rates"]) if found["about"] == self._about else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write(self) -> None:
+        try:
+            kept = {"about": self._about, "rates": asdict(self.machine)}
+            write_atomically(self._path, json.dumps(kept, indent=1).encode())
+        except OSError as error:
+            logger.info("hcache: the calibration cannot be kept (%s)", error)
 
 
 def _machine_name() -> str:

@@ -73,8 +73,9 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "--hcache-representation",
         choices=REPRESENTATION_CHOICES,
         default=None,
-        help="What hcache stores of a page: hidden states, K and V, or (auto, the default) whichever is "
-        "smaller for the model.",
+        help="What hcache stores of each layer: hidden states, K and V, or (auto, the default) what is restored "
+        "soonest on this machine. With --hcache-plan always, several ranks or --hcache-prefetcher, auto is the "
+        "smaller one.",
     )
     group.add_argument(
         "--hcache-plan",

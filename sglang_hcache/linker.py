@@ -309,11 +309,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
         if rates is None:
             return stored, None
-        shape, machine = rates
-        if config.representation == "auto" and ways.hidden is not None and get_parallel().tp_size == 1:
+        shape, kept = rates
+        # Ranks, and hosts with a common prefetcher, share pages: they must all come to the same.
+        by_itself = get_parallel().tp_size == 1 and config.prefetcher is None
+        if config.representation == "auto" and ways.hidden is not None and by_itself:
             most = most_tokens(runner, self._page_tokens)
-            stored = choose_by_plan(config, ways, shape, machine, page_tokens=self._page_tokens, most_tokens=most)
-        return stored, LoadPlanner(shape, machine, stored.layout, self._page_tokens)
+            stored = choose_by_plan(
+                config, ways, shape, kept.machine, page_tokens=self._page_tokens, most_tokens=most
+            )
+        return stored, LoadPlanner(shape, kept.machine, stored.layout, self._page_tokens, learned=kept.learned)
 
     def _make_supervisor(self) -> Keeper[Any]:
         config = self._config

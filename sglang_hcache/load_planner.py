@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,20 @@ class Prompt:
 class LoadPlanner:
     """One a scheduler process. Plans are this rank's own; SGLang restores what all ranks agree to."""
 
-    def __init__(self, shape: ModelShape, calibrated: Machine, layout: Layout, page_tokens: int) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        calibrated: Machine,
+        layout: Layout,
+        page_tokens: int,
+        *,
+        learned: Callable[[Machine], None] = lambda machine: None,
+    ) -> None:
+        """`learned` is told now and then what the machine delivers by now."""
         self._shape = shape
         self._layout = layout
         self._page_tokens = page_tokens
+        self._learned = learned
         self._calibrated = costs_of(shape, calibrated)
         self._follower = Follower(calibrated)
         self._costs, self._costs_at = self._calibrated, 0.0
@@ -138,7 +148,9 @@ class LoadPlanner:
 
     def _now(self) -> Costs:
         if time.monotonic() - self._costs_at > _REFRESH_S:
-            self._costs, self._costs_at = costs_of(self._shape, self._follower.machine()), time.monotonic()
+            machine = self._follower.machine()
+            self._costs, self._costs_at = costs_of(self._shape, machine), time.monotonic()
+            self._learned(machine)
         return self._costs
 
 

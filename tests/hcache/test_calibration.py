@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sglang_hcache.calibration import _fit, _kept_at
+from sglang_hcache import calibration
+from sglang_hcache.calibration import KeptRates, _fit
 from sglang_hcache.planner.machine import Machine
 
 MACHINE = Machine("m", 1e12, 2e12, 3e12, 4e9, 5e9, ssd_bytes_per_s=6e9)
@@ -38,18 +41,41 @@ def test_what_was_measured_is_kept_for_the_same_server_only(tmp_path: Path) -> N
         return MACHINE
 
     folder = tmp_path / "calibration"
-    assert _kept_at(folder, ABOUT, measure) == MACHINE
-    assert _kept_at(folder, ABOUT, measure) == MACHINE
+    assert KeptRates(folder, ABOUT, measure).machine == MACHINE
+    assert KeptRates(folder, ABOUT, measure).machine == MACHINE
     assert len(asked) == 1
-    _kept_at(folder, {**ABOUT, "version": "2"}, measure)
+    KeptRates(folder, {**ABOUT, "version": "2"}, measure)
     assert len(asked) == 2
     for file in folder.glob("*.json"):
         assert file.stat().st_mode & 0o077 == 0
         file.write_text("{ not JSON")
-    assert _kept_at(folder, ABOUT, measure) == MACHINE
+    assert KeptRates(folder, ABOUT, measure).machine == MACHINE
     assert len(asked) == 3
 
 
 def test_rates_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert _kept_at(tmp_path / "file" / "calibration", ABOUT, lambda: MACHINE) == MACHINE
+    assert KeptRates(tmp_path / "file" / "calibration", ABOUT, lambda: MACHINE).machine == MACHINE
+
+
+def test_what_was_learned_is_kept_where_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_next_start() -> Machine:
+        return KeptRates(tmp_path, ABOUT, lambda: pytest.fail("measured again")).machine
+
+    def written() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "hcache-rates":
+                thread.join()
+
+    rates = KeptRates(tmp_path, ABOUT, lambda: MACHINE)
+    much, little = (replace(MACHINE, bus_bytes_per_s=factor * MACHINE.bus_bytes_per_s) for factor in (0.5, 1.1))
+    rates.learned(much)
+    written()
+    assert at_next_start() == MACHINE, "not so often"
+    monkeypatch.setattr(calibration, "_LEARN_EVERY_S", 0.0)
+    rates.learned(little)
+    written()
+    assert at_next_start() == MACHINE
+    rates.learned(much)
+    written()
+    assert at_next_start() == much
