@@ -77,13 +77,22 @@ class Served:
         return statistics.median(answer.ttft_s for answer in self.answers)
 
 
-def serve(case: Case, method: str, limit_gb: float | None, folder: Path) -> Served:
+def serve(
+    case: Case,
+    method: str,
+    limit_gb: float | None,
+    folder: Path,
+    *,
+    store: Path | None = None,
+    loads: int = UNCOUNTED,
+) -> Served:
+    """The counted answers, after `loads` that are not; with a store of its own, if none is given."""
     pool_tokens = -(-(case.prefix_tokens + NEW_TOKENS + ANSWER_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS + 256
     args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(pool_tokens), "--sleep-on-idle"]
     tiered = method != "recompute"
-    with tempfile.TemporaryDirectory(dir=folder) as store:
+    with tempfile.TemporaryDirectory(dir=folder) as own:
         if tiered:
-            args += ["--hicache-backend", "hcache", "--hcache-dir", store, "--hicache-ratio", "4"]
+            args += ["--hicache-backend", "hcache", "--hcache-dir", str(store or own), "--hicache-ratio", "4"]
             args += ["--hicache-storage-prefetch-policy", "wait_complete", "--hcache-read-limit", str(limit_gb)]
         if method in ("hidden", "kv"):
             args += ["--hcache-plan", "always", "--hcache-representation", method]
@@ -91,14 +100,14 @@ def serve(case: Case, method: str, limit_gb: float | None, folder: Path) -> Serv
             make_model(folder / case.model, case.spec), args, log=folder / f"{case.model}-{method}.log"
         ) as server:
             answers = []
-            for request in range(2 + UNCOUNTED + case.rounds):
+            for request in range(2 + loads + case.rounds):
                 if tiered:
                     wait_until_written(server)
                 if request >= 2:
                     server.flush_cache()
                 answers.append(server.generate(case.prompt(request), ANSWER_TOKENS))
             state = server.server_info()["internal_states"][0]["hcache"] if tiered else {}
-    return Served(answers[2 + UNCOUNTED :], state)
+    return Served(answers[2 + loads :], state)
 
 
 def run(cases: Sequence[Case], folder: Path) -> dict[str, Any]:

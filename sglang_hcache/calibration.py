@@ -147,7 +147,7 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
 
 
 class KeptRates:
-    """The rates of an earlier start if it was the same; else measured. They are kept for the next, as is what is learned.
+    """The rates of an earlier start if it was the same; else measured. Kept for the next, as is what is learned.
 
     about: everything that the rates depend on. A file that cannot be read, or written, costs a measurement.
     """
