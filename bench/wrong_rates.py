@@ -4,7 +4,7 @@
 
 Method: as `bench.regimes`, on slow (starved) and fast (rich) drives. A first server calibrates itself; for each of
 the others the rates it has kept are replaced by ones that are 10 times too high or too low, each in the direction
-that misleads in that regime. After `--loads` requests (20) the median time to first token of the next ones is compared
+that misleads in that regime. After `--loads` requests (20) the median time to first token of the next is compared
 with the first server's, measured after as many loads and once more at the end; `over_right` is over the mean of the
 two.
 """

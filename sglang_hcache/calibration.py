@@ -62,7 +62,8 @@ def calibrate(
     except ValueError as error:
         logger.warning("hcache: all of every hit is restored, whatever it costs: %s", error)
         return None
-    shape = replace(shape, dtype_bytes=model.dtype.itemsize)
+    stored_bytes = ways.hidden.row_bytes if ways.hidden else 0
+    shape = replace(shape, dtype_bytes=model.dtype.itemsize, stored_hidden_bytes=stored_bytes)
 
     def measure() -> Machine:
         rates = _measure(runner, ways, shape, page_tokens=page_tokens, ranks=ranks, device=device)

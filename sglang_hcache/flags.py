@@ -18,13 +18,23 @@ import psutil
 
 from sglang_hcache.config import (
     DEFAULT_PAGE_SIZE,
+    LOSSY_CHOICES,
     PLAN_CHOICES,
     REPRESENTATION_CHOICES,
     HCacheConfig,
+    Representation,
     default_directory,
 )
 
 GB = 10**9
+
+_LOCAL = ("hcache_dir", "hcache_dir_size", "hcache_read_limit")  # about files on this host
+_CHOICES = {
+    "hcache_representation": REPRESENTATION_CHOICES,
+    "hcache_lossy": LOSSY_CHOICES,
+    "hcache_plan": PLAN_CHOICES,
+}
+_OURS = (*_LOCAL, *_CHOICES, "hcache_prefetch_timeout", "hcache_prefetcher", "hcache_keys")
 
 # field → (value without a conflict, why it excludes the tier, what to do). Booleans conflict when true.
 _CONFLICTS: dict[str, tuple[object, str, str]] = {
@@ -76,6 +86,13 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         help="What hcache stores of each layer: hidden states, K and V, or (auto, the default) what is restored "
         "soonest on this machine. With --hcache-plan always, several ranks or --hcache-prefetcher, auto is the "
         "smaller one.",
+    )
+    group.add_argument(
+        "--hcache-lossy",
+        choices=LOSSY_CHOICES,
+        default=None,
+        help="Store hidden states in eight bits, half the bytes of bf16. LOSSY: what is restored is close to what "
+        "was prefilled, not equal, and answers may differ. Default: off.",
     )
     group.add_argument(
         "--hcache-plan",
@@ -155,50 +172,39 @@ class EngineArguments:
 def translate(values: MutableMapping[str, Any]) -> None:
     """Replace the tier's own flags in `values` by SGLang's fields, in place. Raises `FlagError`."""
     backend = values.pop("hicache_backend", None) or "sglang"
-    directories = values.pop("hcache_dir", None)
-    representation = values.pop("hcache_representation", None)
-    plan = values.pop("hcache_plan", None)
-    directory_gb = values.pop("hcache_dir_size", None)
-    read_gb = values.pop("hcache_read_limit", None)
-    timeout = values.pop("hcache_prefetch_timeout", None)
-    prefetcher = values.pop("hcache_prefetcher", None)
-    keys = values.pop("hcache_keys", None)
+    ours = {name: values.pop(name, None) for name in _OURS}
     if backend not in ("sglang", "hcache"):
         raise FlagError(f"--hicache-backend: {backend!r} is not one of sglang, hcache")
     if backend == "sglang":
-        ours = {
-            "--hcache-dir": directories,
-            "--hcache-representation": representation,
-            "--hcache-plan": plan,
-            "--hcache-dir-size": directory_gb,
-            "--hcache-read-limit": read_gb,
-            "--hcache-prefetch-timeout": timeout,
-            "--hcache-prefetcher": prefetcher,
-            "--hcache-keys": keys,
-        }
-        for flag, value in ours.items():
+        for name, value in ours.items():
             if value is not None:
-                raise FlagError(f"{flag} does nothing without --hicache-backend hcache: add that, or drop this")
+                raise FlagError(
+                    f"{_flag(name)} does nothing without --hicache-backend hcache: add that, or drop this"
+                )
         return
-    for flag, value, choices in (
-        ("--hcache-representation", representation, REPRESENTATION_CHOICES),
-        ("--hcache-plan", plan, PLAN_CHOICES),
-    ):
-        if value not in (None, *choices):
-            raise FlagError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
+    for name, choices in _CHOICES.items():
+        if ours[name] not in (None, *choices):
+            raise FlagError(f"{_flag(name)}: {ours[name]!r} is not one of {', '.join(choices)}")
+    representation, lossy = ours["hcache_representation"], ours["hcache_lossy"]
+    if lossy is not None and representation == Representation.KV:
+        raise FlagError("--hcache-lossy is for hidden states: drop it, or --hcache-representation kv")
+    if lossy is not None:
+        representation = str(Representation.HIDDEN)
+    directory_gb, read_gb = ours["hcache_dir_size"], ours["hcache_read_limit"]
+    prefetcher, keys = ours["hcache_prefetcher"], ours["hcache_keys"]
     _refuse_conflicts(values)
     _check_host_size(values)
     if directory_gb is not None and not directory_gb > 0:
         raise FlagError(f"--hcache-dir-size {directory_gb} leaves no room for files: give gigabytes, or drop it")
     if read_gb is not None and not read_gb > 0:
         raise FlagError(f"--hcache-read-limit {read_gb} lets nothing be read: give gigabytes a second, or drop it")
-    local = {"--hcache-dir": directories, "--hcache-dir-size": directory_gb, "--hcache-read-limit": read_gb}
-    _check_prefetcher(prefetcher, keys, local)
-    base_s, per_ki_token_s = _prefetch_timeout(timeout)
+    _check_prefetcher(prefetcher, keys, {name: ours[name] for name in _LOCAL})
+    base_s, per_ki_token_s = _prefetch_timeout(ours["hcache_prefetch_timeout"])
     config = HCacheConfig(
-        directories=_writable_directories(directories),
+        directories=_writable_directories(ours["hcache_dir"]),
         representation=representation or "auto",
-        plan=plan or "auto",
+        plan=ours["hcache_plan"] or "auto",
+        lossy=lossy,
         directory_bytes=None if directory_gb is None else int(directory_gb * GB),
         read_bytes_per_s=None if read_gb is None else read_gb * GB,
         prefetcher=prefetcher,
@@ -232,9 +238,11 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
         raise FlagError(
             f"--hcache-keys {keys} is no directory: give the one that `hcache keygen` made for this client"
         )
-    for flag, value in local.items():
+    for name, value in local.items():
         if value is not None:
-            raise FlagError(f"{flag} excludes --hcache-prefetcher: files are on the prefetcher's host; drop one")
+            raise FlagError(
+                f"{_flag(name)} excludes --hcache-prefetcher: files are on the prefetcher's host; drop one"
+            )
 
 
 def _prefetch_timeout(flag: object) -> tuple[float, float]:

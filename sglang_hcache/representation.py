@@ -15,6 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
+from sglang_hcache.lossy import LossyCode, LossyProjector
 from sglang_hcache.model import kv_row_bytes
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
@@ -32,6 +33,7 @@ class Way:
     dtype: torch.dtype  # of a row's elements
     projector: Projector
     projector_name: str
+    lossy: LossyCode | None = None  # rows are encoded by it
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,36 @@ class Stored:
 
 
 def ways_of(
-    model_runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int, *, hidden_wanted: bool
+    model_runner: Any,
+    capture: Capture | None,
+    pool: MHATokenToKVPool,
+    page_tokens: int,
+    *,
+    hidden_wanted: bool,
+    lossy: str | None,
 ) -> Ways:
-    """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike."""
+    """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
+
+    lossy: how they are stored, if not as they are; the test is of the projector alone.
+    """
     kv_bytes = sum(kv_row_bytes(pool, 0))
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens)
         if projector is not None:
-            dtype: torch.dtype = model_runner.model_config.dtype
-            row_bytes = model_runner.model_config.hidden_size * dtype.itemsize
-            hidden = Way(row_bytes, dtype, projector, projector.name)
+            hidden = _hidden_way(projector, model_runner.model_config, lossy)
     kv = Way(kv_bytes, torch.uint8, KVProjector(pool), "copy")
     return Ways(hidden, obstacle, kv, kv_bytes * get_parallel().tp_size)
+
+
+def _hidden_way(projector: KernelProjector | ReplayProjector, model_config: Any, lossy: str | None) -> Way:
+    width: int = model_config.hidden_size
+    dtype: torch.dtype = model_config.dtype
+    if lossy is None:
+        return Way(width * dtype.itemsize, dtype, projector, projector.name)
+    code = LossyCode(lossy, width, dtype)
+    name = f"{projector.name}, from lossy {lossy}"
+    return Way(code.row_bytes, torch.uint8, LossyProjector(projector, code), name, code)
 
 
 def _hidden_projector(

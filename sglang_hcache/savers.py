@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.hostwork import HostWork
 from sglang_hcache.lanes import Mark
+from sglang_hcache.lossy import LossyCode
 from sglang_hcache.pages import OpenPages, chunk_rows
 from sglang_hcache.projector import gather_kv
 from sglang_hcache.storage.contract import ChunkStore
@@ -53,18 +54,29 @@ class HiddenSaver:
     It is capture's sink, too.
     """
 
-    def __init__(self, store: ChunkStore, work: HostWork, *, layers: int, others: KVRows | None = None) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        work: HostWork,
+        *,
+        layers: int,
+        others: KVRows | None = None,
+        lossy: LossyCode | None = None,
+    ) -> None:
         self._page_tokens = store.layout.page_tokens
         self._pages = OpenPages(store, layers=layers)
         self._store = store
         self._work = work
         self._others = others
+        self._lossy = lossy
         self._pages_incomplete = 0
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         if self._work.crowded:
             self.drop(slots)
             return self._work.mark()
+        if self._lossy is not None:
+            rows = self._lossy.encode(rows)
         host_slots, host_positions, host_rows = map(self._work.to_host, (slots, positions, rows))
         self._work.submit(
             lambda: self._pages.write(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())

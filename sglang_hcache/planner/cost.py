@@ -59,7 +59,7 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
         raise ValueError(f"offloaded must be between 0 and 1, not {offloaded}")
     ranks = machine.ranks
     # A ring reduces in two halves, each of which moves (ranks - 1) / ranks of the data; twice a layer.
-    gather_s = shape.hidden_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
+    gather_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
     hidden_shares = ranks if machine.shards_hidden else 1
     kv_shares = min(ranks, shape.kv_heads)
     ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)

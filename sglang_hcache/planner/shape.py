@@ -21,6 +21,7 @@ class ModelShape:
     experts: int = 1  # MLPs of a layer
     active_experts: int = 1  # MLPs a token passes through
     dtype_bytes: int = 2
+    stored_hidden_bytes: int = 0  # of a token in a layer, where hidden states are stored in fewer; 0: as they are
     latent_size: int = 0  # elements a token of multi-head latent attention, which is not supported; 0: none
     mixed_attention: bool = False  # some layers see a window only; they are counted as if they saw everything
 
@@ -38,8 +39,13 @@ class ModelShape:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     @property
-    def hidden_bytes(self) -> int:
+    def activation_bytes(self) -> int:
         return self.hidden_size * self.dtype_bytes
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of hidden states as they are stored."""
+        return self.stored_hidden_bytes or self.activation_bytes
 
     @property
     def kv_bytes(self) -> int:

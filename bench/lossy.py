@@ -1,0 +1,106 @@
+"""What storing hidden states in eight bits does to log-probabilities, on the real server.
+
+    python -m bench.lossy [--json] [--prompts N] [--save]
+
+Method: a Llama with random weights (8 layers of 512) is served without a tier and with one that stores hidden states
+as they are, in int8 and in fp8 (`--hcache-lossy`). Each of N prefixes of 1,024 tokens is prefilled, evicted by other
+prompts and asked for again with 40 new tokens, of which the last 8 and the answer's 16 have log-probabilities. Rows:
+the mean and the largest absolute difference to the server without a tier, over all positions before two answers part,
+and the share of answers whose tokens are all equal; `other_prefix`: the same for the question after another prefix.
+Random weights: trained models differ, and have outlier channels that cost int8 more (docs/codec.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.harness import Answer, ModelSpec, Request, Server, compare, make_model, random_prompt
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = ("float32", "bfloat16")
+STORED = {"as they are": (), "int8": ("--hcache-lossy", "int8"), "fp8_e4m3": ("--hcache-lossy", "fp8_e4m3")}
+PREFIX_TOKENS, NEW_TOKENS, POOL_TOKENS = 1024, 40, 1536
+
+
+def asked_again(server: Server, prompts: int, *, shifted: bool = False) -> list[Answer]:
+    """Each prefix in turn, twice; there is room for one, so the second time it has been evicted."""
+    answers = []
+    for again in (False, True):
+        for number in range(prompts):
+            prefix = random_prompt(PREFIX_TOKENS, seed=number + 500 * shifted)
+            if not again:
+                server.generate(prefix, 1)
+                continue
+            prompt = prefix + random_prompt(NEW_TOKENS, seed=1000 + number)
+            answers.append(server.send(Request(prompt, 16, logprobs_from=len(prompt) - 8)))
+    return answers
+
+
+def differences(answers: Sequence[Answer], wanted: Sequence[Answer]) -> dict[str, Any]:
+    apart, same = [], 0
+    for one, other in zip(answers, wanted, strict=True):
+        found = compare(one, other)
+        same += found.same_tokens
+        left, right = ((*a.input_logprobs, *a.output_logprobs[: found.first_token_apart]) for a in (one, other))
+        apart += [abs(x - y) for x, y in zip(left, right, strict=True)]
+    return {"mean": float(np.mean(apart)), "largest": max(apart), "same_tokens": same / len(wanted)}
+
+
+def run(prompts: int, folder: Path) -> dict[str, Any]:
+    rows = []
+    for dtype in DTYPES:
+        model = make_model(folder / dtype, ModelSpec("llama", hidden_size=512, layers=8, heads=8, dtype=dtype))
+        pool = ["--page-size", "64", "--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle"]
+        with Server(model, pool, log=folder / "stock.log") as server:
+            wanted = asked_again(server, prompts)
+            rows.append({"dtype": dtype, "stored": "other_prefix"})
+            rows[-1] |= differences(asked_again(server, prompts, shifted=True), wanted)
+        for stored, flags in STORED.items():
+            tier = ["--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(folder / "store")]
+            args = [*pool, *tier, "--hcache-representation", "hidden", *flags]
+            with Server(model, args, log=folder / "tier.log") as server:
+                answers = asked_again(server, prompts)
+            restored = float(np.mean([answer.cached_host for answer in answers]))
+            row = {"dtype": dtype, "stored": stored, "tokens_restored": restored} | differences(answers, wanted)
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return {
+        "rows": rows,
+        "prompts": prompts,
+        "machine": {"cores": os.cpu_count()},
+        "date": datetime.date.today().isoformat(),
+        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results/lossy.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hcache-lossy-") as folder:
+        report = run(arguments.prompts, Path(folder))
+    if arguments.save:
+        (RESULTS / "lossy.json").write_text(json.dumps(report, indent=2) + "\n")
+    for row in report["rows"]:
+        print(
+            f"{row['dtype']:>9} {row['stored']:>12}: mean {row['mean']:.2e}, largest {row['largest']:.2e}, "
+            f"{row['same_tokens']:.0%} of the answers equal"
+        )
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
