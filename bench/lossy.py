@@ -57,7 +57,7 @@ def differences(answers: Sequence[Answer], wanted: Sequence[Answer]) -> dict[str
 
 
 def run(prompts: int, folder: Path) -> dict[str, Any]:
-    rows = []
+    rows = list[dict[str, Any]]()
     for dtype in DTYPES:
         model = make_model(folder / dtype, ModelSpec("llama", hidden_size=512, layers=8, heads=8, dtype=dtype))
         pool = ["--page-size", "64", "--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle"]
