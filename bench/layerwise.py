@@ -4,18 +4,19 @@
 
 Method: no server restores a part of the layers, but one whose model has only some layers does a part of the work.
 Llamas in float32, alike but for their depth, are served over HTTP, one at a time, `--passes` times in turn. Without
-a tier: a prompt prefilled by a quarter, half, three quarters and all of the layers, and by all of them the rest after
-a part that is on the device. With the tier (`--hcache-plan always`, hidden states, pages in host memory): a prefix
-restored by as many layers, and parts of it by all; each with 64 new tokens. Parts are the least over all requests, as
-others may use the machine; lines through them give a layer's prefill and restoration, a parabola the token-wise split
-by its restored tokens. A drive's reading time is stated, as in `bench.regimes`: 4 times (starved), once (balanced),
-a tenth (rich) of the prefill's, in proportion to layers and tokens. `tokenwise` restores the best number of pages and
-prefills the rest, in all layers; `layerwise` recomputes the best number of layers and restores the others; `either`
-may do both. The drive is read before the pass (`before`, as the server does it), beneath it layer by layer
-(`beneath`), or hidden but for what exceeds the pass (`hidden`); work on the cores adds up. What a layer-wise server
-pays besides is left out, so `gain`, tokenwise over either, is a bound. As many layers as are measured, and 32 of the
-same. `auto_s`: the real server from such a drive. `split_error`: half restored from host memory and half prefilled,
-composed over measured.
+a tier: a prompt prefilled by a quarter, half, three quarters and all of the layers, and by all of them parts of it,
+and the rest after a part that is on the device. With the tier (`--hcache-plan always`, hidden states, pages in host
+memory): a prefix restored by as many layers, and parts of it by all; each with 64 new tokens. Parts are the least
+over all requests, as others may use the machine; a parabola gives a layer's share of the token-wise split by its
+restored tokens, `lines_error` says how far layers are from alike. `masked`: the rest as measured, with torch's masked
+attention, which computes what it masks; `causal`: as the whole prompt less its part, as kernels for GPUs have it. A
+drive's reading time is stated, as in `bench.regimes`: 4 times (starved), once (balanced), a tenth (rich) of the
+prefill's, in proportion to layers and tokens. `tokenwise` restores the best number of pages and prefills the rest,
+in all layers; `layerwise` recomputes the best number of layers and restores the others; `either` may do both. The
+drive is read before the pass (`before`, as the server does it), beneath it layer by layer (`beneath`), or hidden but
+for what exceeds the pass (`hidden`); work on the cores adds up. What a layer-wise server pays besides is left out, so
+`gain`, tokenwise over either, is a bound. As many layers as are measured, and 32 of the same. `auto_s`: the real
+server from such a drive. `split_error`: half restored from host memory, half prefilled, composed over measured.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ Times = dict[tuple[str, int], list[float]]  # by what was measured, and its laye
 class Parts(NamedTuple):
     pages: int  # of the prefix
     fixed_s: float  # of a request, whatever its model's depth
-    prefill_s: float  # a layer's, of the prefix and the new tokens
     split_s: tuple[float, ...]  # a layer's, by the restored part of the prefix: a polynomial, highest power first
+
+    @property
+    def prefill_s(self) -> float:
+        return self.split_s[-1]
 
 
 class Choice(NamedTuple):
@@ -124,6 +128,8 @@ def measure_prefill(case: Case, parts: Sequence[int], folder: Path, times: Times
             times["prefill", case.layers].append(_ttft_s(server, [], whole, 100 * round_))
             for tokens in parts:
                 server.flush_cache()
+                times["start", tokens].append(_ttft_s(server, [], tokens + NEW_TOKENS, 100 * round_ + 3))
+                server.flush_cache()
                 prefix = random_prompt(tokens, seed=2)
                 server.generate(prefix, 1)
                 rest_s = _ttft_s(server, prefix, whole - tokens, 100 * round_ + 1)
@@ -147,22 +153,23 @@ def measure_restoring(case: Case, parts: Sequence[int], folder: Path, times: Tim
                     times[name].append(_ttft_s(server, prefix, new_tokens, 100 * round_ + turn))
 
 
-def parts_of(whole: int, times: Times) -> tuple[Parts, dict[str, float]]:
-    """And what of the measured the lines, the parabola and the composed split miss. `whole`: tokens of the prefix."""
+def parts_of(whole: int, times: Times, *, masked: bool) -> tuple[Parts, dict[str, float]]:
+    """And what the lines, the parabola and the composed split miss. `whole`: tokens of the prefix."""
     found = {name: min(some) for name, some in times.items()}
     depths = sorted(depth for kind, depth in found if kind == "restore")
     measured = np.array([[found[kind, depth] for kind in ("prefill", "restore")] for depth in depths])
     lines = np.polyfit(depths, measured, 1)
     fixed_s = float(lines[1].mean())
     split = {0: found["prefill", depths[-1]], whole: found["restore", depths[-1]]}
-    split |= {tokens: found["part", tokens] + found["rest", tokens] for kind, tokens in found if kind == "part"}
+    for tokens in [tokens for kind, tokens in found if kind == "part"]:
+        rest_s = found["rest", tokens] if masked else split[0] - found["start", tokens]
+        split[tokens] = found["part", tokens] + rest_s
     shares, split_s = np.array(sorted(split)) / whole, np.array([split[tokens] for tokens in sorted(split)])
     parabola = np.polyfit(shares, (split_s - fixed_s) / depths[-1], 2)
-    through = np.polyval(parabola, shares) * depths[-1] + fixed_s
-    return Parts(whole // PAGE_TOKENS, fixed_s, float(lines[0][0]), tuple(map(float, parabola))), {
+    return Parts(whole // PAGE_TOKENS, fixed_s, tuple(map(float, parabola))), {
         "split_error": split[whole // 2] / found["split", whole // 2],
         "lines_error": float(np.abs((np.outer(depths, lines[0]) + lines[1]) / measured - 1).max()),
-        "parabola_error": float(np.abs(through / split_s - 1).max()),
+        "parabola_error": float(np.abs((np.polyval(parabola, shares) * depths[-1] + fixed_s) / split_s - 1).max()),
     }
 
 
@@ -175,7 +182,7 @@ def measure(case: Case, passes: int, folder: Path) -> tuple[Times, dict[str, flo
             measure_prefill(some, split_at, folder, times)
             measure_restoring(some, split_at, folder, times)
             print(dict(times), file=sys.stderr, flush=True)
-    prefill_s = case.layers * parts_of(case.prefix_tokens, times)[0].prefill_s
+    prefill_s = case.layers * parts_of(case.prefix_tokens, times, masked=True)[0].prefill_s
     auto_s = {}
     for regime, reading in REGIMES.items():
         served = serve(case, "auto", case.smaller_bytes / (reading * prefill_s) / 1e9, folder)
@@ -184,17 +191,21 @@ def measure(case: Case, passes: int, folder: Path) -> tuple[Times, dict[str, flo
 
 
 def report_of(case: Case, times: Times, auto_s: dict[str, float]) -> dict[str, Any]:
-    parts, errors = parts_of(case.prefix_tokens, times)
     drives = [(regime, reading, how) for regime, reading in REGIMES.items() for how in READING]
-    return {
-        "rows": [
-            {"regime": regime, **compare(parts, layers, reading, how)}
+    rows, parts, errors = [], {}, {}
+    for attention in ("causal", "masked"):
+        found, errors[attention] = parts_of(case.prefix_tokens, times, masked=attention == "masked")
+        parts[attention] = found._asdict()
+        rows += [
+            {"attention": attention, "regime": regime, **compare(found, layers, reading, how)}
             for regime, reading, how in [("host memory", 0.0, "before"), *drives]
             for layers in (case.layers, DEEP)
-        ],
-        "parts": parts._asdict(),
+        ]
+    return {
+        "rows": rows,
+        "parts": parts,
+        "errors": errors,
         "auto_s": auto_s,
-        **errors,
         "measured_s": {" ".join(map(str, name)): found for name, found in times.items()},
         "case": asdict(case),
         "machine": {"cores": os.cpu_count()},
@@ -217,7 +228,9 @@ def main() -> None:
         (RESULTS / "layerwise.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in report["rows"]:
         cells = "  ".join(f"{name} {row[name]['seconds']:6.3f}" for name in ("tokenwise", "layerwise", "either"))
-        print(f"{row['regime']:>11} {row['layers']:2} layers {row['read']:>7}: {cells}   gain {row['gain']:.3f}")
+        print(
+            f"{row['attention']} {row['regime']:>11} {row['layers']:2} layers {row['read']:>7}: {cells}   gain {row['gain']:.3f}"
+        )
     print(f"auto, measured: {report['auto_s']}")
     if arguments.json:
         print(json.dumps(report))

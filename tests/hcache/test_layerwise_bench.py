@@ -7,7 +7,7 @@ import pytest
 from bench.layerwise import READING, Parts, Times, choices, compare, parts_of
 
 # A layer prefills in 1 s and restores in 0.25 s; nothing in between is cheaper than in proportion.
-LINEAR = Parts(pages=32, fixed_s=0.0, prefill_s=1.0, split_s=(-0.75, 1.0))
+LINEAR = Parts(pages=32, fixed_s=0.0, split_s=(-0.75, 1.0))
 
 
 def test_reading_adds_up_or_hides() -> None:
@@ -33,7 +33,7 @@ def test_with_nothing_to_hide_and_tokens_alike_layers_gain_nothing() -> None:
 
 
 def test_layers_gain_where_the_last_tokens_are_dearer_or_the_first_layer_is_waited_for() -> None:
-    dearer_last = Parts(32, 0.0, 1.0, (-0.25, -0.5, 1.0))
+    dearer_last = Parts(32, 0.0, (-0.25, -0.5, 1.0))
     hidden = compare(dearer_last, 32, 1.0, "hidden")
     assert hidden["gain"] > 1.02
     assert hidden["either"]["recomputed_layers"] > 0
@@ -48,10 +48,12 @@ def test_parts_are_found_again() -> None:
         times["restore", depth] = [9.0, 0.5 + depth / 4]
     for tokens in (256, 512, 768):
         times["part", tokens] = [0.5 + 8 * 0.25 * tokens / 1024]
-        times["rest", tokens] = [8 * (1 - tokens / 1024)]
-    parts, errors = parts_of(1024, times)
+        times["rest", tokens] = [1.5 * 8 * (1 - tokens / 1024)]
+        times["start", tokens] = [0.5 + 8 * tokens / 1024]
+    parts, errors = parts_of(1024, times, masked=False)
     assert (parts.pages, parts.fixed_s, parts.prefill_s) == pytest.approx((16, 0.5, 1.0))
     assert parts.split_s == pytest.approx((0.0, -0.75, 1.0), abs=1e-9)
+    assert parts_of(1024, times, masked=True)[0].split_s[0] < -0.1
     assert errors["split_error"] == pytest.approx(5.5 / 3.0)
     assert errors["lines_error"] == pytest.approx(0, abs=1e-9)
     assert errors["parabola_error"] == pytest.approx(0, abs=1e-9)
