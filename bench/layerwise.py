@@ -175,10 +175,10 @@ def parts_of(whole: int, times: Times, *, masked: bool) -> tuple[Parts, dict[str
 
 def measure(case: Case, passes: int, folder: Path) -> tuple[Times, dict[str, float]]:
     times: Times = defaultdict(list)
-    shares = [quarter * case.prefix_tokens // 4 for quarter in (1, 2, 3)]
     for _ in range(passes):
-        for layers in (quarter * case.layers // 4 for quarter in (1, 2, 3, 4)):
-            some, split_at = replace(case, layers=layers), shares if layers == case.layers else []
+        for quarter in (1, 2, 3, 4):
+            some = replace(case, layers=quarter * case.layers // 4)
+            split_at = [part * case.prefix_tokens // 4 for part in (1, 2, 3)] if quarter == 4 else []
             measure_prefill(some, split_at, folder, times)
             measure_restoring(some, split_at, folder, times)
             print(dict(times), file=sys.stderr, flush=True)
@@ -191,14 +191,15 @@ def measure(case: Case, passes: int, folder: Path) -> tuple[Times, dict[str, flo
 
 
 def report_of(case: Case, times: Times, auto_s: dict[str, float]) -> dict[str, Any]:
-    drives = [(regime, reading, how) for regime, reading in REGIMES.items() for how in READING]
+    drives = [("host memory", 0.0, "before")]
+    drives += [(regime, reading, how) for regime, reading in REGIMES.items() for how in READING]
     rows, parts, errors = [], {}, {}
     for attention in ("causal", "masked"):
         found, errors[attention] = parts_of(case.prefix_tokens, times, masked=attention == "masked")
         parts[attention] = found._asdict()
         rows += [
             {"attention": attention, "regime": regime, **compare(found, layers, reading, how)}
-            for regime, reading, how in [("host memory", 0.0, "before"), *drives]
+            for regime, reading, how in drives
             for layers in (case.layers, DEEP)
         ]
     return {
@@ -227,10 +228,9 @@ def main() -> None:
     if arguments.save:
         (RESULTS / "layerwise.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in report["rows"]:
+        where = f"{row['attention']} {row['regime']:>11} {row['layers']:2} layers {row['read']:>7}"
         cells = "  ".join(f"{name} {row[name]['seconds']:6.3f}" for name in ("tokenwise", "layerwise", "either"))
-        print(
-            f"{row['attention']} {row['regime']:>11} {row['layers']:2} layers {row['read']:>7}: {cells}   gain {row['gain']:.3f}"
-        )
+        print(f"{where}: {cells}   gain {row['gain']:.3f}")
     print(f"auto, measured: {report['auto_s']}")
     if arguments.json:
         print(json.dumps(report))
