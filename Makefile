@@ -75,6 +75,7 @@ bench: setup ## time to first token, by method and drive; the prefetcher; storag
 	$(BIN)/python -m bench.paper --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.codec --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.regimes --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.layerwise --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.kernels --compile-only --json $(BENCH_ARGS)
 
 format: setup ## apply ruff's fixes and formatting
