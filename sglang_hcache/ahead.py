@@ -17,6 +17,7 @@ ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
 MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
+_TRIAL = "hcache-trial"  # owner of what is read to see how fast that is
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
 
 
@@ -52,6 +53,7 @@ class _Request:
     let_go_at: float  # monotonic
     at_first: tuple[int, float] | None = None  # pages that were there when it was first looked at, and when that was
     enough: int = 0  # pages, from then on
+    to_try: int = 0  # pages that nobody waits for, to be read to see how fast that is
     pass_s: float = 0.0  # of the engine, from then on; 0 where it is not planned
 
 
@@ -81,11 +83,13 @@ class Ahead:
         self._held: dict[str, float] = {}  # request id → when it was queued
         self.requests_held = self.requests_late = self.lookups_late = 0
         self.held_s = 0.0
+        self._tried = 0  # pages that are being read to see how fast
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: everything asked of the former one is void, and nothing is waited for."""
         self._store = store
         self._requests.clear()
+        self._tried = 0
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
@@ -103,6 +107,7 @@ class Ahead:
 
     def let_go(self) -> list[str]:
         """Held requests that need not wait any longer."""
+        self._look_at_trial()
         if not self._held:
             return []
         now = time.monotonic()
@@ -123,6 +128,7 @@ class Ahead:
                 self.held_s += time.monotonic() - since
                 if self._planner is not None:  # what is missing was not worth waiting for
                     self._store.cut(rid)
+                    self._try_reading(rid)
 
     def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> list[int]:
         """Slots of the leading pages of `keys` to load, all in memory, and leased until `forget`.
@@ -150,6 +156,9 @@ class Ahead:
     def clear(self) -> None:
         for rid in list(self._requests):
             self.forget(rid)
+        if self._tried:
+            self._tried = 0
+            self._store.release(_TRIAL)
 
     def stats(self) -> dict[str, int | float]:
         return {
@@ -176,12 +185,32 @@ class Ahead:
                 queued_pages=sum(max(0, other.enough - other.at_first[0]) for other in before if other.at_first),
             )
             missing = len(request.keys) - request.enough
+            if missing and request.enough <= len(slots):
+                request.to_try = self._planner.pages_to_try()
             request.pass_s = self._planner.pass_s(request.enough, request.prompt, missing_pages=missing)
         enough = done or len(slots) >= request.enough
         pages, since = request.at_first
         if enough and len(self._held) == 1 and len(slots) - pages >= MEASURED_PAGES:
             self._planner.read(len(slots) - pages, time.monotonic() - since)
         return enough
+
+    def _try_reading(self, rid: str) -> None:
+        """A few of the pages that the request did not wait for; one trial at a time, and none beside other reads."""
+        request = self._requests.get(rid)
+        if request is None or not request.to_try or self._held or self._tried:
+            return
+        first = len(self._store.progress(rid).slots)
+        keys = request.keys[first : first + request.to_try]
+        self._tried = len(keys)
+        self._store.prefetch(_TRIAL, keys, deadline_s=NO_DEADLINE_S)
+
+    def _look_at_trial(self) -> None:
+        if not self._tried or not (found := self._store.progress(_TRIAL)).done:
+            return
+        if self._planner is not None and len(found.slots) == self._tried:
+            self._planner.read(self._tried, self._store.took_s(_TRIAL))
+        self._tried = 0
+        self._store.release(_TRIAL)
 
     def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
         now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_hcache.lanes import Lane, Mark
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.follow import Follower, Resource
+from sglang_hcache.planner.follow import PROBE_PAGES, Follower, Resource
 from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
@@ -65,7 +65,8 @@ class LoadPlanner:
             device_tokens=prompt.device_tokens,
             bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
         )
-        pages = plan_load(costs, self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
+        least_pages = self._follower.least_pages(host_pages) if host_pages else 0
+        pages = plan_load(costs, self._layout, hit, least_pages=least_pages).pages
         self.plans += 1
         self.pages_left_out += host_pages - pages
         return pages
@@ -90,7 +91,11 @@ class LoadPlanner:
             ssd_queue_s=queue_s if on_ssd else 0.0,
             remote_queue_s=0.0 if on_ssd else queue_s,
         )
-        return plan_load(self._now(), self._layout, hit, least_pages=self._follower.least_pages(hit)).pages
+        return plan_load(self._now(), self._layout, hit).pages
+
+    def pages_to_try(self) -> int:
+        """Ask once for a hit that waits for no reads: how many to make all the same, to see how fast that is."""
+        return PROBE_PAGES if self._follower.due(self._lower_tier) else 0
 
     def read_s(self, pages: int) -> float:
         """From the lower tier into host memory, with nobody else reading."""
@@ -104,15 +109,22 @@ class LoadPlanner:
 
     # ---- what really happened ----
 
-    def prefilled(self, tokens: Sequence[int], contexts: Sequence[int], seconds: float) -> None:
-        """A forward of some requests' next tokens, each after its context, with nothing to wait for."""
+    def prefilled(
+        self, tokens: Sequence[int], contexts: Sequence[int], seconds: float, *, alone: bool = True
+    ) -> None:
+        """A forward of some requests' next tokens, each after its context; `alone`: it waited for no load.
+
+        Else it says nothing, unless it was faster than it should have been even alone.
+        """
         if sum(tokens) < _LEAST_TOKENS:
             return
         costs = self._calibrated
         together = costs.layer_s(0, 0) + sum(
             costs.layer_s(m, c) - costs.layer_s(0, 0) for m, c in zip(tokens, contexts, strict=True)
         )
-        self._follower.observe(Resource.PREFILL, costs.layers * together + costs.head_s, seconds)
+        expected_s = costs.layers * together + costs.head_s
+        if alone or seconds < expected_s * self._follower.factor(Resource.PREFILL):
+            self._follower.observe(Resource.PREFILL, expected_s, seconds)
 
     def restored(self, tokens: int, seconds: float) -> None:
         """A batch's loads, from host memory to the pool."""
@@ -160,20 +172,20 @@ class ForwardTimer:
     def __init__(self, planner: LoadPlanner | None, lane: Lane) -> None:
         self._planner = planner
         self._lane = lane
-        self._begun: tuple[Sequence[int], Sequence[int], Mark] | None = None
-        self._ended: deque[tuple[Sequence[int], Sequence[int], Mark, Mark]] = deque(maxlen=_MOST_UNREAD)
+        self._begun: tuple[Sequence[int], Sequence[int], bool, Mark] | None = None
+        self._ended: deque[tuple[Sequence[int], Sequence[int], bool, Mark, Mark]] = deque(maxlen=_MOST_UNREAD)
 
     def begin(self, batch: Any, *, alone: bool) -> None:
         """A forward is about to be issued; `alone`: it waits for no load."""
         self._begun = None
         tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
         known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
-        if self._planner is not None and alone and known:
-            self._begun = tokens, contexts, self._lane.mark()
+        if self._planner is not None and known:
+            self._begun = tokens, contexts, alone, self._lane.mark()
 
     def end(self) -> None:
         if self._begun is not None:
             self._ended.append((*self._begun, self._lane.mark()))
-        while self._planner is not None and self._ended and self._ended[0][3].query():
-            tokens, contexts, began, ended = self._ended.popleft()
-            self._planner.prefilled(tokens, contexts, began.elapsed_time(ended) / 1000)
+        while self._planner is not None and self._ended and self._ended[0][4].query():
+            tokens, contexts, alone, began, ended = self._ended.popleft()
+            self._planner.prefilled(tokens, contexts, began.elapsed_time(ended) / 1000, alone=alone)

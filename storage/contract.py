@@ -107,6 +107,10 @@ class ChunkStore(Protocol):
         """`progress`, once it is done or the time is up."""
         ...
 
+    def took_s(self, owner: str) -> float:
+        """Seconds from the owner's prefetch to its end; 0 while it goes on, or where it has none."""
+        ...
+
     def cut(self, owner: str) -> None:
         """Leave out what is not in memory yet; what is, stays leased."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ class Fetch:
     priority: int
     admitted: bool = False
     ready: int = 0
+    began_at: float = field(default_factory=time.monotonic)
+    ended_at: float = 0.0
     slots: dict[int, int] = field(default_factory=dict)  # page's position in the run → leased slot
 
     @property
@@ -85,6 +88,10 @@ class Fetches:
     def progress(self, owner: str) -> Progress:
         fetch = self._by_owner.get(owner)
         return fetch.progress() if fetch else Progress((), True)
+
+    def took_s(self, owner: str) -> float:
+        fetch = self._by_owner.get(owner)
+        return max(0.0, fetch.ended_at - fetch.began_at) if fetch else 0.0
 
     def is_current(self, fetch: Fetch) -> bool:
         return self._by_owner.get(fetch.owner) is fetch
@@ -241,13 +248,17 @@ class Fetches:
         fetch.slots[index] = slot
         while fetch.ready in fetch.slots:
             fetch.ready += 1
-        self.changed.add(fetch.owner)
+        self._touched(fetch)
 
     def _cut(self, fetch: Fetch, length: int) -> None:
         """The run ends before page `length`: what lies behind is worth nothing without it."""
         fetch.keys, behind = fetch.keys[:length], fetch.keys[length:]
         self._arena.release(fetch.slots.pop(i) for i in sorted(fetch.slots) if i >= length)
         self._leave_reads(fetch, behind)
+        self._touched(fetch)
+
+    def _touched(self, fetch: Fetch) -> None:
+        fetch.ended_at = time.monotonic() if fetch.done else 0.0
         self.changed.add(fetch.owner)
 
     def _give_up(self, fetch: Fetch) -> None:

@@ -194,6 +194,10 @@ class LocalStore:
             self._progressed.wait_for(lambda: self._fetches.progress(owner).done, timeout_s)
             return self._fetches.progress(owner)
 
+    def took_s(self, owner: str) -> float:
+        with self._lock:
+            return self._fetches.took_s(owner)
+
     def cut(self, owner: str) -> None:
         with self._lock:
             self._fetches.cut(owner)

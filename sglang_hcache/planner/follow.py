@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from sglang_hcache.planner.machine import Machine
-from sglang_hcache.planner.timeline import Hit
 
 
 class Resource(StrEnum):
@@ -104,17 +103,11 @@ class Follower:
             attention_flop_per_s=at.attention_flop_per_s / factor(Resource.PREFILL),
         )
 
-    def least_pages(self, hit: Hit) -> int:
-        """Ask once a plan: pages to restore in any case, lest a tier that seems too slow is never measured again."""
-        least = before = 0
-        for resource, pages in (
-            (Resource.BUS, hit.host_pages),
-            (Resource.SSD, hit.ssd_pages),
-            (Resource.REMOTE, hit.remote_pages),
-        ):
-            if pages:
-                self._probes[resource].plans_since += 1
-                if self._probes[resource].plans_since >= self._probes[resource].after:
-                    least = before + min(PROBE_PAGES, pages)
-            before += pages
-        return least
+    def least_pages(self, host_pages: int) -> int:
+        """Ask once a plan: pages to restore in any case, lest a bus that seems too slow is never measured again."""
+        return min(PROBE_PAGES, host_pages) if self.due(Resource.BUS) else 0
+
+    def due(self, tier: Resource) -> bool:
+        """Ask once a plan that could have used the tier: whether it should be tried, to see what it delivers now."""
+        self._probes[tier].plans_since += 1
+        return self._probes[tier].plans_since >= self._probes[tier].after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class _Wanted:
     ticket: int
     slots: list[int] = field(default_factory=list)
     done: bool = False
+    began_at: float = field(default_factory=time.monotonic)
+    ended_at: float = 0.0
 
 
 class PrefetchClient:
@@ -129,6 +132,11 @@ class PrefetchClient:
             self._changed.wait_for(lambda: self._progress(owner).done, timeout_s)
             return self._progress(owner)
 
+    def took_s(self, owner: str) -> float:
+        with self._lock:
+            wanted = self._wanted.get(owner)
+            return max(0.0, wanted.ended_at - wanted.began_at) if wanted else 0.0
+
     def cut(self, owner: str) -> None:
         self._connection.send(m.Cancel(owner=owner))
 
@@ -181,6 +189,7 @@ class PrefetchClient:
                 assert message.first == len(wanted.slots), "pages are announced in order"
                 wanted.slots.extend(message.slots)
                 wanted.done = message.done
+                wanted.ended_at = time.monotonic() if message.done else 0.0
                 self._changed.notify_all()
                 if message.done:
                     os.eventfd_write(self._news, 1)

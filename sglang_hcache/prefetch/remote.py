@@ -266,6 +266,9 @@ class RemoteClient:
                 return Progress((), False)
         return self._store.wait(owner, max(0.0, deadline - time.monotonic()))
 
+    def took_s(self, owner: str) -> float:
+        return self._store.took_s(owner)
+
     def cut(self, owner: str) -> None:
         with self._lock:
             if owner in self._pending:

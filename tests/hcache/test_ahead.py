@@ -12,6 +12,7 @@ import pytest
 from sglang_hcache import ahead
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
 from sglang_hcache.load_planner import LoadPlanner, Prompt
+from sglang_hcache.planner.follow import PROBE_EVERY
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
@@ -132,6 +133,23 @@ def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> No
     requests.admit(["a"])
     assert store.progress("a").done, "the rest is not read"
     assert requests.stats()["requests_let_go_late"] == 0
+
+
+def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalStore, disk: threading.Event) -> None:
+    disk.set()
+    believes = planner(ssd_bytes_per_s=1e3)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    for _ in range(PROBE_EVERY):
+        assert believes.stats()["slower_ssd"] == 1.0
+        requests.queued("a", keys_of(range(10)))
+        assert requests.let_go() == ["a"]
+        requests.admit(["a"])
+        requests.forget("a")
+        store.drop_host()
+    store.wait("hcache-trial", 10)
+    assert requests.let_go() == []
+    assert float(str(believes.stats()["slower_ssd"])) < 0.1
+    assert store.stats()["pages_leased"] == 0
 
 
 def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threading.Event) -> None:

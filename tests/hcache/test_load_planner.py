@@ -75,16 +75,18 @@ def test_a_remote_store_is_the_lower_tier_where_there_is_one() -> None:
 def test_drives_that_turn_out_slow_are_waited_for_no_more_and_tried_again() -> None:
     follows = planner(replace(CPU, ssd_bytes_per_s=10e9))
     seconds = 64 * PAGE * 8 * SHAPE.hidden_bytes / 2e6
-    waited = []
+    waited, probes = list[int](), list[int]()
     for _ in range(120):
         wanted = follows.worth_waiting_for(0, 64, PROMPT)
         waited.append(wanted)
         follows._costs_at = 0.0  # as if time had passed
         if wanted:
             follows.read(wanted, seconds * wanted / 64)
+        elif pages := follows.pages_to_try():
+            follows.read(pages, seconds * pages / 64)
+            probes.append(len(waited))
     assert waited[0] == 64
-    assert set(waited[10:]) == {0, PROBE_PAGES}
-    probes = [plan for plan, wanted in enumerate(waited) if wanted == PROBE_PAGES]
+    assert set(waited[3:]) == {0}, "nobody waits"
     gaps = [later - sooner for sooner, later in pairwise(probes)]
     assert gaps == sorted(gaps), "a tier that stays slow is tried less and less often"
     assert gaps[-1] > gaps[0]
@@ -111,6 +113,18 @@ def test_restoring_that_takes_longer_than_measured_is_seen() -> None:
             follows.restored(1024, 100.0)
         follows._costs_at = 0.0
         assert follows.pages(64, PROMPT) in (0, PROBE_PAGES)
+
+
+def test_prefill_that_is_believed_slow_is_seen_to_be_fast_beside_loads() -> None:
+    """Else all is restored for ever, and no forward is ever without a load."""
+    follows = planner()
+    expected_s = costs_of(SHAPE, CPU).prefill_s(512)
+    for _ in range(20):
+        follows.prefilled([512], [0], 3 * expected_s, alone=False)
+    assert follows.stats()["slower_prefill"] == 1.0, "it may have waited for the load"
+    for _ in range(20):
+        follows.prefilled([512], [0], expected_s / 10, alone=False)
+    assert follows.stats()["slower_prefill"] == pytest.approx(0.1, rel=0.2)
 
 
 def test_short_work_says_nothing() -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.follow import OUTLIER, PROBE_EVERY, Follower, Resource
+from sglang_hcache.planner.follow import OUTLIER, PROBE_EVERY, PROBE_PAGES, Follower, Resource
 from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.machine import Machine, machine_of
 from sglang_hcache.planner.save import plan_save
@@ -47,6 +47,10 @@ class Server:
         ):
             noise = math.exp(self.random.gauss(0, NOISE)) * (8 if self.random.random() < STALLS else 1)
             follower.observe(resource, work_s(self.calibrated), work_s(self.true) * noise)
+
+    def read(self, follower: Follower, layout: Layout, tokens: int) -> None:
+        calibrated_s, true_s = (tokens * per_token(costs, layout, "ssd") for costs in (self.calibrated, self.true))
+        follower.observe(Resource.SSD, calibrated_s, true_s * math.exp(self.random.gauss(0, NOISE)))
 
 
 def per_token(costs: Costs, layout: Layout, tier: str) -> float:
@@ -87,8 +91,10 @@ def test_ten_times_wrong_is_right_within_20_loads(wrong: dict[str, float], gpu: 
         for _ in range(LOADS):
             hit = some_hit(chance)
             believed = costs_of(LLAMA_2_7B, follower.machine())
-            plan = plan_load(believed, layout, hit, least_pages=follower.least_pages(hit))
+            plan = plan_load(believed, layout, hit, least_pages=follower.least_pages(hit.host_pages))
             server.load(follower, layout, hit, plan.pages)
+            if plan.pages <= hit.host_pages and follower.due(Resource.SSD):
+                server.read(follower, layout, PROBE_PAGES * hit.page_tokens)
         believed = costs_of(LLAMA_2_7B, follower.machine())
         for _ in range(5):
             hit = some_hit(chance)
@@ -141,18 +147,20 @@ def test_what_cannot_be_a_time_is_ignored() -> None:
 def test_a_load_whose_projection_was_slower_has_tried_host_memory() -> None:
     follower = Follower(machine_of("A100-80"))
     for _ in range(3 * PROBE_EVERY):
-        assert follower.least_pages(Hit(64, host_pages=50)) == 0
+        assert follower.least_pages(50) == 0
         follower.observe(Resource.PROJECTION, 1.0, 1.0)
 
 
-def test_a_probe_is_asked_for_after_some_plans_without_a_load() -> None:
+def test_a_tier_is_tried_after_some_plans_without_a_load() -> None:
     follower = Follower(machine_of("A100-80"))
-    hit = Hit(64, host_pages=50, ssd_pages=2)
     for _ in range(PROBE_EVERY - 1):
         follower.observe(Resource.BUS, 1.0, 1.0)
-        assert follower.least_pages(hit) == 0
-    assert follower.least_pages(hit) == 52, "into the tier that was not measured"
+        assert follower.least_pages(50) == 0
+        assert not follower.due(Resource.SSD)
+    assert follower.due(Resource.SSD)
     follower.observe(Resource.SSD, 1.0, 1.0)
-    asked = [follower.least_pages(Hit(64, host_pages=50)) for _ in range(PROBE_EVERY)]
+    assert not follower.due(Resource.SSD)
+    asked = [follower.least_pages(50) for _ in range(PROBE_EVERY)]
     assert asked[0] == 0
-    assert 0 < asked[-1] < 50
+    assert asked[-1] == PROBE_PAGES
+    assert follower.least_pages(2) == 2
