@@ -5,11 +5,12 @@
 Method: an MHA and a GQA Llama in float32 are served with an evicted prefix on disk only: the KV pool holds one
 conversation and a little more, two take turns, and device and host memory are emptied before each request. Reading is
 limited (`--hcache-read-limit`) so that the smaller representation of the whole prefix takes 4 times (starved), once
-(balanced), or a tenth (rich) of what prefilling it takes, as measured on the server without a tier in the same run.
-`hidden` and `kv` restore all of it (`--hcache-plan always`), `auto` is the server as it comes; every request asks for
-its prefix and 64 tokens never seen before, so `recompute` is prefilling both. Medians over the rounds, after two
-requests of each server that fill the store and two that are not counted. `worst_auto` is the largest ratio of auto's
-median to the best method's. Answers are compared with recompute's token by token.
+(balanced), or a tenth (rich) of what prefilling it takes, as measured before on the server without a tier. `hidden`
+and `kv` restore all of it (`--hcache-plan always`), `auto` is the server as it comes; every request asks for its
+prefix and 64 tokens never seen before, so `recompute` is prefilling both. All four servers run at once and are asked
+in turn, so that a noisy machine slows all of them; those that are not asked sleep. Medians over the rounds, after two
+requests of each that fill the store and two that are not counted. `worst_auto` is the largest ratio of auto's median
+to the best method's. Answers are compared with recompute's token by token.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ NEW_TOKENS = 64
 ANSWER_TOKENS = 4
 PAGE_TOKENS = 64
 UNCOUNTED = 2
-METHODS = ("hidden", "kv", "auto")
+METHODS = ("auto", "hidden", "kv")  # auto first: it measures the machine at its start
 REGIMES = {"starved": 4.0, "balanced": 1.0, "rich": 0.1}  # reading time over prefilling time
 
 
@@ -67,75 +69,95 @@ class Case:
         return random_prompt(self.prefix_tokens, seed=request % 2) + random_prompt(NEW_TOKENS, seed=1000 + request)
 
 
-@dataclass(frozen=True)
-class Served:
-    answers: list[Answer]
-    state: dict[str, Any]
+@dataclass
+class Contender:
+    """A server, and what it answered."""
 
-    @property
-    def ttft_s(self) -> float:
-        return statistics.median(answer.ttft_s for answer in self.answers)
+    case: Case
+    server: Server
+    tiered: bool
+    requests: int = 0
+    answers: list[Answer] = field(default_factory=list)
+
+    def ask(self) -> Answer:
+        """The next request; all but the first two find their prefix in files only, or nowhere."""
+        if self.tiered:
+            wait_until_written(self.server)
+        if self.requests >= 2:
+            self.server.flush_cache()
+        self.answers.append(self.server.generate(self.case.prompt(self.requests), ANSWER_TOKENS))
+        self.requests += 1
+        return self.answers[-1]
+
+    def state(self) -> dict[str, Any]:
+        """Of the tier."""
+        found: dict[str, Any] = self.server.server_info()["internal_states"][0]["hcache"]
+        return found
 
 
-def serve(
-    case: Case,
-    method: str,
-    limit_gb: float | None,
-    folder: Path,
-    *,
-    store: Path | None = None,
-    loads: int = UNCOUNTED,
-) -> Served:
-    """The counted answers, after `loads` that are not; with a store of its own, if none is given."""
+@contextmanager
+def serving(
+    case: Case, method: str, limit_gb: float, folder: Path, *, store: Path | None = None
+) -> Iterator[Contender]:
+    """With a store of its own, if none is given. Before it, nothing else may run: `auto` measures the machine."""
     pool_tokens = -(-(case.prefix_tokens + NEW_TOKENS + ANSWER_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS + 256
     args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(pool_tokens), "--sleep-on-idle"]
-    tiered = method != "recompute"
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        if tiered:
+        if method != "recompute":
             args += ["--hicache-backend", "hcache", "--hcache-dir", str(store or own), "--hicache-ratio", "4"]
             args += ["--hicache-storage-prefetch-policy", "wait_complete", "--hcache-read-limit", str(limit_gb)]
         if method in ("hidden", "kv"):
             args += ["--hcache-plan", "always", "--hcache-representation", method]
-        with Server(
-            make_model(folder / case.model, case.spec), args, log=folder / f"{case.model}-{method}.log"
-        ) as server:
-            answers = []
-            for request in range(2 + loads + case.rounds):
-                if tiered:
-                    wait_until_written(server)
-                if request >= 2:
-                    server.flush_cache()
-                answers.append(server.generate(case.prompt(request), ANSWER_TOKENS))
-            state = server.server_info()["internal_states"][0]["hcache"] if tiered else {}
-    return Served(answers[2 + loads :], state)
+        model = make_model(folder / case.model, case.spec)
+        with Server(model, args, log=folder / f"{case.model}-{method}.log") as server:
+            yield Contender(case, server, tiered=method != "recompute")
+
+
+def median_s(answers: Sequence[Answer]) -> float:
+    return statistics.median(answer.ttft_s for answer in answers)
+
+
+def compete(case: Case, regime: str, plain: Contender, prefill_s: float, folder: Path) -> tuple[dict[str, Any], bool]:
+    """A row of the report, and whether all answers were the same."""
+    limit_gb = case.smaller_bytes / (REGIMES[regime] * prefill_s) / 1e9
+    with ExitStack() as stack:
+        tiers = {method: stack.enter_context(serving(case, method, limit_gb, folder)) for method in METHODS}
+        plain.requests, plain.answers = 0, []
+        everybody = {"recompute": plain} | tiers
+        for _ in range(2 + UNCOUNTED + case.rounds):
+            for contender in everybody.values():
+                contender.ask()
+        state = tiers["auto"].state()
+    counted = {method: contender.answers[-case.rounds :] for method, contender in everybody.items()}
+    seconds = {method: median_s(answers) for method, answers in counted.items()}
+    best = min(value for method, value in seconds.items() if method != "auto")
+    row = {
+        "regime": regime,
+        "model": case.model,
+        **seconds,
+        "auto_over_best": seconds["auto"] / best,
+        "auto_restored": statistics.mean(answer.cached_host for answer in counted["auto"]) / case.prefix_tokens,
+        "auto_stores": {"hidden_layers": state["layers_hidden"], "kv_layers": state["layers_kv"]},
+        "all_s": {method: [answer.ttft_s for answer in answers] for method, answers in counted.items()},
+        "read_limit_gb_s": limit_gb,
+        "factors": {name: value for name, value in state.items() if name.startswith("slower_")},
+    }
+    pairs = (pair for tier in tiers.values() for pair in zip(tier.answers, plain.answers, strict=True))
+    return row, all(compare(*pair).same_tokens for pair in pairs)
 
 
 def run(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     equal = True
     for case in cases:
-        plain = serve(case, "recompute", None, folder)
-        _progress(f"{case.model}: prefilled in {plain.ttft_s:.2f} s")
-        for regime, reading in REGIMES.items():
-            limit_gb = case.smaller_bytes / (reading * plain.ttft_s) / 1e9
-            served = {method: serve(case, method, limit_gb, folder) for method in METHODS}
-            seconds = {"recompute": plain.ttft_s} | {method: found.ttft_s for method, found in served.items()}
-            for found in served.values():
-                equal &= all(compare(*pair).same_tokens for pair in zip(found.answers, plain.answers, strict=True))
-            best = min(value for method, value in seconds.items() if method != "auto")
-            restored = statistics.mean(answer.cached_host for answer in served["auto"].answers) / case.prefix_tokens
-            rows.append(
-                {
-                    "regime": regime,
-                    "model": case.model,
-                    **seconds,
-                    "auto_over_best": seconds["auto"] / best,
-                    "auto_restored": restored,
-                    "read_limit_gb_s": limit_gb,
-                    "factors": {k: v for k, v in served["auto"].state.items() if k.startswith("slower_")},
-                }
-            )
-            _progress(json.dumps(rows[-1]))
+        with serving(case, "recompute", 0.0, folder) as plain:
+            prefill_s = median_s([plain.ask() for _ in range(2 + case.rounds)][2:])
+            _progress(f"{case.model}: prefilled in {prefill_s:.2f} s")
+            for regime in REGIMES:
+                row, same = compete(case, regime, plain, prefill_s, folder)
+                rows.append(row)
+                equal &= same
+                _progress(json.dumps(row))
     return {
         "rows": rows,
         "worst_auto": max(row["auto_over_best"] for row in rows),

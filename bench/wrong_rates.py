@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.regimes import REGIMES, RESULTS, Case, serve
+from bench.harness import Answer
+from bench.regimes import REGIMES, RESULTS, Case, median_s, serving
 
 LOADS = 20
 RATES = {
@@ -40,35 +41,42 @@ def spoil(right: dict[str, Any], wrong: dict[str, float]) -> dict[str, Any]:
     return right | {"rates": right["rates"] | {field: right["rates"][field] * by for field, by in factors.items()}}
 
 
+def serve(case: Case, limit_gb: float, folder: Path, store: Path, loads: int) -> tuple[float, dict[str, Any]]:
+    """Seconds to the first token after so many loads, and what the server then believes."""
+    with serving(case, "auto", limit_gb, folder, store=store) as contender:
+        answers: list[Answer] = [contender.ask() for _ in range(2 + loads + case.rounds)]
+        factors = {name: value for name, value in contender.state().items() if name.startswith("slower_")}
+    return median_s(answers[2 + loads :]), factors
+
+
 def run(case: Case, loads: int, folder: Path) -> dict[str, Any]:
-    plain = serve(case, "recompute", None, folder)
+    with serving(case, "recompute", 0.0, folder) as plain:
+        prefill_s = median_s([plain.ask() for _ in range(2 + case.rounds)][2:])
     rows, worst = [], 0.0
     for regime, wrongs in WRONG.items():
-        limit_gb = case.smaller_bytes / (REGIMES[regime] * plain.ttft_s) / 1e9
+        limit_gb = case.smaller_bytes / (REGIMES[regime] * prefill_s) / 1e9
         store = folder / regime
-        first = serve(case, "auto", limit_gb, folder, store=store, loads=loads)
+        before_s, _ = serve(case, limit_gb, folder, store, loads)
         (kept,) = (store / "calibration").glob("*.json")
         right = json.loads(kept.read_text())
         found = []
         for wrong in wrongs:
             kept.write_text(json.dumps(spoil(right, wrong)))
-            served = serve(case, "auto", limit_gb, folder, store=store, loads=loads)
-            found.append((wrong, served))
-            _progress(f"{regime}, {wrong}: {served.ttft_s:.3f} s, right {first.ttft_s:.3f} s")
+            found.append((wrong, *serve(case, limit_gb, folder, store, loads)))
+            _progress(f"{regime}, {found[-1]}, right {before_s:.3f} s")
         kept.write_text(json.dumps(right))
-        again = serve(case, "auto", limit_gb, folder, store=store, loads=loads)
-        right_s = statistics.mean([first.ttft_s, again.ttft_s])
-        for wrong, served in found:
-            factors = {name: value for name, value in served.state.items() if name.startswith("slower_")}
-            row = {"regime": regime, "believed": wrong, "ttft_s": served.ttft_s, "factors": factors}
-            rows.append(row | {"right_s": [first.ttft_s, again.ttft_s], "over_right": served.ttft_s / right_s})
-            worst = max(worst, served.ttft_s / right_s)
+        after_s, _ = serve(case, limit_gb, folder, store, loads)
+        for wrong, seconds, factors in found:
+            over_right = seconds / statistics.mean([before_s, after_s])
+            row = {"regime": regime, "believed": wrong, "ttft_s": seconds, "factors": factors}
+            rows.append(row | {"right_s": [before_s, after_s], "over_right": over_right})
+            worst = max(worst, over_right)
     return {
         "rows": rows,
         "worst": worst,
         "loads": loads,
         "model": case.model,
-        "recompute_s": plain.ttft_s,
+        "recompute_s": prefill_s,
         "machine": {"cores": os.cpu_count()},
         "date": datetime.date.today().isoformat(),
         "method": " ".join((__doc__ or "").split("Method: ")[1].split()),

@@ -136,7 +136,6 @@ def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> No
 
 
 def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalStore, disk: threading.Event) -> None:
-    disk.set()
     believes = planner(ssd_bytes_per_s=1e3)
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
@@ -145,7 +144,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalSto
         assert requests.let_go() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
-        store.drop_host()
+    disk.set()
     store.wait("hcache-trial", 10)
     assert requests.let_go() == []
     assert float(str(believes.stats()["slower_ssd"])) < 0.1
