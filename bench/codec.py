@@ -3,16 +3,17 @@
     python -m bench.codec [--json] [--rounds N] [--save]
 
 Method: each kind is a page of 64 tokens by 4,096 values in bf16 (a model's: by its own width), drawn from seed 0;
-packed and unpacked again, every bit compared. `ratio` is packed over raw bytes, header included. `entropy` is what
-an ideal code of the exponents would reach, with one distribution a page, and the others are what other layouts
-would take of the same page by counting bits, not codecs that exist: fixed codes of 2 and 4 bits beside an escape,
-codes of 2 bits whose escapes have codes of 3 bits, and codes of 3 bits relative to the median exponent of each
-channel. Lossy errors are the root mean square and the largest of the difference over the same of the values.
-Llama here has random weights (bench/models.py) and is left out without transformers: its hidden states have no
-outlier channels that training makes, and its K are before RoPE. The CPU's rates are of the PyTorch reference, one
-thread, raw bytes over the median of the rounds after one that warms up. With a GPU: pages, 256 MiB raw in all, are
-decoded in one launch with the L2 cold, beside a copy of as many raw bytes from pinned memory in the same run; medians
-of CUDA events.
+packed and unpacked again, every bit of the rows that fit compared. `fit` is their share; packed they take `ratio` of
+their bytes. `filled` is what would be left of that if a row ended with its last escape. `entropy` is what an ideal
+code of the exponents would reach, with one distribution a page, and the others are what other layouts would take of
+the same page by counting bits, not codecs that exist: fixed codes of 2, 3 and 4 bits beside an escape, codes of 2
+bits whose escapes have codes of 3 bits, and codes of 3 bits relative to the median exponent of each channel. Lossy
+errors are the root mean square and the largest of the difference over the same of the values. Llama here has random
+weights (bench/models.py) and is left out without transformers: its hidden states have no outlier channels that
+training makes, and its K are before RoPE. The CPU's rates are of the PyTorch references, one thread, raw bytes over
+the median of the rounds after one that warms up. With a GPU: 256 MiB of raw rows are encoded and decoded in one
+launch each with the L2 cold, beside a copy of as many raw bytes from pinned memory in the same run; medians of CUDA
+events.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ RESULTS = Path(__file__).parent / "results"
 TOKENS, WIDTH = 64, 4096
 HEAD_DIM = 128
 RAW_ON_GPU = 256 << 20  # bytes; several times the L2
-PACKED_ROWS = 64 * TOKENS  # packed on the GPU as one page
 FLUSHED = 1 << 30  # bytes written before each timing: nothing is in the L2, and the launch does not wait for Python
 
 
@@ -107,11 +107,15 @@ def from_random_llama() -> Iterator[tuple[str, torch.Tensor]]:
 # --- sizes and errors ---
 
 
-def packed_sizes(page: torch.Tensor) -> dict[str, float]:
+def packed_sizes(page: torch.Tensor) -> dict[str, float | None]:
     """Packed over raw bytes, measured, and of other layouts, counted."""
-    packed = packing.pack(page)
-    if not torch.equal(packing.unpack_reference(packed).view(torch.int16), page.view(torch.int16)):
-        sys.exit("bench.codec: a page came back changed.")
+    width = page.shape[1]
+    packed = packing.pack_rows_reference(page)
+    fit = packed[:, packing.fits_at(width)] == 0
+    if not torch.equal(packing.unpack_rows_reference(packed[fit]).view(torch.int16), page[fit].view(torch.int16)):
+        sys.exit("bench.codec: a row came back changed.")
+    escapes = packed[fit, packing.fits_at(width) + 1 :] != 0  # an exponent of 0 that escapes is not counted
+    filled = (packing.fits_at(width) + 1 + float(escapes.sum(1).double().mean())) / (2 * width) if fit.any() else None
     exponents = (page.view(torch.int16) >> 7 & 0xFF).to(torch.int64)
     counts = torch.bincount(exponents.flatten(), minlength=256).sort(descending=True).values.double()
     share = counts[counts > 0] / counts.sum()
@@ -120,11 +124,13 @@ def packed_sizes(page: torch.Tensor) -> dict[str, float]:
     bits = {
         "entropy": float(-(share * share.log2()).sum()),
         "codes_2_bits": _escape_bits(counts, 2),
+        "codes_3_bits": _escape_bits(counts, 3),
         "codes_4_bits": _escape_bits(counts, 4),
         "codes_2_then_3_bits": 2 + float((3 * counts[3:].sum() + 8 * counts[10:].sum()) / counts.sum()),
         "codes_3_bits_by_channel": _escape_bits(by_channel, 3) + 8 / page.shape[0],
     }
-    return {"ratio": packed.numel() / (2 * page.numel())} | {name: (8 + each) / 16 for name, each in bits.items()}
+    sizes = {"ratio": packed.shape[1] / (2 * width), "fit": float(fit.float().mean()), "filled": filled}
+    return sizes | {name: (8 + each) / 16 for name, each in bits.items()}
 
 
 def _escape_bits(counts: torch.Tensor, bits: int) -> float:
@@ -151,10 +157,10 @@ def lossy_errors(page: torch.Tensor) -> dict[str, dict[str, float]]:
 
 def cpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
     """GB/s of raw bytes."""
-    packed = packing.pack(page)
+    packed = packing.pack_rows_reference(page)
     calls: dict[str, Callable[[], object]] = {
-        "pack": partial(packing.pack, page),
-        "unpack_reference": partial(packing.unpack_reference, packed),
+        "pack": partial(packing.pack_rows_reference, page),
+        "unpack": partial(packing.unpack_rows_reference, packed),
     }
     for code in quantize.CODE_TYPES:
         codes, scales = quantize.quantize_lossy_reference(page, code)
@@ -173,21 +179,15 @@ def _median_s(call: Callable[[], object], rounds: int) -> float:
 
 
 def gpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
-    """GB/s of raw bytes; `page` decoded many times over from as many packed copies of it."""
-    pages = RAW_ON_GPU // (2 * page.numel())
-    one = packing.pack(page)
-    stride = -(-one.numel() // packing.ALIGNMENT) * packing.ALIGNMENT
-    packed = torch.zeros(pages, stride, dtype=torch.uint8, device="cuda")
-    packed[:, : one.numel()] = one.cuda()
-    starts = torch.arange(pages, device="cuda") * stride
-    host = page.repeat(pages, 1).pin_memory()
+    """GB/s of raw bytes; many copies of `page`."""
+    host = page.repeat(RAW_ON_GPU // (2 * page.numel()), 1).pin_memory()
     source = host.cuda()
-    out = torch.zeros_like(source)
+    packed, out = packing.pack_rows(source), torch.zeros_like(source)
     calls: dict[str, Callable[[], object]] = {
-        "unpack": partial(packing.unpack, packed.view(-1), out, starts),
+        "pack": partial(packing.pack_rows, source),
+        "unpack": partial(packing.unpack_rows, packed, out),
         "copy_to_device": partial(out.copy_, host, non_blocking=True),
         "copy_on_device": partial(out.copy_, source),
-        "pack": partial(packing.pack, source[:PACKED_ROWS]),
     }
     for code in quantize.CODE_TYPES:
         codes, scales = quantize.quantize_lossy(source, code)
@@ -195,10 +195,10 @@ def gpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
         calls[f"dequantize_{code}"] = partial(quantize.dequantize_lossy, codes, scales, out)
     rates = {}
     for name, call in calls.items():
-        values = source[:PACKED_ROWS].numel() if name == "pack" else source.numel()
-        rates[name] = 2 * values / _median_on_gpu_s(call, rounds) / 1e9
+        out.zero_()
+        rates[name] = 2 * source.numel() / _median_on_gpu_s(call, rounds) / 1e9
         if name == "unpack" and not torch.equal(out.view(torch.int16), source.view(torch.int16)):
-            sys.exit("bench.codec: the kernel decoded a page wrongly.")
+            sys.exit("bench.codec: the kernel decoded a row wrongly.")
     return rates | {"unpack_over_copy_to_device": rates["unpack"] / rates["copy_to_device"]}
 
 
@@ -255,7 +255,10 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "codec.json").write_text(json.dumps(report, indent=2) + "\n")
     for name, sizes in report["kinds"].items():
-        print(f"{name:>50}: {sizes['ratio']:.3f} of the bytes (entropy {sizes['entropy']:.3f})")
+        print(
+            f"{name:>50}: {sizes['ratio']:.3f} of the bytes of {sizes['fit']:.1%} of the rows, "
+            f"filled to {sizes['filled'] or 1:.3f} (entropy {sizes['entropy']:.3f})"
+        )
     for where in ("cpu", "gpu"):
         for name, rate in (report[f"{where}_gb_s"] or {}).items():
             print(f"{where} {name:>46}: {rate:8.2f}{'' if 'over' in name else ' GB/s'}")

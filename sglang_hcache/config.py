@@ -28,7 +28,7 @@ REPRESENTATION_CHOICES = ("auto", *Representation)
 PLAN_CHOICES = ("auto", "always")  # restore what is faster than to prefill it; or all there is
 
 
-LOSSY_CHOICES = ("int8", "fp8_e4m3")  # codes of hidden states, as `triton_kernels.quantize` names them
+CODEC_CHOICES = ("packed", "lossy_int8", "lossy_fp8_e4m3")  # of hidden states
 
 
 def default_directory() -> Path:
@@ -43,7 +43,7 @@ class HCacheConfig:
     directories: tuple[str, ...]  # absolute paths, one store each, striped
     representation: str = "auto"  # one of REPRESENTATION_CHOICES
     plan: str = "auto"  # one of PLAN_CHOICES
-    lossy: str | None = None  # one of LOSSY_CHOICES
+    codec: str | None = None  # one of CODEC_CHOICES; None: hidden states as they are
     directory_bytes: int | None = None  # bound of what each directory takes; None for the whole disk
     read_bytes_per_s: float | None = None  # the most that is read from files; None for all they give
     prefetcher: str | None = None  # tcp://HOST:PORT of one on another host; None for this node's own

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from sglang_hcache.config import (
+    CODEC_CHOICES,
     DEFAULT_PAGE_SIZE,
-    LOSSY_CHOICES,
     PLAN_CHOICES,
     REPRESENTATION_CHOICES,
     HCacheConfig,
@@ -31,7 +31,7 @@ GB = 10**9
 _LOCAL = ("hcache_dir", "hcache_dir_size", "hcache_read_limit")  # about files on this host
 _CHOICES = {
     "hcache_representation": REPRESENTATION_CHOICES,
-    "hcache_lossy": LOSSY_CHOICES,
+    "hcache_codec": CODEC_CHOICES,
     "hcache_plan": PLAN_CHOICES,
 }
 _OURS = (*_LOCAL, *_CHOICES, "hcache_prefetch_timeout", "hcache_prefetcher", "hcache_keys")
@@ -88,11 +88,11 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "smaller one.",
     )
     group.add_argument(
-        "--hcache-lossy",
-        choices=LOSSY_CHOICES,
+        "--hcache-codec",
+        choices=CODEC_CHOICES,
         default=None,
-        help="Store hidden states in eight bits, half the bytes of bf16. LOSSY: what is restored is close to what "
-        "was prefilled, not equal, and answers may differ. Default: off.",
+        help="Store hidden states in fewer bytes: packed into three quarters of bf16's, without a change to any; or "
+        "lossy, in eight bits a value, which gives answers that are close, not equal. Default: as they are.",
     )
     group.add_argument(
         "--hcache-plan",
@@ -185,10 +185,10 @@ def translate(values: MutableMapping[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if ours[name] not in (None, *choices):
             raise FlagError(f"{_flag(name)}: {ours[name]!r} is not one of {', '.join(choices)}")
-    representation, lossy = ours["hcache_representation"], ours["hcache_lossy"]
-    if lossy is not None and representation == Representation.KV:
-        raise FlagError("--hcache-lossy is for hidden states: drop it, or --hcache-representation kv")
-    if lossy is not None:
+    representation, codec = ours["hcache_representation"], ours["hcache_codec"]
+    if codec is not None and representation == Representation.KV:
+        raise FlagError("--hcache-codec is for hidden states: drop it, or --hcache-representation kv")
+    if codec is not None:
         representation = str(Representation.HIDDEN)
     directory_gb, read_gb = ours["hcache_dir_size"], ours["hcache_read_limit"]
     prefetcher, keys = ours["hcache_prefetcher"], ours["hcache_keys"]
@@ -204,7 +204,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
         directories=_writable_directories(ours["hcache_dir"]),
         representation=representation or "auto",
         plan=ours["hcache_plan"] or "auto",
-        lossy=lossy,
+        codec=codec,
         directory_bytes=None if directory_gb is None else int(directory_gb * GB),
         read_bytes_per_s=None if read_gb is None else read_gb * GB,
         prefetcher=prefetcher,

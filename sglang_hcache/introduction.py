@@ -39,7 +39,7 @@ class Introduction:
         self._model = model_config
         self._pool = pool
         self._stored = stored
-        self._lossy = config.lossy
+        self._codec = config.codec
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
         self._identity = self._fingerprint(self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"))
@@ -68,7 +68,7 @@ class Introduction:
             about={
                 "model": self._model.model_path,
                 "dtype": str(self._model.dtype).removeprefix("torch."),
-                "representation": self._stored.name + (f", lossy {self._lossy}" if self._lossy else ""),
+                "representation": ", ".join(filter(None, (self._stored.name, self._codec))),
             },
         )
 
@@ -100,7 +100,7 @@ class Introduction:
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
             ("hidden_layers", self._stored.layout.hidden),
-            ("lossy", self._lossy),
+            ("codec", self._codec),
         ]
         if self._stored.layout.kv:
             parallel = get_parallel()

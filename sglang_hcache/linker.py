@@ -281,7 +281,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "layers_hidden": self._stored.layout.hidden,
             "layers_kv": self._stored.layout.kv,
             "projector": self._stored.projector_names,
-            "lossy": self._config.lossy,
+            "codec": self._config.codec,
             "bytes_per_token": sum(self._stored.row_bytes),
             "page_size": self._page_tokens,
             "loads_accepted": self._loads["accepted"],
@@ -302,7 +302,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         config, runner, pool = self._config, serving.runner, self._pool
         hidden_wanted = config.representation != Representation.KV
         ways = ways_of(
-            runner, serving.capture, pool, self._page_tokens, hidden_wanted=hidden_wanted, lossy=config.lossy
+            runner, serving.capture, pool, self._page_tokens, hidden_wanted=hidden_wanted, codec=config.codec
         )
         stored = choose_by_flag(config.representation, ways, pool.layer_num)
         if config.plan != "auto":
@@ -378,8 +378,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             if not layout.hidden:
                 return KVSaver(store, self._work, others)
         assert capture is not None
-        lossy = self._stored.of(0).lossy
-        saver = HiddenSaver(store, self._work, layers=layout.hidden, others=others, lossy=lossy)
+        saver = HiddenSaver(store, self._work, layers=layout.hidden, others=others, code=self._stored.of(0).code)
         capture.sink = saver
         return saver
 

@@ -15,11 +15,11 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
-from sglang_hcache.lossy import LossyCode, LossyProjector
 from sglang_hcache.model import kv_row_bytes
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.restore import Projector
+from sglang_hcache.row_code import DecodingProjector, RowCode, row_code
 from sglang_hcache.selftest import run_self_test
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Way:
     dtype: torch.dtype  # of a row's elements
     projector: Projector
     projector_name: str
-    lossy: LossyCode | None = None  # rows are encoded by it
+    code: RowCode | None = None  # rows are encoded by it
 
 
 @dataclass(frozen=True)
@@ -86,34 +86,29 @@ def ways_of(
     page_tokens: int,
     *,
     hidden_wanted: bool,
-    lossy: str | None,
+    codec: str | None,
 ) -> Ways:
     """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
 
-    lossy: how they are stored, if not as they are; the test is of the projector alone.
+    codec: how they are stored, if not as they are. A lossy one has no part in the test.
     """
     kv_bytes = sum(kv_row_bytes(pool, 0))
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
-        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens)
-        if projector is not None:
-            hidden = _hidden_way(projector, model_runner.model_config, lossy)
+        model = model_runner.model_config
+        code = row_code(codec, model.hidden_size, model.dtype) if codec is not None else None
+        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, code)
+        if projector is not None and code is not None:
+            name = f"{projector.name}, from {code.name}"
+            hidden = Way(code.row_bytes, torch.uint8, DecodingProjector(projector, code), name, code)
+        elif projector is not None:
+            hidden = Way(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
     kv = Way(kv_bytes, torch.uint8, KVProjector(pool), "copy")
     return Ways(hidden, obstacle, kv, kv_bytes * get_parallel().tp_size)
 
 
-def _hidden_way(projector: KernelProjector | ReplayProjector, model_config: Any, lossy: str | None) -> Way:
-    width: int = model_config.hidden_size
-    dtype: torch.dtype = model_config.dtype
-    if lossy is None:
-        return Way(width * dtype.itemsize, dtype, projector, projector.name)
-    code = LossyCode(lossy, width, dtype)
-    name = f"{projector.name}, from lossy {lossy}"
-    return Way(code.row_bytes, torch.uint8, LossyProjector(projector, code), name, code)
-
-
 def _hidden_projector(
-    runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int
+    runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int, code: RowCode | None
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
@@ -125,10 +120,13 @@ def _hidden_projector(
     if runner.model_config.model_is_mrope:
         return None, "positions of several dimensions (M-RoPE) are not stored"
     for projector in _candidates(capture.sites, pool):
-        result = run_self_test(runner, capture, projector, pool, page_tokens)
+        result = run_self_test(runner, capture, projector, pool, page_tokens, code)
         verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
         passed = "passed" if result.passed else "FAILED"
         logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
+        if code is not None and result.not_encoded:
+            share = f"{result.not_encoded:.1%} of a test prompt's tokens, nor the pages they are in"
+            logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", code.name, share)
         if result.passed:
             return projector, ""
     return None, f"the self-test failed ({verdict})"

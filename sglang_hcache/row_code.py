@@ -1,11 +1,23 @@
-"""Hidden states in eight bits a value and a scale a token: what comes back is close to what was captured, no more."""
+"""Hidden states in fewer bytes: packed, every bit of them; or lossy, in eight bits a value and a scale a token."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_hcache.model import Unsupported
 from sglang_hcache.restore import Projector
+from sglang_hcache.triton_kernels.packing import (
+    fits_at,
+    pack_rows,
+    pack_rows_reference,
+    packed_row_bytes,
+    unpack_rows,
+    unpack_rows_reference,
+)
 from sglang_hcache.triton_kernels.quantize import (
     CODE_TYPES,
     dequantize_lossy,
@@ -17,21 +29,72 @@ from sglang_hcache.triton_kernels.quantize import (
 _SCALE_BYTES = 4  # float32
 
 
+class RowCode(Protocol):
+    """Rows of `width` values as bytes, `row_bytes` each, on any device, on its current stream."""
+
+    name: str  # one of `config.CODEC_CHOICES`
+    lossless: bool
+    row_bytes: int
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[layers, n, width]` → uint8 `[layers, n, row_bytes]`."""
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """uint8 `[n, row_bytes]` → `[n, width]`."""
+
+    def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of the n tokens can be decoded in all layers, of `[layers, n, row_bytes]`."""
+
+
+def row_code(name: str, width: int, dtype: torch.dtype) -> RowCode:
+    """name: one of `config.CODEC_CHOICES`. Raises Unsupported for values that it cannot encode."""
+    return PackedCode(width, dtype) if name == PackedCode.name else LossyCode(name, width, dtype)
+
+
+class PackedCode:
+    """Three quarters of bf16's bytes, lossless; a row of unusual values may not fit."""
+
+    name = "packed"
+    lossless = True
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        if dtype != torch.bfloat16:
+            raise Unsupported(f"--hcache-codec packed is for bfloat16, and this model runs in {dtype}; drop it")
+        try:
+            self.row_bytes = packed_row_bytes(width)
+        except ValueError as error:
+            raise Unsupported(f"--hcache-codec packed: {error}; drop it") from error
+        self._width = width
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        pack = pack_rows_reference if rows.device.type == "cpu" else pack_rows
+        return pack(rows.reshape(-1, self._width)).view(*rows.shape[:-1], self.row_bytes)
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.device.type == "cpu":
+            return unpack_rows_reference(rows)
+        values = torch.empty(rows.shape[0], self._width, dtype=torch.bfloat16, device=rows.device)
+        unpack_rows(rows, values)
+        return values
+
+    def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        fits: NDArray[np.bool_] = (rows[:, :, fits_at(self._width)] == 0).all(axis=0)
+        return fits
+
+
 class LossyCode:
-    """Rows of `width` values of `dtype` as bytes, `row_bytes` each: their codes, then their scale.
+    """Eight bits a value, then the row's scale; `triton_kernels.quantize` says how far off what comes back can be."""
 
-    code: a key of `CODE_TYPES`; `triton_kernels.quantize` says how far off what comes back can be. Raises
-    Unsupported for a width that scales cannot follow.
-    """
+    lossless = False
 
-    def __init__(self, code: str, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, width: int, dtype: torch.dtype) -> None:
         if width % _SCALE_BYTES:
-            raise Unsupported(f"--hcache-lossy: a width of {width} is no multiple of {_SCALE_BYTES}; drop it")
-        self._code, self._width, self._dtype = code, width, dtype
+            raise Unsupported(f"--hcache-codec {name}: {width} values are no multiple of {_SCALE_BYTES}; drop it")
+        self.name = name
+        self._code, self._width, self._dtype = name.removeprefix("lossy_"), width, dtype
         self.row_bytes = width + _SCALE_BYTES
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[layers, n, width]` → uint8 `[layers, n, row_bytes]`, on the current stream."""
         flat = rows.reshape(-1, self._width)
         quantize = quantize_lossy_reference if rows.device.type == "cpu" else quantize_lossy
         codes, scales = quantize(flat, self._code)
@@ -39,7 +102,6 @@ class LossyCode:
         return encoded.view(*rows.shape[:-1], self.row_bytes)
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """uint8 `[n, row_bytes]` → `[n, width]`, on the current stream."""
         codes = rows[:, : self._width].view(CODE_TYPES[self._code])
         scales = rows[:, self._width :].contiguous().view(torch.float32).view(-1)
         if rows.device.type == "cpu":
@@ -48,11 +110,14 @@ class LossyCode:
         dequantize_lossy(codes, scales, values)
         return values
 
+    def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return np.ones(rows.shape[1], np.bool_)
 
-class LossyProjector:
+
+class DecodingProjector:
     """Another projector, on rows that were encoded."""
 
-    def __init__(self, projector: Projector, code: LossyCode) -> None:
+    def __init__(self, projector: Projector, code: RowCode) -> None:
         self._projector = projector
         self._code = code
 

@@ -7,13 +7,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.hostwork import HostWork
 from sglang_hcache.lanes import Mark
-from sglang_hcache.lossy import LossyCode
 from sglang_hcache.pages import OpenPages, chunk_rows
 from sglang_hcache.projector import gather_kv
+from sglang_hcache.row_code import RowCode
 from sglang_hcache.storage.contract import ChunkStore
 
 
@@ -61,27 +62,36 @@ class HiddenSaver:
         *,
         layers: int,
         others: KVRows | None = None,
-        lossy: LossyCode | None = None,
+        code: RowCode | None = None,
     ) -> None:
         self._page_tokens = store.layout.page_tokens
         self._pages = OpenPages(store, layers=layers)
         self._store = store
         self._work = work
         self._others = others
-        self._lossy = lossy
+        self._code = code
+        self._tokens_not_encoded = 0
         self._pages_incomplete = 0
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         if self._work.crowded:
             self.drop(slots)
             return self._work.mark()
-        if self._lossy is not None:
-            rows = self._lossy.encode(rows)
+        if self._code is not None:
+            rows = self._code.encode(rows)
         host_slots, host_positions, host_rows = map(self._work.to_host, (slots, positions, rows))
         self._work.submit(
-            lambda: self._pages.write(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())
+            lambda: self._collect(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())
         )
         return self._work.mark()
+
+    def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        if self._code is not None and not (kept := self._code.encoded(rows)).all():
+            self._tokens_not_encoded += int(np.count_nonzero(~kept))
+            self._pages.write(slots[kept], positions[kept], rows[:, kept])
+            self._pages.drop(slots[~kept])
+        else:
+            self._pages.write(slots, positions, rows)
 
     def drop(self, slots: torch.Tensor) -> None:
         host_slots = self._work.to_host(slots)
@@ -124,6 +134,7 @@ class HiddenSaver:
             "tokens_not_captured": self._pages.tokens_not_captured,
             "pages_incomplete": self._pages_incomplete,
             "pages_open": len(self._pages),
+            "tokens_not_encoded": self._tokens_not_encoded,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_hcache.capture import Capture
 from sglang_hcache.lanes import Mark, current_lane
 from sglang_hcache.restore import Projector
+from sglang_hcache.row_code import DecodingProjector, RowCode
 from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_prompt
 
 _PROMPT_TOKENS = 130
@@ -18,10 +20,9 @@ _PROMPT_TOKENS = 130
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """worst: the largest difference in any layer's K or V, over its largest magnitude there."""
-
-    worst: float
+    worst: float  # largest difference in any layer's K or V, over its largest magnitude there
     tolerance: float
+    not_encoded: float = 0.0  # share of the tokens that a code has no room for; not compared
 
     @property
     def passed(self) -> bool:
@@ -43,9 +44,16 @@ class _Recorder:
 
 
 def run_self_test(
-    runner: Any, capture: Capture, projector: Projector, pool: MHATokenToKVPool, page_size: int
+    runner: Any,
+    capture: Capture,
+    projector: Projector,
+    pool: MHATokenToKVPool,
+    page_size: int,
+    code: RowCode | None = None,
 ) -> SelfTestResult:
     """Prefill a short random prompt, restore it by `projector` and compare K and V with the forward's own.
+
+    code: encodes the rows, and decodes them again, if it is lossless.
 
     Must run before any request, on all ranks alike; leaves the pools as it found them, empty. The tolerance is
     what two GEMMs of different shape may differ by: a few roundings to the pool's dtype, and the growth of
@@ -58,18 +66,26 @@ def run_self_test(
             prefill_random_prompt(runner, page_size, min(_PROMPT_TOKENS, most_tokens(runner, page_size)))
             if recorder.rows is None:
                 return SelfTestResult(float("inf"), 0.0)
-            return _compare(recorder.rows, recorder.positions, recorder.slots, projector, pool)
+            rows, positions, slots = recorder.rows, recorder.positions, recorder.slots
+            tolerance = _tolerance(rows.dtype, rows.shape[-1])
+            if code is None or not code.lossless:
+                return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)
+            rows, projector = code.encode(rows), DecodingProjector(projector, code)
+            kept = torch.from_numpy(code.encoded(rows.cpu().numpy())).to(rows.device)
+            not_encoded = 1 - float(kept.float().mean())
+            worst = _worst(rows[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
+            return SelfTestResult(worst, tolerance, not_encoded)
     finally:
         capture.sink = None
 
 
-def _compare(
+def _worst(
     rows: torch.Tensor,
     positions: torch.Tensor,
     slots: torch.Tensor,
     projector: Projector,
     pool: MHATokenToKVPool,
-) -> SelfTestResult:
+) -> float:
     errors = []
     for layer in range(rows.shape[0]):
         buffers = (pool.k_buffer[layer], pool.v_buffer[layer])
@@ -79,6 +95,8 @@ def _compare(
         projector.project(layer, rows[layer], positions, slots)
         for buffer, want in zip(buffers, expected, strict=True):
             errors.append((buffer[slots].float() - want).abs().max() / want.abs().max())
-    width = rows.shape[-1]
-    tolerance = 4 * torch.finfo(rows.dtype).eps + 4 * width**0.5 * torch.finfo(torch.float32).eps
-    return SelfTestResult(float(torch.stack(errors).max()), tolerance)
+    return float(torch.stack(errors).max())
+
+
+def _tolerance(dtype: torch.dtype, width: int) -> float:
+    return float(4 * torch.finfo(dtype).eps + 4 * width**0.5 * torch.finfo(torch.float32).eps)

@@ -1,35 +1,23 @@
 """Lossless packing of bf16: the exponents of activations are far from uniform, so three bits name most of them.
 
-A page, `[rows, width]` bf16, is packed by itself. Its seven most frequent exponents are its codebook; each value has
-a 3-bit code, an entry of the codebook or ESCAPE, and a byte of sign and mantissa. The exponents of escaped values
-stand in a list in the values' order, and for every block of 1,024 values it is written down where its part of the
-list begins. Each block is thus found and decoded by itself. Every bit pattern comes back as it was.
+Each row is packed by itself, into three quarters of its bytes. Its seven most frequent exponents are its codebook;
+each value has a code of 3 bits, an entry of the codebook or ESCAPE, and a byte of sign and mantissa. The exponents of
+escaped values stand in a list, in the values' order. Every bit pattern comes back as it was. A row with more escapes
+than the list has room for, an eighth of its values less 8, does not fit: it says so, and cannot be unpacked.
 
-Little-endian, with V = rows * width values, W = ceil(V / 32) words of codes, B = ceil(V / 1024) blocks, E escapes:
+Little-endian, for a row of w values, w a multiple of 64:
 
-    offset           bytes
-    0                4       "HBP1"
-    4                4       kind: 0 raw, 1 packed
-    8                4       rows
-    12               4       width
-    16               4       size of all of this in bytes
-    20               4       E
-    24               7       codebook: exponents of codes 0 to 6
-    31               1       0
-    32               32 W    bytes of sign (bit 7) and mantissa (bits 6 to 0); 0 after the last value
-    32 + 32 W        12 W    code bits 0, then 1, then 2, each W words of 4 bytes; bit i of a word: value 32 w + i
-    32 + 44 W        4 B     escapes before the block
-    32 + 44 W + 4 B  E       exponents of escaped values
-
-Where this would not be smaller, kind is raw and the values follow the header. A page so takes at most
-`packed_bound(rows, width)` = 32 + 2 V bytes.
+    offset        bytes
+    0             w          sign (bit 7) and mantissa (bits 6 to 0)
+    w             3 w / 8    code bits 0, then 1, then 2, each w / 32 words; bit i of word j: value 32 j + i
+    11 w / 8      7          codebook: exponents of codes 0 to 6, the most frequent first
+    11 w / 8 + 7  1          0: the row is here; 1: it does not fit
+    11 w / 8 + 8  w / 8 - 8  exponents of escaped values, then zeros
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -37,163 +25,76 @@ import triton.language as tl
 
 from sglang_hcache.triton_kernels.aot import KernelSpec
 
-MAGIC = b"HBP1"
-RAW, PACKED = 0, 1
 ESCAPE = 7
-BLOCK = 1024  # values
-ALIGNMENT = 16  # bytes; of a page's start
-MAX_VALUES = 1 << 28  # of a page: the kernel counts a page's bytes in 32 bits
-MAX_PAGES = 65_535  # decoded together: the second extent of a CUDA grid
-TILE = 2048  # values a program decodes; whole blocks
+WIDTH_STEP = 64  # values
+TILE = 2048  # values of a row that a program holds at a time
 NUM_WARPS = 4
-_HEADER = struct.Struct("<4s5I7sx")
-HEADER_BYTES = _HEADER.size
-_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: they are the bits of the product's highest byte
+_ALIGNMENT = 16  # bytes; of a row's start
 
 
-class CorruptPage(ValueError):
-    """A packed page contradicts itself or what was asked for."""
+def packed_row_bytes(width: int) -> int:
+    """Of a row of `width` values. Raises ValueError where that is no multiple of 64."""
+    if width % WIDTH_STEP or width <= 0:
+        raise ValueError(f"rows of {width} values cannot be packed: {width} is no multiple of {WIDTH_STEP}")
+    return width * 3 // 2
 
 
-@dataclass(frozen=True)
-class Header:
-    kind: int  # RAW or PACKED
-    rows: int
-    width: int
-    size: int  # bytes, this header included
-    escapes: int
-    codebook: bytes  # exponents of codes 0 to 6; zeros if raw
+def fits_at(width: int) -> int:
+    """Offset of the byte that is 0 if the row is there, and 1 if it did not fit."""
+    return width * 11 // 8 + ESCAPE
 
 
-def packed_bound(rows: int, width: int) -> int:
-    """The most bytes that a page of `rows` by `width` values takes."""
-    return HEADER_BYTES + 2 * rows * width
-
-
-def _sections(values: int) -> tuple[int, int, int]:
-    """Offsets in bytes of the code bits, of the escapes before each block, and of the escapes."""
-    words = -(-values // 32)
-    return HEADER_BYTES + 32 * words, HEADER_BYTES + 44 * words, HEADER_BYTES + 44 * words + 4 * -(-values // BLOCK)
-
-
-# --- packing ---
-
-
-def pack(values: torch.Tensor) -> torch.Tensor:
-    """Packs a page `[rows, width]` bf16, of any strides; returns `[size]` uint8 on the same device.
-
-    Plain PyTorch; on a GPU it waits for the number of escapes. Raises ValueError for another dtype, for other than
-    two dimensions, and for more than MAX_VALUES values.
-    """
-    _require_page(values)
+def pack_rows_reference(values: torch.Tensor) -> torch.Tensor:
+    """As `pack_rows`, in plain PyTorch on any device."""
+    _require_values("values", values)
     rows, width = values.shape
-    bits = values.contiguous().view(torch.int16).flatten()
-    exponents = (bits >> 7).to(torch.uint8)
-    counts = torch.bincount(exponents, minlength=256)
-    codebook = counts.argsort(descending=True, stable=True)[:ESCAPE]
-    escapes = bits.numel() - int(counts[codebook].sum())
-    size = _sections(bits.numel())[2] + escapes
-    if size >= packed_bound(rows, width):
-        header = _HEADER.pack(MAGIC, RAW, rows, width, packed_bound(rows, width), 0, bytes(ESCAPE))
-        return torch.cat([_bytes(header, bits.device), bits.view(torch.uint8)])
-    codes_of = torch.full((256,), ESCAPE, dtype=torch.uint8, device=bits.device)
-    codes_of[codebook] = torch.arange(ESCAPE, dtype=torch.uint8, device=bits.device)
-    codes = codes_of.index_select(0, exponents.to(torch.int32))
+    packed = torch.zeros(rows, packed_row_bytes(width), dtype=torch.uint8, device=values.device)
+    bits = values.contiguous().view(torch.int16).to(torch.int32)
+    exponents = bits >> 7 & 0xFF
+    counts = torch.zeros(rows, 256, dtype=torch.int32, device=values.device)
+    counts.scatter_add_(1, exponents.to(torch.int64), torch.ones_like(exponents))
+    codebook = counts.argsort(dim=1, descending=True, stable=True)[:, :ESCAPE]
+    of_exponent = torch.full((rows, 256), ESCAPE, dtype=torch.int32, device=values.device)
+    of_exponent.scatter_(1, codebook, torch.arange(ESCAPE, dtype=torch.int32, device=values.device).expand(rows, -1))
+    codes = of_exponent.gather(1, exponents.to(torch.int64))
+    low, planes, book, fit, escapes = _sections(packed)
+    low.copy_(bits >> 8 & 0x80 | bits & 0x7F)
+    lanes = torch.arange(8, device=values.device)
+    for plane in range(3):
+        of_bytes = (codes >> plane & 1).view(rows, width // 8, 8)
+        planes[:, plane] = (of_bytes << lanes).sum(2)
+    book.copy_(codebook)
     escaped = codes == ESCAPE
-    header = _HEADER.pack(MAGIC, PACKED, rows, width, size, escapes, bytes(codebook.tolist()))
-    return torch.cat(
-        [
-            _bytes(header, bits.device),
-            _padded(((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8), 32),
-            _code_bits(_padded(codes, 32)),
-            _escapes_before_blocks(escaped),
-            exponents[escaped],
-        ]
-    )
+    fit.copy_(escaped.sum(1) > escapes.shape[1])
+    rank = escaped.cumsum(1) - 1
+    listed = escaped & (rank < escapes.shape[1])
+    row = torch.arange(rows, device=values.device)[:, None].expand_as(rank)
+    escapes[row[listed], rank[listed]] = exponents[listed].to(torch.uint8)
+    return packed
 
 
-def _code_bits(codes: torch.Tensor) -> torch.Tensor:
-    """Three planes of bits of codes `[32 W]` uint8, as bytes `[12 W]`."""
-    planes = [((codes >> plane) & 1).view(torch.int64) for plane in range(3)]
-    return torch.cat([((plane * _GATHER) >> 56).to(torch.uint8) for plane in planes])
-
-
-def _escapes_before_blocks(escaped: torch.Tensor) -> torch.Tensor:
-    """`[4 B]` uint8 of escapes `[V]` bool."""
-    counts = _padded(escaped.to(torch.uint8), BLOCK).view(-1, BLOCK).sum(1, dtype=torch.int32)
-    return (counts.cumsum(0, dtype=torch.int32) - counts).view(torch.uint8)
-
-
-def _padded(values: torch.Tensor, multiple: int) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, -values.numel() % multiple))
-
-
-def _bytes(data: bytes, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-
-
-def _require_page(values: torch.Tensor) -> None:
-    if values.dtype != torch.bfloat16 or values.dim() != 2:
-        raise ValueError(f"a page is [rows, width] of bf16, not {tuple(values.shape)} of {values.dtype}")
-    if values.numel() > MAX_VALUES:
-        raise ValueError(f"a page of {values.numel()} values; at most {MAX_VALUES} are packed together")
-
-
-# --- unpacking ---
-
-
-def read_header(packed: torch.Tensor) -> Header:
-    """The header of the page at the start of `packed` `[bytes]` uint8. Raises CorruptPage if it cannot be right.
-
-    On a GPU this waits for the page: read a page's header before it is copied there.
-    """
-    if packed.numel() < HEADER_BYTES:
-        raise CorruptPage(f"{packed.numel()} bytes hold no header of {HEADER_BYTES}")
-    data = packed[:HEADER_BYTES].cpu().numpy().tobytes()
-    magic, kind, rows, width, size, escapes, codebook = _HEADER.unpack(data)
-    if magic != MAGIC or data[-1] != 0:
-        raise CorruptPage(f"not a packed page: it begins with {magic!r}")
-    if kind not in (RAW, PACKED):
-        raise CorruptPage(f"kind {kind} is neither raw ({RAW}) nor packed ({PACKED})")
-    if rows * width > MAX_VALUES:
-        raise CorruptPage(f"{rows} x {width} values; at most {MAX_VALUES} are packed together")
-    expected = packed_bound(rows, width) if kind == RAW else _sections(rows * width)[2] + escapes
-    if size != expected or size > packed_bound(rows, width):
-        raise CorruptPage(f"{rows} x {width} values with {escapes} escapes do not take {size} bytes")
-    if kind == PACKED and len(set(codebook)) != ESCAPE:
-        raise CorruptPage(f"an exponent has two codes: {codebook.hex()}")
-    if kind == RAW and (escapes or any(codebook)):
-        raise CorruptPage("a raw page has escapes or a codebook")
-    if size > packed.numel():
-        raise CorruptPage(f"a page of {size} bytes was cut to {packed.numel()}")
-    return Header(kind, rows, width, size, escapes, codebook)
-
-
-def unpack_reference(packed: torch.Tensor) -> torch.Tensor:
-    """The page at the start of `packed` `[bytes]` uint8, as `[rows, width]` bf16 on the same device.
-
-    Raises CorruptPage also where the escapes are not as many, or not where, the codes say.
-    """
-    header = read_header(packed)
-    values = header.rows * header.width
-    data = packed[HEADER_BYTES : header.size]
-    if header.kind == RAW:
-        return data.clone().view(torch.bfloat16).view(header.rows, header.width)
-    planes, starts, escapes = (offset - HEADER_BYTES for offset in _sections(values))
-    lanes = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (data[planes:starts].view(3, -1, 1) >> lanes & 1).view(3, -1)[:, :values]
-    codes = bits[0] | bits[1] << 1 | bits[2] << 2
+def unpack_rows_reference(packed: torch.Tensor) -> torch.Tensor:
+    """Rows `[n, packed_row_bytes(width)]` uint8, all of which fit, as `[n, width]` bf16 on the same device."""
+    rows, width = packed.shape[0], packed.shape[1] * 2 // 3
+    low, planes, book, _, escapes = _sections(packed)
+    lanes = torch.arange(8, device=packed.device)
+    plane_bits = (planes.to(torch.int32)[..., None] >> lanes & 1).view(rows, 3, width)
+    codes = plane_bits[:, 0] | plane_bits[:, 1] << 1 | plane_bits[:, 2] << 2
     escaped = codes == ESCAPE
-    if int(escaped.sum()) != header.escapes:
-        raise CorruptPage(f"{int(escaped.sum())} values are escaped, the header says {header.escapes}")
-    if not torch.equal(data[starts:escapes], _escapes_before_blocks(escaped)):
-        raise CorruptPage("the escapes of a block do not begin where the page says")
-    codebook = _bytes(header.codebook + b"\0", packed.device)
-    exponents = codebook[codes.to(torch.int32)]
-    exponents[escaped] = data[escapes:]
-    sign_mantissa = data[:values].to(torch.int32)
-    whole = (sign_mantissa & 0x80) << 8 | exponents.to(torch.int32) << 7 | sign_mantissa & 0x7F
-    return whole.to(torch.int16).view(torch.bfloat16).view(header.rows, header.width)
+    named = book.to(torch.int32).gather(1, codes.clamp(max=ESCAPE - 1).to(torch.int64))
+    if escapes.shape[1]:
+        rank = (escaped.cumsum(1) - 1).clamp(0, escapes.shape[1] - 1)
+        named = torch.where(escaped, escapes.to(torch.int32).gather(1, rank), named)
+    whole = (low.to(torch.int32) & 0x80) << 8 | named << 7 | low.to(torch.int32) & 0x7F
+    return whole.to(torch.int16).view(torch.bfloat16)
+
+
+def _sections(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views `[rows, …]`: signs and mantissas, code bits `[rows, 3, w / 8]`, codebook, whether it fits, escapes."""
+    width = packed.shape[1] * 2 // 3
+    fits = fits_at(width)
+    planes = packed[:, width : fits - ESCAPE].unflatten(1, (3, width // 8))
+    return packed[:, :width], planes, packed[:, fits - ESCAPE : fits], packed[:, fits], packed[:, fits + 1 :]
 
 
 @triton.jit
@@ -206,132 +107,170 @@ def _popcount(word):
 
 
 @triton.jit
-def _unpack_kernel(
-    packed,  # *u8: pages
-    starts,  # *i64 [pages]: where each begins in `packed`, a multiple of 16
-    out,  # *i16: the pages' values
-    values,  # of a page
+def _pack_kernel(
+    values,  # *i16 [rows, width]: bf16's bits
+    packed,  # *u8 [rows, 3 / 2 width]
     width,
-    out_stride,  # values; used if STRIDED
-    STRIDED: tl.constexpr,  # rows of `out` do not follow one another
-    TILE: tl.constexpr,  # values a program decodes; a multiple of 1024
+    values_stride,  # values from a row to the next
+    TILE: tl.constexpr,
 ):
-    """Grid: tiles of a page, pages. With a header that holds, reads nothing beyond the page, whatever follows it."""
+    """Grid: rows."""
     WORDS: tl.constexpr = TILE // 32
-    page = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
-    header = packed + tl.multiple_of(tl.load(starts + page), 16)
-    fields = header.to(tl.pointer_type(tl.uint32), bitcast=True)
-    word = tile * WORDS + tl.arange(0, WORDS)
+    row = tl.program_id(0).to(tl.int64)
+    values += row * values_stride
+    packed += row * (width // 2 * 3)
+    bins = tl.arange(0, 256)
+    counts = tl.where(bins == 0, width - tl.cdiv(width, TILE) * TILE, 0)  # what is read beyond the row is 0
+    for start in range(0, width, TILE):
+        place = start + tl.arange(0, TILE)
+        bits = tl.load(values + place, mask=place < width, other=0).to(tl.int32)
+        counts += tl.histogram((bits >> 7) & 0xFF, 256)
+    book_low = tl.zeros((), tl.uint32)
+    book_high = tl.zeros((), tl.uint32)
+    for nth in tl.static_range(7):
+        best = tl.max(tl.where(counts < 0, -1, counts * 256 + 255 - bins), 0)  # of equals the lowest
+        named = 255 - (best & 255)
+        counts = tl.where(bins == named, -1, counts)
+        if nth < 4:
+            book_low |= named.to(tl.uint32) << (8 * nth)
+        else:
+            book_high |= named.to(tl.uint32) << (8 * nth - 32)
+
+    words = width // 32
+    planes = (packed + width).to(tl.pointer_type(tl.uint32), bitcast=True)
+    escapes = packed + width // 8 * 11 + 8
+    capacity = width // 8 - 8
     lane = tl.arange(0, 32)
-    index = word[:, None] * 32 + lane[None, :]
-    inside = index < values
-    if STRIDED:
-        row = index // width
-        place = out + (page * (values // width) + row) * out_stride + (index - row * width)
-    else:
-        place = out + page * values + index
-    if tl.load(fields + 1) == 1:
-        words = (values + 31) // 32
-        planes = fields + 8 + 8 * words + word
-        bit0 = tl.load(planes, mask=word < words, other=0)
-        bit1 = tl.load(planes + words, mask=word < words, other=0)
-        bit2 = tl.load(planes + 2 * words, mask=word < words, other=0)
-        shift = lane[None, :].to(tl.uint32)
+    found = 0  # escapes so far
+    for start in range(0, width, TILE):
+        word = start // 32 + tl.arange(0, WORDS)
+        index = word[:, None] * 32 + lane[None, :]
+        inside = index < width
+        bits = tl.load(values + index, mask=inside, other=0).to(tl.uint32)
+        tl.store(packed + index, (((bits >> 8) & 0x80) | (bits & 0x7F)).to(tl.uint8), mask=inside)
+        exponent = (bits >> 7) & 0xFF
+        code = tl.full((WORDS, 32), 7, tl.uint32)
+        for entry in tl.static_range(7):
+            book = book_low if entry < 4 else book_high
+            code = tl.where(exponent == ((book >> (8 * (entry % 4))) & 0xFF), entry, code)
+        for plane in tl.static_range(3):
+            plane_word = tl.sum(((code >> plane) & 1) << lane[None, :].to(tl.uint32), 1)
+            tl.store(planes + plane * words + word, plane_word, mask=word < words)
+        escaped = ((code == 7) & inside).to(tl.int32)
+        of_word = tl.sum(escaped, 1)
+        before = found + tl.cumsum(of_word, 0) - of_word
+        rank = before[:, None] + tl.cumsum(escaped, 1) - escaped
+        tl.store(escapes + rank, exponent.to(tl.uint8), mask=(escaped == 1) & (rank < capacity))
+        found += tl.sum(of_word, 0)
+    for start in range(0, capacity, TILE):
+        place = start + tl.arange(0, TILE)
+        tl.store(escapes + place, tl.zeros((TILE,), tl.uint8), mask=(place >= found) & (place < capacity))
+    header = (escapes - 8).to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(header, book_low)
+    tl.store(header + 1, book_high | ((found > capacity).to(tl.uint32) << 24))
+
+
+@triton.jit
+def _unpack_kernel(
+    packed,  # *u8 [rows, 3 / 2 width]
+    out,  # *i16 [rows, width]: bf16's bits
+    width,
+    out_stride,  # values from a row to the next
+    TILE: tl.constexpr,
+):
+    """Grid: rows. Reads nothing beyond the row, whatever is in it."""
+    WORDS: tl.constexpr = TILE // 32
+    row = tl.program_id(0).to(tl.int64)
+    packed += row * (width // 2 * 3)
+    out += row * out_stride
+    words = width // 32
+    planes = (packed + width).to(tl.pointer_type(tl.uint32), bitcast=True)
+    escapes = packed + width // 8 * 11 + 8
+    capacity = width // 8 - 8
+    header = (escapes - 8).to(tl.pointer_type(tl.uint32), bitcast=True)
+    book_low = tl.load(header)
+    book_high = tl.load(header + 1)
+    lane = tl.arange(0, 32)
+    shift = lane[None, :].to(tl.uint32)
+    lower = (tl.full((1, 32), 1, tl.uint32) << shift) - 1
+    found = 0  # escapes so far
+    for start in range(0, width, TILE):
+        word = start // 32 + tl.arange(0, WORDS)
+        index = word[:, None] * 32 + lane[None, :]
+        inside = index < width
+        bit0 = tl.load(planes + word, mask=word < words, other=0)
+        bit1 = tl.load(planes + words + word, mask=word < words, other=0)
+        bit2 = tl.load(planes + 2 * words + word, mask=word < words, other=0)
         code = ((bit0[:, None] >> shift) & 1) | (((bit1[:, None] >> shift) & 1) << 1)
         code = code | (((bit2[:, None] >> shift) & 1) << 2)
-
-        escape_words = bit0 & bit1 & bit2
-        count = _popcount(escape_words).to(tl.int32)
-        first = tl.load(fields + 8 + 11 * words + tile * (TILE // 1024)).to(tl.int32)
-        before = first + tl.cumsum(count, 0) - count
-        lower = (tl.full((1, 32), 1, tl.uint32) << shift) - 1
-        rank = before[:, None] + _popcount(escape_words[:, None] & lower).to(tl.int32)
-        escapes = header + 32 + 44 * words + 4 * ((values + 1023) // 1024)
-        listed = (rank >= 0) & (rank < tl.load(fields + 5).to(tl.int32))
-        exponent = tl.load(escapes + rank, mask=inside & (code == 7) & listed, other=0).to(tl.uint32)
-
-        book = tl.where(code < 4, tl.load(fields + 6), tl.load(fields + 7))
+        escaped = bit0 & bit1 & bit2
+        of_word = _popcount(escaped).to(tl.int32)
+        before = found + tl.cumsum(of_word, 0) - of_word
+        rank = before[:, None] + _popcount(escaped[:, None] & lower).to(tl.int32)
+        listed = inside & (code == 7) & (rank < capacity)
+        exponent = tl.load(escapes + rank, mask=listed, other=0).to(tl.uint32)
+        book = tl.where(code < 4, book_low, book_high)
         exponent = tl.where(code == 7, exponent, (book >> ((code & 3) * 8)) & 0xFF)
-        low = tl.load(header + 32 + index, mask=inside, other=0).to(tl.uint32)
+        low = tl.load(packed + index, mask=inside, other=0).to(tl.uint32)
         whole = ((low & 0x80) << 8) | (exponent << 7) | (low & 0x7F)
-        tl.store(place, whole.to(tl.int16), mask=inside)
-    else:
-        raw = (header + 32).to(tl.pointer_type(tl.int16), bitcast=True)
-        tl.store(place, tl.load(raw + index, mask=inside, other=0), mask=inside)
+        tl.store(out + index, whole.to(tl.int16), mask=inside)
+        found += tl.sum(of_word, 0)
 
 
-def unpack(packed: torch.Tensor, out: torch.Tensor, starts: torch.Tensor | None = None) -> None:
-    """Decodes pages of one shape into `out`, one after the other; bit for bit as `unpack_reference`.
+def pack_rows(values: torch.Tensor) -> torch.Tensor:
+    """Rows `[n, width]` bf16 as `[n, packed_row_bytes(width)]` uint8, on the current stream and without waiting.
 
-    packed  `[bytes]` uint8, contiguous: pages, each beginning at a multiple of ALIGNMENT
-    out     `[pages * rows, width]` bf16; rows may be apart, values of a row may not
-    starts  `[pages]` int64 on the same device: where each page begins, in bytes. None: one page, at the start
-
-    Without `starts` the header is read and CorruptPage raised; on a GPU that waits for the page. With `starts`
-    nothing is waited for: pages must have passed `check_pages` before they were copied to the GPU. Content is
-    not checked, that is for the checksums around it. Raises ValueError for arguments of another shape or kind.
+    Rows may be apart, values of a row may not. Raises ValueError for other arguments. Byte `fits_at(width)` of each
+    row says whether it can be unpacked.
     """
-    _require_out(out)
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
-        raise ValueError(f"packed pages are contiguous [bytes] of uint8, not {tuple(packed.shape)} of {packed.dtype}")
-    if packed.data_ptr() % ALIGNMENT:
-        raise ValueError(f"packed pages begin at a multiple of {ALIGNMENT} bytes")
-    pages = 1 if starts is None else starts.numel()
-    if starts is None:
-        check_pages(packed, [0], out.shape[0], out.shape[1])
-        starts = torch.zeros(1, dtype=torch.int64, device=packed.device)
-    if starts.dtype != torch.int64 or starts.dim() != 1 or {starts.device, out.device} != {packed.device}:
-        raise ValueError("starts are [pages] of int64, on the device of packed and out")
-    if pages > MAX_PAGES:
-        raise ValueError(f"{pages} pages; at most {MAX_PAGES} are decoded together")
-    if pages == 0 or out.shape[0] % pages:
-        raise ValueError(f"{out.shape[0]} rows are not {pages} pages of one shape")
-    values = out.numel() // pages
-    if values:
-        strided = not out.is_contiguous()
-        grid = (triton.cdiv(values, TILE), pages)
-        _unpack_kernel[grid](
-            packed, starts, out.view(torch.int16), values, out.shape[1], out.stride(0), strided, TILE,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+    _require_values("values", values)
+    rows, width = values.shape
+    packed = torch.empty(rows, packed_row_bytes(width), dtype=torch.uint8, device=values.device)
+    if rows:
+        _pack_kernel[(rows,)](
+            values.view(torch.int16), packed, width, values.stride(0), TILE=TILE, num_warps=NUM_WARPS
+        )
+    return packed
 
 
-def check_pages(packed: torch.Tensor, starts: list[int], rows: int, width: int) -> None:
-    """Raises CorruptPage unless a page of `rows` by `width` values begins at each of `starts` in `packed`.
+def unpack_rows(packed: torch.Tensor, out: torch.Tensor) -> None:
+    """Decodes rows that fit into `out`; bit for bit as `unpack_rows_reference`. On the current stream.
 
-    packed `[bytes]` uint8 on the CPU; only headers are read.
+    packed  `[n, packed_row_bytes(width)]` uint8, contiguous
+    out     `[n, width]` bf16; rows may be apart, values of a row may not
+
+    Content is not checked, that is for the checksums around it: wrong bytes give wrong values, but no access outside
+    of the row. Raises ValueError for arguments of another shape or kind.
     """
-    for start in starts:
-        if start < 0 or start % ALIGNMENT:
-            raise CorruptPage(f"a page begins at {start}, which is no multiple of {ALIGNMENT} bytes")
-        header = read_header(packed[start:])
-        if (header.rows, header.width) != (rows, width):
-            raise CorruptPage(f"a page of {header.rows} x {header.width} values, {rows} x {width} are wanted")
+    _require_values("out", out)
+    rows, width = out.shape
+    if packed.dtype != torch.uint8 or packed.shape != (rows, packed_row_bytes(width)) or not packed.is_contiguous():
+        wanted = (rows, packed_row_bytes(width))
+        raise ValueError(f"packed rows are contiguous {wanted} of uint8, not {tuple(packed.shape)} of {packed.dtype}")
+    if packed.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"packed rows begin at a multiple of {_ALIGNMENT} bytes")
+    if rows:
+        _unpack_kernel[(rows,)](packed, out.view(torch.int16), width, out.stride(0), TILE=TILE, num_warps=NUM_WARPS)
 
 
-def _require_out(out: torch.Tensor) -> None:
-    if out.dtype != torch.bfloat16 or out.dim() != 2:
-        raise ValueError(f"out is [rows, width] of bf16, not {tuple(out.shape)} of {out.dtype}")
-    if out.shape[1] > 1 and out.stride(1) != 1:
-        raise ValueError(f"the values of a row of out are {out.stride(1)} apart, they must be neighbours")
+def _require_values(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.bfloat16 or tensor.dim() != 2:
+        raise ValueError(f"{name} are [rows, width] of bf16, not {tuple(tensor.shape)} of {tensor.dtype}")
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"the values of a row of {name} are {tensor.stride(1)} apart, they must be neighbours")
 
 
 def compile_specs() -> Iterator[KernelSpec]:
-    """The configurations that `unpack` launches."""
-    for strided in (False, True):
+    """The configurations that `pack_rows` and `unpack_rows` launch."""
+    sizes = {"width": "i32", "values_stride": "i32", "out_stride": "i32"}
+    pointers = {"values": "*i16", "packed": "*u8", "out": "*i16"}
+    for name, kernel in (("pack", _pack_kernel), ("unpack", _unpack_kernel)):
+        signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}
         yield KernelSpec(
-            name="unpack_strided" if strided else "unpack",
-            kernel=_unpack_kernel,
-            signature={
-                "packed": "*u8",
-                "starts": "*i64",
-                "out": "*i16",
-                "values": "i32",
-                "width": "i32",
-                "out_stride": "i64" if strided else "i32",
-            },
-            constexprs={"STRIDED": strided, "TILE": TILE},
+            name=f"{name}_rows",
+            kernel=kernel,
+            signature=signature,
+            constexprs={"TILE": TILE},
             num_warps=NUM_WARPS,
-            aligned=("packed", "starts", "out", "values", "width", "out_stride"),
+            aligned=tuple(signature),
         )

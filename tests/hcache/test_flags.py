@@ -29,14 +29,14 @@ def test_becomes_sglangs_own_fields(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
 
 
-def test_lossy_is_about_hidden_states(tmp_path: Path) -> None:
-    linker = switched_on(tmp_path, hcache_lossy="int8")["unified_cache_external_linker_config"]
+def test_codecs_are_about_hidden_states(tmp_path: Path) -> None:
+    linker = switched_on(tmp_path, hcache_codec="lossy_int8")["unified_cache_external_linker_config"]
     config = HCacheConfig.from_linker_extra(linker["linker_extra_config"])
-    assert (config.lossy, config.representation) == ("int8", "hidden")
-    with pytest.raises(FlagError, match="--hcache-lossy is for hidden states"):
-        switched_on(tmp_path, hcache_lossy="int8", hcache_representation="kv")
-    with pytest.raises(FlagError, match="--hcache-lossy: 'int4' is not one of int8, fp8_e4m3"):
-        switched_on(tmp_path, hcache_lossy="int4")
+    assert (config.codec, config.representation) == ("lossy_int8", "hidden")
+    with pytest.raises(FlagError, match="--hcache-codec is for hidden states"):
+        switched_on(tmp_path, hcache_codec="lossy_int8", hcache_representation="kv")
+    with pytest.raises(FlagError, match="--hcache-codec: 'int4' is not one of packed, lossy_int8, lossy_fp8_e4m3"):
+        switched_on(tmp_path, hcache_codec="int4")
 
 
 def test_limits_in_gigabytes(tmp_path: Path) -> None:

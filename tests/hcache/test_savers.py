@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_hcache.hostwork import InlineWork, StreamWork
 from sglang_hcache.lanes import ImmediateLane
 from sglang_hcache.pages import chunk_rows
+from sglang_hcache.row_code import PackedCode
 from sglang_hcache.savers import HiddenSaver, KVRows
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.store import LocalStore
@@ -91,3 +92,28 @@ def test_a_page_that_is_stored_already_gives_its_slot_back(saver: HiddenSaver, s
     assert np.array_equal(chunk_rows(store, HIDDEN)[leased].view(np.float32), rows.numpy()), "the first one stays"
     assert saver.stats()["pages_open"] == 0
     assert store.stats()["pages_open"] == 0
+
+
+def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
+    """And no other; the rest of the page that comes later is refused, too."""
+    work, code, width = InlineWork(), PackedCode(128, torch.bfloat16), 128
+    layout = ChunkLayout(PAGE, (PAGE * code.row_bytes,) * 2)
+    packed = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
+    saver = HiddenSaver(packed, work, layers=2, code=code)
+    rows = torch.randn(2, 3, PAGE, width).to(torch.bfloat16)
+    rows[1, 1, 3] = torch.randint(-(2**15), 2**15, (width,), dtype=torch.int16).view(torch.bfloat16)
+    for part in (slice(0, 5), slice(5, PAGE)):
+        slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE)[part] for page in (4, 2, 3)])
+        saver.write(slots, torch.arange(PAGE)[part].repeat(3), rows[:, :, part].flatten(1, 2))
+    saver.save(KEYS, ROOT, torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in (4, 2, 3)]))
+    saver.clear()
+    assert packed.contains(KEYS) == [True, False, True]
+    first, last = packed.lease("test", [KEYS[0]]) + packed.lease("test", [KEYS[2]])
+    for page, leased in ((0, first), (2, last)):
+        stored = torch.from_numpy(chunk_rows(packed, range(2))[leased])
+        for layer in range(2):
+            assert torch.equal(code.decode(stored[layer]), rows[layer, page])
+    stats = saver.stats()
+    assert (stats["tokens_not_encoded"], stats["pages_open"]) == (1, 0)
+    assert stats["tokens_captured"] + stats["tokens_not_captured"] == 3 * PAGE
+    packed.check()

@@ -1,13 +1,14 @@
-"""What storing hidden states in eight bits does to log-probabilities, on the real server.
+"""What the codecs of hidden states do to log-probabilities, on the real server.
 
-    python -m bench.lossy [--json] [--prompts N] [--save]
+    python -m bench.codec_logprobs [--json] [--prompts N] [--save]
 
 Method: a Llama with random weights (8 layers of 512) is served without a tier and with one that stores hidden states
-as they are, in int8 and in fp8 (`--hcache-lossy`). Each of N prefixes of 1,024 tokens is prefilled, evicted by other
-prompts and asked for again with 40 new tokens, of which the last 8 and the answer's 16 have log-probabilities. Rows:
-the mean and the largest absolute difference to the server without a tier, over all positions before two answers part,
-and the share of answers whose tokens are all equal; `other_prefix`: the same for the question after another prefix.
-Random weights: trained models differ, and have outlier channels that cost int8 more (docs/codec.md).
+as they are, and by each `--hcache-codec` that the dtype allows. Each of N prefixes of 1,024 tokens is prefilled,
+evicted by other prompts and asked for again with 40 new tokens, of which the last 8 and the answer's 16 have log-
+probabilities. Rows: the mean and the largest absolute difference to the server without a tier, over all positions
+before two answers part, and the share of answers whose tokens are all equal; `other_prefix`: the same for the
+question after another prefix. Random weights: trained models differ, and have outlier channels that cost int8 more
+(docs/codec.md).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Answer, ModelSpec, Request, Server, compare, make_model, random_prompt
+from sglang_hcache.config import CODEC_CHOICES
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("float32", "bfloat16")
-STORED = {"as they are": (), "int8": ("--hcache-lossy", "int8"), "fp8_e4m3": ("--hcache-lossy", "fp8_e4m3")}
+STORED = {"as they are": None, **{codec: codec for codec in CODEC_CHOICES}}
 PREFIX_TOKENS, NEW_TOKENS, POOL_TOKENS = 1024, 40, 1536
 
 
@@ -65,9 +67,12 @@ def run(prompts: int, folder: Path) -> dict[str, Any]:
             wanted = asked_again(server, prompts)
             rows.append({"dtype": dtype, "stored": "other_prefix"})
             rows[-1] |= differences(asked_again(server, prompts, shifted=True), wanted)
-        for stored, flags in STORED.items():
+        for stored, codec in STORED.items():
+            if codec == "packed" and dtype != "bfloat16":
+                continue
             tier = ["--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(folder / "store")]
-            args = [*pool, *tier, "--hcache-representation", "hidden", *flags]
+            args = [*pool, *tier, "--hcache-representation", "hidden"]
+            args += ["--hcache-codec", codec] if codec else []
             with Server(model, args, log=folder / "tier.log") as server:
                 answers = asked_again(server, prompts)
             restored = float(np.mean([answer.cached_host for answer in answers]))
@@ -87,15 +92,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/lossy.json")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results/codec_logprobs.json")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hcache-lossy-") as folder:
+    with tempfile.TemporaryDirectory(prefix="hcache-codec-") as folder:
         report = run(arguments.prompts, Path(folder))
     if arguments.save:
-        (RESULTS / "lossy.json").write_text(json.dumps(report, indent=2) + "\n")
+        (RESULTS / "codec_logprobs.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in report["rows"]:
         print(
-            f"{row['dtype']:>9} {row['stored']:>12}: mean {row['mean']:.2e}, largest {row['largest']:.2e}, "
+            f"{row['dtype']:>9} {row['stored']:>14}: mean {row['mean']:.2e}, largest {row['largest']:.2e}, "
             f"{row['same_tokens']:.0%} of the answers equal"
         )
     if arguments.json:

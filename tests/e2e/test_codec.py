@@ -1,0 +1,57 @@
+"""Hidden states in fewer bytes: packed they give the very same answers, lossy ones close to what prefilling gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.harness import ModelSpec, Server, compare, random_prompt
+from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.scenarios import SERVER_ARGS, evicted_prefix, tail_logprobs, whole_pages
+
+CLOSER = 5  # times, than the same question after another prefix
+
+
+def serving(workshop: Workshop, spec: ModelSpec, store: Path, *args: str) -> Server:
+    tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-representation", "hidden")
+    name = "-".join(arg.strip("-") for arg in args) or "plain"
+    args = (*SERVER_ARGS, *tier, "--hcache-dir", str(store), *args)
+    return Server(workshop.model(spec), args, log=workshop.log(name))
+
+
+def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> None:
+    spec = ModelSpec("llama", hidden_size=512, layers=2, heads=8, dtype="bfloat16")
+    both = (
+        serving(workshop, spec, fresh_store / "plain"),
+        serving(workshop, spec, fresh_store / "packed", "--hcache-codec", "packed"),
+    )
+    with started_together(*both) as (plain, packed):
+        wanted, answers = evicted_prefix(plain), evicted_prefix(packed)
+        other = plain.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
+        state = tier_state(packed)
+    assert wanted[1].cached_host == answers[1].cached_host == whole_pages(1200)
+    assert state["codec"] == "packed"
+    assert state["bytes_per_token"] == 0.75 * tier_bytes(spec)
+    assert state["tokens_not_encoded"] == 0
+    for one, same in zip(answers, wanted, strict=True):
+        assert compare(one, same).same_tokens
+        assert compare(one, same).logprob == 0
+    assert compare(answers[1], other).logprob > 0.1, "the prefix matters"
+
+
+def tier_bytes(spec: ModelSpec) -> int:
+    """Of a token's hidden states in 16 bits."""
+    return spec.layers * spec.hidden_size * 2
+
+
+def test_restored_from_eight_bits(workshop: Workshop, fresh_store: Path) -> None:
+    spec = ModelSpec("llama", hidden_size=128, layers=3)
+    lossy = serving(workshop, spec, fresh_store, "--hcache-codec", "lossy_int8")
+    with started_together(workshop.stock(spec), lossy) as (stock, server):
+        wanted, answers, state = evicted_prefix(stock), evicted_prefix(server), tier_state(server)
+        other = stock.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
+    assert answers[1].cached_host == whole_pages(1200)
+    assert state["codec"] == "lossy_int8"
+    assert state["bytes_per_token"] == spec.layers * (spec.hidden_size + 4)
+    first, again = (compare(*pair) for pair in zip(answers, wanted, strict=True))
+    assert first.logprob == 0, "what was never stored is exact"
+    assert 0 < again.logprob < compare(answers[1], other).logprob / CLOSER

@@ -1,0 +1,90 @@
+"""Rows in fewer bytes: how they lie, how they come back, which do not, and on which rows projectors work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_hcache.model import Unsupported
+from sglang_hcache.row_code import DecodingProjector, LossyCode, PackedCode, RowCode, row_code
+
+WIDTH = 64
+# Half a step of the largest magnitude, as `triton_kernels.quantize` derives it, and bf16's own rounding.
+WORST = {"lossy_int8": 1 / 254, "lossy_fp8_e4m3": 1 / 16}
+
+
+@pytest.mark.parametrize("code", WORST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_come_back_close(code: str, dtype: torch.dtype) -> None:
+    rows = (torch.randn(3, 17, WIDTH) * torch.logspace(-3, 3, 17)[:, None]).to(dtype)
+    lossy = LossyCode(code, WIDTH, dtype)
+    encoded = lossy.encode(rows)
+    assert encoded.shape == (3, 17, lossy.row_bytes)
+    assert lossy.row_bytes == WIDTH + 4
+    for layer in range(3):
+        back = lossy.decode(encoded[layer])
+        assert back.dtype == dtype
+        wanted = rows[layer].double()
+        off = (back.double() - wanted).abs() / wanted.abs().amax(1, keepdim=True)
+        assert 0 < off.max() <= WORST[code] * (1 + 2**-14) + torch.finfo(dtype).eps
+        assert not torch.equal(back, rows[layer])
+
+
+def with_noise(rows: torch.Tensor, layer: int, token: int) -> torch.Tensor:
+    """One row becomes bits that do not pack."""
+    rows[layer, token] = torch.randint(-(2**15), 2**15, (rows.shape[2],), dtype=torch.int16).view(torch.bfloat16)
+    return rows
+
+
+def test_packed_rows_come_back_as_they_were_or_say_that_they_did_not_fit() -> None:
+    rows = with_noise(torch.randn(3, 17, 512).to(torch.bfloat16), layer=1, token=5)
+    packed = row_code("packed", 512, torch.bfloat16)
+    encoded = packed.encode(rows)
+    assert encoded.shape == (3, 17, packed.row_bytes)
+    assert packed.row_bytes == 0.75 * 2 * 512
+    kept = packed.encoded(encoded.numpy())
+    assert np.flatnonzero(~kept).tolist() == [5], "a token goes with any of its layers"
+    for layer in range(3):
+        back = packed.decode(encoded[layer, kept])
+        assert torch.equal(back.view(torch.int16), rows[layer, kept].view(torch.int16))
+
+
+CODES: list[RowCode] = [LossyCode("lossy_int8", WIDTH, torch.float32), PackedCode(WIDTH, torch.bfloat16)]
+
+
+def rows_for(code: RowCode, tokens: int) -> torch.Tensor:
+    return torch.ones(1, tokens, WIDTH, dtype=torch.bfloat16 if code.lossless else torch.float32)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_part_of_the_rows_is_decoded_by_itself(code: RowCode) -> None:
+    encoded = code.encode(rows_for(code, 20) * torch.arange(20)[:, None])[0]
+    assert code.encoded(encoded[None].numpy()).all()
+    assert torch.equal(code.decode(encoded[5:9]), code.decode(encoded)[5:9])
+    assert torch.equal(code.decode(encoded)[5:9].mean(1), torch.arange(5, 9))
+    assert code.decode(encoded[:0]).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_projector_works_on_decoded_rows(code: RowCode) -> None:
+    seen = list[torch.Tensor]()
+
+    class Recorder:
+        def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+            seen.extend([rows, positions, slots])
+
+    encoded, places = code.encode(rows_for(code, 4))[0], torch.arange(4)
+    DecodingProjector(Recorder(), code).project(0, encoded, places, places + 1)
+    assert torch.equal(seen[0], code.decode(encoded))
+    assert torch.equal(seen[1], places)
+    assert torch.equal(seen[2], places + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "dtype"),
+    [("lossy_int8", 66, torch.float32), ("packed", 96, torch.bfloat16), ("packed", 128, torch.float16)],
+)
+def test_values_that_a_code_is_not_for(name: str, width: int, dtype: torch.dtype) -> None:
+    with pytest.raises(Unsupported, match=f"--hcache-codec {name}.*drop it"):
+        row_code(name, width, dtype)
