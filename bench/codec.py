@@ -18,12 +18,8 @@ events.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,9 +32,9 @@ from typing import Any
 import torch
 import triton
 
+from bench.report import about, arguments_of, save
 from sglang_hcache.triton_kernels import packing, quantize
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, WIDTH = 64, 4096
 HEAD_DIM = 128
 RAW_ON_GPU = 256 << 20  # bytes; several times the L2
@@ -216,11 +212,6 @@ def _median_on_gpu_s(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times[3:])
 
 
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def measure(rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     kinds = {}
@@ -233,27 +224,21 @@ def measure(rounds: int) -> dict[str, Any]:
         "cpu_gb_s": cpu_rates(page, rounds),
         "gpu_gb_s": gpu_rates(page, rounds) if on_gpu else None,
         "rounds": rounds,
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(
+            __doc__,
+            machine={"gpu": torch.cuda.get_device_name() if on_gpu else None},
+            versions={"torch": torch.__version__, "triton": triton.__version__},
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/codec.json")
     arguments = parser.parse_args()
     report = measure(arguments.rounds)
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "codec.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("codec", report)
     for name, sizes in report["kinds"].items():
         print(
             f"{name:>50}: {sizes['ratio']:.3f} of the bytes of {sizes['fit']:.1%} of the rows, "

@@ -13,10 +13,7 @@ question after another prefix. Random weights: trained models differ, and have o
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Answer, ModelSpec, Request, Server, compare, make_model, random_prompt
+from bench.report import about, arguments_of, save
 from sglang_hcache.config import CODEC_CHOICES
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = ("float32", "bfloat16")
 STORED = {"as they are": None, **{codec: codec for codec in CODEC_CHOICES}}
 PREFIX_TOKENS, NEW_TOKENS, POOL_TOKENS = 1024, 40, 1536
@@ -82,22 +79,18 @@ def run(prompts: int, folder: Path) -> dict[str, Any]:
     return {
         "rows": rows,
         "prompts": prompts,
-        "machine": {"cores": os.cpu_count()},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/codec_logprobs.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hcache-codec-") as folder:
         report = run(arguments.prompts, Path(folder))
     if arguments.save:
-        (RESULTS / "codec_logprobs.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("codec_logprobs", report)
     for row in report["rows"]:
         print(
             f"{row['dtype']:>9} {row['stored']:>14}: mean {row['mean']:.2e}, largest {row['largest']:.2e}, "

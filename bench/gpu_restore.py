@@ -22,7 +22,6 @@ forwards in flight; plain forwards are measured twice a round, which gives the n
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -41,10 +40,9 @@ from bench.capture_cost import Bench
 from bench.gpu import DEVICE, machine, noise, seconds
 from bench.gpu_ceilings import ceilings, copy_kernel, numerics, projections
 from bench.gpu_run import FULL, PROGRAMS, SMALL, Run, Scale
+from bench.report import RESULTS, arguments_of, method_of
 from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
 from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def overhead(run: Run) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def measure(scale: Scale, budget_s: float, save: Callable[[dict[str, Any]], None
     """All sections; `save` has the report after each."""
     began = time.monotonic()
     torch.manual_seed(0)
-    report = {"machine": machine(), "method": " ".join((__doc__ or "").split("Method: ")[1].split())}
+    report = {"machine": machine(), "method": method_of(__doc__)}
     report["scale"] = {
         "models": [asdict(model) for model in scale.models],
         "tokens": scale.tokens,
@@ -184,13 +182,11 @@ def _arena(scale: Scale) -> Arena:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__)
     parser.add_argument(
         "--budget-s", type=float, default=500, help="start nothing after so many seconds (default 500)"
     )
     parser.add_argument("--out", type=Path, help="folder of the JSON (default $OUT, or bench/results with --save)")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
     parser.add_argument("--tiny", action="store_true", help="small shapes: does it all run?")
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not (arguments.tiny and os.environ.get("TRITON_INTERPRET")):

@@ -3,37 +3,33 @@
     python -m bench.kernels --compile-only [--json] [--save]
     python -m bench.kernels [--json] [--save] [--tune]
 
-`--compile-only` needs no GPU: every kernel in every configuration is compiled for sm_80, sm_90 and sm_100; registers,
-shared memory and spills are what cuobjdump reads in the machine code.
-
-Method on a GPU: for each model's shape and number of tokens, random bf16 inputs; the projection's two forms are first
-compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike), beside
-the same error of torch's own matrix product. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second
-kernel, and the fused kernel in each configuration are timed between events, 8 calls in a row, so that launches are
-hidden behind the work of the call before; median of 7 after 2 that warm up. `ratio`
-is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. `--tune` writes which form
-was fastest to triton_kernels/tuned.json.
+Method: `--compile-only` needs no GPU: every kernel in every configuration is compiled for sm_80, sm_90 and sm_100;
+registers, shared memory and spills are what cuobjdump reads in the machine code. On a GPU: for each model's shape
+and number of tokens, random bf16 inputs; the projection's two forms are first compared with float64 on 512 tokens,
+into poisoned pools, by the norm of K's error over K's norm (and V alike), beside the same error of torch's own
+matrix product. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel, and the fused kernel
+in each configuration are timed between events, 8 calls in a row, so that launches are hidden behind the work of the
+call before; median of 7 after 2 that warm up. `ratio` is the product's time over the form's: 1.0 means that norm,
+RoPE and scatter cost nothing. `--tune` writes which form was fastest to triton_kernels/tuned.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
 from bench.gpu import DEVICE, machine, noise, seconds
+from bench.report import arguments_of, method_of, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
 from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS = (64, 256, 1024, 4096, 16384)
 CHECKED_TOKENS = 512
 POSITIONS = 32768
@@ -160,20 +156,17 @@ def table(report: dict[str, Any], capability: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__)
     parser.add_argument("--compile-only", action="store_true", help="compile everything; needs no GPU")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results")
     parser.add_argument("--tune", action="store_true", help="write the fastest forms to triton_kernels/tuned.json")
     arguments = parser.parse_args()
     if not arguments.compile_only and DEVICE == "cpu":
         sys.exit("bench.kernels: no GPU here; --compile-only needs none")
     report = compile_all() if arguments.compile_only else on_gpu()
-    report |= {"machine": machine(), "method": " ".join((__doc__ or "").split("\n\n", 2)[2].split())}
+    report |= {"machine": machine(), "method": method_of(__doc__)}
     if arguments.save:
         name = "kernels_compiled" if arguments.compile_only else "kernels_gpu"
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        save(name, report)
     if arguments.tune and not arguments.compile_only:
         TABLE.write_text(json.dumps(table(report, report["machine"]["capability"]), indent=1) + "\n")
     if arguments.compile_only:

@@ -21,10 +21,7 @@ server from such a drive. `split_error`: half restored from host memory, half pr
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -38,9 +35,9 @@ import numpy as np
 
 from bench.harness import Server, make_model, random_prompt
 from bench.regimes import NEW_TOKENS, PAGE_TOKENS, REGIMES, UNCOUNTED, Case, serving
+from bench.report import about, arguments_of, save
 from bench.ttft import wait_until_written
 
-RESULTS = Path(__file__).parent / "results"
 DEEP = 32
 Times = dict[tuple[str, int], list[float]]  # by what was measured, and its layers or tokens
 
@@ -211,24 +208,20 @@ def report_of(case: Case, times: Times, auto_s: dict[str, float]) -> dict[str, A
         "auto_s": auto_s,
         "measured_s": {" ".join(map(str, name)): found for name, found in times.items()},
         "case": asdict(case),
-        "machine": {"cores": os.cpu_count()},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     for name, default in {"prefix-tokens": 2048, "hidden-size": 768, "layers": 8, "rounds": 4, "passes": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/layerwise.json")
     arguments = parser.parse_args()
     case = Case("llama", arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="hcache-layerwise-") as folder:
         report = report_of(case, *measure(case, arguments.passes, Path(folder)))
     if arguments.save:
-        (RESULTS / "layerwise.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("layerwise", report)
     for row in report["rows"]:
         where = f"{row['attention']} {row['regime']:>11} {row['layers']:2} layers {row['read']:>7}"
         cells = "  ".join(f"{name} {row[name]['seconds']:6.3f}" for name in ("tokenwise", "layerwise", "either"))

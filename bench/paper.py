@@ -13,16 +13,14 @@ constant changed; `under_load` lets requests come at random, so that they wait f
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from bench.report import about, arguments_of, save
 from bench.testbeds import OFFLOADED_MODELS, PAPER_MODELS, REASONS, Constants, histories, paper_machine
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
@@ -32,7 +30,6 @@ from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.simulate import Arrival, Method, Restore, simulate
 from sglang_hcache.planner.timeline import Hit, Layout, restore_s
 
-RESULTS = Path(__file__).with_name("results")
 GOAL = 0.15
 
 
@@ -300,20 +297,16 @@ def report() -> dict[str, Any]:
         "constants": constants,
         "sensitivity": sensitivity(),
         "under_load": under_load(),
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/paper.json")
+    parser = arguments_of(__doc__)
     arguments = parser.parse_args()
     found = report()
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "paper.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        save("paper", found)
     for one in found["rows"]:
         what = f"{one['source']}: {one['figure']} ({one['end']})"
         print(f"{what:<80} {one['published']:6.2f} {one['simulated']:6.2f} {one['rel_err']:7.1%}")

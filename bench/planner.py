@@ -13,18 +13,14 @@ are the cost model's word, not a measurement of a server.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from bench.report import about, arguments_of, save
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_load
@@ -32,7 +28,6 @@ from sglang_hcache.planner.machine import machine_of
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.timeline import Hit, Layout
 
-RESULTS = Path(__file__).with_name("results")
 PAGE_TOKENS = 64
 COMPARED = ("A10G", "L40S", "A100-80", "H100", "B200")
 LENGTHS = [2048, 8192, 32768, 131072]
@@ -106,21 +101,15 @@ def summary(gains: dict[str, float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/planner.json")
+    parser = arguments_of(__doc__)
     arguments = parser.parse_args()
     report = {
         **measure_planning(),
         **compare(),
-        "machine": {"cores": os.cpu_count()},
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__),
     }
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "planner.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        save("planner", report)
     for kind, found in report["plan_us"].items():
         print(f"planning 128K tokens ({kind}): {found['p50']:.0f} us, 99 % within {found['p99']:.0f} us")
     print(f"planning what to store: {report['save_ms']:.1f} ms")

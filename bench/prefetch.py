@@ -15,12 +15,9 @@ stores the pages, the other fetches them from the prefetcher's memory into its o
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -33,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import about, arguments_of, progress, save
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
@@ -43,7 +41,6 @@ from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
-RESULTS = Path(__file__).parent / "results"
 LAYOUT = ChunkLayout(page_tokens=64, layer_bytes=(256 << 10,) * 8)
 FINGERPRINT = b"bench prefetcher"
 RATE = 1000  # messages a second
@@ -105,7 +102,7 @@ def measure_streams(client: PrefetchClient, own: LocalStore, folder: Path, pages
                 result = stream(store, keys, target)
                 if round_:
                     times[name].append(result)
-            _progress(f"{state}: round {round_} of {rounds}")
+            progress(f"{state}: round {round_} of {rounds}")
         seconds = {name: statistics.median(total for total, _ in of) for name, of in times.items()}
         report["gb_s"][state] = {name: pages * LAYOUT.record_bytes / s / 1e9 for name, s in seconds.items()}
         report["stream_ratio"][state] = seconds["own_process"] / seconds["prefetcher"]
@@ -199,10 +196,7 @@ def run(folder: Path, pages: int, rounds: int, messages: int) -> dict[str, Any]:
             "page_bytes": LAYOUT.record_bytes,
             "direct": refusal(folder) is None,
             "rounds": rounds,
-            "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()},
-            "python": platform.python_version(),
-            "date": datetime.date.today().isoformat(),
-            "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+            **about(__doc__),
         }
     finally:
         own.close()
@@ -222,29 +216,17 @@ def _drop(store: Store, folder: Path) -> None:
         os.close(fd)
 
 
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--dir", type=Path, help="where files go; default: a temporary folder")
     parser.add_argument("--pages", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--messages", type=int, default=10_000)
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/prefetch.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hcache-prefetch-", dir=arguments.dir) as folder:
         report = run(Path(folder), arguments.pages, arguments.rounds, arguments.messages)
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "prefetch.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("prefetch", report)
     for state, ratio in report["stream_ratio"].items():
         rate, first = report["gb_s"][state]["prefetcher"], report["first_chunk_ms"][state]
         print(

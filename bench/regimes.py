@@ -15,12 +15,8 @@ to the best method's. Answers are compared with recompute's token by token.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
+from bench.report import about, arguments_of, progress, save
 from bench.ttft import wait_until_written
 
-RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS = 64
 ANSWER_TOKENS = 4
 PAGE_TOKENS = 64
@@ -152,45 +148,36 @@ def run(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
     for case in cases:
         with serving(case, "recompute", 0.0, folder) as plain:
             prefill_s = median_s([plain.ask() for _ in range(2 + case.rounds)][2:])
-            _progress(f"{case.model}: prefilled in {prefill_s:.2f} s")
+            progress(f"{case.model}: prefilled in {prefill_s:.2f} s")
             for regime in REGIMES:
                 row, same = compete(case, regime, plain, prefill_s, folder)
                 rows.append(row)
                 equal &= same
-                _progress(json.dumps(row))
+                progress(json.dumps(row))
     return {
         "rows": rows,
         "worst_auto": max(row["auto_over_best"] for row in rows),
         "tokens_equal": equal,
         "prefix_tokens": cases[0].prefix_tokens,
         "rounds": cases[0].rounds,
-        "machine": {"cores": os.cpu_count()},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__),
     }
 
 
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--prefix-tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", action="append", choices=("llama", "llama_gqa"), help="default: both")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/regimes.json")
     arguments = parser.parse_args()
     sizes = arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds
     cases = [Case(model, *sizes) for model in arguments.model or ("llama", "llama_gqa")]
     with tempfile.TemporaryDirectory(prefix="hcache-regimes-") as folder:
         report = run(cases, Path(folder))
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "regimes.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("regimes", report)
     for row in report["rows"]:
         cells = "  ".join(f"{method} {row[method]:6.3f}" for method in ("recompute", "kv", "hidden", "auto"))
         print(f"{row['model']:>10} {row['regime']:>9}: {cells}   auto over the best {row['auto_over_best']:.2f}")

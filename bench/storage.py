@@ -18,8 +18,6 @@ a process that has it alone.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -40,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import about, arguments_of, progress, save
 from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import refusal, run_parallel
@@ -49,7 +48,6 @@ from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, seal
 from sglang_hcache.storage.segment import SegmentReader
 
-RESULTS = Path(__file__).parent / "results"
 LAYOUT = ChunkLayout(page_tokens=64, layer_bytes=(64 << 10,) * 16)
 INDEX_LAYOUT = ChunkLayout(page_tokens=64, layer_bytes=(4096,))
 FINGERPRINT = b"bench of storage"
@@ -203,7 +201,7 @@ def measure_transfers(folder: Path, records: int, rounds: int) -> dict[str, Any]
     steps = (transfers.write_ours, transfers.write_fio, transfers.read_ours, transfers.read_fio, transfers.read_files)
     for round_ in range(rounds + 1):
         for step in steps if round_ % 2 == 0 else (steps[1], steps[0], steps[3], steps[2], steps[4]):
-            _progress(f"round {round_} of {rounds}: {step.__name__}")
+            progress(f"round {round_} of {rounds}: {step.__name__}")
             step()
         if round_ == 0:
             transfers.rates = Rates()
@@ -239,7 +237,7 @@ def measure_index(folder: Path, pages: int, rounds: int) -> dict[str, Any]:
     index = Index(path / "index", FINGERPRINT)
     index.put_many(sorted((key, Entry(segment, slot)) for slot, key in enumerate(keys)))
     index.close()
-    _progress(f"an index of {pages} pages: opening, looking up")
+    progress(f"an index of {pages} pages: opening, looking up")
     opened: list[Directory] = []
     reopen_s = []
     for _ in range(rounds):
@@ -302,15 +300,6 @@ def _file_system(path: Path) -> str:
     ).stdout.strip()
 
 
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 @contextmanager
 def _folder(parent: Path | None) -> Iterator[Path]:
     if parent is not None:
@@ -320,14 +309,12 @@ def _folder(parent: Path | None) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--dir", type=Path, help="folder on the disk to measure; default: that of temporary files")
     parser.add_argument("--size-gb", type=float, default=1.0, help="data each of ours, fio's and the plain files")
     parser.add_argument("--index-pages", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a small slice: 64 MB, 20,000 pages, one round")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/storage.json")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.size_gb, arguments.index_pages, arguments.rounds = 0.064, 20_000, 1
@@ -339,14 +326,10 @@ def main() -> None:
         file_system = _file_system(folder)
     report |= {
         "rounds": arguments.rounds,
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "file_system": file_system},
-        "versions": {"fio": fio, "python": platform.python_version(), "kernel": platform.release()},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__, machine={"file_system": file_system}, versions={"fio": fio, "kernel": platform.release()}),
     }
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "storage.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("storage", report)
     for name, rate in report["gb_s"].items():
         print(f"{name:>14}: {rate:6.2f} GB/s")
     print(f"look-ups: {report['lookup_pages_per_s']:,.0f} pages/s; opening: {report['reopen_s']:.1f} s")

@@ -15,14 +15,10 @@ same without prefetching: the scheduler waits for the disk when it looks the pre
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -36,8 +32,8 @@ import sglang
 import torch
 
 from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
+from bench.report import about, arguments_of, progress, save
 
-RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS = 64
 ANSWER_TOKENS = 4
 PAGE_TOKENS = 64
@@ -114,7 +110,7 @@ def measure(case: Case, mode: str, folder: Path, *, prefetch: bool = True) -> Me
         for request in range(requests):
             turn, conversation = divmod(request, CONVERSATIONS)
             answer = server.generate(case.prompt(conversation, turn), ANSWER_TOKENS)
-            _progress(f"{mode}: request {request + 1} of {requests}, {answer.ttft_s:.2f} s")
+            progress(f"{mode}: request {request + 1} of {requests}, {answer.ttft_s:.2f} s")
             answers.append(answer)
         if mode == "recompute":
             return Measured(answers[CONVERSATIONS:])
@@ -137,7 +133,7 @@ def _from_disk(case: Case, server: Server, round_: int, queued: bool) -> Answer:
             pool.submit(server.generate, random_prompt(OTHER_TOKENS, seed=5000 + round_), 1)
             time.sleep(0.1)
         answer = server.generate(case.prompt(conversation, 1 + turn), ANSWER_TOKENS)
-    _progress(f"from disk: {answer.ttft_s:.2f} s")
+    progress(f"from disk: {answer.ttft_s:.2f} s")
     _require_restored(case, [answer])
     return answer
 
@@ -181,14 +177,11 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             for answers in run.from_disk.values()
             for answer, wanted in zip(answers, reference, strict=True)
         ),
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {"sglang": sglang.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(
+            __doc__,
+            machine={"accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+            versions={"sglang": sglang.__version__, "torch": torch.__version__},
+        ),
     }
 
 
@@ -207,15 +200,6 @@ def _disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
@@ -227,21 +211,18 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--prefix-tokens", type=int, default=4096)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6, help="timed requests in each mode")
     parser.add_argument("--keep", type=Path, help="folder for model, logs and stores; default: a temporary one")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/ttft.json")
     arguments = parser.parse_args()
     case = Case(arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds)
     with _folder(arguments.keep) as folder:
         report = run(case, folder)
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "ttft.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("ttft", report)
     for mode in MODES:
         print(f"{mode:>10}: {report['ttft_s'][mode]:7.3f} s to the first token")
     for name, times in report["ttft_ssd_s"].items():

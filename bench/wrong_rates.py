@@ -11,18 +11,15 @@ two.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench.harness import Answer
-from bench.regimes import REGIMES, RESULTS, Case, median_s, serving
+from bench.regimes import REGIMES, Case, median_s, serving
+from bench.report import about, arguments_of, progress, save
 
 LOADS = 20
 RATES = {
@@ -63,7 +60,7 @@ def run(case: Case, loads: int, folder: Path) -> dict[str, Any]:
         for wrong in wrongs:
             kept.write_text(json.dumps(spoil(right, wrong)))
             found.append((wrong, *serve(case, limit_gb, folder, store, loads)))
-            _progress(f"{regime}, {found[-1]}, right {before_s:.3f} s")
+            progress(f"{regime}, {found[-1]}, right {before_s:.3f} s")
         kept.write_text(json.dumps(right))
         after_s, _ = serve(case, limit_gb, folder, store, loads)
         for wrong, seconds, factors in found:
@@ -77,29 +74,21 @@ def run(case: Case, loads: int, folder: Path) -> dict[str, Any]:
         "loads": loads,
         "model": case.model,
         "recompute_s": prefill_s,
-        "machine": {"cores": os.cpu_count()},
-        "date": datetime.date.today().isoformat(),
-        "method": " ".join((__doc__ or "").split("Method: ")[1].split()),
+        **about(__doc__),
     }
 
 
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser = arguments_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loads", type=int, default=LOADS)
     parser.add_argument("--model", choices=("llama", "llama_gqa"), default="llama")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results/wrong_rates.json")
     arguments = parser.parse_args()
     case = Case(arguments.model, prefix_tokens=1024, hidden_size=768, layers=6, rounds=arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="hcache-wrong-rates-") as folder:
         report = run(case, arguments.loads, Path(folder))
     if arguments.save:
-        (RESULTS / "wrong_rates.json").write_text(json.dumps(report, indent=2) + "\n")
+        save("wrong_rates", report)
     for row in report["rows"]:
         believed = ", ".join(f"{name} × {factor:g}" for name, factor in row["believed"].items())
         print(

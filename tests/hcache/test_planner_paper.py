@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.paper import GOAL, RESULTS, Row, mean_error, rows_of
+from bench.paper import GOAL, Row, mean_error, rows_of
+from bench.report import RESULTS
 from bench.testbeds import REASONS, Constants
 
 

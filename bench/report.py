@@ -1,0 +1,53 @@
+"""What surrounds a bench's figures: its arguments, where and how it measured, the JSON that is printed and kept."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments_of(doc: str | None) -> argparse.ArgumentParser:
+    """With what all benches take: `--json` and `--save`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results")
+    return parser
+
+
+def method_of(doc: str | None) -> str:
+    """What a bench's docstring says after "Method:"."""
+    return " ".join((doc or "").split("Method: ")[1].split())
+
+
+def about(
+    doc: str | None, *, machine: dict[str, Any] | None = None, versions: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Of a report: machine and versions, with what a bench adds to them, date and method."""
+    return {
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()} | (machine or {}),
+        "versions": {"python": platform.python_version()} | (versions or {}),
+        "date": datetime.date.today().isoformat(),
+        "method": method_of(doc),
+    }
+
+
+def save(name: str, report: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
