@@ -41,7 +41,7 @@ def test_no_frame_harms_the_prefetcher_or_its_other_clients(directory: Path, joi
     client = join()
     process = psutil.Process(client.prefetcher_pid)
     save(client, range(1000, 1000 + PAGES))
-    assert client.flush(10)
+    assert client.flush(30)
     before = process.memory_info().rss
     answered: Counter[str] = Counter()
     sent, latencies, memory = 0, [], []

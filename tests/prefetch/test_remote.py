@@ -93,7 +93,7 @@ def save(client: RemoteClient | PrefetchClient, pages: range) -> None:
         slot = reserve(client)
         fill(client.memory[slot], page)
         client.commit(key_of(page), slot, key_of(page - 1) if page else ROOT)
-    assert client.flush(10)
+    assert client.flush(30)
 
 
 def reserve(client: RemoteClient | PrefetchClient) -> int:

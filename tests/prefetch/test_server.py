@@ -68,7 +68,7 @@ def test_releases_and_cancels_of_owners_nobody_knows_are_nothing(directory: Path
 def test_a_client_that_never_reads_delays_nobody_and_is_given_up(directory: Path, join: Join) -> None:
     client = join()
     save(client, range(20))
-    assert client.flush(10)
+    assert client.flush(30)
     process = psutil.Process(client.prefetcher_pid)
     rude = child("never_read", directory)
     keys = keys_of(range(20))
@@ -97,7 +97,7 @@ def test_many_clients_leave_room_for_pages(join: Join) -> None:
     time.sleep(0.5)
     assert figures(clients[0])["pages_open"] <= 48
     save(clients[0], range(20))
-    assert clients[0].flush(10)
+    assert clients[0].flush(30)
     assert fetched(clients[1], range(20)) >= 8
     save(clients[-1], range(30, 35))
 
@@ -105,7 +105,7 @@ def test_many_clients_leave_room_for_pages(join: Join) -> None:
 def test_pages_are_shared_and_read_once(join: Join) -> None:
     one, other = join(), join()
     save(one, range(20))
-    assert one.flush(10)
+    assert one.flush(30)
     one.drop_host()
     before = figures(one)["hits_file"]
     one.prefetch("a", keys_of(range(20)))
@@ -128,7 +128,7 @@ def test_pages_are_shared_and_read_once(join: Join) -> None:
 def test_too_much_at_once_waits_for_room(join: Join) -> None:
     client = join(grant=4)
     save(client, range(60))
-    assert client.flush(10)
+    assert client.flush(30)
     client.prefetch("first", keys_of(range(30)))
     assert len(client.wait("first", 10).slots) == 30
     client.prefetch("second", keys_of(range(30, 60)))
@@ -146,7 +146,7 @@ def test_too_much_at_once_waits_for_room(join: Join) -> None:
 def test_a_cancelled_prefetch_keeps_what_is_there(join: Join) -> None:
     client = join(grant=4)
     save(client, range(60))
-    assert client.flush(10)
+    assert client.flush(30)
     client.prefetch("first", keys_of(range(30)))
     client.wait("first", 10)
     client.prefetch("second", keys_of(range(20, 55)))
@@ -177,7 +177,7 @@ def test_a_goodbye_and_the_end_of_its_process_at_once(directory: Path, join: Joi
 def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, join: Join) -> None:
     client = join()
     save(client, range(40))
-    assert client.flush(10)
+    assert client.flush(30)
     client.drop_host()
     with Raw(directory) as raw:
         raw.open(grant=1)

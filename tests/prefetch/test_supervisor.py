@@ -95,7 +95,7 @@ def test_the_prefetcher_is_nobodys_child(join: Join) -> None:
 def test_a_killed_clients_slots_come_back(directory: Path, join: Join) -> None:
     client = join(grant=4)
     save(client, range(20))
-    assert client.flush(10)
+    assert client.flush(30)
     other = child("hold", directory, 20)
     assert line_of(other) == f"{client.prefetcher_pid} 20"
     held = figures(client)
@@ -114,7 +114,7 @@ def test_a_killed_prefetcher_is_noticed_and_replaced(directory: Path) -> None:
     supervisor = supervisor_of(directory)
     client = supervisor.open()
     save(client, range(20))
-    assert client.flush(10)
+    assert client.flush(30)
     client.prefetch("reader", keys_of(range(20)))
     slots = client.wait("reader", 10).slots
     assert awoken(supervisor)
@@ -154,7 +154,7 @@ def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
     supervisor = supervisor_of(directory)
     client = supervisor.open()
     save(client, range(5))
-    assert client.flush(10)
+    assert client.flush(30)
     kill(client, signal.SIGSTOP)
     stopped_at = time.monotonic()
     assert client.contains(keys_of(range(3))) == [False] * 3
@@ -224,10 +224,10 @@ def test_two_fingerprints_have_pages_and_memory_of_their_own(join: Join) -> None
     one, other = join(), join(fingerprint=OTHER_FINGERPRINT)
     assert one.prefetcher_pid == other.prefetcher_pid
     save(one, range(10))
-    assert one.flush(10)
+    assert one.flush(30)
     assert other.contains(keys_of(range(10))) == [False] * 10
     save(other, range(5, 15))
-    assert other.flush(10)
+    assert other.flush(30)
     before = sums(one)
     assert fetched(other, range(5, 20)) == 10
     assert sums(one) == before
