@@ -11,12 +11,14 @@ from enum import StrEnum
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.order import AGEING
 from sglang_hcache.storage.contract import ChunkStore
+from sglang_hcache.storage.store import READ_THREADS
 
 LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
 MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
+MEASURED_WITHIN = 0.1  # of the time a read took: if it was last looked at longer before its end, that says little
 _TRIAL = "hcache-trial"  # owner of what is read to see how fast that is
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
 
@@ -84,6 +86,7 @@ class Ahead:
         self.requests_held = self.requests_late = self.lookups_late = 0
         self.held_s = 0.0
         self._tried = 0  # pages that are being read to see how fast
+        self._looked_at = 0.0  # at held requests, before this time; monotonic
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: everything asked of the former one is void, and nothing is waited for."""
@@ -119,6 +122,7 @@ class Ahead:
             elif now > request.let_go_at:
                 free.append(rid)
                 self.requests_late += 1
+        self._looked_at = now
         return free
 
     def admit(self, rids: Iterable[str]) -> None:
@@ -185,13 +189,17 @@ class Ahead:
                 queued_pages=sum(max(0, other.enough - other.at_first[0]) for other in before if other.at_first),
             )
             missing = len(request.keys) - request.enough
-            if missing and request.enough <= len(slots):
-                request.to_try = self._planner.pages_to_try()
+            # The first are being read already when the request is let go.
+            room = len(request.keys) - len(slots) - READ_THREADS
+            if request.enough <= len(slots) and room > 0:
+                request.to_try = min(room, self._planner.pages_to_try())
             request.pass_s = self._planner.pass_s(request.enough, request.prompt, missing_pages=missing)
         enough = done or len(slots) >= request.enough
         pages, since = request.at_first
-        if enough and len(self._held) == 1 and len(slots) - pages >= MEASURED_PAGES:
-            self._planner.read(len(slots) - pages, time.monotonic() - since)
+        now = time.monotonic()
+        timed = now - self._looked_at <= MEASURED_WITHIN * (now - since)
+        if enough and timed and len(self._held) == 1 and len(slots) - pages >= MEASURED_PAGES:
+            self._planner.read(len(slots) - pages, now - since)
         return enough
 
     def _try_reading(self, rid: str) -> None:
@@ -199,8 +207,7 @@ class Ahead:
         request = self._requests.get(rid)
         if request is None or not request.to_try or self._held or self._tried:
             return
-        first = len(self._store.progress(rid).slots)
-        keys = request.keys[first : first + request.to_try]
+        keys = request.keys[-request.to_try :]
         self._tried = len(keys)
         self._store.prefetch(_TRIAL, keys, deadline_s=NO_DEADLINE_S)
 

@@ -26,6 +26,7 @@ from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.planner.hf_config import shape_of_config
 from sglang_hcache.planner.machine import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Machine
 from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.ranks import all_ranks
 from sglang_hcache.representation import Way, Ways
 from sglang_hcache.restore import HostPages, LayerEvents, StoredLayer, restorer_for
 from sglang_hcache.storage.files import write_atomically
@@ -63,7 +64,12 @@ def calibrate(
         logger.warning("hcache: all of every hit is restored, whatever it costs: %s", error)
         return None
     stored_bytes = ways.hidden.row_bytes if ways.hidden else 0
-    shape = replace(shape, dtype_bytes=model.dtype.itemsize, stored_hidden_bytes=stored_bytes)
+    shape = replace(
+        shape,
+        dtype_bytes=model.dtype.itemsize,
+        stored_hidden_bytes=stored_bytes,
+        stored_kv_bytes=ways.kv.row_bytes * min(ranks, shape.kv_heads),
+    )
 
     def measure() -> Machine:
         rates = _measure(runner, ways, shape, page_tokens=page_tokens, ranks=ranks, device=device)
@@ -84,7 +90,7 @@ def calibrate(
         "read_bytes_per_s": config.read_bytes_per_s,
         "prefetcher": config.prefetcher,
     }
-    return shape, KeptRates(Path(config.directories[0]) / CALIBRATION, about, measure)
+    return shape, KeptRates(Path(config.directories[0]) / CALIBRATION, about, measure, agree=all_ranks)
 
 
 def _measure(runner: Any, ways: Ways, shape: ModelShape, *, page_tokens: int, ranks: int, device: str) -> Machine:
@@ -150,15 +156,24 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
 class KeptRates:
     """The rates of an earlier start if it was the same; else measured. Kept for the next, as is what is learned.
 
-    about: everything that the rates depend on. A file that cannot be read, or written, costs a measurement.
+    about: everything that the rates depend on. A file that cannot be read, or written, costs a measurement; as that
+    runs the model, `agree` says whether all ranks have theirs.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], measure: Callable[[], Machine]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        about: Mapping[str, Any],
+        measure: Callable[[], Machine],
+        *,
+        agree: Callable[[bool], bool],
+    ) -> None:
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self._path = folder / f"{name}.json"
         self._about = about
         self._looked_at = time.monotonic()
-        if (kept := self._read()) is not None:
+        kept = self._read()
+        if agree(kept is not None) and kept is not None:
             self.machine = kept
             return
         began = time.perf_counter()

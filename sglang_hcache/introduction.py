@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
@@ -15,6 +16,7 @@ from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.ranks import of_first_rank
 from sglang_hcache.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
 
@@ -42,12 +44,17 @@ class Introduction:
         self._codec = config.codec
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
+        self._host_bytes = self._wanted_host_bytes() * self.ranks_sharing_pages
+        self._this_server = of_first_rank(process_identity())
+        self._weights_changes = 0
         self._identity = self._fingerprint(self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"))
         self._on_file = True
 
     def weights_changed(self) -> None:
-        """In place: nothing stored so far fits them, and nothing from now on outlives this process."""
-        self._identity, self._on_file = self._fingerprint(process_identity()), False
+        """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
+        self._weights_changes += 1
+        self._identity = self._fingerprint(f"{self._this_server}, change {self._weights_changes}")
+        self._on_file = False
 
     @property
     def ranks_sharing_pages(self) -> int:
@@ -61,7 +68,7 @@ class Introduction:
             fingerprint=self._identity,
             page_tokens=self._layout.page_tokens,
             layer_bytes=list(self._layout.layer_bytes),
-            host_bytes=self._host_bytes() * self.ranks_sharing_pages,
+            host_bytes=self._host_bytes,
             grant=self._pages_of_a_forward(),
             on_file=self._on_file,
             write_policy=get_memory().hicache_write_policy,
@@ -79,16 +86,16 @@ class Introduction:
 
     def _weights_on_disk(self, memo: Path) -> str:
         if self._server_args.load_format == "dummy":
-            return process_identity()
+            return self._this_server
         try:
             return checkpoint_identity(self._model.model_path, memo=memo)
         except OSError as error:
             logger.warning(
-                "hcache: cannot identify the weights of %s (%s): pages will not outlive this process",
+                "hcache: cannot identify the weights of %s (%s): pages will not outlive this server",
                 self._model.model_path,
                 error,
             )
-            return process_identity()
+            return self._this_server
 
     def _fingerprint(self, model_identity: str) -> bytes:
         parts: list[tuple[str, object]] = [
@@ -96,6 +103,7 @@ class Introduction:
             ("override", self._server_args.json_model_override_args),
             ("dtype", str(self._model.dtype)),
             ("kv_dtype", str(self._pool.dtype)),
+            ("kv_scales", _content(self._server_args.quantization_param_path)),
             ("quantization", self._model.quantization),
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
@@ -107,7 +115,7 @@ class Introduction:
             parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
         return fingerprint(parts)
 
-    def _host_bytes(self) -> int:
+    def _wanted_host_bytes(self) -> int:
         memory = get_memory()
         if memory.hicache_size > 0:
             return int(memory.hicache_size * GB)
@@ -120,6 +128,11 @@ class Introduction:
                 f"{available / GB:.1f} GB available; give a smaller ratio, or --hicache-size"
             )
         return wanted
+
+
+def _content(path: str | None) -> str | None:
+    """A file's digest; the server has read it by now."""
+    return xxhash.xxh3_128_hexdigest(Path(path).read_bytes()) if path else None
 
 
 def _ranks_of_a_node(server_args: Any) -> int:

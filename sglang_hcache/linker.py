@@ -29,7 +29,7 @@ from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
 from sglang_hcache.representation import Stored, ways_of
-from sglang_hcache.restore import HostPages, LayerEvents, Load, StoredLayer, restorer_for
+from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
 from sglang_hcache.savers import HiddenSaver, KVRows, KVSaver, NoSaver, Saver
 from sglang_hcache.storage.layout import ROOT, positions
@@ -95,6 +95,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             raise RuntimeError(f"--hicache-backend hcache: no prefetcher can be had: {error}") from None
         self._renewing = False
         self._memory: PinnedMemory | None = None
+        self._restorer: Restorer | None = None
+        self._saver: Saver = NoSaver()
         self._connect(store)
         self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
         self._ahead = Ahead(
@@ -134,14 +136,25 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if self._store.alive:
             return
         if not self._renewing and not self._queued and not self._started:
-            self._work.drain()
-            self._saver.clear()
+            self._leave_store()
             self._renewing = True
             self._supervisor.replace(self._store)
         if store := self._supervisor.taken():
             self._renewing = False
-            self._promised.clear()
             self._attach(store)
+
+    def _leave_store(self) -> None:
+        """Nothing here looks at its memory any more: there may be no room for another beside it."""
+        self._work.drain()
+        self._saver.clear()
+        self._saver = NoSaver()
+        if serving.capture is not None:
+            serving.capture.sink = None
+        self._promised.clear()
+        self._ahead.clear()
+        if self._memory is not None:
+            self._memory.release()
+        self._memory = self._restorer = None
 
     # ---- lookup and load ----
 
@@ -169,6 +182,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             return -1
         loads, self._queued = self._queued, []
         try:
+            assert self._restorer is not None, "what is promised is in a store"
             index = self._restorer.run(loads)
         except Exception:
             # SGLang aborts the requests of a failed load; the server must live on for all others.
@@ -257,6 +271,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us."""
         self.reset()
         self._introduction.weights_changed()
+        self._supervisor.stop_replacing()  # what it would find is for the weights before
+        self._renewing = False
         former = self._store
         try:
             self._attach(self._supervisor.open(timeout_s=_REOPEN_S))

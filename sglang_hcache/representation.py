@@ -18,6 +18,7 @@ from sglang_hcache.fast_projector import KernelProjector
 from sglang_hcache.model import kv_row_bytes
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
+from sglang_hcache.ranks import all_ranks
 from sglang_hcache.restore import Projector
 from sglang_hcache.row_code import DecodingProjector, RowCode, row_code
 from sglang_hcache.selftest import run_self_test
@@ -127,7 +128,7 @@ def _hidden_projector(
         if code is not None and result.not_encoded:
             share = f"{result.not_encoded:.1%} of a test prompt's tokens, nor the pages they are in"
             logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", code.name, share)
-        if result.passed:
+        if all_ranks(result.passed):
             return projector, ""
     return None, f"the self-test failed ({verdict})"
 

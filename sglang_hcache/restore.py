@@ -247,8 +247,11 @@ class Restorer:
         """
         n_pages = min(n_pages, self._half_pages, len(self._pages.memory))
         step = _Step(range(1), slice(0, n_pages))
-        numbers = _to(self._copier.indexed_on, torch.arange(n_pages))
-        tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
+        with self._copying.active():
+            numbers = _to(self._copier.indexed_on, torch.arange(n_pages))
+        with self._projecting.active():
+            tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
+            first = tokens * 0
         copies, projections = [], []
         for _ in range(repeats + 1):
             marks = [self._copying.mark()]
@@ -258,7 +261,7 @@ class Restorer:
             stored = self._pages.layers[0]
             with self._projecting.active():
                 typed = rows[0].view(stored.dtype).view(len(tokens), -1)
-                stored.projector.project(0, typed, tokens * 0, tokens)
+                stored.projector.project(0, typed, first, tokens)
             marks.append(self._projecting.mark())
             marks[-1].synchronize()
             copies.append(marks[0].elapsed_time(marks[1]) / 1000)

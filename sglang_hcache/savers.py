@@ -78,7 +78,11 @@ class HiddenSaver:
             self.drop(slots)
             return self._work.mark()
         if self._code is not None:
-            rows = self._code.encode(rows)
+            try:
+                rows = self._code.encode(rows)
+            except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
+                self.drop(slots)
+                return self._work.mark()
         host_slots, host_positions, host_rows = map(self._work.to_host, (slots, positions, rows))
         self._work.submit(
             lambda: self._collect(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())

@@ -22,6 +22,7 @@ class ModelShape:
     active_experts: int = 1  # MLPs a token passes through
     dtype_bytes: int = 2
     stored_hidden_bytes: int = 0  # of a token in a layer, where hidden states are stored in fewer; 0: as they are
+    stored_kv_bytes: int = 0  # likewise, of K and V
     latent_size: int = 0  # elements a token of multi-head latent attention, which is not supported; 0: none
     mixed_attention: bool = False  # some layers see a window only; they are counted as if they saw everything
 
@@ -49,7 +50,8 @@ class ModelShape:
 
     @property
     def kv_bytes(self) -> int:
-        return (self.latent_size or 2 * self.kv_heads * self.head_dim) * self.dtype_bytes
+        """Of K and V as they are stored."""
+        return self.stored_kv_bytes or (self.latent_size or 2 * self.kv_heads * self.head_dim) * self.dtype_bytes
 
     @property
     def projection_parameters(self) -> int:

@@ -173,6 +173,7 @@ class PrefetchClient:
     def close(self) -> None:
         """Say goodbye to the prefetcher. Nobody may read or write the memory any more."""
         self._connection.close()
+        self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
     def _progress(self, owner: str) -> Progress:
         wanted = self._wanted.get(owner)

@@ -52,6 +52,8 @@ class Keeper(ABC, Generic[Client]):
         self.news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.restarts = 0
         self._next: Client | None = None
+        self._lock = threading.Lock()
+        self._unwanted = threading.Event()  # set: nobody wants what the thread looks for
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -73,20 +75,29 @@ class Keeper(ABC, Generic[Client]):
         log.warning(
             "hcache: the prefetcher is gone (%s); looking for another. Requests go on without it.", gone.why_ended
         )
-        self._thread = threading.Thread(target=self._reopen, args=(gone,), name="hcache-supervisor", daemon=True)
+        self._unwanted = threading.Event()
+        arguments = (gone, self._unwanted)
+        self._thread = threading.Thread(target=self._reopen, args=arguments, name="hcache-supervisor", daemon=True)
         self._thread.start()
 
     def taken(self) -> Client | None:
         """The store that follows a replaced one, once."""
-        store, self._next = self._next, None
+        with self._lock:
+            store, self._next = self._next, None
         return store
+
+    def stop_replacing(self) -> None:
+        """No store follows the one that was given to `replace`; one that has been found is closed."""
+        with self._lock:
+            self._unwanted.set()
+        if store := self.taken():
+            store.close()
 
     def close(self) -> None:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-        if store := self.taken():
-            store.close()
+        self.stop_replacing()
 
     @abstractmethod
     def _connect(self, timeout_s: float) -> Client:
@@ -95,11 +106,11 @@ class Keeper(ABC, Generic[Client]):
     def _give_up(self, gone: Client) -> None:
         """Before a store that is gone is closed."""
 
-    def _reopen(self, gone: Client) -> None:
+    def _reopen(self, gone: Client, unwanted: threading.Event) -> None:
         self._give_up(gone)
         gone.close()
         pause = BACK_OFF_S[0]
-        while not self._closed.is_set():
+        while not self._closed.is_set() and not unwanted.is_set():
             try:
                 store = self.open()
             except (Unavailable, OSError, subprocess.SubprocessError) as error:
@@ -107,8 +118,13 @@ class Keeper(ABC, Generic[Client]):
                 self._closed.wait(pause)
                 pause = min(2 * pause, BACK_OFF_S[1])
                 continue
+            with self._lock:
+                if wanted := not unwanted.is_set():
+                    self._next = store
+            if not wanted:
+                store.close()
+                return
             self.restarts += 1
-            self._next = store
             os.eventfd_write(self.news, 1)
             log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
             return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,6 +159,44 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
     disk.set()
     wait_until_let_go(requests, "a")
     assert len(requests.ready("a", keys_of(range(10)))) == 10
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_reads_are_timed_where_their_end_was_seen(store: LocalStore, disk: threading.Event, busy: bool) -> None:
+    """An engine that looks again long after the pages came would take its own time for the drive's."""
+    believes = planner(ssd_bytes_per_s=1e10)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests.queued("a", keys_of(range(10)))
+    assert requests.let_go() == []
+    if busy:
+        disk.set()
+        assert store.wait("a", 10).done
+        time.sleep(0.2)
+    else:
+        threading.Timer(0.2, disk.set).start()
+    wait_until_let_go(requests, "a")
+    assert (believes.stats()["slower_ssd"] == 1.0) is busy
+
+
+def test_what_is_tried_is_not_being_read_already(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many reads are under way as there are threads; they are not called back."""
+    asked, prefetch = dict[str, list[bytes]](), store.prefetch
+
+    def recorded(owner: str, keys: Sequence[bytes], **kwargs: Any) -> None:
+        asked[owner] = list(keys)
+        prefetch(owner, keys, **kwargs)
+
+    monkeypatch.setattr(store, "prefetch", recorded)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
+    for pages in (READ_THREADS, 10):
+        for _ in range(PROBE_EVERY):
+            assert "hcache-trial" not in asked
+            requests.queued("a", keys_of(range(pages)))
+            assert requests.let_go() == ["a"]
+            requests.admit(["a"])
+            requests.forget("a")
+    assert asked["hcache-trial"] == keys_of(range(READ_THREADS, 10))
+    requests.clear()
 
 
 def test_the_shortest_is_read_first(

@@ -41,33 +41,33 @@ def test_what_was_measured_is_kept_for_the_same_server_only(tmp_path: Path) -> N
         return MACHINE
 
     folder = tmp_path / "calibration"
-    assert KeptRates(folder, ABOUT, measure).machine == MACHINE
-    assert KeptRates(folder, ABOUT, measure).machine == MACHINE
+    assert KeptRates(folder, ABOUT, measure, agree=bool).machine == MACHINE
+    assert KeptRates(folder, ABOUT, measure, agree=bool).machine == MACHINE
     assert len(asked) == 1
-    KeptRates(folder, {**ABOUT, "version": "2"}, measure)
+    KeptRates(folder, {**ABOUT, "version": "2"}, measure, agree=bool)
     assert len(asked) == 2
     for file in folder.glob("*.json"):
         assert file.stat().st_mode & 0o077 == 0
         file.write_text("{ not JSON")
-    assert KeptRates(folder, ABOUT, measure).machine == MACHINE
+    assert KeptRates(folder, ABOUT, measure, agree=bool).machine == MACHINE
     assert len(asked) == 3
 
 
 def test_rates_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert KeptRates(tmp_path / "file" / "calibration", ABOUT, lambda: MACHINE).machine == MACHINE
+    assert KeptRates(tmp_path / "file" / "calibration", ABOUT, lambda: MACHINE, agree=bool).machine == MACHINE
 
 
 def test_what_was_learned_is_kept_where_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def at_next_start() -> Machine:
-        return KeptRates(tmp_path, ABOUT, lambda: pytest.fail("measured again")).machine
+        return KeptRates(tmp_path, ABOUT, lambda: pytest.fail("measured again"), agree=bool).machine
 
     def written() -> None:
         for thread in threading.enumerate():
             if thread.name == "hcache-rates":
                 thread.join()
 
-    rates = KeptRates(tmp_path, ABOUT, lambda: MACHINE)
+    rates = KeptRates(tmp_path, ABOUT, lambda: MACHINE, agree=bool)
     much, little = (replace(MACHINE, bus_bytes_per_s=factor * MACHINE.bus_bytes_per_s) for factor in (0.5, 1.1))
     rates.learned(much)
     written()
@@ -79,3 +79,11 @@ def test_what_was_learned_is_kept_where_it_differs(tmp_path: Path, monkeypatch: 
     rates.learned(much)
     written()
     assert at_next_start() == much
+
+
+def test_with_another_rank_that_has_none_rates_are_measured_again(tmp_path: Path) -> None:
+    """Measuring runs the model, which takes all ranks."""
+    KeptRates(tmp_path, ABOUT, lambda: MACHINE, agree=bool)
+    faster = replace(MACHINE, bus_bytes_per_s=2 * MACHINE.bus_bytes_per_s)
+    assert KeptRates(tmp_path, ABOUT, lambda: faster, agree=lambda _: False).machine == faster
+    assert KeptRates(tmp_path, ABOUT, lambda: MACHINE, agree=bool).machine == faster

@@ -147,6 +147,45 @@ def test_a_killed_prefetcher_is_noticed_and_replaced(directory: Path) -> None:
     supervisor.close()
 
 
+def test_memory_of_a_replaced_prefetcher_is_given_back_first(directory: Path) -> None:
+    """There may be no room for another beside it."""
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+
+    def mapped() -> int:
+        return sum("memfd:hcache" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    before = mapped()
+    assert before
+    kill(client)
+    assert until(lambda: not client.alive, 1.0)
+    assert mapped() == before, "somebody may still read it"
+    client.close()
+    assert mapped() == before - 1
+    supervisor.close()
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool) -> None:
+    """Its session would be for what the client was before."""
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    kill(client)
+    assert until(lambda: not client.alive, 1.0)
+    supervisor.replace(client)
+    if found:
+        assert until(lambda: supervisor.restarts == 1, 20)
+    supervisor.stop_replacing()
+    other = supervisor.open()
+    assert until(lambda: figures(other)["prefetcher_clients"] == 1, 20), "no session is left behind"
+    assert supervisor.taken() is None
+    supervisor.replace(other)
+    next_one = replaced(supervisor)
+    assert next_one.alive
+    next_one.close()
+    supervisor.close()
+
+
 def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
