@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
 from tests.e2e.conftest import Workshop, started_together, tier_state
-from tests.e2e.scenarios import FLOAT32_TOLERANCE, assert_equal, tail_logprobs, whole_pages, worst
+from tests.e2e.scenarios import FLOAT32_TOLERANCE, LLAMA, assert_equal, tail_logprobs, whole_pages, worst
 
 PROMPT_TOKENS = 700
 ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "256", "--sleep-on-idle")
@@ -30,9 +31,13 @@ def restore_once(server: Server) -> list[Answer]:
     """A prompt, other traffic that evicts it, and the prompt again with another ending."""
     prompt = random_prompt(PROMPT_TOKENS, seed=1)
     first = server.send(tail_logprobs(prompt))
+    evict(server)
+    return [first, server.send(tail_logprobs(prompt + random_prompt(30, seed=2)))]
+
+
+def evict(server: Server) -> None:
     for i in range(3):
         server.generate(random_prompt(PROMPT_TOKENS, seed=20 + i), 1)
-    return [first, server.send(tail_logprobs(prompt + random_prompt(30, seed=2)))]
 
 
 @pytest.mark.parametrize("architecture", REPRESENTATIONS)
@@ -93,7 +98,14 @@ def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
     with started_together(workshop.tiered(fresh_store, args=args, env=env)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
         state = tier_state(tiered)
+        tiered.update_weights(workshop.model(replace(LLAMA, sharpness=2.0)))
+        prompt = random_prompt(PROMPT_TOKENS, seed=1)
+        new = [tiered.send(tail_logprobs(prompt))]
+        evict(tiered)
+        new.append(tiered.send(tail_logprobs(prompt)))
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert again.cached_host >= whole_pages(PROMPT_TOKENS)
     assert state["representation"] == "hidden"
     assert_equal([*answers, again], [*wanted, wanted[1]])
+    assert [answer.cached_host for answer in new] == [0, whole_pages(PROMPT_TOKENS - 9)], "of the new weights' pages"
+    assert_equal(new[1:], new[:1])
