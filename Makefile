@@ -67,14 +67,16 @@ fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
 soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
-bench: setup ## time to first token, by method and drive; the prefetcher; storage against fio; the planner and the papers; kernels and codecs
+bench: setup ## all benches that need no GPU; an hour, on a quiet machine (BENCH_ARGS=--save keeps their figures)
 	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.prefetch --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.storage --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.planner --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.paper --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.codec --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.codec_logprobs --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.regimes --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.wrong_rates --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.layerwise --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.kernels --compile-only --json $(BENCH_ARGS)
 
