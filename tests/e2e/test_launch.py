@@ -86,6 +86,7 @@ def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path
         "max_total_tokens": 1024,
         "hicache_backend": "hcache",
         "hcache_dir": str(fresh_store),
+        "hcache_representation": "hidden",  # what `auto` stores depends on what the machine delivers now
     }
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     run = subprocess.run(
