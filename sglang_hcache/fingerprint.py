@@ -40,7 +40,7 @@ def checkpoint_identity(model_path: str, memo: Path) -> str:
     stats = {path: _stat_key(path) for path in files}
     unknown = [path for path in files if stats[path] not in known]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        known.update(zip((stats[path] for path in unknown), pool.map(_digest_file, unknown), strict=True))
+        known.update(zip((stats[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
     if unknown:
         _write_memo(memo, known)
     config = root / "config.json"
@@ -60,7 +60,8 @@ def _stat_key(path: Path) -> str:
     return f"{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}"
 
 
-def _digest_file(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Of its content. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):

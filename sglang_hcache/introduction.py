@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import xxhash
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
-from sglang_hcache.fingerprint import checkpoint_identity, fingerprint, process_identity
+from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.ranks import of_first_rank
@@ -98,12 +97,13 @@ class Introduction:
             return self._this_server
 
     def _fingerprint(self, model_identity: str) -> bytes:
+        scales = self._server_args.quantization_param_path
         parts: list[tuple[str, object]] = [
             ("model", model_identity),
             ("override", self._server_args.json_model_override_args),
             ("dtype", str(self._model.dtype)),
             ("kv_dtype", str(self._pool.dtype)),
-            ("kv_scales", _content(self._server_args.quantization_param_path)),
+            ("kv_scales", file_digest(Path(scales)) if scales else None),
             ("quantization", self._model.quantization),
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
@@ -128,11 +128,6 @@ class Introduction:
                 f"{available / GB:.1f} GB available; give a smaller ratio, or --hicache-size"
             )
         return wanted
-
-
-def _content(path: str | None) -> str | None:
-    """A file's digest; the server has read it by now."""
-    return xxhash.xxh3_128_hexdigest(Path(path).read_bytes()) if path else None
 
 
 def _ranks_of_a_node(server_args: Any) -> int:

@@ -30,17 +30,12 @@ def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> Non
         state = tier_state(packed)
     assert wanted[1].cached_host == answers[1].cached_host == whole_pages(1200)
     assert state["codec"] == "packed"
-    assert state["bytes_per_token"] == 0.75 * tier_bytes(spec)
+    assert state["bytes_per_token"] == 0.75 * spec.layers * spec.hidden_size * 2
     assert state["tokens_not_encoded"] == 0
     for one, same in zip(answers, wanted, strict=True):
         assert compare(one, same).same_tokens
         assert compare(one, same).logprob == 0
     assert compare(answers[1], other).logprob > 0.1, "the prefix matters"
-
-
-def tier_bytes(spec: ModelSpec) -> int:
-    """Of a token's hidden states in 16 bits."""
-    return spec.layers * spec.hidden_size * 2
 
 
 def test_restored_from_eight_bits(workshop: Workshop, fresh_store: Path) -> None:

@@ -165,7 +165,7 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
 def test_reads_are_timed_where_their_end_was_seen(store: LocalStore, disk: threading.Event, busy: bool) -> None:
     """An engine that looks again long after the pages came would take its own time for the drive's."""
     believes = planner(ssd_bytes_per_s=1e10)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = Ahead(store, HoldRule(PrefetchPolicy.WAIT_COMPLETE), LAYOUT.page_tokens, alone=False, planner=believes)
     requests.queued("a", keys_of(range(10)))
     assert requests.let_go() == []
     if busy:
@@ -173,7 +173,7 @@ def test_reads_are_timed_where_their_end_was_seen(store: LocalStore, disk: threa
         assert store.wait("a", 10).done
         time.sleep(0.2)
     else:
-        threading.Timer(0.2, disk.set).start()
+        threading.Timer(1.5, disk.set).start()  # a tenth of it is long enough for a busy machine to look again
     wait_until_let_go(requests, "a")
     assert (believes.stats()["slower_ssd"] == 1.0) is busy
 

@@ -57,7 +57,7 @@ def test_the_memo_saves_reading(checkpoint: Path, tmp_path: Path, monkeypatch: p
     def refuse(_path: Path) -> str:
         raise AssertionError("weights are read again")
 
-    monkeypatch.setattr("sglang_hcache.fingerprint._digest_file", refuse)
+    monkeypatch.setattr("sglang_hcache.fingerprint.file_digest", refuse)
     assert checkpoint_identity(str(checkpoint), memo) == identity
 
 
