@@ -138,12 +138,12 @@ def lossy_errors(page: torch.Tensor) -> dict[str, dict[str, float]]:
     """By code; of pages without NaN and infinity."""
     errors = {}
     for code in quantize.CODE_TYPES:
-        codes, scales = quantize.quantize_lossy_reference(page, code)
-        error = quantize.dequantize_lossy_reference(codes, scales, torch.float32).double() - page.double()
+        coded = quantize.quantize_rows_reference(page, code)
+        error = quantize.dequantize_rows_reference(coded, code, torch.float32).double() - page.double()
         errors[code] = {
             "rms": float((error.square().mean() / page.double().square().mean()).sqrt()),
             "largest": float(error.abs().max() / page.double().abs().max()),
-            "ratio": (codes.numel() + 4 * scales.numel()) / (2 * page.numel()),
+            "ratio": coded.numel() / (2 * page.numel()),
         }
     return errors
 
@@ -159,9 +159,9 @@ def cpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
         "unpack": partial(packing.unpack_rows_reference, packed),
     }
     for code in quantize.CODE_TYPES:
-        codes, scales = quantize.quantize_lossy_reference(page, code)
-        calls[f"quantize_{code}"] = partial(quantize.quantize_lossy_reference, page, code)
-        calls[f"dequantize_{code}"] = partial(quantize.dequantize_lossy_reference, codes, scales, page.dtype)
+        coded = quantize.quantize_rows_reference(page, code)
+        calls[f"quantize_{code}"] = partial(quantize.quantize_rows_reference, page, code)
+        calls[f"dequantize_{code}"] = partial(quantize.dequantize_rows_reference, coded, code, page.dtype)
     return {name: 2 * page.numel() / _median_s(call, rounds) / 1e9 for name, call in calls.items()}
 
 
@@ -178,17 +178,17 @@ def gpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
     """GB/s of raw bytes; many copies of `page`."""
     host = page.repeat(RAW_ON_GPU // (2 * page.numel()), 1).pin_memory()
     source = host.cuda()
-    packed, out = packing.pack_rows(source), torch.zeros_like(source)
+    packed, out = packing.pack_rows_reference(source), torch.zeros_like(source)
     calls: dict[str, Callable[[], object]] = {
-        "pack": partial(packing.pack_rows, source),
+        "pack": partial(packing.pack_rows, source[None], packed[None]),
         "unpack": partial(packing.unpack_rows, packed, out),
         "copy_to_device": partial(out.copy_, host, non_blocking=True),
         "copy_on_device": partial(out.copy_, source),
     }
     for code in quantize.CODE_TYPES:
-        codes, scales = quantize.quantize_lossy(source, code)
-        calls[f"quantize_{code}"] = partial(quantize.quantize_lossy, source, code)
-        calls[f"dequantize_{code}"] = partial(quantize.dequantize_lossy, codes, scales, out)
+        coded = quantize.quantize_rows_reference(source, code)
+        calls[f"quantize_{code}"] = partial(quantize.quantize_rows, source[None], coded[None], code)
+        calls[f"dequantize_{code}"] = partial(quantize.dequantize_rows, coded, out, code)
     rates = {}
     for name, call in calls.items():
         out.zero_()

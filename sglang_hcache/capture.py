@@ -20,10 +20,12 @@ from sglang_hcache.lanes import Lane, Mark, current_lane
 
 if TYPE_CHECKING:
     from sglang_hcache.model import AttentionSite
+    from sglang_hcache.row_code import RowCode
 
 logger = logging.getLogger(__name__)
 
 _SPARE = 4  # the outbox holds this part of a full forward beside it
+_ALIGNMENT = 256  # bytes; of what is taken from it
 _UNUSABLE = -1  # in `seen`: a module was called with something other than `[tokens, width]`
 
 _library = torch.library.Library("hcache", "FRAGMENT")
@@ -58,7 +60,8 @@ class CaptureSink(Protocol):
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         """Rows of one forward: `slots` int64 `[n]`, `positions` int64 `[n]`, `rows` `[layers, n, width]`.
 
-        They are complete on the current stream, and not overwritten before the mark that is returned.
+        With a code, rows are uint8 `[layers, n, row_bytes]`. They are complete on the current stream, and not
+        overwritten before the mark that is returned.
         """
 
     def drop(self, slots: torch.Tensor) -> None:
@@ -66,7 +69,7 @@ class CaptureSink(Protocol):
 
 
 class Outbox:
-    """Device memory where rows lie until they are on the host: a ring.
+    """Device memory, uint8, where rows lie until they are on the host: a ring.
 
     Rows that find it full are moved in once the oldest are away. The lane waits for that, not the caller; it hardly
     ever does, as a forward takes longer than the bus takes for its rows.
@@ -79,8 +82,10 @@ class Outbox:
         self._away: deque[tuple[range, Mark]] = deque()
 
     def take(self, size: int) -> torch.Tensor:
-        """So many values of the memory, for what is queued on the lane from now on; `sent` follows."""
-        begin = self._next if self._next + size <= len(self._memory) else 0
+        """So many bytes of the memory, for what is queued on the lane from now on; `sent` follows."""
+        begin = -(-self._next // _ALIGNMENT) * _ALIGNMENT
+        if begin + size > len(self._memory):
+            begin = 0
         self._next = begin + size
         overlapping = [
             i for i, (place, _) in enumerate(self._away) if place.start < self._next and begin < place.stop
@@ -111,11 +116,9 @@ class Capture:
     ) -> None:
         self.sites = tuple(sites)
         self.sink: CaptureSink | None = None
+        self._code: RowCode | None = None
         self._staging = torch.empty((len(sites), rows, width), dtype=dtype, device=device)
-        self._outbox: Outbox | None = None
-        if self._staging.device.type == "cuda":
-            room = self._staging.new_empty(len(sites) * (rows + rows // _SPARE) * width)
-            self._outbox = Outbox(room, current_lane(device))
+        self._outbox = self._new_outbox()
         self._seen = torch.zeros(len(sites), dtype=torch.int64)
         self._usable = True
         self._hooks: list[RemovableHandle] = [
@@ -123,16 +126,34 @@ class Capture:
             for index, site in enumerate(sites)
         ]
 
-    def keep(self, layers: int) -> None:
-        """Capture the first layers only. The buffer stays on a GPU: graphs captured before go on writing into it."""
+    def keep(self, layers: int, code: RowCode | None = None) -> None:
+        """Capture the first layers only, and hand their rows over encoded.
+
+        The staging buffer stays on a GPU: graphs captured before go on writing into it.
+        """
         for hook in self._hooks[layers:]:
             hook.remove()
         del self._hooks[layers:]
-        self._seen, self._staging = self._seen[:layers], self._staging[:layers]
+        if layers < len(self._seen) or code is not self._code:
+            self._seen, self._staging, self._code = self._seen[:layers], self._staging[:layers], code
+            self._outbox = None  # the old one's memory is free for the new one
+            self._outbox = self._new_outbox()
         if not layers:
-            self._outbox = self.sink = None
+            self.sink = None
             if self._staging.device.type == "cpu":
                 self._staging = self._staging.new_empty(0)
+
+    def _new_outbox(self) -> Outbox | None:
+        layers, rows = self._staging.shape[:2]
+        if self._staging.device.type == "cpu" or not layers:
+            return None
+        size = layers * (rows + rows // _SPARE) * self._row_bytes + _ALIGNMENT
+        memory = torch.empty(size, dtype=torch.uint8, device=self._staging.device)
+        return Outbox(memory, current_lane(str(memory.device)))
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._code.row_bytes if self._code is not None else self._staging[0, 0].nbytes
 
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)
@@ -156,10 +177,21 @@ class Capture:
         if not (self._usable and complete and count <= self._staging.shape[1]):
             self.sink.drop(slots)
             return
-        rows = self._staging[:, :count]
-        if self._outbox is None:
-            self.sink.write(slots, positions, rows)
-            return
-        away = self._outbox.take(rows.numel()).view(rows.shape)
-        away.copy_(rows)
-        self._outbox.sent(self.sink.write(slots, positions, away))
+        rows, size = self._staging[:, :count], self._staging.shape[0] * count * self._row_bytes
+        if self._outbox is not None:
+            rows = self._move(rows, self._outbox.take(size))
+        elif self._code is not None:
+            rows = self._move(rows, torch.empty(size, dtype=torch.uint8))
+        mark = self.sink.write(slots, positions, rows)
+        if self._outbox is not None:
+            self._outbox.sent(mark)
+
+    def _move(self, rows: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Rows in the memory, as they are handed over; complete on the current stream."""
+        if self._code is None:
+            moved = memory.view(rows.dtype).view(rows.shape)
+            moved.copy_(rows)
+        else:
+            moved = memory.view(*rows.shape[:2], self._code.row_bytes)
+            self._code.encode(rows, moved)
+        return moved

@@ -383,9 +383,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
         """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
         layout, capture, others = self._stored.layout, serving.capture, None
+        code = self._stored.of(0).code
         if capture is not None:
             captured = get_parallel().tp_rank % self._introduction.ranks_sharing_pages == 0
-            capture.keep(layout.hidden if captured else 0)
+            capture.keep(layout.hidden if captured else 0, code)
             if not captured:
                 return NoSaver()
         if layout.kv:
@@ -394,7 +395,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             if not layout.hidden:
                 return KVSaver(store, self._work, others)
         assert capture is not None
-        saver = HiddenSaver(store, self._work, layers=layout.hidden, others=others, code=self._stored.of(0).code)
+        saver = HiddenSaver(store, self._work, layers=layout.hidden, others=others, code=code)
         capture.sink = saver
         return saver
 

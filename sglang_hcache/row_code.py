@@ -19,14 +19,12 @@ from sglang_hcache.triton_kernels.packing import (
     unpack_rows_reference,
 )
 from sglang_hcache.triton_kernels.quantize import (
-    CODE_TYPES,
-    dequantize_lossy,
-    dequantize_lossy_reference,
-    quantize_lossy,
-    quantize_lossy_reference,
+    dequantize_rows,
+    dequantize_rows_reference,
+    lossy_row_bytes,
+    quantize_rows,
+    quantize_rows_reference,
 )
-
-_SCALE_BYTES = 4  # float32
 
 
 class RowCode(Protocol):
@@ -36,8 +34,8 @@ class RowCode(Protocol):
     lossless: bool
     row_bytes: int
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[layers, n, width]` → uint8 `[layers, n, row_bytes]`."""
+    def encode(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """`[layers, n, width]` → uint8 `[layers, n, row_bytes]`, contiguous; layers and rows may be apart."""
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
         """uint8 `[n, row_bytes]` → `[n, width]`."""
@@ -66,9 +64,11 @@ class PackedCode:
             raise Unsupported(f"--hcache-codec packed: {error}; drop it") from error
         self._width = width
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        pack = pack_rows_reference if rows.device.type == "cpu" else pack_rows
-        return pack(rows.reshape(-1, self._width)).view(*rows.shape[:-1], self.row_bytes)
+    def encode(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        if rows.device.type == "cpu":
+            out.copy_(pack_rows_reference(rows))
+        else:
+            pack_rows(rows, out)
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
         if rows.device.type == "cpu":
@@ -88,26 +88,24 @@ class LossyCode:
     lossless = False
 
     def __init__(self, name: str, width: int, dtype: torch.dtype) -> None:
-        if width % _SCALE_BYTES:
-            raise Unsupported(f"--hcache-codec {name}: {width} values are no multiple of {_SCALE_BYTES}; drop it")
+        try:
+            self.row_bytes = lossy_row_bytes(width)
+        except ValueError as error:
+            raise Unsupported(f"--hcache-codec {name}: {error}; drop it") from error
         self.name = name
         self._code, self._width, self._dtype = name.removeprefix("lossy_"), width, dtype
-        self.row_bytes = width + _SCALE_BYTES
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        flat = rows.reshape(-1, self._width)
-        quantize = quantize_lossy_reference if rows.device.type == "cpu" else quantize_lossy
-        codes, scales = quantize(flat, self._code)
-        encoded = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8).view(-1, _SCALE_BYTES)], dim=1)
-        return encoded.view(*rows.shape[:-1], self.row_bytes)
+    def encode(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        if rows.device.type == "cpu":
+            out.copy_(quantize_rows_reference(rows, self._code))
+        else:
+            quantize_rows(rows, out, self._code)
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        codes = rows[:, : self._width].view(CODE_TYPES[self._code])
-        scales = rows[:, self._width :].contiguous().view(torch.float32).view(-1)
         if rows.device.type == "cpu":
-            return dequantize_lossy_reference(codes, scales, self._dtype)
-        values = torch.empty(codes.shape, dtype=self._dtype, device=rows.device)
-        dequantize_lossy(codes, scales, values)
+            return dequantize_rows_reference(rows, self._code, self._dtype)
+        values = torch.empty(rows.shape[0], self._width, dtype=self._dtype, device=rows.device)
+        dequantize_rows(rows, values, self._code)
         return values
 
     def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:

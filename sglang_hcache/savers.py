@@ -64,6 +64,7 @@ class HiddenSaver:
         others: KVRows | None = None,
         code: RowCode | None = None,
     ) -> None:
+        """code: what has encoded the rows that capture hands over."""
         self._page_tokens = store.layout.page_tokens
         self._pages = OpenPages(store, layers=layers)
         self._store = store
@@ -77,12 +78,6 @@ class HiddenSaver:
         if self._work.crowded:
             self.drop(slots)
             return self._work.mark()
-        if self._code is not None:
-            try:
-                rows = self._code.encode(rows)
-            except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
-                self.drop(slots)
-                return self._work.mark()
         host_slots, host_positions, host_rows = map(self._work.to_host, (slots, positions, rows))
         self._work.submit(
             lambda: self._collect(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())

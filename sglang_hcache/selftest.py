@@ -70,10 +70,12 @@ def run_self_test(
             tolerance = _tolerance(rows.dtype, rows.shape[-1])
             if code is None or not code.lossless:
                 return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)
-            rows, projector = code.encode(rows), DecodingProjector(projector, code)
-            kept = torch.from_numpy(code.encoded(rows.cpu().numpy())).to(rows.device)
+            coded = torch.empty(*rows.shape[:2], code.row_bytes, dtype=torch.uint8, device=rows.device)
+            code.encode(rows, coded)
+            projector = DecodingProjector(projector, code)
+            kept = torch.from_numpy(code.encoded(coded.cpu().numpy())).to(rows.device)
             not_encoded = 1 - float(kept.float().mean())
-            worst = _worst(rows[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
+            worst = _worst(coded[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
             return SelfTestResult(worst, tolerance, not_encoded)
     finally:
         capture.sink = None

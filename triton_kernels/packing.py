@@ -45,11 +45,10 @@ def fits_at(width: int) -> int:
 
 
 def pack_rows_reference(values: torch.Tensor) -> torch.Tensor:
-    """As `pack_rows`, in plain PyTorch on any device."""
-    _require_values("values", values)
-    rows, width = values.shape
+    """Values `[…, width]` as uint8 `[…, packed_row_bytes(width)]`: as `pack_rows`, in PyTorch on any device."""
+    width, rows = values.shape[-1], values.shape[:-1].numel()
     packed = torch.zeros(rows, packed_row_bytes(width), dtype=torch.uint8, device=values.device)
-    bits = values.contiguous().view(torch.int16).to(torch.int32)
+    bits = values.reshape(rows, width).view(torch.int16).to(torch.int32)
     exponents = bits >> 7 & 0xFF
     counts = torch.zeros(rows, 256, dtype=torch.int32, device=values.device)
     counts.scatter_add_(1, exponents.to(torch.int64), torch.ones_like(exponents))
@@ -70,7 +69,7 @@ def pack_rows_reference(values: torch.Tensor) -> torch.Tensor:
     listed = escaped & (rank < escapes.shape[1])
     row = torch.arange(rows, device=values.device)[:, None].expand_as(rank)
     escapes[row[listed], rank[listed]] = exponents[listed].to(torch.uint8)
-    return packed
+    return packed.view(*values.shape[:-1], packed.shape[1])
 
 
 def unpack_rows_reference(packed: torch.Tensor) -> torch.Tensor:
@@ -108,17 +107,18 @@ def _popcount(word):
 
 @triton.jit
 def _pack_kernel(
-    values,  # *i16 [rows, width]: bf16's bits
-    packed,  # *u8 [rows, 3 / 2 width]
+    values,  # *i16 [layers, rows, width]: bf16's bits
+    packed,  # *u8 [layers, rows, 3 / 2 width], contiguous
     width,
+    values_layer,  # values from a layer to the next
     values_stride,  # values from a row to the next
     TILE: tl.constexpr,
 ):
-    """Grid: rows."""
+    """Grid: rows, layers."""
     WORDS: tl.constexpr = TILE // 32
-    row = tl.program_id(0).to(tl.int64)
-    values += row * values_stride
-    packed += row * (width // 2 * 3)
+    row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    values += layer * values_layer + row * values_stride
+    packed += (layer * tl.num_programs(0) + row) * (width // 2 * 3)
     bins = tl.arange(0, 256)
     counts = tl.where(bins == 0, width - tl.cdiv(width, TILE) * TILE, 0)  # what is read beyond the row is 0
     for start in range(0, width, TILE):
@@ -217,52 +217,53 @@ def _unpack_kernel(
         found += tl.sum(of_word, 0)
 
 
-def pack_rows(values: torch.Tensor) -> torch.Tensor:
-    """Rows `[n, width]` bf16 as `[n, packed_row_bytes(width)]` uint8, on the current stream and without waiting.
+def pack_rows(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes values `[layers, n, width]` bf16 to `out` `[layers, n, packed_row_bytes(width)]` uint8.
 
-    Rows may be apart, values of a row may not. Raises ValueError for other arguments. Byte `fits_at(width)` of each
-    row says whether it can be unpacked.
+    Layers and rows of values may be apart, values of a row may not; out is contiguous. On the current stream, in one
+    launch and without waiting. Byte `fits_at(width)` of each row says whether it can be unpacked. Raises ValueError
+    for other arguments.
     """
-    _require_values("values", values)
-    rows, width = values.shape
-    packed = torch.empty(rows, packed_row_bytes(width), dtype=torch.uint8, device=values.device)
-    if rows:
-        _pack_kernel[(rows,)](
-            values.view(torch.int16), packed, width, values.stride(0), TILE=TILE, num_warps=NUM_WARPS
+    _require_values("values", values, 3)
+    layers, rows, width = values.shape
+    _require_packed(out, (layers, rows, packed_row_bytes(width)))
+    if layers and rows:
+        _pack_kernel[(rows, layers)](
+            values.view(torch.int16), out, width, values.stride(0), values.stride(1), TILE=TILE, num_warps=NUM_WARPS
         )
-    return packed
 
 
 def unpack_rows(packed: torch.Tensor, out: torch.Tensor) -> None:
-    """Decodes rows that fit into `out`; bit for bit as `unpack_rows_reference`. On the current stream.
+    """Decodes rows `[n, packed_row_bytes(width)]` uint8 that fit into `out` `[n, width]` bf16.
 
-    packed  `[n, packed_row_bytes(width)]` uint8, contiguous
-    out     `[n, width]` bf16; rows may be apart, values of a row may not
-
+    Bit for bit as `unpack_rows_reference`. Rows of out may be apart, values of a row may not; packed is contiguous.
     Content is not checked, that is for the checksums around it: wrong bytes give wrong values, but no access outside
-    of the row. Raises ValueError for arguments of another shape or kind.
+    of the row. On the current stream. Raises ValueError for arguments of another shape or kind.
     """
-    _require_values("out", out)
+    _require_values("out", out, 2)
     rows, width = out.shape
-    if packed.dtype != torch.uint8 or packed.shape != (rows, packed_row_bytes(width)) or not packed.is_contiguous():
-        wanted = (rows, packed_row_bytes(width))
-        raise ValueError(f"packed rows are contiguous {wanted} of uint8, not {tuple(packed.shape)} of {packed.dtype}")
-    if packed.data_ptr() % _ALIGNMENT:
-        raise ValueError(f"packed rows begin at a multiple of {_ALIGNMENT} bytes")
+    _require_packed(packed, (rows, packed_row_bytes(width)))
     if rows:
         _unpack_kernel[(rows,)](packed, out.view(torch.int16), width, out.stride(0), TILE=TILE, num_warps=NUM_WARPS)
 
 
-def _require_values(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype != torch.bfloat16 or tensor.dim() != 2:
-        raise ValueError(f"{name} are [rows, width] of bf16, not {tuple(tensor.shape)} of {tensor.dtype}")
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"the values of a row of {name} are {tensor.stride(1)} apart, they must be neighbours")
+def _require_values(name: str, tensor: torch.Tensor, dims: int) -> None:
+    if tensor.dtype != torch.bfloat16 or tensor.dim() != dims:
+        raise ValueError(f"{name} have {dims} dimensions of bf16, not {tuple(tensor.shape)} of {tensor.dtype}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"the values of a row of {name} are {tensor.stride(-1)} apart, they must be neighbours")
+
+
+def _require_packed(packed: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if packed.dtype != torch.uint8 or packed.shape != shape or not packed.is_contiguous():
+        raise ValueError(f"packed rows are contiguous {shape} of uint8, not {tuple(packed.shape)} of {packed.dtype}")
+    if packed.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"packed rows begin at a multiple of {_ALIGNMENT} bytes")
 
 
 def compile_specs() -> Iterator[KernelSpec]:
     """The configurations that `pack_rows` and `unpack_rows` launch."""
-    sizes = {"width": "i32", "values_stride": "i32", "out_stride": "i32"}
+    sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
     pointers = {"values": "*i16", "packed": "*u8", "out": "*i16"}
     for name, kernel in (("pack", _pack_kernel), ("unpack", _unpack_kernel)):
         signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}

@@ -1,6 +1,7 @@
 """Lossy int8 and fp8 (e4m3) with a scale per row: what comes back is close to what was stored, not equal.
 
-With a = the largest magnitude of a row, and for x of the row and its y as `dequantize_lossy` writes it to fp32:
+A row of w values takes w codes of a byte, then its scale, fp32 and little-endian; w is a multiple of 4. With a = the
+largest magnitude of a row, and for x of the row and its y as `dequantize_rows` writes it to fp32:
 
     int8      |y - x| <= a / 254 * (1 + 2^-14)
     fp8_e4m3  |y - x| <= max(|x| / 16, a / 458,752) * (1 + 2^-14)
@@ -31,25 +32,36 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 VALUE_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TILE = 1024  # values of a row that a program holds at a time
 NUM_WARPS = 4
+_SCALE_BYTES = 4
 
 
-def quantize_lossy_reference(values: torch.Tensor, code: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `quantize_lossy`, in plain PyTorch on any device."""
-    dtype = _code_type(code)
-    x = values.float()
-    if x.shape[1] == 0:
-        return x.to(dtype), torch.zeros(x.shape[0], device=x.device)
+def lossy_row_bytes(width: int) -> int:
+    """Of a row of `width` values. Raises ValueError where that is no multiple of 4."""
+    if width % _SCALE_BYTES or width <= 0:
+        raise ValueError(f"rows of {width} values cannot be coded: {width} is no multiple of {_SCALE_BYTES}")
+    return width + _SCALE_BYTES
+
+
+def quantize_rows_reference(values: torch.Tensor, code: str) -> torch.Tensor:
+    """Values `[…, width]` as uint8 `[…, lossy_row_bytes(width)]`: as `quantize_rows`, in PyTorch on any device."""
+    dtype, width = _code_type(code), values.shape[-1]
+    x = values.reshape(values.shape[:-1].numel(), width).float()
     largest = x.abs().amax(1)
     scales = torch.where(largest < FLOOR, 0.0, largest / LARGEST[dtype])
     scales = torch.where(x.isfinite().all(1), scales, torch.nan)
     quotients = x / torch.where(scales > 0, scales, 1.0)[:, None]
     quotients = torch.where(scales[:, None] > 0, quotients, 0.0)
-    return (quotients.round() if dtype == torch.int8 else quotients).to(dtype), scales
+    coded = torch.empty(len(x), lossy_row_bytes(width), dtype=torch.uint8, device=x.device)
+    coded[:, :width] = (quotients.round() if dtype == torch.int8 else quotients).to(dtype).view(torch.uint8)
+    coded[:, width:] = scales.view(torch.uint8).view(-1, _SCALE_BYTES)
+    return coded.view(*values.shape[:-1], coded.shape[1])
 
 
-def dequantize_lossy_reference(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `dequantize_lossy`, in plain PyTorch on any device; returns `[rows, width]` of `dtype`."""
-    return (codes.float() * scales[:, None]).to(dtype)
+def dequantize_rows_reference(rows: torch.Tensor, code: str, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `[n, lossy_row_bytes(width)]` as `[n, width]` of `dtype`: as `dequantize_rows`, in PyTorch."""
+    codes, scales = rows.split([rows.shape[1] - _SCALE_BYTES, _SCALE_BYTES], dim=1)
+    values: torch.Tensor = codes.view(_code_type(code)).float() * scales.contiguous().view(torch.float32)
+    return values.to(dtype)
 
 
 @triton.jit
@@ -89,20 +101,19 @@ def _to_bf16_bits(x):
 
 @triton.jit
 def _quantize_kernel(
-    values,  # *bf16, *fp16 or *fp32 [rows, width]
-    codes,  # *i8 [rows, width], the bits of fp8 too
-    scales,  # *fp32 [rows]
+    values,  # *bf16, *fp16 or *fp32 [layers, rows, width]
+    coded,  # *i8 [layers, rows, width + 4], contiguous
     width,
+    values_layer,  # values from a layer to the next
     values_stride,  # values from a row to the next
-    codes_stride,
     FP8: tl.constexpr,
     FLOOR: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid: rows."""
-    row = tl.program_id(0).to(tl.int64)
-    values += row * values_stride
-    codes += row * codes_stride
+    """Grid: rows, layers."""
+    row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    values += layer * values_layer + row * values_stride
+    coded += (layer * tl.num_programs(0) + row) * (width + 4)
     column = tl.arange(0, TILE)
     largest = tl.zeros((TILE,), tl.float32)
     broken = tl.zeros((TILE,), tl.int32)
@@ -114,81 +125,72 @@ def _quantize_kernel(
     scale = tl.div_rn(peak, 448.0 if FP8 else 127.0)
     keep = (peak >= FLOOR) & (tl.max(broken, 0) == 0)
     scale = tl.where(keep, scale, tl.where(tl.max(broken, 0) == 0, 0.0, float("nan")))
-    tl.store(scales + row, scale)
+    tl.store((coded + width).to(tl.pointer_type(tl.float32), bitcast=True), scale)
     divisor = tl.where(keep, scale, 1.0)
     for start in range(0, width, TILE):
         inside = start + column < width
         x = tl.load(values + start + column, mask=inside, other=0.0).to(tl.float32)
         quotient = tl.div_rn(tl.where(keep, x, 0.0), divisor)
         code = _to_e4m3(quotient) if FP8 else _round(quotient).to(tl.int32)
-        tl.store(codes + start + column, code.to(tl.int8), mask=inside)
+        tl.store(coded + start + column, code.to(tl.int8), mask=inside)
 
 
 @triton.jit
 def _dequantize_kernel(
-    codes,  # *i8 [rows, width], the bits of fp8 too
-    scales,  # *fp32 [rows]
+    coded,  # *i8 [rows, width + 4], contiguous
     out,  # *i16 (bf16's bits), *fp16 or *fp32 [rows, width]
     width,
-    codes_stride,  # values from a row to the next
-    out_stride,
+    out_stride,  # values from a row to the next
     FP8: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Grid: rows, tiles of a row."""
     row = tl.program_id(0).to(tl.int64)
+    coded += row * (width + 4)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    code = tl.load(codes + row * codes_stride + column, mask=column < width, other=0)
+    code = tl.load(coded + column, mask=column < width, other=0)
     x = _from_e4m3(code.to(tl.uint8, bitcast=True).to(tl.uint32)) if FP8 else code.to(tl.float32)
-    y = x * tl.load(scales + row)
+    y = x * tl.load((coded + width).to(tl.pointer_type(tl.float32), bitcast=True))
     if out.dtype.element_ty == tl.int16:
         y = _to_bf16_bits(y)
     tl.store(out + row * out_stride + column, y.to(out.dtype.element_ty), mask=column < width)
 
 
-def quantize_lossy(values: torch.Tensor, code: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `[rows, width]` of int8 or float8_e4m3fn and scales `[rows]` fp32 of values `[rows, width]`.
+def quantize_rows(values: torch.Tensor, out: torch.Tensor, code: str) -> None:
+    """Writes values `[layers, n, width]` bf16, fp16 or fp32 to `out` `[layers, n, lossy_row_bytes(width)]` uint8.
 
-    values  bf16, fp16 or fp32; rows may be apart, values of a row may not
     code    "int8" or "fp8_e4m3"
 
-    Lossy: the module says by how much, and what becomes of NaN and infinity. Raises ValueError for other arguments.
+    Layers and rows of values may be apart, values of a row may not; out is contiguous. On the current stream, in one
+    launch. Lossy: the module says by how much, and what becomes of NaN and infinity. Raises ValueError for other
+    arguments.
     """
-    dtype = _code_type(code)
-    _require_rows("values", values, tuple(VALUE_TYPES))
-    rows, width = values.shape
-    codes = torch.empty(rows, width, dtype=dtype, device=values.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=values.device)
-    if rows:
-        _quantize_kernel[(rows,)](
-            values, codes.view(torch.int8), scales, width, values.stride(0), codes.stride(0),
-            FP8=code == "fp8_e4m3", FLOOR=FLOOR, TILE=TILE, num_warps=NUM_WARPS,
+    fp8 = _code_type(code) == torch.float8_e4m3fn
+    _require("values", values, 3, tuple(VALUE_TYPES))
+    layers, rows, width = values.shape
+    _require_coded(out, (layers, rows, lossy_row_bytes(width)))
+    if layers and rows:
+        _quantize_kernel[(rows, layers)](
+            values, out.view(torch.int8), width, values.stride(0), values.stride(1),
+            FP8=fp8, FLOOR=FLOOR, TILE=TILE, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return codes, scales
 
 
-def dequantize_lossy(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes codes * scales, rounded to its dtype, to `out` `[rows, width]` bf16, fp16 or fp32.
+def dequantize_rows(coded: torch.Tensor, out: torch.Tensor, code: str) -> None:
+    """Writes rows `[n, lossy_row_bytes(width)]` uint8 to `out` `[n, width]` bf16, fp16 or fp32.
 
-    codes   `[rows, width]` int8 or float8_e4m3fn; rows of codes and out may be apart, values of a row may not
-    scales  `[rows]` fp32, contiguous
-
-    Raises ValueError for other arguments.
+    Rows of out may be apart, values of a row may not; coded is contiguous. On the current stream. Raises ValueError
+    for other arguments.
     """
-    _require_rows("codes", codes, tuple(LARGEST))
-    _require_rows("out", out, tuple(VALUE_TYPES))
-    if codes.shape != out.shape or scales.shape != codes.shape[:1]:
-        shapes = [tuple(each.shape) for each in (codes, scales, out)]
-        raise ValueError("codes {}, scales {} and out {} are not of one shape".format(*shapes))
-    if scales.dtype != torch.float32 or not scales.is_contiguous():
-        raise ValueError(f"scales are contiguous fp32, not {scales.dtype}")
-    rows, width = codes.shape
+    fp8 = _code_type(code) == torch.float8_e4m3fn
+    _require("out", out, 2, tuple(VALUE_TYPES))
+    rows, width = out.shape
+    _require_coded(coded, (rows, lossy_row_bytes(width)))
     stored = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
-    if rows and width:
+    if rows:
         _dequantize_kernel[(rows, triton.cdiv(width, TILE))](
-            codes.view(torch.int8), scales, stored, width, codes.stride(0), out.stride(0),
-            FP8=codes.dtype == torch.float8_e4m3fn, TILE=TILE, num_warps=NUM_WARPS,
-        )  # fmt: skip
+            coded.view(torch.int8), stored, width, out.stride(0), FP8=fp8, TILE=TILE, num_warps=NUM_WARPS
+        )
 
 
 def _code_type(code: str) -> torch.dtype:
@@ -197,24 +199,32 @@ def _code_type(code: str) -> torch.dtype:
     return CODE_TYPES[code]
 
 
-def _require_rows(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dim() != 2 or tensor.dtype not in dtypes:
-        raise ValueError(f"{name} are [rows, width] of {dtypes}, not {tuple(tensor.shape)} of {tensor.dtype}")
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"the values of a row of {name} are {tensor.stride(1)} apart, they must be neighbours")
+def _require(name: str, tensor: torch.Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dim() != dims or tensor.dtype not in dtypes:
+        wanted = f"{dims} dimensions of {dtypes}"
+        raise ValueError(f"{name} have {wanted}, not {tuple(tensor.shape)} of {tensor.dtype}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"the values of a row of {name} are {tensor.stride(-1)} apart, they must be neighbours")
+
+
+def _require_coded(coded: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if coded.dtype != torch.uint8 or coded.shape != shape or not coded.is_contiguous():
+        raise ValueError(f"coded rows are contiguous {shape} of uint8, not {tuple(coded.shape)} of {coded.dtype}")
+    if coded.data_ptr() % _SCALE_BYTES:
+        raise ValueError(f"coded rows begin at a multiple of {_SCALE_BYTES} bytes")
 
 
 def compile_specs() -> Iterator[KernelSpec]:
-    """The configurations that `quantize_lossy` and `dequantize_lossy` launch."""
+    """The configurations that `quantize_rows` and `dequantize_rows` launch."""
     for code in CODE_TYPES:
         for dtype in VALUE_TYPES.values():
             fp8 = {"FP8": code == "fp8_e4m3", "TILE": TILE}
-            sizes = {"width": "i32", "values_stride": "i32", "codes_stride": "i32", "out_stride": "i32"}
-            pointers = {"values": dtype, "codes": "*i8", "scales": "*fp32", "out": dtype.replace("bf", "i")}
+            sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
+            pointers = {"values": dtype, "coded": "*i8", "out": dtype.replace("bf", "i")}
             for name, kernel in (("quantize", _quantize_kernel), ("dequantize", _dequantize_kernel)):
                 signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}
                 yield KernelSpec(
-                    name=f"{name}_lossy_{code}_{dtype[1:]}",
+                    name=f"{name}_rows_{code}_{dtype[1:]}",
                     kernel=kernel,
                     signature=signature,
                     constexprs=fp8 | ({"FLOOR": FLOOR} if name == "quantize" else {}),

@@ -15,6 +15,7 @@ from sglang_hcache.capture import Capture, Outbox
 from sglang_hcache.lanes import ImmediateLane, Mark
 from sglang_hcache.model import AttentionSite
 from sglang_hcache.pages import OpenPages
+from sglang_hcache.row_code import LossyCode
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 
@@ -108,7 +109,7 @@ def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Att
 def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
     """Forwards of random sizes, and a bus that is behind by a random number of them."""
     chance = random.Random(seed)
-    memory = torch.zeros(100, dtype=torch.int64)
+    memory = torch.zeros(100 << 8, dtype=torch.uint8)
     copied, waits = 0, 0
 
     class Sent(_Passed):
@@ -133,7 +134,7 @@ def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
     outbox = Outbox(memory, Forward())
     for number in range(200):
         before = copied
-        place = outbox.take(chance.choice([1, 5, 80]))
+        place = outbox.take(chance.choice([256, 1000, 80 << 8]))
         waits += copied > before
         place.fill_(number)
         sent.append(Sent(number, place))
@@ -143,13 +144,33 @@ def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
     assert waits
 
 
+def through_an_outbox(capture: Capture) -> None:
+    """As on a GPU; what is not written is no number."""
+    capture._outbox = Outbox(torch.full((4 * LAYERS * 2 * ROWS * WIDTH,), 0xFF, dtype=torch.uint8), ImmediateLane())
+
+
 def test_rows_that_go_through_an_outbox(capture: Capture, modules: list[Attention]) -> None:
-    capture._outbox = Outbox(torch.full((LAYERS * 2 * ROWS * WIDTH,), torch.nan), ImmediateLane())
+    through_an_outbox(capture)
     for count in (7, ROWS, 1):
         hidden = torch.randn(ROWS, WIDTH)
         sink = forward(capture, modules, hidden, count=count)
         assert sink.rows is not None
         assert torch.equal(sink.rows, torch.stack([hidden[:count], hidden[:count] + 1]))
+
+
+@pytest.mark.parametrize("outbox", [False, True])
+def test_rows_are_handed_over_encoded(outbox: bool, capture: Capture, modules: list[Attention]) -> None:
+    code = LossyCode("lossy_int8", WIDTH, torch.float32)
+    capture.keep(1, code)
+    if outbox:
+        through_an_outbox(capture)
+    for count in (7, ROWS, 1):
+        hidden = torch.randn(ROWS, WIDTH)
+        sink = forward(capture, modules, hidden, count=count)
+        assert sink.rows is not None
+        assert sink.rows.shape == (1, count, code.row_bytes)
+        step = hidden[:count].abs().amax(1, keepdim=True) / 254
+        assert ((code.decode(sink.rows[0]) - hidden[:count]).abs() <= step * 1.001).all()
 
 
 def test_small_forwards_behind_a_full_one_wait_for_nothing() -> None:
@@ -161,9 +182,9 @@ def test_small_forwards_behind_a_full_one_wait_for_nothing() -> None:
         def query(self) -> bool:
             return False
 
-    outbox = Outbox(torch.zeros(100), Never())
+    outbox = Outbox(torch.zeros(100 << 8, dtype=torch.uint8), Never())
     for size in (80, 5, 5, 5, 5):
-        outbox.take(size)
+        outbox.take(size << 8)
         outbox.sent(UnderWay())
 
 

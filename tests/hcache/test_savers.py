@@ -102,9 +102,12 @@ def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     saver = HiddenSaver(packed, work, layers=2, code=code)
     rows = torch.randn(2, 3, PAGE, width).to(torch.bfloat16)
     rows[1, 1, 3] = torch.randint(-(2**15), 2**15, (width,), dtype=torch.int16).view(torch.bfloat16)
+    coded = torch.empty(2, 3, PAGE, code.row_bytes, dtype=torch.uint8)
+    for layer in range(2):
+        code.encode(rows[layer], coded[layer])
     for part in (slice(0, 5), slice(5, PAGE)):
         slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE)[part] for page in (4, 2, 3)])
-        saver.write(slots, torch.arange(PAGE)[part].repeat(3), rows[:, :, part].flatten(1, 2))
+        saver.write(slots, torch.arange(PAGE)[part].repeat(3), coded[:, :, part].flatten(1, 2))
     saver.save(KEYS, ROOT, torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in (4, 2, 3)]))
     saver.clear()
     assert packed.contains(KEYS) == [True, False, True]

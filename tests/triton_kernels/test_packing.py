@@ -30,6 +30,13 @@ def from_bits(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.uint16).view(np.int16).copy()).view(torch.bfloat16).to(DEVICE)
 
 
+def pack(values: torch.Tensor) -> torch.Tensor:
+    """By the kernel: `[rows, width]` as `[rows, bytes]`."""
+    out = torch.full((1, len(values), packed_row_bytes(values.shape[1])), 0xA5, dtype=torch.uint8, device=DEVICE)
+    pack_rows(values[None], out)
+    return out[0]
+
+
 def escapes(row: np.ndarray) -> int:
     """Values of a row, as bits, whose exponent is none of the seven most frequent."""
     return int(np.sort(np.bincount(row >> 7 & 0xFF))[:-7].sum())
@@ -38,7 +45,7 @@ def escapes(row: np.ndarray) -> int:
 def assert_lossless(values: torch.Tensor, row_gap: int = 0) -> None:
     """Of the rows that fit, and just those fit whose escapes have room; kernel and reference agree in every byte."""
     width = values.shape[1]
-    packed = pack_rows(values)
+    packed = pack(values)
     assert torch.equal(packed, pack_rows_reference(values))
     fit = packed[:, fits_at(width)] == 0
     whole = values.contiguous().view(torch.int16).cpu().numpy()
@@ -67,7 +74,7 @@ def test_every_bit_pattern() -> None:
     among = np.tile((127 << 7) + np.arange(128), (36, 128))
     among[:, ::8][:, :1821] = np.resize(patterns, (36, 1821))
     for values, fits in ((alone, False), (from_bits(among), True)):
-        assert bool((pack_rows(values)[:, fits_at(16384)] == 0).all()) is fits
+        assert bool((pack(values)[:, fits_at(16384)] == 0).all()) is fits
         assert_lossless(values)
 
 
@@ -78,7 +85,7 @@ def test_a_list_of_escapes_that_is_just_full(width: int, more: int) -> None:
     common = np.arange(width - room - more) % 7 + 20
     row = np.concatenate([common, np.arange(room + more) % 50 + 200])
     values = from_bits(np.stack([row, np.roll(row, width // 2)]) << 7)
-    fits = pack_rows(values)[:, fits_at(width)]
+    fits = pack(values)[:, fits_at(width)]
     assert escapes(values.view(torch.int16).cpu().numpy()[0]) == room + more
     assert fits.tolist() == [more, more]
     assert_lossless(values)
@@ -106,16 +113,18 @@ def test_random_rows(data: st.DataObject, exponents: int, rows: int, steps: int)
 def test_zeros_and_what_lies_beyond_a_row_are_not_confused() -> None:
     """A width that fills no tile: what is read beyond the row counts for no exponent."""
     row = np.repeat(np.arange(100, 108), 24) << 7  # eight exponents, none of them 0, of 24 values each
-    packed = pack_rows(from_bits(row[None]))
+    packed = pack(from_bits(row[None]))
     width = row.size
     assert packed[0, width * 11 // 8 : fits_at(width)].tolist() == list(range(100, 107))
     assert_lossless(from_bits(row[None]))
 
 
-def test_rows_apart() -> None:
-    wide = normal(5, 200)
-    assert torch.equal(pack_rows(wide[:, 8:136]), pack_rows(wide[:, 8:136].contiguous()))
-    assert torch.equal(pack_rows(wide[::2, :192]), pack_rows(wide[::2, :192].contiguous()))
+@pytest.mark.parametrize(("layers", "rows"), [(1, 5), (3, 2), (2, 0)])
+def test_layers_and_rows_that_are_apart(layers: int, rows: int) -> None:
+    values = normal(4 * 10, 200).view(4, 10, 200)[:layers, : 2 * rows : 2, 8:136]
+    expected = pack_rows_reference(values)
+    assert expected.shape == (layers, rows, packed_row_bytes(128))
+    assert_writes(expected.flatten(0, 1), 0, lambda out: pack_rows(values, out.view(expected.shape)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -135,15 +144,17 @@ def test_wrong_bytes_do_not_lead_the_kernel_astray(seed: int) -> None:
 
 def test_arguments_are_checked() -> None:
     values = normal(4, 64)
-    packed = pack_rows(values)
-    with pytest.raises(ValueError, match="bf16"):
-        pack_rows(values.float())
-    with pytest.raises(ValueError, match=r"\[rows, width\]"):
-        pack_rows(values[0])
+    packed = pack(values)
+    with pytest.raises(ValueError, match="3 dimensions of bf16"):
+        pack_rows(values[None].float(), packed[None])
+    with pytest.raises(ValueError, match="3 dimensions of bf16"):
+        pack_rows(values, packed)
     with pytest.raises(ValueError, match="neighbours"):
-        pack_rows(normal(64, 64).T)
+        pack_rows(normal(64, 64).T[None], pack(normal(64, 64))[None])
+    with pytest.raises(ValueError, match="contiguous"):
+        pack_rows(values[None], packed[None, :3])
     with pytest.raises(ValueError, match="multiple of 64"):
-        pack_rows(normal(4, 96))
+        pack_rows(normal(4, 96)[None], packed[None])
     with pytest.raises(ValueError, match="multiple of 64"):
         packed_row_bytes(0)
     with pytest.raises(ValueError, match="neighbours"):
