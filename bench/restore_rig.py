@@ -20,15 +20,14 @@ from bench.toy_model import Model, forward_kv
 from sglang_hcache.lanes import current_lane, new_lane
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.restore import (
-    Copier,
     HostPages,
-    IndexCopier,
     KernelCopier,
     LayerEvents,
     Load,
     Restorer,
     Staging,
     StoredLayer,
+    restorer_for,
 )
 from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
 from sglang_hcache.triton_kernels.rows import scatter_kv
@@ -143,20 +142,9 @@ class Rig:
 
     def use(self, programs: int | None = None) -> None:
         """A restorer as the server makes it, or with another number of programs that copy."""
-        copier: Copier = IndexCopier()
-        if self._pinned:
-            copier = KernelCopier() if programs is None else KernelCopier(programs)
-        self._events = LayerEvents(current_lane(DEVICE))
-        self._restorer = Restorer(
-            self._pages,
-            device=DEVICE,
-            copier=copier,
-            copying=new_lane(DEVICE, urgent=True),
-            projecting=new_lane(DEVICE, urgent=True),
-            before=[current_lane(DEVICE)],
-            events=self._events,
-            staging=Staging.on(DEVICE),
-        )
+        copier = KernelCopier(programs) if self._pinned and programs is not None else None
+        self._events = LayerEvents(current_lane(DEVICE), len(self._pages.layers))
+        self._restorer = restorer_for(self._pages, DEVICE, None, self._events, pinned=self._pinned, copier=copier)
 
     def load(self, tokens: int) -> Load:
         """Chunks and pages of the pool in no order; chunks come again where the arena has too few."""
@@ -231,7 +219,10 @@ class _Nothing:
 
     indexed_on = DEVICE
 
-    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(chunks)
+
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
         pass
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
@@ -246,7 +237,7 @@ def pipeline_ms(layers: int, requests: Sequence[int], rounds: int = 50) -> float
         np.zeros((sum(requests), PAGE_TOKENS), np.int32),
         [StoredLayer(page_bytes * layer, page_bytes, torch.bfloat16, nothing) for layer in range(layers)],
     )
-    events, ends = LayerEvents(current_lane(DEVICE)), list(itertools.accumulate(requests))
+    events, ends = LayerEvents(current_lane(DEVICE), layers), list(itertools.accumulate(requests))
     restorer = Restorer(
         pages, device=DEVICE, copier=nothing, copying=new_lane(DEVICE), projecting=new_lane(DEVICE),
         before=[current_lane(DEVICE)], events=events, staging=Staging(half_rows=8192, together_bytes=0),

@@ -133,7 +133,7 @@ def _try_restoring(way: Way, pages: int, page_tokens: int, device: str) -> tuple
     pinned = PinnedMemory(memory)
     layer = StoredLayer(0, page_tokens * way.row_bytes, way.dtype, way.projector)
     positions = np.zeros((pages, page_tokens), np.int32)
-    events = LayerEvents(current_lane(device))
+    events = LayerEvents(current_lane(device), layers=1)
     restorer = restorer_for(HostPages(memory, positions, [layer]), device, None, events, pinned=pinned.pinned)
     try:
         return restorer.trial(pages, repeats=_REPEATS)

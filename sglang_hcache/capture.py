@@ -155,8 +155,16 @@ class Capture:
     def _row_bytes(self) -> int:
         return self._code.row_bytes if self._code is not None else self._staging[0, 0].nbytes
 
+    @property
+    def forward_bytes(self) -> int:
+        """The most that one forward hands over."""
+        return self._staging.shape[0] * self._staging.shape[1] * self._row_bytes
+
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)
+        if not isinstance(hidden, torch.Tensor):  # quantised already, with its scales
+            self._seen[index] = _UNUSABLE
+            return
         torch.ops.hcache.stage_rows(hidden, self._staging, self._seen, index)
 
     def before_forward(self) -> None:

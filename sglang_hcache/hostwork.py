@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
@@ -13,7 +14,9 @@ from sglang_hcache.lanes import ImmediateLane, Lane, Mark
 
 logger = logging.getLogger(__name__)
 
-_MAX_PENDING_BYTES = 2 << 30  # of pinned memory, held by jobs that wait; one job may go beyond
+_LEAST_PENDING_BYTES = 2 << 30
+_FORWARDS_PENDING = 3  # one runs, the next is issued, one is being copied: a fourth has to wait, and may
+_COPYING_THREADS = 4
 
 Job = Callable[[], None]
 
@@ -22,6 +25,7 @@ class InlineWork:
     """On the CPU there is no copy to wait for: a job is done when `submit` returns."""
 
     crowded = False
+    copying: Executor | None = None
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as the next job finds it."""
@@ -44,12 +48,15 @@ class InlineWork:
 class StreamWork:
     """Copies on a lane of their own; jobs on one thread, each once the copies before its submission are done.
 
-    current: the lane on which the tensors are made.
+    current: the lane on which the tensors are made. forward_bytes: the most that one forward hands over; pinned
+    memory of four such is held where jobs lag behind. copying: threads that a job may have copy for it.
     """
 
-    def __init__(self, lane: Lane, current: Lane) -> None:
+    def __init__(self, lane: Lane, current: Lane, *, forward_bytes: int = 0) -> None:
         self._lane = lane
         self._current = current
+        self._most_pending = max(_LEAST_PENDING_BYTES, _FORWARDS_PENDING * forward_bytes)
+        self.copying: Executor | None = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="hcache-copying")
         self._jobs: queue.SimpleQueue[tuple[Mark | None, Job, int] | None] = queue.SimpleQueue()
         self._copied = 0  # bytes since the last submission
         self._pending = 0
@@ -60,7 +67,7 @@ class StreamWork:
     @property
     def crowded(self) -> bool:
         """Whether waiting jobs hold more than they should; the caller then leaves its rows uncaptured."""
-        return self._pending > _MAX_PENDING_BYTES
+        return self._pending > self._most_pending
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         self._lane.wait(self._current.mark())
@@ -90,8 +97,11 @@ class StreamWork:
     def close(self) -> None:
         self._jobs.put(None)
         self._thread.join()
+        if self.copying is not None:
+            self.copying.shutdown()
 
     def _run(self) -> None:
+        self._lane.adopt()
         while item := self._jobs.get():
             mark, job, held = item
             try:

@@ -19,20 +19,23 @@ class Mark(Protocol):
         """Block the caller until it has."""
 
     def elapsed_time(self, end: Mark) -> float:
-        """Milliseconds from here to a later mark of the same kind, once both are passed."""
+        """Milliseconds from here to a later mark of the same kind, once both are passed; both are timed."""
 
 
 class Lane(Protocol):
     def active(self) -> contextlib.AbstractContextManager[object]:
         """While this is entered, work is queued here."""
 
-    def mark(self) -> Mark: ...
+    def mark(self, *, timed: bool = False) -> Mark: ...
 
     def wait(self, mark: Mark) -> None:
         """What is queued here from now on starts when the device has reached the mark; the caller goes on."""
 
     def keep(self, tensor: torch.Tensor) -> None:
         """The tensor's memory is not used for something else before what is queued here now is done."""
+
+    def adopt(self) -> None:
+        """From now on the calling thread works with this lane's device."""
 
 
 class _Passed:
@@ -56,13 +59,16 @@ class ImmediateLane:
     def active(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    def mark(self) -> Mark:
+    def mark(self, *, timed: bool = False) -> Mark:
         return _Passed()
 
     def wait(self, mark: Mark) -> None:
         pass
 
     def keep(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def adopt(self) -> None:
         pass
 
 
@@ -75,8 +81,9 @@ class StreamLane:
     def active(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
-    def mark(self) -> Mark:
-        event: Any = torch.cuda.Event(enable_timing=True)
+    def mark(self, *, timed: bool = False) -> Mark:
+        """Timed, a thread that waits for it spins; else it sleeps."""
+        event: Any = torch.cuda.Event(enable_timing=timed, blocking=not timed)
         self._stream.record_event(event)
         mark: Mark = event
         return mark
@@ -87,16 +94,22 @@ class StreamLane:
     def keep(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)
 
+    def adopt(self) -> None:
+        torch.cuda.set_device(self._stream.device)
+
     @property
     def _stream(self) -> torch.cuda.Stream:
         return self._own or torch.cuda.current_stream()
 
 
-def new_lane(device: str, *, urgent: bool = False) -> Lane:
-    """A lane of its own on the device; `urgent`: its work goes before the forward's where both could run."""
+def new_lane(device: str, *, urgency: int = 0) -> Lane:
+    """A lane of its own on the device, whose work goes before that of less urgent ones where both could run.
+
+    urgency: 0, as the forward's, to 3.
+    """
     if torch.device(device).type == "cpu":
         return ImmediateLane()
-    return StreamLane(torch.cuda.Stream(device, priority=-1 if urgent else 0))
+    return StreamLane(torch.cuda.Stream(device, priority=-urgency))
 
 
 def current_lane(device: str, stream: torch.cuda.Stream | None = None) -> Lane:

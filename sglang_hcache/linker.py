@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_memory, get_parallel
 from sglang_hcache import serving
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
 from sglang_hcache.calibration import calibrate
+from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.introduction import Introduction
@@ -31,7 +32,7 @@ from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervis
 from sglang_hcache.representation import Stored, ways_of
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
-from sglang_hcache.savers import HiddenSaver, KVRows, KVSaver, NoSaver, Saver
+from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Saver
 from sglang_hcache.storage.layout import ROOT, positions
 from sglang_hcache.trial import most_tokens
 
@@ -69,8 +70,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
-        self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)))
-        self._work: HostWork = _host_work(str(self._pool.device))
+        self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)), self._pool.layer_num)
+        self._work: HostWork = _host_work(str(self._pool.device), serving.capture)
         self._queued: list[Load] = []
         self._started: dict[int, list[Load]] = {}
         self._promised: dict[str, list[int]] = {}
@@ -382,21 +383,18 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
         """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
-        layout, capture, others = self._stored.layout, serving.capture, None
+        layout, capture = self._stored.layout, serving.capture
         code = self._stored.of(0).code
         if capture is not None:
             captured = get_parallel().tp_rank % self._introduction.ranks_sharing_pages == 0
             capture.keep(layout.hidden if captured else 0, code)
             if not captured:
                 return NoSaver()
-        if layout.kv:
-            layers = range(layout.hidden, layout.layers)
-            others = KVRows(store, self._work, self._pool, layers, self.forward_stream)
-            if not layout.hidden:
-                return KVSaver(store, self._work, others)
-        assert capture is not None
-        saver = HiddenSaver(store, self._work, layers=layout.hidden, others=others, code=code)
-        capture.sink = saver
+        kv_layers = range(layout.hidden, layout.layers)
+        kv = KVRows(store, self._work, self._pool, kv_layers, self.forward_stream) if layout.kv else None
+        saver = PageSaver(store, self._work, captured=layout.hidden, kv=kv, code=code, copying=self._work.copying)
+        if capture is not None and layout.hidden:
+            capture.sink = saver
         return saver
 
     def _log_start(self) -> None:
@@ -411,6 +409,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
 
-def _host_work(device: str) -> HostWork:
-    on_cpu = torch.device(device).type == "cpu"
-    return InlineWork() if on_cpu else StreamWork(new_lane(device), current_lane(device))
+def _host_work(device: str, capture: Capture | None) -> HostWork:
+    if torch.device(device).type == "cpu":
+        return InlineWork()
+    forward_bytes = capture.forward_bytes if capture is not None else 0
+    return StreamWork(new_lane(device), current_lane(device), forward_bytes=forward_bytes)

@@ -181,11 +181,11 @@ class ForwardTimer:
         tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
         known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
         if self._planner is not None and known:
-            self._begun = tokens, contexts, alone, self._lane.mark()
+            self._begun = tokens, contexts, alone, self._lane.mark(timed=True)
 
     def end(self) -> None:
         if self._begun is not None:
-            self._ended.append((*self._begun, self._lane.mark()))
+            self._ended.append((*self._begun, self._lane.mark(timed=True)))
         while self._planner is not None and self._ended and self._ended[0][4].query():
             tokens, contexts, alone, began, ended = self._ended.popleft()
             self._planner.prefilled(tokens, contexts, began.elapsed_time(ended) / 1000, alone=alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,34 +36,33 @@ class OpenPages:
     """Collects rows of the first `layers` layers by device page, in slots of the store, until SGLang names the page.
 
     A device page is written front to back by one sequence: a row 0 starts the page anew, a gap abandons it, and
-    only a page with all its rows is ever handed out. Tokens that cannot be kept are counted, never waited for.
+    only a page with all its rows is ever handed out. What cannot be kept is left out, never waited for.
     """
 
-    def __init__(self, store: ChunkStore, *, layers: int) -> None:
+    def __init__(self, store: ChunkStore, *, layers: int, copying: Executor | None = None) -> None:
+        """copying: threads that share the copying of rows, which one alone does slower than a GPU makes them."""
         layout = store.layout
         self._store = store
         self._page_tokens = layout.page_tokens
         self._open: dict[int, _OpenPage] = {}
         self._chunks = chunk_rows(store, range(layers))
-        self.tokens_captured = 0
-        self.tokens_not_captured = 0
+        self._map = copying.map if copying is not None else map
 
-    def write(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        """slots, positions `[n]`; rows `[layers, n, row_bytes]`."""
+    def write(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> int:
+        """slots, positions `[n]`; rows `[layers, n, row_bytes]`. Returns how many tokens were kept."""
+        kept = []
         for start, stop, page, offset in self._runs(slots):
-            chunk = self._chunk_for(page, offset)
-            if chunk is None:
-                self.tokens_not_captured += stop - start
-                continue
-            end = offset + stop - start
-            self._chunks[chunk.slot, :, offset:end] = rows[:, start:stop]
-            chunk_positions(self._store.memory[chunk.slot], self._store.layout)[offset:end] = positions[start:stop]
-            chunk.filled = end
-            self.tokens_captured += stop - start
+            if (chunk := self._chunk_for(page, offset)) is not None:
+                chunk.filled = offset + stop - start
+                kept.append((chunk.slot, slice(offset, chunk.filled), slice(start, stop)))
 
-    def drop(self, slots: NDArray[np.int64]) -> None:
-        self.tokens_not_captured += len(slots)
-        self.forget(slots)
+        def copy(place: tuple[int, slice, slice]) -> int:
+            slot, into, of = place
+            self._chunks[slot, :, into] = rows[:, of]
+            chunk_positions(self._store.memory[slot], self._store.layout)[into] = positions[of]
+            return int(of.stop - of.start)
+
+        return sum(self._map(copy, kept))
 
     def forget(self, slots: NDArray[np.int64]) -> None:
         """The device pages of these slots now hold something else."""

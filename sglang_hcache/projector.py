@@ -15,6 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from sglang_hcache.model import AttentionSite, kv_row_bytes
+from sglang_hcache.triton_kernels.rows import gather_kv, scatter_kv
 
 
 class _Stored(Exception):
@@ -129,20 +130,28 @@ class KVProjector:
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         key, value = self._pool.k_buffer[layer], self._pool.v_buffer[layer]
+        if rows.device.type == "cuda":
+            scatter_kv(rows, slots, key, value)
+            return
         key_bytes, _ = kv_row_bytes(self._pool, layer)
         for buffer, part in ((key, rows[:, :key_bytes]), (value, rows[:, key_bytes:])):
             buffer[slots] = part.contiguous().view(buffer.dtype).view(-1, *buffer.shape[1:])
 
 
-def gather_kv(pool: MHATokenToKVPool, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of device slots as bytes, `[n, bytes]` each, on the device."""
-    key, value = (buffer[layer][slots].flatten(1).view(torch.uint8) for buffer in (pool.k_buffer, pool.v_buffer))
-    return key, value
+def pool_rows(pool: MHATokenToKVPool, layer: int, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """K and V of device slots `[n]` as a KVProjector takes them: out uint8 `[n, bytes]`, on the pool's device."""
+    key, value = pool.k_buffer[layer], pool.v_buffer[layer]
+    if out.device.type == "cuda":
+        gather_kv(key, value, slots, out)
+        return
+    key_bytes, _ = kv_row_bytes(pool, layer)
+    for buffer, part in ((key, out[:, :key_bytes]), (value, out[:, key_bytes:])):
+        part.copy_(buffer[slots].flatten(1).view(torch.uint8))
 
 
 def _bare_batch(positions: torch.Tensor, slots: torch.Tensor) -> ForwardBatch:
     count = slots.numel()
-    lengths = torch.tensor([count], device=slots.device)
+    lengths = slots.new_full((1,), count)  # a tensor of a list would be copied while the caller waits
     return ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=1,

@@ -78,11 +78,12 @@ class LayerEvents:
     `reader`: the lane that reads the pool; it waits for a mark, and the CPU goes on.
     """
 
-    def __init__(self, reader: Lane) -> None:
+    def __init__(self, reader: Lane, layers: int) -> None:
         self._reader = reader
         self._marks: dict[int, list[Mark]] = {}
         self._begins: dict[int, Mark] = {}
-        self._consumer = -1
+        self.num_layers = layers  # SGLang reads these two before it replays a graph of a whole prefill
+        self.consumer_index = -1
         self._last = -1
 
     def new_batch(self) -> int:
@@ -107,18 +108,21 @@ class LayerEvents:
         return None if begin is None else begin.elapsed_time(marks[-1]) / 1000
 
     def set_consumer(self, index: int) -> None:
-        self._consumer = index
+        self.consumer_index = index
 
     def wait_until(self, layer: int) -> None:
-        if marks := self._marks.get(self._consumer):
+        if marks := self._marks.get(self.consumer_index):
             self._reader.wait(marks[layer])
 
 
 class Copier(Protocol):
-    indexed_on: str  # device of the chunk numbers it is given
+    indexed_on: str  # device of the places it is given
 
-    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
-        """Payload of layers of equal size and distance, of chunks int64 `[m]`, on the current stream.
+    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
+        """Where it finds the chunks, int64 `[m]`, on the host; parts of it are given to `copy`."""
+
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
+        """Payload of layers of equal size and distance, of chunks at places `[m]`, on the current stream.
 
         target: uint8 `[len(layers), m, page_bytes]`, on the device.
         """
@@ -129,14 +133,17 @@ class IndexCopier:
 
     indexed_on = "cpu"
 
-    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(chunks)
+
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
         for layer, out in zip(layers, target, strict=True):
             stored = pages.layers[layer]
             source = pages.memory[:, stored.offset : stored.offset + stored.page_bytes]
             if out.device.type == "cpu":
-                torch.index_select(source, 0, chunks, out=out)
+                torch.index_select(source, 0, places, out=out)
             else:
-                out.copy_(source[chunks])
+                out.copy_(source[places])
 
 
 class KernelCopier:
@@ -150,30 +157,33 @@ class KernelCopier:
 
     def __init__(self, programs: int = 32) -> None:
         self._programs = programs
-        self._places: dict[int, torch.Tensor] = {}
+        self._targets: dict[int, torch.Tensor] = {}
 
-    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(chunks) * pages.memory.shape[1]
+
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
         from sglang_hcache.triton_kernels.rows import copy_rows
 
         first = pages.layers[layers[0]]
         copy_rows(
             pages.memory.view(-1)[first.offset :],
-            chunks * pages.memory.shape[1],
+            places,
             target,
-            self._places_of(chunks, first.page_bytes),
+            self._targets_of(places, first.page_bytes),
             first.page_bytes,
             layers=len(layers),
             source_layer_bytes=pages.layers[layers[1]].offset - first.offset if len(layers) > 1 else 0,
-            target_layer_bytes=len(chunks) * first.page_bytes,
+            target_layer_bytes=len(places) * first.page_bytes,
             programs=self._programs,
         )
 
-    def _places_of(self, chunks: torch.Tensor, page_bytes: int) -> torch.Tensor:
+    def _targets_of(self, places: torch.Tensor, page_bytes: int) -> torch.Tensor:
         """Where each chunk goes. Kept, as one more launch a layer takes longer than the copy of a small load."""
-        known = self._places.get(page_bytes)
-        if known is None or len(known) < len(chunks):
-            known = self._places[page_bytes] = torch.arange(len(chunks), device=chunks.device) * page_bytes
-        return known[: len(chunks)]
+        known = self._targets.get(page_bytes)
+        if known is None or len(known) < len(places):
+            known = self._targets[page_bytes] = torch.arange(len(places), device=places.device) * page_bytes
+        return known[: len(places)]
 
 
 @dataclass(frozen=True)
@@ -225,14 +235,14 @@ class Restorer:
             for lane in self._before:
                 self._projecting.wait(lane.mark())
             with self._copying.active():
-                numbers = _to(self._copier.indexed_on, torch.tensor(chunks))
+                places = _to(self._copier.indexed_on, self._copier.places(self._pages, chunks))
             with self._projecting.active():
                 host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
                 positions = _to(self._device, torch.from_numpy(host_positions))
                 slots = torch.cat([load.device_slots for load in loads])
-                self._events.begin(index, self._projecting.mark())
+                self._events.begin(index, self._projecting.mark(timed=True))
             for turn, step in enumerate(self._steps(len(chunks))):
-                rows = self._copy(turn % 2, step, numbers[step.pages])
+                rows = self._copy(turn % 2, step, places[step.pages])
                 self._project(index, turn % 2, step, rows, positions, slots)
         except BaseException:
             for lane in (self._copying, self._projecting):
@@ -248,21 +258,21 @@ class Restorer:
         n_pages = min(n_pages, self._half_pages, len(self._pages.memory))
         step = _Step(range(1), slice(0, n_pages))
         with self._copying.active():
-            numbers = _to(self._copier.indexed_on, torch.arange(n_pages))
+            places = _to(self._copier.indexed_on, self._copier.places(self._pages, range(n_pages)))
         with self._projecting.active():
             tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
             first = tokens * 0
         copies, projections = [], []
         for _ in range(repeats + 1):
-            marks = [self._copying.mark()]
+            marks = [self._copying.mark(timed=True)]
             with self._copying.active():
-                rows = self._copy(0, step, numbers)
-            marks += [self._copying.mark(), self._projecting.mark()]
+                rows = self._copy(0, step, places)
+            marks += [self._copying.mark(timed=True), self._projecting.mark(timed=True)]
             stored = self._pages.layers[0]
             with self._projecting.active():
                 typed = rows[0].view(stored.dtype).view(len(tokens), -1)
                 stored.projector.project(0, typed, first, tokens)
-            marks.append(self._projecting.mark())
+            marks.append(self._projecting.mark(timed=True))
             marks[-1].synchronize()
             copies.append(marks[0].elapsed_time(marks[1]) / 1000)
             projections.append(marks[2].elapsed_time(marks[3]) / 1000)
@@ -289,14 +299,14 @@ class Restorer:
             and len(layers) * n_pages * layers[0].page_bytes <= min(self._together_bytes, self._halves[0].nbytes)
         )
 
-    def _copy(self, half: int, step: _Step, chunks: torch.Tensor) -> torch.Tensor:
+    def _copy(self, half: int, step: _Step, places: torch.Tensor) -> torch.Tensor:
         """Payload of the step, uint8 `[layers, pages, page_bytes]`, in a half of the staging buffer."""
-        shape = (len(step.layers), len(chunks), self._pages.layers[step.layers[0]].page_bytes)
+        shape = (len(step.layers), len(places), self._pages.layers[step.layers[0]].page_bytes)
         rows = self._halves[half][: shape[0] * shape[1] * shape[2]].view(shape)
         if (projected := self._projected[half]) is not None:
             self._copying.wait(projected)
         with self._copying.active():
-            self._copier.copy(self._pages, step.layers, chunks, rows)
+            self._copier.copy(self._pages, step.layers, places, rows)
         self._projecting.wait(self._copying.mark())
         return rows
 
@@ -306,12 +316,13 @@ class Restorer:
         page_tokens = self._pages.page_tokens
         tokens = slice(step.pages.start * page_tokens, step.pages.stop * page_tokens)
         complete = tokens.stop == len(positions)
+        last = len(self._pages.layers) - 1
         with self._projecting.active():
             for layer, payload in zip(step.layers, rows, strict=True):
                 stored = self._pages.layers[layer]
                 typed = payload.view(stored.dtype).view(len(payload) * page_tokens, -1)
                 stored.projector.project(layer, typed, positions[tokens], slots[tokens])
-                mark = self._projecting.mark()
+                mark = self._projecting.mark(timed=complete and layer == last)
                 if complete:
                     self._events.restored(index, mark)
         self._projected[half] = mark
@@ -325,18 +336,24 @@ def _to(device: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restorer_for(
-    pages: HostPages, device: str, forward_stream: torch.cuda.Stream | None, events: LayerEvents, *, pinned: bool
+    pages: HostPages,
+    device: str,
+    forward_stream: torch.cuda.Stream | None,
+    events: LayerEvents,
+    *,
+    pinned: bool,
+    copier: Copier | None = None,
 ) -> Restorer:
     """A restorer on lanes of its own, behind what SGLang's two streams do now.
 
-    pinned: whether the GPU can read the pages' memory by itself.
+    pinned: whether the GPU can read the pages' memory by itself. copier: in the place of the one that fits that.
     """
     return Restorer(
         pages,
         device=device,
-        copier=KernelCopier() if pinned else IndexCopier(),
-        copying=new_lane(device, urgent=True),
-        projecting=new_lane(device, urgent=True),
+        copier=copier or (KernelCopier() if pinned else IndexCopier()),
+        copying=new_lane(device, urgency=2),  # its few blocks fill the bus, if they are let in
+        projecting=new_lane(device, urgency=1),
         before=[current_lane(device), current_lane(device, forward_stream)],
         events=events,
         staging=Staging.on(device),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +15,11 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_hcache.hostwork import HostWork
 from sglang_hcache.lanes import Mark
 from sglang_hcache.pages import OpenPages, chunk_rows
-from sglang_hcache.projector import gather_kv
+from sglang_hcache.projector import pool_rows
 from sglang_hcache.row_code import RowCode
 from sglang_hcache.storage.contract import ChunkStore
+
+logger = logging.getLogger(__name__)
 
 
 class Saver(Protocol):
@@ -49,10 +53,10 @@ class NoSaver:
         return {}
 
 
-class HiddenSaver:
-    """Commits the rows of the first layers that capture has collected, with K and V of the others, if there are any.
+class PageSaver:
+    """Commits whole pages: rows of the first layers as capture has collected them, K and V of the others.
 
-    It is capture's sink, too.
+    It is capture's sink, too. With no layers captured, all are K and V.
     """
 
     def __init__(
@@ -60,19 +64,23 @@ class HiddenSaver:
         store: ChunkStore,
         work: HostWork,
         *,
-        layers: int,
-        others: KVRows | None = None,
+        captured: int = 0,
+        kv: KVRows | None = None,
         code: RowCode | None = None,
+        copying: Executor | None = None,
     ) -> None:
-        """code: what has encoded the rows that capture hands over."""
-        self._page_tokens = store.layout.page_tokens
-        self._pages = OpenPages(store, layers=layers)
+        """captured: layers. code: what has encoded the rows that capture hands over. copying: helps with them."""
         self._store = store
         self._work = work
-        self._others = others
+        self._page_tokens = store.layout.page_tokens
+        self._open = OpenPages(store, layers=captured, copying=copying) if captured else None
+        self._kv = kv
         self._code = code
-        self._tokens_not_encoded = 0
-        self._pages_incomplete = 0
+        self._counts = dict.fromkeys(
+            ("tokens_captured", "tokens_not_captured", "tokens_not_encoded", "pages_incomplete"), 0
+        )
+
+    # ---- capture's sink ----
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
         if self._work.crowded:
@@ -84,96 +92,72 @@ class HiddenSaver:
         )
         return self._work.mark()
 
-    def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        if self._code is not None and not (kept := self._code.encoded(rows)).all():
-            self._tokens_not_encoded += int(np.count_nonzero(~kept))
-            self._pages.write(slots[kept], positions[kept], rows[:, kept])
-            self._pages.drop(slots[~kept])
-        else:
-            self._pages.write(slots, positions, rows)
-
     def drop(self, slots: torch.Tensor) -> None:
         host_slots = self._work.to_host(slots)
-        self._work.submit(lambda: self._pages.drop(host_slots.numpy()))
+        self._work.submit(lambda: self._drop(host_slots.numpy()))
+
+    def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        assert self._open is not None
+        if self._code is not None and not (kept := self._code.encoded(rows)).all():
+            self._counts["tokens_not_encoded"] += int(np.count_nonzero(~kept))
+            self._drop(slots[~kept])
+            slots, positions, rows = slots[kept], positions[kept], rows[:, kept]
+        written = self._open.write(slots, positions, rows)
+        self._counts["tokens_captured"] += written
+        self._counts["tokens_not_captured"] += len(slots) - written
+
+    def _drop(self, slots: NDArray[np.int64]) -> None:
+        assert self._open is not None
+        self._counts["tokens_not_captured"] += len(slots)
+        self._open.forget(slots)
+
+    # ---- pages that SGLang names ----
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        by_page = slots.view(-1, self._page_tokens)
-        first_slots = self._work.to_host(by_page[:, 0])
-        new, rows = list(range(len(keys))), None
-        if self._others is not None:
-            new = [index for index, stored in enumerate(self._store.contains(keys)) if not stored]
-            rows = self._others.gather(by_page[new].flatten()) if new else None
+        first_slots = self._work.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
+        rows = None
+        if self._kv is not None and not self._work.crowded:
+            try:
+                rows = self._kv.gather(slots)
+            except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
+                logger.warning("hcache: no device memory to save %d pages by; they are not stored", len(keys))
+        self._work.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
 
-        def commit() -> None:
-            chunks = [self._pages.take(slot // self._page_tokens) for slot in first_slots.tolist()]
-            whole = [(place, chunk) for place, index in enumerate(new) if (chunk := chunks[index]) is not None]
-            if self._others is not None and rows is not None and whole:
-                self._others.write(rows, *zip(*whole, strict=True))
-            for index, chunk in enumerate(chunks):
-                if chunk is not None and index in new:
-                    self._store.commit(keys[index], chunk, keys[index - 1] if index else parent)
-                elif chunk is not None:
+    def _commit(
+        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: torch.Tensor | None
+    ) -> None:
+        chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
+        if self._kv is not None and rows is None:
+            for chunk in chunks:
+                if chunk is not None:
                     self._store.abandon(chunk)
-            if incomplete := [key for key, chunk in zip(keys, chunks, strict=True) if chunk is None]:
-                self._pages_incomplete += self._store.contains(incomplete).count(False)
-
-        self._work.submit(commit)
-
-    def overwrite(self, slots: torch.Tensor) -> None:
-        host_slots = self._work.to_host(slots)
-        self._work.submit(lambda: self._pages.forget(host_slots.numpy()))
-
-    def clear(self) -> None:
-        self._work.submit(self._pages.clear)
-        self._work.drain()
-
-    def stats(self) -> dict[str, int]:
-        return {
-            "tokens_captured": self._pages.tokens_captured,
-            "tokens_not_captured": self._pages.tokens_not_captured,
-            "pages_incomplete": self._pages_incomplete,
-            "pages_open": len(self._pages),
-            "tokens_not_encoded": self._tokens_not_encoded,
-        }
-
-
-class KVSaver:
-    """Copies K and V of all layers out of the device pool."""
-
-    def __init__(self, store: ChunkStore, work: HostWork, rows: KVRows) -> None:
-        self._store = store
-        self._work = work
-        self._rows = rows
-        self._tokens_captured = 0
-        self._tokens_not_captured = 0
-
-    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        page_tokens = self._store.layout.page_tokens
-        missing = [i for i, stored in enumerate(self._store.contains(keys)) if not stored]
-        pages = [(i, chunk) for i in missing if (chunk := self._store.reserve()) is not None]
-        self._tokens_captured += len(pages) * page_tokens
-        self._tokens_not_captured += (len(missing) - len(pages)) * page_tokens
-        if not pages:
-            return
-        indices, chunks = zip(*pages, strict=True)
-        rows = self._rows.gather(slots.view(-1, page_tokens)[list(indices)].flatten())
+            chunks = [None] * len(keys)
+        whole = [(index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
+        if self._kv is not None and rows is not None and whole:
+            self._kv.write(rows, *zip(*whole, strict=True))
         before = [parent, *keys]
+        for index, chunk in whole:
+            self._store.commit(keys[index], chunk, before[index])
+        self._counts["pages_incomplete"] += len(keys) - len(whole)
+        if self._open is None:
+            self._counts["tokens_captured"] += len(whole) * self._page_tokens
+            self._counts["tokens_not_captured"] += (len(keys) - len(whole)) * self._page_tokens
 
-        def put() -> None:
-            self._rows.write(rows, range(len(chunks)), chunks)
-            for index, chunk in pages:
-                self._store.commit(keys[index], chunk, before[index])
-
-        self._work.submit(put)
+    def _chunk_of(self, device_page: int) -> int | None:
+        return self._store.reserve() if self._open is None else self._open.take(device_page)
 
     def overwrite(self, slots: torch.Tensor) -> None:
-        pass
+        if (pages := self._open) is not None:
+            host_slots = self._work.to_host(slots)
+            self._work.submit(lambda: pages.forget(host_slots.numpy()))
 
     def clear(self) -> None:
+        if self._open is not None:
+            self._work.submit(self._open.clear)
         self._work.drain()
 
     def stats(self) -> dict[str, int]:
-        return {"tokens_captured": self._tokens_captured, "tokens_not_captured": self._tokens_not_captured}
+        return {**self._counts, "pages_open": len(self._open) if self._open is not None else 0}
 
 
 class KVRows:
@@ -193,21 +177,18 @@ class KVRows:
         self._chunks = chunk_rows(store, layers)
         self._forward_stream = forward_stream if torch.cuda.is_available() else None
 
-    def gather(self, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[n, bytes]` each."""
+    def gather(self, slots: torch.Tensor) -> torch.Tensor:
+        """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`."""
         if self._forward_stream is not None:
             torch.cuda.current_stream().wait_stream(self._forward_stream)
-        found = []
-        for layer in self._layers:
-            keys, values = gather_kv(self._pool, layer, slots)
-            found.append((self._work.to_host(keys), self._work.to_host(values)))
-        return found
+        shape = (len(self._layers), len(slots), self._chunks.shape[3])
+        found = torch.empty(shape, dtype=torch.uint8, device=slots.device)
+        for layer, rows in zip(self._layers, found, strict=True):
+            pool_rows(self._pool, layer, slots, rows)
+        return self._work.to_host(found)
 
-    def write(
-        self, rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pages: Sequence[int], chunks: Sequence[int]
-    ) -> None:
+    def write(self, rows: torch.Tensor, pages: Sequence[int], chunks: Sequence[int]) -> None:
         """Page `pages[i]` of what was gathered goes to slot `chunks[i]`."""
-        page_tokens = self._chunks.shape[2]
-        for layer, (keys, values) in enumerate(rows):
-            joined = np.concatenate([keys.numpy(), values.numpy()], axis=1)
-            self._chunks[list(chunks), layer] = joined.reshape(-1, page_tokens, joined.shape[1])[list(pages)]
+        by_page = rows.numpy().reshape(len(self._layers), -1, *self._chunks.shape[2:])
+        for page, chunk in zip(pages, chunks, strict=True):
+            self._chunks[chunk] = by_page[:, page]

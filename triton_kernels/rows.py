@@ -14,7 +14,7 @@ WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multi
 _PROGRAMS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tasks"])
 def _copy_rows(
     source,  # words
     source_offsets,  # int64 [n], bytes
@@ -102,36 +102,70 @@ def copy_rows_reference(
             bytes_out[last : last + row_bytes] = bytes_in[first : first + row_bytes]
 
 
+@triton.jit
+def _move_kv(
+    rows,  # words [n, k_words + v_words]
+    slots,  # int64 [n]
+    keys,  # words [slots, k_words]
+    values,  # words [slots, v_words]
+    k_words: tl.constexpr,
+    v_words: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: n, blocks of a row."""
+    index = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + index)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    of_k = columns < k_words
+    of_v = (columns >= k_words) & (columns < k_words + v_words)
+    row = rows + index * (k_words + v_words) + columns
+    key = keys + slot * k_words + columns
+    value = values + slot * v_words + (columns - k_words)
+    if GATHER:
+        words = tl.load(key, mask=of_k, other=0) | tl.load(value, mask=of_v, other=0)
+        tl.store(row, words, mask=of_k | of_v)
+    else:
+        words = tl.load(row, mask=of_k | of_v)
+        tl.store(key, words, mask=of_k)
+        tl.store(value, words, mask=of_v)
+
+
 def scatter_kv(rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor) -> None:
     """Stored K and V back into the pool: `rows[i]`, K's bytes and then V's, to slot `slots[i]`.
 
-    rows: `[n, …]`, contiguous; slots: int64 `[n]`, all different; k_buffer, v_buffer: `[slots, …]`, contiguous.
+    rows: `[n, …]`, contiguous; slots: int64 `[n]`, all different; k_buffer, v_buffer: `[slots, …]`, contiguous. One
+    launch. Raises ValueError for sizes that do not agree, or K or V of bytes that are no multiple of 8.
     """
-    for buffer, rows_at, slots_at in _halves(rows, slots, k_buffer, v_buffer):
-        copy_rows(rows, rows_at, buffer, slots_at, buffer[0].nbytes)
+    _launch_kv(rows, slots, k_buffer, v_buffer, gather=False)
 
 
 def gather_kv(k_buffer: torch.Tensor, v_buffer: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
     """The inverse of `scatter_kv`: `out[i]` = K's bytes and then V's of slot `slots[i]`; out may be pinned memory."""
-    for buffer, rows_at, slots_at in _halves(out, slots, k_buffer, v_buffer):
-        copy_rows(buffer, slots_at, out, rows_at, buffer[0].nbytes)
+    _launch_kv(out, slots, k_buffer, v_buffer, gather=True)
 
 
-def _halves(
-    rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of K, then V: the buffer, where its half of each row begins, and where the row's slot does, in bytes."""
+def _launch_kv(
+    rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, *, gather: bool
+) -> None:
     k_bytes, v_bytes = k_buffer[0].nbytes, v_buffer[0].nbytes
     if len(rows) != len(slots) or (len(rows) and rows[0].nbytes != k_bytes + v_bytes):
         raise ValueError(
             f"{len(slots)} slots of {k_bytes} + {v_bytes} bytes for rows {list(rows.shape)} {rows.dtype}"
         )
-    begins = torch.arange(len(slots), device=slots.device) * (k_bytes + v_bytes)
-    return [(k_buffer, begins, slots * k_bytes), (v_buffer, begins + k_bytes, slots * v_bytes)]
+    if k_bytes % WORD or v_bytes % WORD:
+        raise ValueError(f"K and V of {k_bytes} and {v_bytes} bytes cannot be moved in words of {WORD}")
+    words = (k_bytes + v_bytes) // WORD
+    block = min(1024, triton.next_power_of_2(words))
+    if len(slots):
+        _move_kv[(len(slots), triton.cdiv(words, block))](
+            _words(rows), slots, _words(k_buffer), _words(v_buffer),
+            k_words=k_bytes // WORD, v_words=v_bytes // WORD, GATHER=gather, BLOCK=block, num_warps=4,
+        )  # fmt: skip
 
 
 def compile_specs() -> Iterator[KernelSpec]:
-    """Rows of one block, and of many: K or V of a token, a token's hidden state, a layer of a page."""
+    """Rows of one block, and of many: K or V of a token, a token's hidden state, a layer of a page; K and V."""
     pointers = {"source": "*i64", "source_offsets": "*i64", "target": "*i64", "target_offsets": "*i64"}
     numbers = {"source_layer": "i64", "target_layer": "i64", "n": "i32", "tasks": "i32"}
     for row_bytes in (256, 8192, 64 * 8192):
@@ -143,6 +177,18 @@ def compile_specs() -> Iterator[KernelSpec]:
             constexprs={"row": row, "WORD_BYTES": WORD, "BLOCK": min(1024, triton.next_power_of_2(row))},
             num_warps=4,
             aligned=tuple(pointers),
+        )
+    pool = {"rows": "*i64", "slots": "*i64", "keys": "*i64", "values": "*i64"}
+    for kv_bytes, gather in ((256, False), (256, True), (8192, False), (8192, True)):
+        words = kv_bytes // WORD
+        sizes = {"k_words": words, "v_words": words, "BLOCK": min(1024, triton.next_power_of_2(2 * words))}
+        yield KernelSpec(
+            name=f"{'gather' if gather else 'scatter'}_kv of {kv_bytes} bytes each",
+            kernel=_move_kv,
+            signature=pool,
+            constexprs={**sizes, "GATHER": gather},
+            num_warps=4,
+            aligned=tuple(pool),
         )
 
 

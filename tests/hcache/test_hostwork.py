@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sglang_hcache import hostwork
 from sglang_hcache.hostwork import InlineWork, StreamWork
 from sglang_hcache.lanes import ImmediateLane, Mark
 
@@ -35,7 +34,7 @@ class HeldLane(ImmediateLane):
         self.marks: list[HeldMark] = []
         self.kept: list[torch.Tensor] = []
 
-    def mark(self) -> HeldMark:
+    def mark(self, *, timed: bool = False) -> HeldMark:
         self.marks.append(HeldMark())
         return self.marks[-1]
 
@@ -84,10 +83,22 @@ def test_rows_with_gaps_are_copied_whole(work: StreamWork) -> None:
     assert torch.equal(work.to_host(tensor), tensor)
 
 
-def test_too_much_waiting_memory_makes_it_crowded(
-    work: StreamWork, lane: HeldLane, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hostwork, "_MAX_PENDING_BYTES", 1000)
+def test_four_forwards_may_wait() -> None:
+    forward_bytes = 3 << 30
+    work = StreamWork(HeldLane(), ImmediateLane(), forward_bytes=forward_bytes)
+    for pending, crowded in (
+        (0, False),
+        (forward_bytes, False),
+        (3 * forward_bytes, False),
+        (4 * forward_bytes, True),
+    ):
+        work._pending = pending
+        assert work.crowded is crowded
+    work.close()
+
+
+def test_too_much_waiting_memory_makes_it_crowded(work: StreamWork, lane: HeldLane) -> None:
+    work._most_pending = 1000
     finished = threading.Event()
     for _ in range(2):
         work.to_host(torch.zeros(500, dtype=torch.uint8))
@@ -114,7 +125,7 @@ def test_after_a_failed_copy_nobody_waits_forever(work: StreamWork, lane: HeldLa
         def synchronize(self) -> None:
             raise RuntimeError("CUDA error")
 
-    lane.mark = Lost  # type: ignore[method-assign]
+    lane.mark = lambda **_: Lost()  # type: ignore[method-assign]
     done: list[int] = []
     work.to_host(torch.zeros(3))
     work.submit(lambda: done.append(1))

@@ -48,6 +48,7 @@ class Device:
 @dataclass(eq=False)
 class FakeMark:
     device: Device
+    timed: bool
     passed: bool = False
 
     def query(self) -> bool:
@@ -58,6 +59,9 @@ class FakeMark:
         assert self.passed
 
     def elapsed_time(self, end: Mark) -> float:
+        assert isinstance(end, FakeMark)
+        assert self.timed
+        assert end.timed
         return 1.0
 
 
@@ -75,8 +79,8 @@ class FakeLane:
         yield
         self.device.current.pop()
 
-    def mark(self) -> FakeMark:
-        mark = FakeMark(self.device)
+    def mark(self, *, timed: bool = False) -> FakeMark:
+        mark = FakeMark(self.device, timed)
 
         def pass_by() -> bool:
             mark.passed = True
@@ -92,15 +96,18 @@ class FakeLane:
     def keep(self, tensor: torch.Tensor) -> None:
         pass
 
+    def adopt(self) -> None:
+        pass
+
 
 class DeferredCopier(IndexCopier):
     def __init__(self, device: Device) -> None:
         self._device = device
         self.bytes_at_once: list[int] = []
 
-    def copy(self, pages: HostPages, layers: range, chunks: torch.Tensor, target: torch.Tensor) -> None:
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
         self.bytes_at_once.append(target.nbytes)
-        self._device.submit(lambda: super(DeferredCopier, self).copy(pages, layers, chunks, target))
+        self._device.submit(lambda: super(DeferredCopier, self).copy(pages, layers, places, target))
 
 
 class Pool:
@@ -178,7 +185,7 @@ def test_every_row_lands_in_its_slot_and_nowhere_else(half_rows: int, together_b
     pages = host_pages(pool, uneven=uneven)
     restorer = Restorer(
         pages, device="cpu", copier=IndexCopier(), copying=lane, projecting=lane, before=[lane],
-        events=LayerEvents(lane), staging=Staging(half_rows, together_bytes),
+        events=LayerEvents(lane, 5), staging=Staging(half_rows, together_bytes),
     )  # fmt: skip
     for seed, count in enumerate([2, 7, 11]):
         pool.rows.fill_(-1)
@@ -192,7 +199,7 @@ def test_every_row_lands_in_its_slot_and_nowhere_else(half_rows: int, together_b
 
 def deferred(pool: Pool, device: Device, staging: Staging) -> tuple[Restorer, LayerEvents, FakeLane, DeferredCopier]:
     forward = FakeLane(device)
-    events, copier = LayerEvents(forward), DeferredCopier(device)
+    events, copier = LayerEvents(forward, 4), DeferredCopier(device)
     restorer = Restorer(
         host_pages(pool), device="cpu", copier=copier, copying=FakeLane(device), projecting=FakeLane(device),
         before=[forward], events=events, staging=staging,
@@ -241,7 +248,7 @@ def test_a_failure_leaves_nothing_under_way() -> None:
     pool._fails_at = None
     loads = some_loads(1, 5)
     index = restorer.run(loads)
-    events.synchronize(index)
+    assert events.synchronize(index) == 0.001
     rows, _ = expect(pool, host_pages(Pool(4)), loads)
     used = torch.cat([load.device_slots for load in loads])
     assert torch.equal(pool.rows[:, used], rows[:, used])
@@ -250,7 +257,7 @@ def test_a_failure_leaves_nothing_under_way() -> None:
 def test_a_forward_without_a_load_waits_for_nothing() -> None:
     device = Device()
     forward = FakeLane(device)
-    events = LayerEvents(forward)
+    events = LayerEvents(forward, 4)
     events.set_consumer(-1)
     events.wait_until(0)
     assert not forward.queue

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_hcache.hostwork import InlineWork, StreamWork
+from sglang_hcache import savers
+from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.lanes import ImmediateLane
 from sglang_hcache.pages import chunk_rows
 from sglang_hcache.row_code import PackedCode
-from sglang_hcache.savers import HiddenSaver, KVRows
+from sglang_hcache.savers import KVRows, PageSaver
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.store import LocalStore
 
@@ -43,20 +45,38 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 
 @pytest.fixture(params=["inline", "thread"])
-def saver(request: pytest.FixtureRequest, store: LocalStore, pool: MHATokenToKVPool) -> Iterator[HiddenSaver]:
+def work(request: pytest.FixtureRequest) -> Iterator[HostWork]:
     work = InlineWork() if request.param == "inline" else StreamWork(ImmediateLane(), ImmediateLane())
-    yield HiddenSaver(store, work, layers=len(HIDDEN), others=KVRows(store, work, pool, KV, None))
+    yield work
     work.close()
 
 
-def capture(saver: HiddenSaver, device_page: int, rows: torch.Tensor) -> torch.Tensor:
+@pytest.fixture
+def saver(work: HostWork, store: LocalStore, pool: MHATokenToKVPool) -> PageSaver:
+    kv = KVRows(store, work, pool, KV, None)
+    return PageSaver(store, work, captured=len(HIDDEN), kv=kv, copying=work.copying)
+
+
+def slots_of(*device_pages: int) -> torch.Tensor:
+    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in device_pages])
+
+
+def assert_kv(
+    rows: np.ndarray[Any, np.dtype[np.uint8]], pool: MHATokenToKVPool, device_page: int, layer: int
+) -> None:
+    """rows: of one layer of a page."""
+    expected = [buffer[layer][slots_of(device_page)].flatten(1) for buffer in (pool.k_buffer, pool.v_buffer)]
+    assert np.array_equal(rows.view(np.float32), torch.cat(expected, dim=1).numpy())
+
+
+def capture(saver: PageSaver, device_page: int, rows: torch.Tensor) -> torch.Tensor:
     """As a forward would: rows `[layers, n, width]`; returns the slots of the page."""
     slots = torch.arange(device_page * PAGE, (device_page + 1) * PAGE)
     saver.write(slots[: rows.shape[1]], torch.arange(rows.shape[1]), rows)
     return slots
 
 
-def test_a_page_holds_both(saver: HiddenSaver, store: LocalStore, pool: MHATokenToKVPool) -> None:
+def test_a_page_holds_both(saver: PageSaver, store: LocalStore, pool: MHATokenToKVPool) -> None:
     pages = (5, 2)
     rows = torch.randn(len(pages), len(HIDDEN), PAGE, WIDTH)
     slots = torch.cat([capture(saver, *page) for page in zip(pages, rows, strict=True)])
@@ -67,13 +87,11 @@ def test_a_page_holds_both(saver: HiddenSaver, store: LocalStore, pool: MHAToken
     hidden, kv = (chunk_rows(store, layers)[leased] for layers in (HIDDEN, KV))
     assert np.array_equal(hidden.view(np.float32), rows.numpy())
     for place, page in enumerate(pages):
-        of_page = slice(page * PAGE, (page + 1) * PAGE)
         for index, layer in enumerate(KV):
-            expected = [buffer[layer][of_page].flatten(1) for buffer in (pool.k_buffer, pool.v_buffer)]
-            assert np.array_equal(kv[place, index].view(np.float32), torch.cat(expected, dim=1).numpy())
+            assert_kv(kv[place, index], pool, page, layer)
 
 
-def test_a_page_that_was_not_captured_whole_is_left_out(saver: HiddenSaver, store: LocalStore) -> None:
+def test_a_page_that_was_not_captured_whole_is_left_out(saver: PageSaver, store: LocalStore) -> None:
     parts = [capture(saver, page, torch.randn(len(HIDDEN), rows, WIDTH)) for page, rows in ((1, PAGE), (3, PAGE - 1))]
     saver.save(KEYS[:2], ROOT, torch.cat(parts))
     saver.clear()
@@ -81,7 +99,7 @@ def test_a_page_that_was_not_captured_whole_is_left_out(saver: HiddenSaver, stor
     assert saver.stats()["pages_incomplete"] == 1
 
 
-def test_a_page_that_is_stored_already_gives_its_slot_back(saver: HiddenSaver, store: LocalStore) -> None:
+def test_a_page_that_is_stored_already_gives_its_slot_back(saver: PageSaver, store: LocalStore) -> None:
     rows = torch.randn(len(HIDDEN), PAGE, WIDTH)
     saver.save(KEYS[:1], ROOT, capture(saver, 1, rows))
     slots = torch.cat([capture(saver, page, rows + page) for page in (2, 3)])
@@ -94,21 +112,66 @@ def test_a_page_that_is_stored_already_gives_its_slot_back(saver: HiddenSaver, s
     assert store.stats()["pages_open"] == 0
 
 
+@pytest.mark.parametrize("trouble", ["no memory", "crowded"])
+def test_pages_whose_k_and_v_cannot_be_copied_are_left_out(
+    trouble: str, saver: PageSaver, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the slots that capture had filled for them are free again."""
+
+    def no_memory(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError
+
+    slots = capture(saver, 1, torch.randn(len(HIDDEN), PAGE, WIDTH))
+    with monkeypatch.context() as patch:
+        if trouble == "crowded":
+            patch.setattr(type(saver._work), "crowded", True)
+        else:
+            patch.setattr(savers, "pool_rows", no_memory)
+        saver.save(KEYS[:1], ROOT, slots)
+    saver.clear()
+    assert store.contains(KEYS[:1]) == [False]
+    assert saver.stats()["pages_incomplete"] == 1
+    assert store.stats()["pages_open"] == 0
+    saver.save(KEYS[:1], ROOT, capture(saver, 1, torch.randn(len(HIDDEN), PAGE, WIDTH)))
+    saver.clear()
+    assert store.contains(KEYS[:1]) == [True]
+
+
+def test_pages_of_nothing_but_k_and_v(work: HostWork, pool: MHATokenToKVPool) -> None:
+    """More than there are slots for: the first ones are kept, the others counted."""
+    layers = range(pool.layer_num)
+    layout = ChunkLayout(PAGE, (PAGE * 2 * 4 * HEADS * HEAD,) * pool.layer_num)
+    store = LocalStore(layout, bytes(16), 4 * layout.record_bytes, [])
+    others = [store.reserve(), store.reserve()]
+    saver = PageSaver(store, work, kv=KVRows(store, work, pool, layers, None))
+    saver.save(KEYS, ROOT, slots_of(6, 1, 3))
+    saver.clear()
+    assert store.contains(KEYS) == [True, True, False]
+    leased = store.lease("test", KEYS[:2])
+    for page, rows in zip((6, 1), chunk_rows(store, layers)[leased], strict=True):
+        for layer in layers:
+            assert_kv(rows[layer], pool, page, layer)
+    stats = saver.stats()
+    assert (stats["tokens_captured"], stats["tokens_not_captured"], stats["pages_incomplete"]) == (2 * PAGE, PAGE, 1)
+    assert None not in others
+    store.check()
+
+
 def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     """And no other; the rest of the page that comes later is refused, too."""
     work, code, width = InlineWork(), PackedCode(128, torch.bfloat16), 128
     layout = ChunkLayout(PAGE, (PAGE * code.row_bytes,) * 2)
     packed = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
-    saver = HiddenSaver(packed, work, layers=2, code=code)
+    saver = PageSaver(packed, work, captured=2, code=code)
     rows = torch.randn(2, 3, PAGE, width).to(torch.bfloat16)
     rows[1, 1, 3] = torch.randint(-(2**15), 2**15, (width,), dtype=torch.int16).view(torch.bfloat16)
     coded = torch.empty(2, 3, PAGE, code.row_bytes, dtype=torch.uint8)
     for layer in range(2):
         code.encode(rows[layer], coded[layer])
     for part in (slice(0, 5), slice(5, PAGE)):
-        slots = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE)[part] for page in (4, 2, 3)])
+        slots = torch.cat([slots_of(page)[part] for page in (4, 2, 3)])
         saver.write(slots, torch.arange(PAGE)[part].repeat(3), coded[:, :, part].flatten(1, 2))
-    saver.save(KEYS, ROOT, torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in (4, 2, 3)]))
+    saver.save(KEYS, ROOT, slots_of(4, 2, 3))
     saver.clear()
     assert packed.contains(KEYS) == [True, False, True]
     first, last = packed.lease("test", [KEYS[0]]) + packed.lease("test", [KEYS[2]])

@@ -20,9 +20,8 @@ def test_the_kernel_copies_what_torch_copies(layers: range) -> None:
     )
     copiers: list[Copier] = [IndexCopier(), KernelCopier(programs=3)]
     for numbers in ([3, 8], [3, 8, 0, 3], [5, 8, 1]):
-        chunks = torch.tensor(numbers)
-        copies = [torch.full((len(layers), len(chunks), PAGE_BYTES), 7, dtype=torch.uint8) for _ in range(2)]
+        copies = [torch.full((len(layers), len(numbers), PAGE_BYTES), 7, dtype=torch.uint8) for _ in range(2)]
         for copier, target in zip(copiers, copies, strict=True):
-            copier.copy(pages, layers, chunks, target)
+            copier.copy(pages, layers, copier.places(pages, numbers), target)
         assert torch.equal(*copies)
         assert torch.equal(copies[0][0, 1], memory[8, 64 + DISTANCE * layers[0] :][:PAGE_BYTES])
