@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu import DEVICE, noise
+from bench.gpu import DEVICE, noise, pinned
 from bench.toy_model import Attend, Decoding, Layer, Model, Prefix, Weights, angles, forward
 from sglang_hcache.capture import Capture
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.lanes import Mark, current_lane, new_lane
 
 Step = Callable[[], torch.Tensor]
+KERNEL_PROGRAMS = 16  # that copy rows to the host
 IN_FLIGHT = 2  # forwards issued and not yet done: an overlapping scheduler is one ahead
 
 
@@ -34,10 +35,18 @@ class Site:
 
 
 class HostSink:
-    """Rows to the host and into memory there, as the server's saver of hidden states takes them."""
+    """Rows to the host and into memory there, as the server's saver takes them.
+
+    by_kernel: they are copied by a few blocks of threads, not by the copy engine.
+    """
+
+    by_kernel = False
 
     def __init__(self, n_bytes: int) -> None:
-        self.work: HostWork = StreamWork(new_lane(DEVICE), current_lane(DEVICE)) if DEVICE == "cuda" else InlineWork()
+        self.work: HostWork = InlineWork()
+        if DEVICE == "cuda":
+            self._lane = new_lane(DEVICE)
+            self.work = StreamWork(self._lane, current_lane(DEVICE), forward_bytes=n_bytes)
         self.rows = torch.empty(0)  # of the last forward that was written
         self.written = self.dropped = 0
         self._memory = np.zeros(n_bytes, np.uint8)
@@ -47,17 +56,32 @@ class HostSink:
         if self.work.crowded:
             self.drop(slots)
             return self.work.mark()
-        host_slots, _, host_rows = map(self.work.to_host, (slots, positions, rows))
+        host_slots, _ = map(self.work.to_host, (slots, positions))
+        host_rows = self._by_kernel(rows) if self.by_kernel else self.work.to_host(rows)
 
         def keep() -> None:
-            kept = self._memory[: host_rows.nbytes]
-            np.copyto(kept, host_rows.view(torch.uint8).numpy().reshape(-1))
+            kept = torch.from_numpy(self._memory[: host_rows.nbytes]).view(host_rows.dtype).view(host_rows.shape)
+            layers = ([layer.view(torch.uint8).numpy() for layer in rows] for rows in (kept, host_rows))
+            spread = self.work.copying.map if self.work.copying is not None else map
+            list(spread(np.copyto, *layers))
             with self._lock:
-                self.rows = torch.from_numpy(kept).view(host_rows.dtype).view(host_rows.shape)
+                self.rows = kept
                 self.written += len(host_slots)
 
         self.work.submit(keep)
         return self.work.mark()
+
+    def _by_kernel(self, rows: torch.Tensor) -> torch.Tensor:
+        from sglang_hcache.triton_kernels.rows import copy_rows
+
+        self._lane.wait(current_lane(DEVICE).mark())
+        with self._lane.active():
+            host, begin = pinned(*rows.shape, dtype=rows.dtype), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+            layer = rows[0].nbytes
+            sizes = {"layers": len(rows), "source_layer_bytes": layer, "target_layer_bytes": layer}
+            copy_rows(rows, begin, host, begin, layer, programs=KERNEL_PROGRAMS, **sizes)
+        self._lane.keep(rows)
+        return host
 
     def drop(self, slots: torch.Tensor) -> None:
         with self._lock:
@@ -186,7 +210,8 @@ class Bench:
         self._capture.sink = self._sink
 
     @torch.inference_mode()
-    def prefill(self, steps: int = 3) -> dict[str, Any]:
+    def prefill(self, steps: int = 3, *, by_kernel: bool = False) -> dict[str, Any]:
+        self._sink.by_kernel = by_kernel
         prefix = Prefix(self._model, self._chunk, self._dtype)
 
         def step(layers: Sequence[Layer]) -> Step:
@@ -200,9 +225,10 @@ class Bench:
         return {"tokens": self._chunk, "differing": differing} | forward_.compare(self._sink, steps)
 
     @torch.inference_mode()
-    def decode(self, steps: int = 32) -> dict[str, Any]:
+    def decode(self, steps: int = 32, *, by_kernel: bool = False) -> dict[str, Any]:
         if DEVICE == "cpu":
             return {"skipped": "CUDA graphs need a GPU"}
+        self._sink.by_kernel = by_kernel
         attends = [Decoding(self._model, self._batch, self._context, self._dtype) for _ in self._plain]
         inputs = self._inputs(self._batch)
         plain, hooked = (self._step(layers, attends, inputs) for layers in (self._plain, self._hooked))

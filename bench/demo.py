@@ -54,7 +54,10 @@ QUESTION_CHARS = 120  # of its other messages
 ANSWER_TOKENS = 16
 POOL_TOKENS = 2560  # holds one conversation to its end, but not both
 COMMON_ARGS = ("--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle")
-TIER_ARGS = ("--hicache-backend", "hcache", "--hcache-dir", str(STORE), "--hcache-representation", "hidden")
+TIER_ARGS = (
+    *("--hicache-backend", "hcache", "--hcache-dir", str(STORE)),
+    *("--hcache-representation", "hidden", "--hcache-plan", "always"),
+)
 VOCABULARY = 261  # special tokens and bytes: without merges the text of an answer is tokenised as it was generated
 SPOKEN = string.ascii_letters + string.digits + string.punctuation + " "
 WORDS = (

@@ -19,6 +19,8 @@ from sglang_hcache.restore import HostPages, KernelCopier, StoredLayer
 from sglang_hcache.triton_kernels.project import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 
+MOST_ERROR = 1.5  # over that of a forward's own K and V
+
 
 def ceilings(run: Run) -> dict[str, Any]:
     """GB/s, and milliseconds of one layer's product. Torch alone: no kernel of ours can spoil them."""
@@ -53,7 +55,7 @@ def copy_kernel(run: Run) -> dict[str, Any]:
     stored = HostPages(memory, np.zeros((0, 0), np.int32), [StoredLayer(0, page_bytes, torch.uint8, None)])  # type: ignore[arg-type]
     pages = min(1024, len(memory))
     target = torch.empty(1, pages, page_bytes, dtype=torch.uint8, device=DEVICE)
-    picks = itertools.cycle([torch.randperm(len(memory), device=DEVICE)[:pages] for _ in range(8)])
+    picks = itertools.cycle([torch.randperm(len(memory), device=DEVICE)[:pages] * memory.shape[1] for _ in range(8)])
     rates = {}
     for programs in PROGRAMS:
         copier = KernelCopier(programs)
@@ -77,15 +79,24 @@ def _product(model: Model, tokens: int, scale: Scale) -> dict[str, float]:
 
 
 def projections(run: Run) -> dict[str, Any]:
-    """`project_kv` in all forms as the products were timed; `ratio`: their time over the best form's."""
-    products = run.sections["ceilings"]["gemm"]
-    return {
-        model.name: [_projection(model, row["tokens"], row["ms"], run.scale) for row in products[model.name]]
-        for model in run.scale.models
-    }
+    """`project_kv` in all forms that are right, timed as the products were; `ratio`: their time over the best's."""
+    products, found = run.sections["ceilings"]["gemm"], {}
+    for model in run.scale.models:
+        checked = zip(_forms(model), run.sections["numerics"][model.name], strict=True)
+        forms = [form for form, errors in checked if _is_right(errors)]
+        found[model.name] = [
+            _projection(model, row["tokens"], row["ms"], forms, run.scale) for row in products[model.name]
+        ]
+    return found
 
 
-def _projection(model: Model, tokens: int, product_ms: float, scale: Scale) -> dict[str, Any]:
+def _is_right(form: dict[str, Any]) -> bool:
+    return bool(form["ratio"] <= MOST_ERROR and not form["unwritten"] and not form["strayed"])
+
+
+def _projection(
+    model: Model, tokens: int, product_ms: float, forms: list[Fused | None], scale: Scale
+) -> dict[str, Any]:
     projections = itertools.cycle([projection_of(model.shape, scale.dtype) for _ in range(3)])
     rows = noise(tokens, model.shape.width, dtype=scale.dtype)
     workspace = rows.new_empty(tokens, next(projections).columns)
@@ -95,9 +106,9 @@ def _projection(model: Model, tokens: int, product_ms: float, scale: Scale) -> d
     def project(form: Fused | None) -> None:
         project_kv(rows, next(projections), positions, slots, *pool, fused=form, workspace=workspace)
 
-    ms = {form: 1e3 * seconds(partial(project, form), calls=CALLS) for form in _forms(model)}
-    forms = [{"fused": asdict(form) if form else None, "ms": took} for form, took in ms.items()]
-    return {"tokens": tokens, "ratio": product_ms / min(ms.values()), "forms": forms}
+    ms = {form: 1e3 * seconds(partial(project, form), calls=CALLS) for form in forms}
+    times = [{"fused": asdict(form) if form else None, "ms": took} for form, took in ms.items()]
+    return {"tokens": tokens, "ratio": product_ms / min(ms.values()), "forms": times}
 
 
 def numerics(run: Run) -> dict[str, Any]:

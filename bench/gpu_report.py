@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+CAPTURES = {"prefill": "3 %", "decode": "1 %", "prefill by kernel": "3 %", "decode by kernel": "1 %"}
 KINDS = ("restore hidden", "restore KV", "prefill")
 
 
@@ -61,9 +62,13 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, section
         for row in section.get("rows", []):
             yield f"{name}, {row['tokens']}", row
-        for part in ("sweep", "prefill", "decode"):
+        for part in ("sweep", *CAPTURES):
             if part in section:
                 yield f"{name}, {part}", section[part]
+
+
+def failed(report: dict[str, Any]) -> bool:
+    return any("error" in part for _, part in _parts(report["sections"]))
 
 
 def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
@@ -96,7 +101,7 @@ def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
 
 
 def _captures(name: str, section: dict[str, Any]) -> Iterator[str]:
-    for kind, goal in (("prefill", "3 %"), ("decode", "1 %")):
+    for kind, goal in CAPTURES.items():
         if "slow_down" in (part := section.get(kind, {})):
             yield (
                 f"{name}, {kind}: {100 * part['slow_down']:+.2f} % (≤ {goal}; noise {100 * part['noise']:.2f} %), "

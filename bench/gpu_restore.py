@@ -17,7 +17,8 @@ slots are checked for values missing or strayed, and four pages against float64;
 is compared with that of K and V made as a forward makes them. K and V stored as such must come back bit by bit.
 Prefill: one decoder layer in plain torch with flash attention, in chunks of 8,192 tokens, times the number of
 layers; embedding and sampling are left out. Capture: all layers of the model, with and without hooks, in turns, two
-forwards in flight; plain forwards are measured twice a round, which gives the noise.
+forwards in flight; plain forwards are measured twice a round, which gives the noise. Rows go to the host by the copy
+engine, as in the server, and again by a kernel of a few blocks. The exit status is 1 where a section failed.
 """
 
 from __future__ import annotations
@@ -105,10 +106,10 @@ def captures(run: Run, model: Model) -> dict[str, Any]:
     scale = run.scale
     bench = Bench(model, scale.dtype, chunk=scale.chunk, batch=scale.batch, context=scale.context)
     try:
-        return {
-            kind: run.isolated(f"capture, {kind}", measured)
-            for kind, measured in (("prefill", bench.prefill), ("decode", bench.decode))
-        }
+        kinds: dict[str, Callable[[], dict[str, Any]]] = {"prefill": bench.prefill, "decode": bench.decode}
+        if DEVICE == "cuda":
+            kinds |= {f"{kind} by kernel": partial(measured, by_kernel=True) for kind, measured in kinds.items()}  # type: ignore[call-arg]
+        return {kind: run.isolated(f"capture, {kind}", measured) for kind, measured in kinds.items()}
     finally:
         bench.close()
 
@@ -195,15 +196,19 @@ def main() -> None:
     if out := arguments.out or os.environ.get("OUT"):
         folders.add(Path(out))
 
+    name = "gpu_restore_tiny.json" if arguments.tiny else "gpu_restore.json"
+
     def save(report: dict[str, Any]) -> None:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "gpu_restore.json").write_text(json.dumps(report, indent=2) + "\n")
+            (folder / name).write_text(json.dumps(report, indent=2) + "\n")
 
     report = measure(SMALL if arguments.tiny else FULL, arguments.budget_s, save)
     print("\n".join(gpu_report.table(report)))
     if arguments.json:
         print(json.dumps(report))
+    if gpu_report.failed(report):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Method: `--compile-only` needs no GPU: every kernel in every configuration is co
 registers, shared memory and spills are what cuobjdump reads in the machine code. On a GPU: for each model's shape
 and number of tokens, random bf16 inputs; the projection's two forms are first compared with float64 on 512 tokens,
 into poisoned pools, by the norm of K's error over K's norm (and V alike), beside the same error of torch's own
-matrix product. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel, and the fused kernel
+matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing or strayed, is `wrong` and not timed.
+Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel, and the fused kernel
 in each configuration are timed between events, 8 calls in a row, so that launches are hidden behind the work of the
 call before; median of 7 after 2 that warm up. `ratio` is the product's time over the form's: 1.0 means that norm,
 RoPE and scatter cost nothing. `--tune` writes which form was fastest to triton_kernels/tuned.json.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +34,8 @@ from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, can
 
 TOKENS = (64, 256, 1024, 4096, 16384)
 CHECKED_TOKENS = 512
+MOST_ERROR = 1.5  # of K and V, over that of torch's matrix product, and a rounding more
+ROUNDING = 2.0**-8  # of bf16, at worst
 POSITIONS = 32768
 CALLS = 8 if DEVICE == "cuda" else 1
 
@@ -99,14 +103,18 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def measure(shape: Shape, tokens: int) -> dict[str, Any]:
+def is_right(errors: dict[str, float]) -> bool:
+    strays = sum(errors[f"{name}_{kind}"] for name in "kv" for kind in ("unwritten", "strayed"))
+    return not strays and max(errors["k"], errors["v"]) <= MOST_ERROR * errors["product"] + ROUNDING
+
+
+def measure(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[str, Any]:
     """Times in milliseconds, and each form's ratio to the matrix product alone."""
     projection, rows = projection_of(shape), noise(tokens, shape.width, dtype=torch.bfloat16)
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
     pool = pool_of(shape, tokens)
     workspace = rows.new_empty(tokens, projection.columns)
     product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace), calls=CALLS)
-    forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
     took = {
         form: seconds(
             lambda form=form: project_kv(  # type: ignore[misc]
@@ -135,8 +143,13 @@ def on_gpu(tokens: tuple[int, ...] = TOKENS, shapes: dict[str, Shape] = SHAPES) 
     report: dict[str, Any] = {"models": {}, "errors": {}}
     for shape, model in {shape: model for model, shape in shapes.items()}.items():
         forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
-        report["errors"][model] = [{"fused": asdict(f) if f else None} | check(shape, f) for f in forms]
-        report["models"][model] = {"shape": asdict(shape), "rows": [measure(shape, n) for n in tokens]}
+        errors = {form: check(shape, form) for form in forms}
+        right = [form for form in forms if is_right(errors[form])]
+        report["errors"][model] = [
+            {"fused": asdict(form) if form else None, "wrong": form not in right} | errors[form] for form in forms
+        ]
+        rows = [measure(shape, n, right) for n in tokens] if right else []
+        report["models"][model] = {"shape": asdict(shape), "rows": rows}
         print(f"{model}: {[round(row['ratio'], 3) for row in report['models'][model]['rows']]}", file=sys.stderr)
     return report
 
@@ -175,8 +188,12 @@ def main() -> None:
         for model, found in report["models"].items():
             cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
             print(f"{model:>12}  {cells}   of the matrix product's throughput")
+        wrong = sum(form["wrong"] for forms in report["errors"].values() for form in forms)
+        print(f"{wrong} forms are wrong")
     if arguments.json:
         print(json.dumps(report))
+    if not arguments.compile_only and wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

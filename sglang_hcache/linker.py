@@ -38,7 +38,6 @@ from sglang_hcache.trial import most_tokens
 
 logger = logging.getLogger(__name__)
 
-_REOPEN_S = 5.0  # the scheduler waits no longer for a store of its new weights
 _MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 
@@ -259,29 +258,28 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def reset(self) -> None:
         """`/flush_cache`: empties the host tier; files stay, as HiCache's storage does."""
+        self._forget_all()
+        self._completed_offloads = 0
+        self._store.drop_host()
+
+    def _forget_all(self) -> None:
         for index in list(self._started):
             self.finish_layer_wise_loading(index)
         self._queued.clear()
         self._promised.clear()
         self._ahead.clear()
-        self._completed_offloads = 0
         self._saver.clear()
-        self._store.drop_host()
 
     def weights_changed(self) -> None:
-        """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us."""
-        self.reset()
+        """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us.
+
+        A store for the new ones comes between two batches, so that one follows however many parts they came in.
+        """
+        self._forget_all()
         self._introduction.weights_changed()
         self._supervisor.stop_replacing()  # what it would find is for the weights before
         self._renewing = False
-        former = self._store
-        try:
-            self._attach(self._supervisor.open(timeout_s=_REOPEN_S))
-        except (Unavailable, OSError) as error:
-            former.give_up(f"weights were changed, and there is no store for the new ones yet: {error}")
-        else:
-            former.close()
-        logger.warning("hcache: weights were changed in place; from now on pages are kept in host memory only")
+        self._store.give_up("the weights were changed; from now on pages are kept in host memory only")
 
     def close(self) -> None:
         self._work.close()

@@ -72,10 +72,10 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             serving.after_internal_state,
             HookType.AFTER,
         ),
+        (f"{_WEIGHTS}.update_weights_from_disk", serving.after_weights_from_disk, HookType.AFTER),
         *(
             (f"{_WEIGHTS}.{method}", serving.after_weights_changed, HookType.AFTER)
             for method in (
-                "update_weights_from_disk",
                 "load_weights_from_distributed",
                 "update_weights_from_tensor",
                 "update_weights_from_ipc",

@@ -120,7 +120,8 @@ def _hidden_projector(
         return None, "with LoRA the projection depends on the request"
     if runner.model_config.model_is_mrope:
         return None, "positions of several dimensions (M-RoPE) are not stored"
-    for projector in _candidates(capture.sites, pool):
+    deterministic = runner.server_args.enable_deterministic_inference
+    for projector in _candidates(capture.sites, pool, deterministic=deterministic):
         result = run_self_test(runner, capture, projector, pool, page_tokens, code)
         verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
         passed = "passed" if result.passed else "FAILED"
@@ -133,12 +134,18 @@ def _hidden_projector(
     return None, f"the self-test failed ({verdict})"
 
 
-def _candidates(sites: Sequence[Any], pool: MHATokenToKVPool) -> Iterator[KernelProjector | ReplayProjector]:
-    """Projectors of hidden states, the fastest first."""
-    try:
-        yield KernelProjector(sites, pool)
-    except ValueError as error:
-        logger.info("hcache: K and V are projected by the model's own code (%s)", error)
-    with contextlib.suppress(ValueError):
-        yield KeyValueReplayProjector(sites, pool)
+def _candidates(
+    sites: Sequence[Any], pool: MHATokenToKVPool, *, deterministic: bool
+) -> Iterator[KernelProjector | ReplayProjector]:
+    """Projectors of hidden states, the fastest first.
+
+    deterministic: SGLang has put kernels of its own in the place of torch's; the model's code runs just these.
+    """
+    if not deterministic:
+        try:
+            yield KernelProjector(sites, pool)
+        except ValueError as error:
+            logger.info("hcache: K and V are projected by the model's own code (%s)", error)
+        with contextlib.suppress(ValueError):
+            yield KeyValueReplayProjector(sites, pool)
     yield ReplayProjector(sites, pool)

@@ -166,8 +166,15 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
     return result
 
 
-def after_weights_changed(_result: object, updater: Any, *_args: object, **_kwargs: object) -> None:
+def after_weights_changed(_result: object, _updater: object, *_args: object, **_kwargs: object) -> None:
     if linker is not None:
+        linker.weights_changed()
+
+
+def after_weights_from_disk(result: tuple[bool, str], _updater: object, *_args: object, **_kwargs: object) -> None:
+    """Where these fail, SGLang keeps the former ones, or loads them again."""
+    succeeded, _ = result
+    if linker is not None and succeeded:
         linker.weights_changed()
 
 
