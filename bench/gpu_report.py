@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+SWEEPS = {"sweep": False, "sweep, products make room": True}  # whether cuBLAS leaves multiprocessors to the copy
 CAPTURES = {"prefill": "3 %", "decode": "1 %", "prefill by kernel": "3 %", "decode by kernel": "1 %"}
 KINDS = ("restore hidden", "restore KV", "prefill")
 
@@ -62,7 +63,7 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, section
         for row in section.get("rows", []):
             yield f"{name}, {row['tokens']}", row
-        for part in ("sweep", *CAPTURES):
+        for part in (*SWEEPS, *CAPTURES):
             if part in section:
                 yield f"{name}, {part}", section[part]
 
@@ -96,8 +97,9 @@ def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
             f"{name}, {row['tokens']}: {row['ms']:.2f} ms, caller {row['caller_ms']:.2f} ms, {row['gb_s']:.1f} GB/s"
             f"{ratio}; {_cells(checks, '.4g')}"
         )
-    if swept := section.get("sweep", {}).get("by_programs_ms"):
-        yield f"{name}, ms by programs: " + _cells(swept, ".2f")
+    for part in SWEEPS:
+        if swept := section.get(part, {}).get("by_programs_ms"):
+            yield f"{name}, {part}, ms by programs that copy: " + _cells(swept, ".2f")
 
 
 def _captures(name: str, section: dict[str, Any]) -> Iterator[str]:

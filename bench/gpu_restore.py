@@ -23,6 +23,7 @@ engine, as in the server, and again by a kernel of a few blocks. The exit status
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ import torch
 
 from bench import gpu_report
 from bench.capture_cost import Bench
-from bench.gpu import DEVICE, machine, noise, seconds
+from bench.gpu import DEVICE, machine, noise, products_leave, seconds
 from bench.gpu_ceilings import ceilings, copy_kernel, numerics, projections
 from bench.gpu_run import FULL, PROGRAMS, SMALL, Run, Scale
 from bench.report import RESULTS, arguments_of, method_of
@@ -68,15 +69,17 @@ def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:
 
     report["rows"] = [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in fits]
 
-    def sweep() -> dict[str, Any]:
+    def sweep(*, products_make_room: bool) -> dict[str, Any]:
         found = {}
         for programs in PROGRAMS:
             rig.use(programs)
-            found[programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+            with products_leave(programs) if products_make_room else contextlib.nullcontext():
+                found[programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
         return {"by_programs_ms": found}
 
     if not kv and run.arena.pinned and scale.sweep_tokens in fits:
-        report["sweep"] = run.isolated(f"{model.name}, by programs", sweep)
+        for name, room in gpu_report.SWEEPS.items():
+            report[name] = run.isolated(f"{model.name}, {name}", partial(sweep, products_make_room=room))
     return report
 
 

@@ -4,7 +4,8 @@
     with Server(model, ["--max-total-tokens", "4096", "--page-size", "64"], log=tmp / "server.log") as server:
         answer = server.generate(random_prompt(700, seed=1), max_new_tokens=16)
 
-Run scripts that use it as modules from the repository's root: `python -m bench.demo`.
+Run scripts that use it as modules from the repository's root: `python -m bench.demo`. `HCACHE_SERVER_ARGS` in the
+environment has more arguments for all servers, where a machine needs them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -118,7 +120,7 @@ class Server(Client):
         words += ACCELERATOR_ARGS if on_accelerator() else CPU_ARGS
         if "--dtype" not in self.args:
             words += ["--dtype", self._model_dtype()]
-        return [*words, *self.args]
+        return [*words, *self.args, *shlex.split(os.environ.get("HCACHE_SERVER_ARGS", ""))]
 
     def start(self) -> None:
         if self._launcher is not None:

@@ -7,11 +7,12 @@ Method: `--compile-only` needs no GPU: every kernel in every configuration is co
 registers, shared memory and spills are what cuobjdump reads in the machine code. On a GPU: for each model's shape
 and number of tokens, random bf16 inputs; the projection's two forms are first compared with float64 on 512 tokens,
 into poisoned pools, by the norm of K's error over K's norm (and V alike), beside the same error of torch's own
-matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing or strayed, is `wrong` and not timed.
-Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel, and the fused kernel
-in each configuration are timed between events, 8 calls in a row, so that launches are hidden behind the work of the
-call before; median of 7 after 2 that warm up. `ratio` is the product's time over the form's: 1.0 means that norm,
-RoPE and scatter cost nothing. `--tune` writes which form was fastest to triton_kernels/tuned.json.
+matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing or strayed, is `wrong`, is not
+timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel,
+and the fused kernel in each configuration are timed between events, 8 calls in a row that are issued while the device
+is kept busy, so that launches do not count; median of 7 after 2 that warm up. `ratio` is the product's time over the
+form's: 1.0 means that norm, RoPE and scatter cost nothing. `--tune` writes which form was fastest to
+triton_kernels/tuned.json.
 """
 
 from __future__ import annotations
