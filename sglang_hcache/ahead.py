@@ -15,6 +15,7 @@ from sglang_hcache.storage.store import READ_THREADS
 
 LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
+NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others are held until the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
 MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
@@ -87,6 +88,7 @@ class Ahead:
         self.held_s = 0.0
         self._tried = 0  # pages that are being read to see how fast
         self._looked_at = 0.0  # at held requests, before this time; monotonic
+        self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: everything asked of the former one is void, and nothing is waited for."""
@@ -99,8 +101,10 @@ class Ahead:
         self._ask(rid, keys, prompt)
         if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
             return
-        if self._alone and self._store.wait(rid, ANSWER_WAIT_S).done:
-            return
+        if self._alone and time.monotonic() >= self._next_wait_at:
+            if self._store.wait(rid, ANSWER_WAIT_S).done:
+                return
+            self._next_wait_at = time.monotonic() + NO_WAIT_S
         self._held[rid] = time.monotonic()
         self.requests_held += 1
 

@@ -99,6 +99,24 @@ def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: t
     requests.clear()
 
 
+def test_of_many_requests_at_once_one_is_waited_for(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler goes on, and decides on the others in its next step."""
+    waits, wait = list[str](), LocalStore.wait
+
+    def counted(store: LocalStore, owner: str, timeout_s: float) -> Any:
+        waits.append(owner)
+        return wait(store, owner, timeout_s)
+
+    monkeypatch.setattr(LocalStore, "wait", counted)
+    monkeypatch.setattr(ahead, "NO_WAIT_S", 30.0)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    for number in range(50):
+        requests.queued(str(number), keys_of(range(10)))
+    assert waits == ["0"]
+    assert len(requests.held) == 50
+    requests.clear()
+
+
 def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalStore, disk: threading.Event) -> None:
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
     requests.queued("nowhere", keys_of(range(90, 95)))
