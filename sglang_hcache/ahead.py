@@ -20,7 +20,6 @@ LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked 
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
 MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
 MEASURED_WITHIN = 0.1  # of the time a read took: if it was last looked at longer before its end, that says little
-_TRIAL = "hcache-trial"  # owner of what is read to see how fast that is
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
 
 
@@ -47,6 +46,17 @@ class HoldRule:
         return NO_DEADLINE_S
 
 
+@dataclass(frozen=True)
+class _Wait:
+    """What a held request waits for; planned when it is first looked at."""
+
+    there: int  # pages, at that time
+    since: float  # that time; monotonic
+    enough: int  # pages
+    pass_s: float  # of the engine, from then on
+    to_try: int  # of the last pages, which it does not wait for: to be read to see how fast that is
+
+
 @dataclass
 class _Request:
     keys: tuple[bytes, ...]
@@ -54,10 +64,34 @@ class _Request:
     prompt: Prompt
     asked_at: float
     let_go_at: float  # monotonic
-    at_first: tuple[int, float] | None = None  # pages that were there when it was first looked at, and when that was
-    enough: int = 0  # pages, from then on
-    to_try: int = 0  # pages that nobody waits for, to be read to see how fast that is
-    pass_s: float = 0.0  # of the engine, from then on; 0 where it is not planned
+    wait: _Wait | None = None
+
+
+class _Trial:
+    """Pages that are read though nobody waits for them, to see how fast that is; one trial at a time."""
+
+    _OWNER = "hcache-trial"
+
+    def __init__(self, store: ChunkStore) -> None:
+        self._store = store
+        self.pages = 0  # that are being read
+
+    def begin(self, keys: Sequence[bytes]) -> None:
+        self.pages = len(keys)
+        self._store.prefetch(self._OWNER, keys, deadline_s=NO_DEADLINE_S)
+
+    def look(self, planner: LoadPlanner) -> None:
+        """Tell the planner, if it is over."""
+        if not self.pages or not (found := self._store.progress(self._OWNER)).done:
+            return
+        if len(found.slots) == self.pages:
+            planner.read(self.pages, self._store.took_s(self._OWNER))
+        self.end()
+
+    def end(self) -> None:
+        if self.pages:
+            self.pages = 0
+            self._store.release(self._OWNER)
 
 
 class Ahead:
@@ -86,15 +120,14 @@ class Ahead:
         self._held: dict[str, float] = {}  # request id → when it was queued
         self.requests_held = self.requests_late = self.lookups_late = 0
         self.held_s = 0.0
-        self._tried = 0  # pages that are being read to see how fast
+        self._trial = _Trial(store)
         self._looked_at = 0.0  # at held requests, before this time; monotonic
         self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: everything asked of the former one is void, and nothing is waited for."""
-        self._store = store
+        self._store, self._trial = store, _Trial(store)
         self._requests.clear()
-        self._tried = 0
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
@@ -114,7 +147,8 @@ class Ahead:
 
     def let_go(self) -> list[str]:
         """Held requests that need not wait any longer."""
-        self._look_at_trial()
+        if self._planner is not None:
+            self._trial.look(self._planner)
         if not self._held:
             return []
         now = time.monotonic()
@@ -136,7 +170,7 @@ class Ahead:
                 self.held_s += time.monotonic() - since
                 if self._planner is not None:  # what is missing was not worth waiting for
                     self._store.cut(rid)
-                    self._try_reading(rid)
+                    self._try_reading(self._requests.get(rid))
 
     def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> list[int]:
         """Slots of the leading pages of `keys` to load, all in memory, and leased until `forget`.
@@ -164,9 +198,7 @@ class Ahead:
     def clear(self) -> None:
         for rid in list(self._requests):
             self.forget(rid)
-        if self._tried:
-            self._tried = 0
-            self._store.release(_TRIAL)
+        self._trial.end()
 
     def stats(self) -> dict[str, int | float]:
         return {
@@ -182,46 +214,39 @@ class Ahead:
         slots, done = self._store.progress(rid)
         if self._planner is None:
             return done
-        if request.at_first is None:
-            request.at_first = len(slots), time.monotonic()
-            before = list(itertools.takewhile(lambda other: other is not request, self._requests.values()))
-            request.enough = self._planner.worth_waiting_for(
-                len(slots),
-                len(request.keys) - len(slots),
-                request.prompt,
-                start_s=sum(other.pass_s for other in before),
-                queued_pages=sum(max(0, other.enough - other.at_first[0]) for other in before if other.at_first),
-            )
-            missing = len(request.keys) - request.enough
-            # The first are being read already when the request is let go.
-            room = len(request.keys) - len(slots) - READ_THREADS
-            if request.enough <= len(slots) and room > 0:
-                request.to_try = min(room, self._planner.pages_to_try())
-            request.pass_s = self._planner.pass_s(request.enough, request.prompt, missing_pages=missing)
-        enough = done or len(slots) >= request.enough
-        pages, since = request.at_first
+        if (wait := request.wait) is None:
+            wait = request.wait = self._plan_wait(self._planner, request, len(slots))
+        enough, read = done or len(slots) >= wait.enough, len(slots) - wait.there
         now = time.monotonic()
-        timed = now - self._looked_at <= MEASURED_WITHIN * (now - since)
-        if enough and timed and len(self._held) == 1 and len(slots) - pages >= MEASURED_PAGES:
-            self._planner.read(len(slots) - pages, now - since)
+        timed = now - self._looked_at <= MEASURED_WITHIN * (now - wait.since)
+        if enough and timed and len(self._held) == 1 and read >= MEASURED_PAGES:
+            self._planner.read(read, now - wait.since)
         return enough
 
-    def _try_reading(self, rid: str) -> None:
-        """A few of the pages that the request did not wait for; one trial at a time, and none beside other reads."""
-        request = self._requests.get(rid)
-        if request is None or not request.to_try or self._held or self._tried:
-            return
-        keys = request.keys[-request.to_try :]
-        self._tried = len(keys)
-        self._store.prefetch(_TRIAL, keys, deadline_s=NO_DEADLINE_S)
+    def _plan_wait(self, planner: LoadPlanner, request: _Request, there: int) -> _Wait:
+        """Behind the requests that were queued before it, and what is read for them."""
+        before = itertools.takewhile(lambda other: other is not request, self._requests.values())
+        waits = [other.wait for other in before if other.wait is not None]
+        pages = len(request.keys)
+        enough = planner.worth_waiting_for(
+            there,
+            pages - there,
+            request.prompt,
+            start_s=sum(wait.pass_s for wait in waits),
+            queued_pages=sum(max(0, wait.enough - wait.there) for wait in waits),
+        )
+        # The first pages are being read already when the request is let go: they would say nothing.
+        room = pages - there - READ_THREADS
+        to_try = min(room, planner.pages_to_try()) if enough <= there and room > 0 else 0
+        pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
+        return _Wait(there, time.monotonic(), enough, pass_s, to_try)
 
-    def _look_at_trial(self) -> None:
-        if not self._tried or not (found := self._store.progress(_TRIAL)).done:
+    def _try_reading(self, request: _Request | None) -> None:
+        """None beside other reads."""
+        if request is None or request.wait is None or self._held or self._trial.pages:
             return
-        if self._planner is not None and len(found.slots) == self._tried:
-            self._planner.read(self._tried, self._store.took_s(_TRIAL))
-        self._tried = 0
-        self._store.release(_TRIAL)
+        if pages := request.wait.to_try:
+            self._trial.begin(request.keys[-pages:])
 
     def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
         now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)
