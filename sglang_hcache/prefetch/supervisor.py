@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -160,17 +159,10 @@ class Supervisor(Keeper[PrefetchClient]):
         )
 
     def _give_up(self, gone: PrefetchClient) -> None:
-        if "not answered" in gone.why_ended:
-            self._kill_hung(gone.prefetcher_pid)
-
-    def _kill_hung(self, pid: int) -> None:
         """Only what still holds the endpoint's lock, and does not answer, is killed."""
-        if is_running(self._endpoint):
-            log.warning("hcache: the prefetcher (process %d) hangs and is killed", pid)
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+        if gone.hangs and is_running(self._endpoint):
+            log.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
+            gone.kill_prefetcher()
 
     def _launch(self) -> None:
         config = json.dumps(dataclasses.asdict(self._config))

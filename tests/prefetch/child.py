@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from sglang_hcache.prefetch import connection
 from sglang_hcache.prefetch import messages as m
 from tests.prefetch.clients import Gone, fetched, figures, save, supervisor_of
 from tests.prefetch.raw import Raw
@@ -35,6 +36,24 @@ def join(directory: Path, at: str) -> None:
     print(client.prefetcher_pid, flush=True)
     sys.stdin.readline()
     client.close()
+
+
+def watch(directory: Path, hung_s: str) -> None:
+    """Keep a session, as a scheduler does, with a prefetcher that is given up after `hung_s`; report how often."""
+    connection.HUNG_S = float(hung_s)
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    print("ready", flush=True)
+    while not told_to_stop():
+        if not client.alive:
+            supervisor.replace(client)
+            while (taken := supervisor.taken()) is None:
+                time.sleep(0.002)
+            client = taken
+        time.sleep(0.01)
+    print(client.prefetcher_pid, supervisor.restarts, flush=True)
+    client.close()
+    supervisor.close()
 
 
 def leave(directory: Path, _: str) -> None:

@@ -208,6 +208,24 @@ def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
     supervisor.close()
 
 
+def test_a_paused_clients_prefetcher_lives_on(directory: Path, join: Join) -> None:
+    """As under `docker pause`: nobody was asked anything meanwhile, so nobody was silent."""
+    hung_s = 3.0
+    client = join()
+    save(client, range(5))
+    paused = child("watch", directory, hung_s)
+    assert line_of(paused) == "ready"
+    time.sleep(0.5)
+    for _ in range(2):
+        paused.send_signal(signal.SIGSTOP)
+        time.sleep(hung_s + 1)
+        paused.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+    assert client.alive
+    assert paused.communicate("stop\n", timeout=20)[0].split() == [str(client.prefetcher_pid), "0"]
+    assert fetched(client, range(10)) == 5
+
+
 def test_nothing_is_left_behind(directory: Path, runtime: Path) -> None:
     shared = set(os.listdir("/dev/shm"))
     first = supervisor_of(directory).open()
