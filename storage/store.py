@@ -19,7 +19,7 @@ from sglang_hcache.storage.writer import Writer
 
 SEGMENT_BYTES = 256 << 20
 RETRY_S = 30.0
-CLOSE_WAIT_S = 5.0  # twice at most; SGLang gives a stopping scheduler 15 s
+CLOSE_WAIT_S = 5.0  # twice at most: who stops a prefetcher, or a scheduler, gives it 15 s
 READ_THREADS = 8
 
 log = logging.getLogger(__name__)
@@ -217,6 +217,11 @@ class LocalStore:
     def flush(self, timeout_s: float) -> bool:
         with self._lock:
             return self._writer.flush(timeout_s)
+
+    def unwritten(self) -> int:
+        """Pages that will be written yet: from now on all that are to be, whatever the policy. Does not block."""
+        with self._lock:
+            return self._writer.drain()
 
     def drop_host(self) -> None:
         with self._lock:

@@ -10,10 +10,16 @@ import random
 import select
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sglang_hcache.prefetch import connection
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.endpoint import endpoint_for
+from sglang_hcache.prefetch.process import serve
+from sglang_hcache.prefetch.server import ServerConfig
+from sglang_hcache.storage import store, writer
+from sglang_hcache.storage.segment import SegmentWriter
 from tests.prefetch.clients import Gone, fetched, figures, save, supervisor_of
 from tests.prefetch.raw import Raw
 from tests.storage.pages import keys_of
@@ -54,6 +60,18 @@ def watch(directory: Path, hung_s: str) -> None:
     print(client.prefetcher_pid, supervisor.restarts, flush=True)
     client.close()
     supervisor.close()
+
+
+def write_slowly(directory: Path, batch_s: str) -> None:
+    """Be a prefetcher whose disk takes `batch_s` for four pages, and that waits for it briefly when it is stopped."""
+
+    def slow(writer: SegmentWriter, sync: Callable[[SegmentWriter], None] = SegmentWriter.sync) -> None:
+        time.sleep(float(batch_s))
+        sync(writer)
+
+    SegmentWriter.sync = slow  # type: ignore[method-assign, assignment]
+    writer.BATCH_PAGES, store.CLOSE_WAIT_S = 4, 0.5
+    serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 
 def leave(directory: Path, _: str) -> None:

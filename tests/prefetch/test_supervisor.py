@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from sglang_hcache.prefetch import connection
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
-from sglang_hcache.prefetch.endpoint import endpoint_for
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.supervisor import Supervisor
 from tests.prefetch.clients import (
     assert_nothing_held,
@@ -253,6 +255,70 @@ def test_it_ends_on_sigterm_with_everything_written(directory: Path, runtime: Pa
     client.close()
     again = supervisor_of(directory).open()
     assert fetched(again, range(10)) == 10
+    again.close()
+
+
+def leave_unwritten(directory: Path, pages: range, batch_s: float) -> subprocess.Popen[str]:
+    """A prefetcher on a slow disk whose last client has gone before anything was written."""
+    process = child("write_slowly", directory, batch_s)
+    assert until(lambda: is_running(endpoint_for([str(directory)])))
+    client = supervisor_of(directory, write_policy="write_back").open()
+    assert client.prefetcher_pid == process.pid
+    save(client, pages)
+    assert until(lambda: figures(client)["pages_host"] == len(pages))
+    assert figures(client)["pages_file"] == 0
+    client.close()
+    return process
+
+
+def test_all_is_written_however_long_it_takes_once_the_last_client_has_gone(directory: Path) -> None:
+    process = leave_unwritten(directory, range(30), 0.2)
+    left_at = time.monotonic()
+    assert process.wait(30) == 0
+    assert time.monotonic() - left_at > 1.5
+    again = supervisor_of(directory).open()
+    assert again.prefetcher_pid != process.pid
+    assert fetched(again, range(32)) == 30
+    again.close()
+
+
+def test_a_server_that_comes_back_meanwhile_finds_memory_as_it_was(directory: Path) -> None:
+    process = leave_unwritten(directory, range(30), 0.2)
+    again = supervisor_of(directory, write_policy="write_back").open()
+    assert again.prefetcher_pid == process.pid
+    assert figures(again)["pages_file"] < 30
+    assert fetched(again, range(32)) == 30
+    assert figures(again)["hits_file"] == 0
+    save(again, range(100, 110))
+    again.close()
+    assert process.wait(30) == 0
+    after = supervisor_of(directory).open()
+    assert fetched(after, range(32)) == 30
+    assert fetched(after, range(100, 110)) == 10
+    after.close()
+
+
+def test_a_server_that_comes_back_with_other_wishes_gets_them_once_all_is_written(directory: Path) -> None:
+    process = leave_unwritten(directory, range(30), 0.1)
+    again = supervisor_of(directory, host_bytes=32 * LAYOUT.record_bytes).open()
+    assert again.prefetcher_pid == process.pid
+    assert figures(again)["pages_total"] == 32
+    assert figures(again)["pages_file"] == 30
+    assert fetched(again, range(15)) == 15
+    again.close()
+    assert process.wait(30) == 0
+
+
+def test_on_sigterm_it_says_how_many_pages_it_gives_up(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    process = leave_unwritten(directory, range(30), 0.5)
+    process.terminate()
+    stopped_at = time.monotonic()
+    assert process.wait(10) == 0
+    assert time.monotonic() - stopped_at < 3
+    given_up = re.search(r"(\d+) pages were not written in 0.5 s and are given up", capfd.readouterr().err)
+    assert given_up
+    again = supervisor_of(directory).open()
+    assert figures(again)["pages_file"] == 30 - int(given_up[1]) < 30
     again.close()
 
 
