@@ -257,6 +257,7 @@ class LocalStore:
             }
         stats["pages_file"] = sum(volume.pages for volume in volumes)
         stats["pages_damaged"] = sum(volume.damage.pages for volume in volumes)
+        stats["pages_unreadable"] = sum(volume.reads_failed for volume in volumes)
         stats["files_damaged"] = sum(volume.damage.files for volume in volumes)
         stats["index_rebuilt"] = sum(volume.damage.index_rebuilt for volume in volumes)
         stats["pages_evicted"] = sum(volume.quota.evicted for volume in volumes if volume.quota)

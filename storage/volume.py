@@ -19,6 +19,8 @@ from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkLayout, Record
 from sglang_hcache.storage.quota import Quota, bytes_on_disk
 
+UNREADABLE_S = 600.0  # a record that the disk could not read is not tried again; a page may be stored anew meanwhile
+
 log = logging.getLogger(__name__)
 
 _ADVICE = {
@@ -69,6 +71,8 @@ class Volume:
         self._failure: str | None = None
         self._index_failed = False
         self._retry_at = 0.0
+        self.reads_failed = 0
+        self._unreadable: dict[tuple[bytes, tuple[str, int]], float] = {}  # key and place → when to try it again
         self._directory: Directory | None = None
         try:
             self._directory = self._open()
@@ -109,19 +113,31 @@ class Volume:
         if directory is None or not keys:
             return {}
         try:
-            return directory.locate(keys)
+            found = directory.locate(keys)
         except (OSError, lmdb.Error) as error:
             self._fail(error, directory)
             return {}
+        if not self._unreadable:
+            return found
+        now = time.monotonic()
+        return {key: entry for key, entry in found.items() if self._unreadable.get((key, entry.place), now) <= now}
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
-        """Read a located page into `out`, uint8 [record_bytes]; False where it cannot be had whole."""
+        """Read a located page into `out`, uint8 [record_bytes]; False where it cannot be had whole.
+
+        Where the disk fails, the page stays in the index: it is located again after UNREADABLE_S, or elsewhere.
+        """
         directory = self._directory
         if directory is None:
             return False
         try:
             return directory.read(key, entry, out)
         except (OSError, lmdb.Error) as error:
+            with self._lock:
+                self.reads_failed += 1
+                now = time.monotonic()
+                self._unreadable = {place: until for place, until in self._unreadable.items() if until > now}
+                self._unreadable[key, entry.place] = now + UNREADABLE_S
             self._fail(error, directory)
             return False
 
