@@ -88,9 +88,6 @@ class Directory:
         """Pages on file, as far as this process knows: not those that others wrote since it was opened."""
         return self._pages
 
-    def bytes_on_disk(self) -> int:
-        return self._segments.bytes_on_disk()
-
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         """Where those of the pages lie that are here."""
         return self._index.get_many(keys)

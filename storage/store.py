@@ -11,7 +11,9 @@ from pathlib import Path
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
 from sglang_hcache.storage.fetch import Fetch, Fetches
+from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
+from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.stripe import Stripe
 from sglang_hcache.storage.volume import Volume
@@ -29,12 +31,13 @@ class LocalStore:
     """A ChunkStore in this process: an arena, volumes, one thread that writes and a few that read.
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
-    `directories`: striped; none for host memory only. `files`: used
-    instead of these. `writable`: False reads files, but writes none. `read_limit`: bounds how fast files are read.
-    `segment_bytes`: size of a segment file. `quota_bytes`: bound of what each directory takes. `about`: what the
-    pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`: fraction of the
-    slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come further, from any
-    thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it can.
+    `directories`: striped; none for host memory only. `files`: used instead of these. `writable`: False reads files,
+    but writes none. `read_limit`: bounds how fast files are read. `segment_bytes`: size of a segment file.
+    `quota_bytes`: bound of what each directory takes; by default nine tenths of what it takes and what is free.
+    `about`: what the pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`:
+    fraction of the slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come
+    further, from any thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it
+    can.
     """
 
     def __init__(
@@ -82,11 +85,11 @@ class LocalStore:
                     fingerprint,
                     writable=writable,
                     segment_bytes=segment_bytes,
-                    quota_bytes=quota_bytes,
+                    quota=Quota(Path(directory), quota_bytes, layout.record_bytes, sharers) if writable else None,
                     about=about,
                     retry_s=retry_s,
                 )
-                for directory in directories
+                for directory, sharers in zip(directories, _sharers(directories), strict=True)
             ]
         )
         self._writes = writable and (bool(directories) or files is not None)
@@ -266,7 +269,7 @@ class LocalStore:
                 "path": str(v.path),
                 "state": v.state,
                 "pages": v.pages,
-                "bytes": v.bytes_on_disk(),
+                "bytes": v.bytes_on_disk,
                 "quota_bytes": v.quota.limit if v.quota else 0,
                 "pages_evicted": v.quota.evicted if v.quota else 0,
             }
@@ -339,3 +342,14 @@ class LocalStore:
         if self._on_progress is not None:
             for owner in changed:
                 self._on_progress(owner)
+
+
+def _sharers(directories: Sequence[Path]) -> list[int]:
+    """For each, how many of them are on its file system; 1 where that cannot be told."""
+    devices: list[int | Path] = []
+    for directory in directories:
+        try:
+            devices.append(device_of(Path(directory).absolute()))
+        except OSError:
+            devices.append(directory)
+    return [devices.count(device) for device in devices]
