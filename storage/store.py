@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
+from sglang_hcache.storage.deadlines import Deadlines
 from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
@@ -74,7 +75,7 @@ class LocalStore:
         self._lock = threading.Lock()
         self._progressed = threading.Condition(self._lock)
         self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
-        self._timers: dict[str, threading.Timer] = {}
+        self._deadlines = Deadlines(self._cut_late)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
         self._files = files or Stripe(
@@ -181,11 +182,8 @@ class LocalStore:
             self._fetches.start(fetch, wait_for_room=wait_for_room)
             if self._fetches.waiting:
                 self._writer.make_room()
-            self._stop_timer(owner)
             if deadline_s and not fetch.done:
-                timer = self._timers[owner] = threading.Timer(deadline_s, self._cut_late, (owner, fetch))
-                timer.daemon = True
-                timer.start()
+                self._deadlines.add(fetch, deadline_s)
         self._tell_progress()
 
     def progress(self, owner: str) -> Progress:
@@ -208,7 +206,6 @@ class LocalStore:
 
     def release(self, owner: str) -> None:
         with self._lock:
-            self._stop_timer(owner)
             self._fetches.release(owner)
         self._tell_progress()
 
@@ -285,8 +282,7 @@ class LocalStore:
             self._closed = True
             given_up = self._writer.stop()
             self._fetches.close()
-            for owner in list(self._timers):
-                self._stop_timer(owner)
+        self._deadlines.close()
         if not flushed:
             log.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
         if not self._writer.join(CLOSE_WAIT_S):
@@ -324,15 +320,11 @@ class LocalStore:
                     self._writer.used(read.key, slot)
             self._tell_progress()
 
-    def _cut_late(self, owner: str, fetch: Fetch) -> None:
+    def _cut_late(self, fetch: Fetch) -> None:
         with self._lock:
             if self._fetches.is_current(fetch):
-                self._fetches.cut(owner)
+                self._fetches.cut(fetch.owner)
         self._tell_progress()
-
-    def _stop_timer(self, owner: str) -> None:
-        if timer := self._timers.pop(owner, None):
-            timer.cancel()
 
     def _tell_progress(self) -> None:
         with self._lock:
