@@ -29,8 +29,8 @@ REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
 
 # In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
-# when it stops, before the prefetcher could have written what is left. Its log goes where ours goes, to stderr;
-# whoever reads our stdout to its end must not wait for it.
+# when it stops, before the prefetcher could have written what is left. Its log goes where ours goes, to stderr, and
+# to a file; whoever reads our stdout to its end must not wait for it.
 _LAUNCHER = """import sys
 from subprocess import DEVNULL, Popen
 Popen(sys.argv[1:], stdin=DEVNULL, stdout=DEVNULL, start_new_session=True)"""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import re
 import select
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sglang_hcache.prefetch import connection
+from sglang_hcache.prefetch import connection, process
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
@@ -320,6 +321,45 @@ def test_on_sigterm_it_says_how_many_pages_it_gives_up(directory: Path, capfd: p
     again = supervisor_of(directory).open()
     assert figures(again)["pages_file"] == 30 - int(given_up[1]) < 30
     again.close()
+
+
+def test_its_log_outlives_whoever_started_it(directory: Path) -> None:
+    starter = child("join", directory, 0)
+    pid = int(line_of(starter))
+    client = supervisor_of(directory).open()
+    assert client.prefetcher_pid == pid
+    starter.communicate("\n", timeout=10)
+    client.close()
+    assert until(lambda: not prefetchers(directory))
+    log = directory / "prefetcher.log"
+    assert f"{pid}] hcache: serving {directory}" in log.read_text()
+    assert f"{pid}] hcache: the prefetcher has ended" in log.read_text()
+    assert oct(log.stat().st_mode & 0o777) == "0o600"
+    other = supervisor_of(directory).open()
+    other.close()
+    assert until(lambda: f"{other.prefetcher_pid}] hcache: serving" in log.read_text())
+    assert f"{pid}] hcache: serving" in log.read_text(), "it is appended to"
+
+
+def test_its_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 20_000)
+    log, path = logging.getLogger("sglang_hcache.test"), tmp_path / "new" / "prefetcher.log"
+    with process.logging_to(path):
+        for line in range(1000):
+            log.warning("line %d, with what fills a line", line)
+    files = sorted(file.name for file in path.parent.iterdir())
+    assert files == ["prefetcher.log", "prefetcher.log.1"]
+    assert all(file.stat().st_size <= 20_000 for file in path.parent.iterdir())
+    assert "line 999," in path.read_text()
+    assert "line 0," not in path.with_suffix(".log.1").read_text()
+
+
+def test_without_a_place_for_its_log_it_serves_all_the_same(directory: Path) -> None:
+    (directory / "prefetcher.log").mkdir(parents=True)
+    client = supervisor_of(directory).open()
+    save(client, range(3))
+    assert fetched(client, range(5)) == 3
+    client.close()
 
 
 def test_a_session_is_had_at_once_while_another_prefetcher_ends(directory: Path) -> None:
