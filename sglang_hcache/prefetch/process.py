@@ -66,6 +66,9 @@ def _run(config: ServerConfig) -> int:
     except (OSError, ValueError, zmq.ZMQError) as error:
         log.error("hcache: no prefetcher can serve %s: %s", config.listen or config.address, error)
         return FAILED
+    except Exception:
+        log.exception("hcache: the prefetcher failed.")
+        return FAILED
     return 0
 
 
