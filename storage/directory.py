@@ -88,9 +88,6 @@ class Directory:
         """Pages on file, as far as this process knows: not those that others wrote since it was opened."""
         return self._pages
 
-    def bytes_on_disk(self) -> int:
-        return self._segments.bytes_on_disk()
-
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         """Where those of the pages lie that are here."""
         return self._index.get_many(keys)
@@ -98,7 +95,8 @@ class Directory:
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
         """Read a located page into `out`, uint8 [record_bytes], and verify it; False where it cannot be had whole.
 
-        A damaged page is counted and leaves the index. One that was evicted since it was located is only missed.
+        A damaged page is counted and leaves the index; one that the disk fails to read does not. One that was evicted
+        since it was located is only missed.
         """
         damaged = self._try_read(key, entry, out)
         if damaged is None:
@@ -206,7 +204,10 @@ class Directory:
         self._index.delete_many(lost)
 
     def _rebuild(self) -> None:
-        """List the pages whose headers hold. Whether their payloads do is verified on reading, as always."""
+        """List the pages whose headers hold. Whether their payloads do is verified on reading, as always.
+
+        A disk that fails meanwhile ends it: records that are not listed are free, and would be written over.
+        """
         lengths = self._segments.lengths()
         found: dict[bytes, Entry] = {}
         record = np.empty(self._layout.header_bytes, np.uint8)

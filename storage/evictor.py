@@ -62,6 +62,7 @@ class Evictor:
                     break
                 if self._quota.excess(self._segments.growth_bytes()) > 0:
                     raise OSError(errno.EDQUOT, "the quota of this directory holds nothing that could be evicted")
+                self._quota.used += self._segments.growth_bytes()
                 self._segments.grow()
         return lost
 

@@ -265,7 +265,7 @@ class Fetches:
         self._arena.release(fetch.slots[i] for i in sorted(fetch.slots))
         fetch.slots.clear()
         self._leave_reads(fetch, fetch.keys)
-        fetch.admitted, fetch.keys, fetch.ready = True, (), 0
+        fetch.admitted, fetch.keys, fetch.places, fetch.ready = True, (), {}, 0
 
     def _leave_reads(self, fetch: Fetch, keys: Iterable[bytes]) -> None:
         for key in keys:

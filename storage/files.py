@@ -35,6 +35,13 @@ def remove(path: Path) -> bool:
     return True
 
 
+def device_of(path: Path) -> int:
+    """Number of the file system that a path is on, or will be once it is made. Raises OSError."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -15,21 +16,41 @@ from sglang_hcache.storage.segment import SegmentWriter
 LOCK_WAIT_S = 30.0
 BATCH = 20  # a twentieth of the quota is evicted at once
 SEGMENTS = 8  # at least so many segments fit in the quota
+FILL = 0.9  # of what a directory could have, where nobody says how much it may take: others use the disk, too
 SLACK = 1 << 20  # for the index to grow
 
 
 class Quota:
     """`limit`: bytes on disk that a directory's segments, of all fingerprints, and its index may take.
 
-    Raises ValueError where that does not hold a few pages of `record_bytes`.
+    `wanted`: the limit; None for FILL of what they take and what is free when the directory is opened. `sharers`: how
+    many directories share what is free. Raises ValueError where `wanted` does not hold a few pages of `record_bytes`.
     """
 
-    def __init__(self, path: Path, limit: int, record_bytes: int) -> None:
-        if limit < SEGMENTS * record_bytes:
-            raise ValueError(f"a quota of {limit} bytes does not hold {SEGMENTS} pages of {record_bytes} bytes")
-        self.limit = limit
+    def __init__(self, path: Path, wanted: int | None, record_bytes: int, sharers: int = 1) -> None:
+        self._least = SEGMENTS * record_bytes
+        if wanted is not None and wanted < self._least:
+            raise ValueError(f"a quota of {wanted} bytes does not hold {SEGMENTS} pages of {record_bytes} bytes")
+        self.limit = wanted or 0
+        self.used = 0  # bytes, when somebody looked last
         self.evicted = 0  # pages, since the start of the process
+        self._wanted = wanted
+        self._sharers = sharers
         self._path = path
+
+    def settle(self, *, full: bool) -> None:
+        """Find the limit, before the directory is opened; one that was wanted is lowered where the disk was `full`.
+
+        Raises OSError, ENOSPC where there is no room for a few pages.
+        """
+        if self._wanted is not None and not full:
+            self.limit = self._wanted
+            return
+        disk = os.statvfs(self._path)
+        there_is = int(FILL * (bytes_on_disk(self._path) + disk.f_bavail * disk.f_frsize // self._sharers))
+        if there_is < self._least:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.limit = there_is if self._wanted is None else min(self._wanted, there_is)
 
     @property
     def batch(self) -> int:
@@ -41,7 +62,8 @@ class Quota:
     def excess(self, growth: int) -> int:
         """By how much the quota would be exceeded after growing so much; not positive where it would not."""
         slack = bytes_below(self._path / "index") // 4 + min(SLACK, self.limit // 32)
-        return bytes_on_disk(self._path) + growth + slack - self.limit
+        self.used = bytes_on_disk(self._path)
+        return self.used + growth + slack - self.limit
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -59,15 +81,21 @@ def census(folder: Path) -> Iterator[None]:
 
 def bytes_on_disk(path: Path) -> int:
     """What the segments of all fingerprints and the index take of the disk, including what is preallocated."""
-    segments = path / "segments"
-    folders = [Path(entry.path) for entry in os.scandir(segments) if entry.is_dir(follow_symlinks=False)]
-    return bytes_below(path / "index") + sum(map(bytes_below, folders))
+    return bytes_below(path / "index") + sum(map(bytes_below, folders_in(path / "segments")))
+
+
+def folders_in(path: Path) -> list[Path]:
+    """None where there is no such directory."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
 
 
 def bytes_below(folder: Path) -> int:
-    """What the files of a folder take of the disk."""
+    """What the files of a folder take of the disk; nothing where there is none."""
     total = 0
-    for entry in os.scandir(folder):
+    for entry in os.scandir(folder) if folder.exists() else ():
         try:
             status = entry.stat(follow_symlinks=False)
         except FileNotFoundError:

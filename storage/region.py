@@ -9,6 +9,8 @@ import mmap
 import os
 import threading
 
+from sglang_hcache.storage.files import punch
+
 _STEP_BYTES = 32 << 20
 _HUGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; needs no huge pages to be reserved or enabled
@@ -52,6 +54,10 @@ class Region:
         except OSError:
             os.close(fd)
             raise
+
+    def free(self) -> None:
+        """Give its memory back now; whoever still refers to it finds zeroes. Raises OSError."""
+        punch(self._fd, 0, len(self.memory))
 
     def close(self) -> None:
         """No process can attach through this one any more; those that have keep their memory."""

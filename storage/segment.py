@@ -100,16 +100,11 @@ class SegmentReader:
     def read(self, slot: int, out: Record, offset: int = 0) -> None:
         """Fill `out`, uint8 [at most record_bytes], from a byte offset in a record.
 
-        Raises ChunkDamaged where the file ends before that or cannot be read there.
+        Raises ChunkDamaged where the file ends before that; OSError where the disk says so, which proves nothing
+        about the record.
         """
         assert offset + out.size <= self._record_bytes
-        try:
-            done = self._file.read(slot * self._record_bytes + offset, out)
-        except OSError as error:
-            if error.errno == errno.EIO:
-                raise ChunkDamaged("the disk cannot read it back") from error
-            raise
-        if done < out.size:
+        if self._file.read(slot * self._record_bytes + offset, out) < out.size:
             raise ChunkDamaged("the file is too short")
 
 
@@ -139,8 +134,6 @@ def _open_regular(path: Path, mode: int) -> int:
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
             raise ChunkDamaged("it is not a regular file") from error
-        if error.errno == errno.EIO:
-            raise ChunkDamaged("the disk cannot open it") from error
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

@@ -16,7 +16,7 @@ from pathlib import Path
 from sglang_hcache.storage.direct import DirectIO
 from sglang_hcache.storage.files import make_private, sync_directory
 from sglang_hcache.storage.layout import ChunkDamaged
-from sglang_hcache.storage.quota import bytes_below, census
+from sglang_hcache.storage.quota import census
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
 
 OPEN_READERS = 128  # files kept open for reading
@@ -72,10 +72,6 @@ class Segments:
                 name = entry.name.removesuffix(".seg")
                 found[name] = entry.stat(follow_symlinks=False).st_size // self._record_bytes
         return found
-
-    def bytes_on_disk(self) -> int:
-        """What the files take of the disk, including what is preallocated."""
-        return bytes_below(self.path)
 
     def lock_unfilled(self, used: Mapping[str, set[int]]) -> None:
         """Under `census`: take the segments that may have room and that no other process writes."""

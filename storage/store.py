@@ -10,8 +10,11 @@ from pathlib import Path
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
+from sglang_hcache.storage.deadlines import Deadlines
 from sglang_hcache.storage.fetch import Fetch, Fetches
+from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
+from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.stripe import Stripe
 from sglang_hcache.storage.volume import Volume
@@ -19,7 +22,7 @@ from sglang_hcache.storage.writer import Writer
 
 SEGMENT_BYTES = 256 << 20
 RETRY_S = 30.0
-CLOSE_WAIT_S = 5.0  # twice at most; SGLang gives a stopping scheduler 15 s
+CLOSE_WAIT_S = 5.0  # twice at most: who stops a prefetcher, or a scheduler, gives it 15 s
 READ_THREADS = 8
 
 log = logging.getLogger(__name__)
@@ -29,12 +32,13 @@ class LocalStore:
     """A ChunkStore in this process: an arena, volumes, one thread that writes and a few that read.
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
-    `directories`: striped; none for host memory only. `files`: used
-    instead of these. `writable`: False reads files, but writes none. `read_limit`: bounds how fast files are read.
-    `segment_bytes`: size of a segment file. `quota_bytes`: bound of what each directory takes. `about`: what the
-    pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`: fraction of the
-    slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come further, from any
-    thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it can.
+    `directories`: striped; none for host memory only. `files`: used instead of these. `writable`: False reads files,
+    but writes none. `read_limit`: bounds how fast files are read. `segment_bytes`: size of a segment file.
+    `quota_bytes`: bound of what each directory takes; by default nine tenths of what it takes and what is free.
+    `about`: what the pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`:
+    fraction of the slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come
+    further, from any thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it
+    can.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class LocalStore:
         self._lock = threading.Lock()
         self._progressed = threading.Condition(self._lock)
         self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
-        self._timers: dict[str, threading.Timer] = {}
+        self._deadlines = Deadlines(self._cut_late)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
         self._files = files or Stripe(
@@ -82,11 +86,11 @@ class LocalStore:
                     fingerprint,
                     writable=writable,
                     segment_bytes=segment_bytes,
-                    quota_bytes=quota_bytes,
+                    quota=Quota(Path(directory), quota_bytes, layout.record_bytes, sharers) if writable else None,
                     about=about,
                     retry_s=retry_s,
                 )
-                for directory in directories
+                for directory, sharers in zip(directories, _sharers(directories), strict=True)
             ]
         )
         self._writes = writable and (bool(directories) or files is not None)
@@ -178,11 +182,8 @@ class LocalStore:
             self._fetches.start(fetch, wait_for_room=wait_for_room)
             if self._fetches.waiting:
                 self._writer.make_room()
-            self._stop_timer(owner)
             if deadline_s and not fetch.done:
-                timer = self._timers[owner] = threading.Timer(deadline_s, self._cut_late, (owner, fetch))
-                timer.daemon = True
-                timer.start()
+                self._deadlines.add(fetch, deadline_s)
         self._tell_progress()
 
     def progress(self, owner: str) -> Progress:
@@ -205,7 +206,6 @@ class LocalStore:
 
     def release(self, owner: str) -> None:
         with self._lock:
-            self._stop_timer(owner)
             self._fetches.release(owner)
         self._tell_progress()
 
@@ -217,6 +217,11 @@ class LocalStore:
     def flush(self, timeout_s: float) -> bool:
         with self._lock:
             return self._writer.flush(timeout_s)
+
+    def unwritten(self) -> int:
+        """Pages that will be written yet: from now on all that are to be, whatever the policy. Does not block."""
+        with self._lock:
+            return self._writer.drain()
 
     def drop_host(self) -> None:
         with self._lock:
@@ -252,6 +257,7 @@ class LocalStore:
             }
         stats["pages_file"] = sum(volume.pages for volume in volumes)
         stats["pages_damaged"] = sum(volume.damage.pages for volume in volumes)
+        stats["pages_unreadable"] = sum(volume.reads_failed for volume in volumes)
         stats["files_damaged"] = sum(volume.damage.files for volume in volumes)
         stats["index_rebuilt"] = sum(volume.damage.index_rebuilt for volume in volumes)
         stats["pages_evicted"] = sum(volume.quota.evicted for volume in volumes if volume.quota)
@@ -260,7 +266,7 @@ class LocalStore:
                 "path": str(v.path),
                 "state": v.state,
                 "pages": v.pages,
-                "bytes": v.bytes_on_disk(),
+                "bytes": v.bytes_on_disk,
                 "quota_bytes": v.quota.limit if v.quota else 0,
                 "pages_evicted": v.quota.evicted if v.quota else 0,
             }
@@ -276,8 +282,7 @@ class LocalStore:
             self._closed = True
             given_up = self._writer.stop()
             self._fetches.close()
-            for owner in list(self._timers):
-                self._stop_timer(owner)
+        self._deadlines.close()
         if not flushed:
             log.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
         if not self._writer.join(CLOSE_WAIT_S):
@@ -315,15 +320,11 @@ class LocalStore:
                     self._writer.used(read.key, slot)
             self._tell_progress()
 
-    def _cut_late(self, owner: str, fetch: Fetch) -> None:
+    def _cut_late(self, fetch: Fetch) -> None:
         with self._lock:
             if self._fetches.is_current(fetch):
-                self._fetches.cut(owner)
+                self._fetches.cut(fetch.owner)
         self._tell_progress()
-
-    def _stop_timer(self, owner: str) -> None:
-        if timer := self._timers.pop(owner, None):
-            timer.cancel()
 
     def _tell_progress(self) -> None:
         with self._lock:
@@ -333,3 +334,14 @@ class LocalStore:
         if self._on_progress is not None:
             for owner in changed:
                 self._on_progress(owner)
+
+
+def _sharers(directories: Sequence[Path]) -> list[int]:
+    """For each, how many of them are on its file system; 1 where that cannot be told."""
+    devices: list[int | Path] = []
+    for directory in directories:
+        try:
+            devices.append(device_of(Path(directory).absolute()))
+        except OSError:
+            devices.append(directory)
+    return [devices.count(device) for device in devices]

@@ -14,10 +14,13 @@ import lmdb
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkLayout, Record
-from sglang_hcache.storage.quota import Quota, bytes_on_disk
+from sglang_hcache.storage.quota import Quota
+
+UNREADABLE_S = 600.0  # a record that the disk could not read is not tried again; a page may be stored anew meanwhile
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +38,9 @@ _ADVICE = {
 
 
 class Volume:
-    """`quota_bytes`: bound of what the directory takes of the disk. `about`: what the fingerprint stands for.
+    """`quota`: bounds what the directory takes of the disk. `about`: what the fingerprint stands for.
 
-    Raises ValueError for a quota that holds nearly nothing. No method raises for what a disk does: it fails the
-    volume, which then takes no writes until a retry succeeds.
+    No method raises for what a disk does: it fails the volume, which then takes no writes until a retry succeeds.
 
     A failed volume still reads what can be read. `write`, `retry` and `close` are for one thread, the rest for any.
     """
@@ -52,7 +54,7 @@ class Volume:
         writable: bool,
         segment_bytes: int,
         retry_s: float,
-        quota_bytes: int | None = None,
+        quota: Quota | None = None,
         about: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
@@ -62,13 +64,16 @@ class Volume:
         self._writable = writable
         self._segment_bytes = segment_bytes
         self._retry_s = retry_s
-        self.quota = None if quota_bytes is None else Quota(path, quota_bytes, layout.record_bytes)
+        self.quota = quota
+        self._full = False
         self._about = dict(about or {})
         self._siblings: Sequence[Volume] | None = None
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._index_failed = False
         self._retry_at = 0.0
+        self.reads_failed = 0
+        self._unreadable: dict[tuple[bytes, tuple[str, int]], float] = {}  # key and place → when to try it again
         self._directory: Directory | None = None
         try:
             self._directory = self._open()
@@ -93,15 +98,10 @@ class Volume:
         directory = self._directory
         return directory.pages if directory else 0
 
+    @property
     def bytes_on_disk(self) -> int:
-        directory = self._directory
-        try:
-            if self.quota is not None:
-                return bytes_on_disk(self.path)
-            return directory.bytes_on_disk() if directory else 0
-        except OSError as error:
-            log.debug("%s: %s", self.path, error)
-            return 0
+        """As of the last time that files grew or shrank; 0 without a quota. Looks at no file."""
+        return self.quota.used if self.quota else 0
 
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         """Where those of the pages lie that are here."""
@@ -109,19 +109,31 @@ class Volume:
         if directory is None or not keys:
             return {}
         try:
-            return directory.locate(keys)
+            found = directory.locate(keys)
         except (OSError, lmdb.Error) as error:
             self._fail(error, directory)
             return {}
+        if not self._unreadable:
+            return found
+        now = time.monotonic()
+        return {key: entry for key, entry in found.items() if self._unreadable.get((key, entry.place), now) <= now}
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
-        """Read a located page into `out`, uint8 [record_bytes]; False where it cannot be had whole."""
+        """Read a located page into `out`, uint8 [record_bytes]; False where it cannot be had whole.
+
+        Where the disk fails, the page stays in the index: it is located again after UNREADABLE_S, or elsewhere.
+        """
         directory = self._directory
         if directory is None:
             return False
         try:
             return directory.read(key, entry, out)
         except (OSError, lmdb.Error) as error:
+            with self._lock:
+                self.reads_failed += 1
+                now = time.monotonic()
+                self._unreadable = {place: until for place, until in self._unreadable.items() if until > now}
+                self._unreadable[key, entry.place] = now + UNREADABLE_S
             self._fail(error, directory)
             return False
 
@@ -162,7 +174,7 @@ class Volume:
             self._fail(error)
             self._retry_at = time.monotonic() + self._retry_s
             return
-        self._failure, self._index_failed = None, False
+        self._failure, self._index_failed, self._full = None, False, False
         log.info("hcache: %s works again; pages are written to it.", self.path)
 
     def close(self) -> None:
@@ -177,6 +189,9 @@ class Volume:
             )
 
     def _open(self) -> Directory:
+        if self.quota is not None:
+            make_private(self.path)
+            self.quota.settle(full=self._full)
         return Directory(
             self.path,
             self._layout,
@@ -205,6 +220,7 @@ class Volume:
                 self._retry_at = time.monotonic() + self._retry_s
             changed, self._failure = self._failure != reason, reason
             self._index_failed = isinstance(error, lmdb.Error)
+            self._full |= _is(error, errno.ENOSPC)
         if changed:
             log.warning(
                 "hcache: %s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",

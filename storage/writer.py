@@ -102,6 +102,12 @@ class Writer:
     def waiting(self) -> int:
         return len(self._queue) + self.writing
 
+    def drain(self) -> int:
+        """Write the backlog, too; how many pages are to be written yet."""
+        if self._backlog:
+            self.make_room()
+        return self.waiting + len(self._backlog)
+
     def flush(self, timeout_s: float) -> bool:
         """Write the backlog, too, and wait; False where that takes longer. Releases the lock meanwhile."""
         self._draining += 1

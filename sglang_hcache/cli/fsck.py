@@ -143,7 +143,7 @@ def _check_pages(model: _Model, report: Report) -> None:
     places = {(name, slot) for name, count in lengths.items() for slot in range(count)} | model.listed.keys()
     progress = Progress(model.folder.name[:12], len(places))
     keys = set(model.listed.values())
-    for (name, slot), header, reason in _read(model, sorted(places)):
+    for (name, slot), header, reason in _read(model, sorted(places), report):
         progress.step()
         key = model.listed.get((name, slot))
         if key is None:
@@ -158,8 +158,10 @@ def _check_pages(model: _Model, report: Report) -> None:
             report.pages += 1
 
 
-def _read(model: _Model, places: list[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], Header | None, str]]:
-    """The header of each record that is whole, or why it is not."""
+def _read(
+    model: _Model, places: list[tuple[str, int]], report: Report
+) -> Iterator[tuple[tuple[str, int], Header | None, str]]:
+    """The header of each record that is whole, or why it is not; a record that the disk cannot read is neither."""
     layout = model.layout
     record = np.empty(layout.record_bytes, np.uint8)
     reader: tuple[str, SegmentReader] | None = None
@@ -172,6 +174,8 @@ def _read(model: _Model, places: list[tuple[str, int]]) -> Iterator[tuple[tuple[
             verify(record, layout, model.fingerprint, header.key)
         except ChunkDamaged as damaged:
             yield (name, slot), None, damaged.reason
+        except OSError as error:
+            report.problems.append(f"{model.folder / name}.seg, record {slot}: the disk cannot read it ({error})")
         else:
             yield (name, slot), header, ""
 

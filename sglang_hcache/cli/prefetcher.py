@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", metavar="tcp://HOST:PORT", help="serve other hosts, too; beyond loopback with --keys"
     )
     parser.add_argument("--keys", metavar="DIR", help="made by `hcache keygen`")
-    parser.add_argument("--size-limit", metavar="BYTES", help="bound of each directory, as 500G or 2Ti")
+    parser.add_argument(
+        "--size-limit", metavar="BYTES", help="bound of each directory, as 500G or 2Ti; 90 %% of what it can have"
+    )
     parser.add_argument("--read-limit", metavar="BYTES", help="the most that is read from files in a second")
     parser.add_argument("--host-limit", metavar="BYTES", help="bound of the memory for one model's pages")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.connection import Connection, Unavailable
+from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.arena import rows
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkLayout, Record
@@ -75,6 +75,11 @@ class PrefetchClient:
     @property
     def why_ended(self) -> str:
         return self._connection.why_ended
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the store is gone because its prefetcher is there, but does not answer."""
+        return self._connection.ending is Ending.SILENT
 
     @property
     def prefetcher_pid(self) -> int:
@@ -169,6 +174,10 @@ class PrefetchClient:
     def give_up(self, why: str) -> None:
         """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
         self._connection.give_up(why)
+
+    def kill_prefetcher(self) -> None:
+        """Before `close`."""
+        self._connection.kill()
 
     def close(self) -> None:
         """Say goodbye to the prefetcher. Nobody may read or write the memory any more."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +27,7 @@ LINGER_MS = 200  # for a goodbye
 HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
 REMOTE_HIGH_WATER = 8  # messages queued for another host: each may carry a record
-HUNG_S = 10.0  # without an answer it is given up; the end of its process is seen at once
+HUNG_S = 10.0  # waited for an answer so long, it is given up; the end of its process is seen at once
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,15 @@ Answer = TypeVar("Answer", bound=m.Message)
 
 class Unavailable(Exception):
     """No session with a prefetcher can be had, or the session is over."""
+
+
+class Ending(Enum):
+    """What ended a session."""
+
+    DIED = "the prefetcher's process has ended"
+    SILENT = "it did not answer, and hangs"
+    REFUSED = "it refused to go on, or could not be understood"
+    GIVEN_UP = "we have no more use for it"
 
 
 class Connection:
@@ -67,10 +79,11 @@ class Connection:
         self._answers: dict[int, m.FromServer] = {}
         self._outbox: deque[tuple[m.Message, Payload]] = deque()
         self._enqueued = 0
-        self._heard_at = time.monotonic()
+        self._silent_s: float | None = None  # since the oldest question without an answer; None where there is none
         self._closing = self._farewell = False
         self.alive = True
         self.why_ended = ""
+        self.ending: Ending | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.SNDHWM, REMOTE_HIGH_WATER if self._remote else HIGH_WATER)
@@ -111,7 +124,12 @@ class Connection:
 
     def give_up(self, why: str) -> None:
         """The session is over for us; what it held stays as it is until `close`."""
-        self._end(why)
+        self._end(Ending.GIVEN_UP, why)
+
+    def kill(self) -> None:
+        """Kill the prefetcher on this host that the session was with, and no other process; before `close`."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Say goodbye. What the session held must not be used any more."""
@@ -164,7 +182,7 @@ class Connection:
         poller = zmq.Poller()
         for source in (self._socket, self._wake, *([] if self._remote else [self._pidfd])):
             poller.register(source, zmq.POLLIN)
-        beat_at = 0.0
+        beat_at, looked_at = 0.0, time.monotonic()
         while True:
             ready = dict(poller.poll(int(1000 * BEAT_S)))
             if self._wake in ready:
@@ -172,13 +190,17 @@ class Connection:
             if ready.get(self._socket, 0) & zmq.POLLIN:
                 self._drain_socket()
             if self._pidfd in ready:
-                self._end("its process has ended")
+                self._end(Ending.DIED, "its process has ended")
             now = time.monotonic()
-            if self.alive and now - self._heard_at > HUNG_S:
-                self._end(f"it has not answered for {HUNG_S:g} s")
+            if self._silent_s is not None:
+                self._silent_s += min(now - looked_at, BEAT_S)  # more is a pause of our own process
+            looked_at = now
+            if self.alive and (self._silent_s or 0.0) > HUNG_S:
+                self._end(Ending.SILENT, f"it has not answered for {HUNG_S:g} s")
             if self.alive and now >= beat_at:
                 beat_at = now + BEAT_S
                 self.send(m.Health())
+                self._silent_s = self._silent_s or 0.0
             full = not self._send_queued()
             if self._closing:
                 self._wait_for_farewell()
@@ -189,7 +211,7 @@ class Connection:
                 poller.unregister(self._socket)  # only the goodbye is left to do
                 if not self._remote:
                     poller.unregister(self._pidfd)
-        self._end("it was closed")
+        self._end(Ending.GIVEN_UP, "it was closed")
         self._socket.close()
         self._context.term()
 
@@ -207,16 +229,16 @@ class Connection:
                 frame, *payload = self._next_frames()
             except zmq.Again:
                 return
-            self._heard_at = time.monotonic()
+            self._silent_s = None
             try:
                 message = m.decode_from_server(frame)
             except m.Malformed as error:
-                self._end(f"it sent what cannot be read: {error}")
+                self._end(Ending.REFUSED, f"it sent what cannot be read: {error}")
                 return
             if isinstance(message, m.Refused):
                 log.warning("hcache: the prefetcher refused a message: %s (%s)", message.text, message.reason)
                 if message.fatal:
-                    self._end(message.text)
+                    self._end(Ending.REFUSED, message.text)
             elif isinstance(message, m.Found | m.Flushed | m.Figures):
                 with self._lock:
                     if message.answers in self._asked:
@@ -243,12 +265,12 @@ class Connection:
             self._outbox.popleft()
         return True
 
-    def _end(self, why: str) -> None:
+    def _end(self, ending: Ending, why: str) -> None:
         with self._lock:
             if not self.alive:
                 return
             self.alive = False
-            self.why_ended = why
+            self.ending, self.why_ended = ending, why
             self._outbox.clear()
             self._answered.notify_all()
         self._ended()

@@ -5,26 +5,37 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from io import TextIOWrapper
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
 
 import zmq
 
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for
 from sglang_hcache.prefetch.server import Server, ServerConfig
+from sglang_hcache.storage.files import make_private
 
 log = logging.getLogger(__name__)
 
 FAILED = 1
+LOG_DATES = "%F %T"
+LOG_NAME = "prefetcher.log"  # in the first directory
+LOG_WAIT_S = 2.0  # for what is still to be written to it when the prefetcher ends
+LOG_BYTES = 5_000_000  # of each of two files: this one, and the one before it
 
 
 def serve(config: ServerConfig) -> int:
     """Run until stopped; the process's exit status. Where another one serves the endpoint there is nothing to do."""
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="[%(asctime)s prefetcher] %(message)s", datefmt="%F %T"
+        stream=sys.stderr, level=logging.INFO, format="[%(asctime)s prefetcher] %(message)s", datefmt=LOG_DATES
     )
-    logging.raiseExceptions = False  # whoever started us may be gone, and our log with him
+    logging.raiseExceptions = False  # whoever started us may be gone, and our stderr with him
     try:
         endpoint = endpoint_for(config.directories)
         lock = InstanceLock.acquire(endpoint.lock)
@@ -35,20 +46,58 @@ def serve(config: ServerConfig) -> int:
         log.info("hcache: another prefetcher serves %s", ", ".join(config.directories))
         return 0 if config.ends_when_unused else FAILED
     try:
+        with logging_to(Path(config.directories[0]) / LOG_NAME):
+            return _run(config)
+    finally:
+        endpoint.socket.unlink(missing_ok=True)
+        lock.release()
+
+
+def _run(config: ServerConfig) -> int:
+    try:
         server = Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         log.info("hcache: serving %s at %s %s", ", ".join(config.directories), config.address, config.listen)
         notify("READY=1")
         server.run()
+        log.info("hcache: the prefetcher has ended")
         notify("STOPPING=1")
     except (OSError, ValueError, zmq.ZMQError) as error:
         log.error("hcache: no prefetcher can serve %s: %s", config.listen or config.address, error)
         return FAILED
-    finally:
-        endpoint.socket.unlink(missing_ok=True)
-        lock.release()
+    except Exception:
+        log.exception("hcache: the prefetcher failed.")
+        return FAILED
     return 0
+
+
+class _PrivateFile(RotatingFileHandler):
+    """A file that only this user can read, and one former file beside it; opened by the first record."""
+
+    def _open(self) -> TextIOWrapper:
+        path = Path(self.baseFilename)
+        make_private(path.parent)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return open(os.open(path, flags, 0o600), "a", encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Log to a file, too, where one can be had; in a thread of its own, as a disk may hang and we may not."""
+    file = _PrivateFile(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
+    file.setFormatter(logging.Formatter("[%(asctime)s %(process)d] %(message)s", LOG_DATES))
+    records = queue.SimpleQueue[logging.LogRecord]()
+    handler, listener = QueueHandler(records), QueueListener(records, file)
+    logging.getLogger().addHandler(handler)
+    listener.start()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        stopping = threading.Thread(target=listener.stop, daemon=True)
+        stopping.start()
+        stopping.join(LOG_WAIT_S)
 
 
 def notify(state: str) -> None:

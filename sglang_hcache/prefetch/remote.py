@@ -34,7 +34,14 @@ CLOSE_FLUSH_S = 5.0
 MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
 
 # What is said of files, and of the prefetcher, is known there.
-FIGURES_OF_PREFETCHER = ("volumes", "pages_file", "pages_damaged", "files_damaged", "index_rebuilt")
+FIGURES_OF_PREFETCHER = (
+    "volumes",
+    "pages_file",
+    "pages_damaged",
+    "pages_unreadable",
+    "files_damaged",
+    "index_rebuilt",
+)
 
 
 @dataclass(eq=False)

@@ -43,7 +43,7 @@ class ServerConfig:
     keys: str = ""  # directory of CURVE keys for `listen`
     host_bytes: int | None = None  # the most memory one model's pages get, whatever a client asks for
     read_bytes_per_s: float | None = None  # the most that is read from files, of all models together
-    ends_when_unused: bool = True  # when the last client is gone
+    ends_when_unused: bool = True  # when the last client is gone, and all is written
 
 
 class Server:
@@ -104,6 +104,7 @@ class Server:
                 self._announce_progress()
                 self._serve_waiting()
                 self._expire()
+                self._close_unused()
         finally:
             self._close()
 
@@ -378,6 +379,12 @@ class Server:
                 log.info("hcache: %s has not been heard of for %g s and is given up.", session.name, EXPIRE_S)
                 self._end(session, "it was not heard of")
 
+    def _close_unused(self) -> None:
+        """Spaces without a client, once all is written; where the prefetcher stays, they stay for the next client."""
+        for space in self._spaces.unused():
+            if not space.store.unwritten() and self.config.ends_when_unused:
+                self._spaces.close(space)
+
     def _end(self, session: Session, why: str) -> None:
         log.debug("hcache: %s ends: %s", session.name, why)
         if session.pidfd >= 0:
@@ -385,8 +392,9 @@ class Server:
             del self._by_pidfd[session.pidfd]
         del self._by_peer[session.peer], self._by_number[session.number]
         self._partings += session.end()
-        if not session.space.sessions:
-            self._spaces.close(session.space)
+        unwritten = 0 if session.space.sessions else session.space.store.unwritten()
+        if unwritten:
+            log.info("hcache: the last client of its pages has gone; %d of them are still to be written.", unwritten)
 
     def _close(self) -> None:
         for session in list(self._by_number.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,12 @@ from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
+LOOK_S = 0.2  # between two looks whether all of a store is written
+SAME_SIZE = 0.1  # a server asks for a little more or less memory than when it was started last
+
 log = logging.getLogger(__name__)
+
+SETTINGS = ("page_tokens", "layer_bytes", "write_policy", "on_file")  # of a hello: what a store cannot change
 
 Opened = Callable[["Space | str"], None]  # a space, or why there is none
 
@@ -29,8 +35,14 @@ class Space:
     fingerprint: bytes
     store: LocalStore
     region: Region
+    made_for: Hello
     sessions: set[int] = field(default_factory=set)
     parents: dict[int, bytes] = field(default_factory=dict)  # by slot, of the page last committed to it
+
+    def suits(self, hello: Hello) -> bool:
+        """Whether it is what would be made for this client."""
+        same = all(getattr(hello, name) == getattr(self.made_for, name) for name in SETTINGS)
+        return same and abs(hello.host_bytes - self.made_for.host_bytes) <= SAME_SIZE * self.made_for.host_bytes
 
 
 class Spaces:
@@ -56,24 +68,36 @@ class Spaces:
         self._open: dict[bytes, Space] = {}
         self._busy: dict[bytes, list[tuple[Hello, Opened]]] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="hcache-space")
+        self._hurry = threading.Event()
 
     def __len__(self) -> int:
         return len(self._open) + len(self._busy)
 
     def open(self, hello: Hello, opened: Opened) -> None:
         """Call `opened` once the space of the hello's fingerprint is open, or cannot be."""
-        if space := self._open.get(hello.fingerprint):
+        space = self._open.get(hello.fingerprint)
+        if space is not None and (space.sessions or space.suits(hello)):
             opened(self._fitting(space, hello))
-        elif (waiting := self._busy.get(hello.fingerprint)) is not None:
+            return
+        if space is not None:
+            self.close(space)
+        if (waiting := self._busy.get(hello.fingerprint)) is not None:
             waiting.append((hello, opened))
         else:
             self._busy[hello.fingerprint] = [(hello, opened)]
-            self._threads.submit(self._make, hello)
+            short = hello.host_bytes > psutil.virtual_memory().available
+            in_the_way = self.unused() if short else []
+            for other in in_the_way:
+                self._retire(other)
+            self._threads.submit(self._make, hello, in_the_way)
+
+    def unused(self) -> list[Space]:
+        """The open ones without a session."""
+        return [space for space in self._open.values() if not space.sessions]
 
     def close(self, space: Space) -> None:
         """Nobody uses it any more; whoever asks for it meanwhile waits until it can be opened anew."""
-        del self._open[space.fingerprint]
-        self._busy[space.fingerprint] = []
+        self._retire(space)
         self._threads.submit(self._unmake, space)
 
     def in_background(self, work: Callable[[], bool], done: Callable[[bool], None]) -> None:
@@ -86,17 +110,24 @@ class Spaces:
         self._threads.submit(run)
 
     def close_all(self) -> None:
-        """Close everything and wait for it."""
-        self._threads.shutdown()
+        """Close everything and wait for it; what cannot be written soon is given up."""
+        self._hurry.set()
         with ThreadPoolExecutor(max(1, len(self._open))) as threads:  # each may take its full time to write
             for space in self._open.values():
                 threads.submit(self._close, space)
+        self._threads.shutdown()
 
     def _fitting(self, space: Space, hello: Hello) -> Space | str:
         same = space.store.layout == _layout(hello)
         return space if same else "another client uses this fingerprint with another layout of pages"
 
-    def _make(self, hello: Hello) -> None:
+    def _retire(self, space: Space) -> None:
+        del self._open[space.fingerprint]
+        self._busy[space.fingerprint] = []
+
+    def _make(self, hello: Hello, in_the_way: Sequence[Space]) -> None:
+        for space in in_the_way:
+            self._unmake(space)
         result: Space | str
         try:
             result = self._made(hello)
@@ -135,16 +166,19 @@ class Spaces:
         except Exception:
             region.close()
             raise
-        return Space(hello.fingerprint, store, region)
+        return Space(hello.fingerprint, store, region, hello)
 
     def _close(self, space: Space) -> None:
         try:
             space.store.close()
+            space.region.free()
             space.region.close()
         except Exception:
             log.exception("hcache: pages were not closed properly; the next opening tidies up.")
 
     def _unmake(self, space: Space) -> None:
+        while space.store.unwritten() and not self._hurry.wait(LOOK_S):
+            pass
         self._close(space)
         self._later(lambda: self._finished(space.fingerprint, None))
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -30,8 +29,8 @@ REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
 
 # In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
-# when it stops, before the prefetcher could have written what is left. Its log goes where ours goes, to stderr;
-# whoever reads our stdout to its end must not wait for it.
+# when it stops, before the prefetcher could have written what is left. Its log goes where ours goes, to stderr, and
+# to a file; whoever reads our stdout to its end must not wait for it.
 _LAUNCHER = """import sys
 from subprocess import DEVNULL, Popen
 Popen(sys.argv[1:], stdin=DEVNULL, stdout=DEVNULL, start_new_session=True)"""
@@ -160,17 +159,10 @@ class Supervisor(Keeper[PrefetchClient]):
         )
 
     def _give_up(self, gone: PrefetchClient) -> None:
-        if "not answered" in gone.why_ended:
-            self._kill_hung(gone.prefetcher_pid)
-
-    def _kill_hung(self, pid: int) -> None:
         """Only what still holds the endpoint's lock, and does not answer, is killed."""
-        if is_running(self._endpoint):
-            log.warning("hcache: the prefetcher (process %d) hangs and is killed", pid)
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+        if gone.hangs and is_running(self._endpoint):
+            log.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
+            gone.kill_prefetcher()
 
     def _launch(self) -> None:
         config = json.dumps(dataclasses.asdict(self._config))

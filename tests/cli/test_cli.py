@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -61,6 +64,19 @@ def test_it_starts_without_torch_and_sglang() -> None:
         "assert not {'torch', 'sglang'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+
+
+def test_fsck_deletes_nothing_because_a_disk_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+        status, report = run(capsys, "fsck", "--repair", "--dir", tmp_path)
+    assert status == 2
+    assert [line for line in report["directories"][0]["problems"] if "cannot read" in line]
+    assert report["directories"][0]["repaired"] == 0
+    assert found(tmp_path) == list(range(10))
 
 
 def test_inspect_says_what_is_stored_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

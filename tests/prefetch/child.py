@@ -10,9 +10,16 @@ import random
 import select
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from sglang_hcache.prefetch import connection
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.endpoint import endpoint_for
+from sglang_hcache.prefetch.process import serve
+from sglang_hcache.prefetch.server import ServerConfig
+from sglang_hcache.storage import store, writer
+from sglang_hcache.storage.segment import SegmentWriter
 from tests.prefetch.clients import Gone, fetched, figures, save, supervisor_of
 from tests.prefetch.raw import Raw
 from tests.storage.pages import keys_of
@@ -35,6 +42,36 @@ def join(directory: Path, at: str) -> None:
     print(client.prefetcher_pid, flush=True)
     sys.stdin.readline()
     client.close()
+
+
+def watch(directory: Path, hung_s: str) -> None:
+    """Keep a session, as a scheduler does, with a prefetcher that is given up after `hung_s`; report how often."""
+    connection.HUNG_S = float(hung_s)
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    print("ready", flush=True)
+    while not told_to_stop():
+        if not client.alive:
+            supervisor.replace(client)
+            while (taken := supervisor.taken()) is None:
+                time.sleep(0.002)
+            client = taken
+        time.sleep(0.01)
+    print(client.prefetcher_pid, supervisor.restarts, flush=True)
+    client.close()
+    supervisor.close()
+
+
+def write_slowly(directory: Path, batch_s: str) -> None:
+    """Be a prefetcher whose disk takes `batch_s` for four pages, and that waits for it briefly when it is stopped."""
+
+    def slow(writer: SegmentWriter, sync: Callable[[SegmentWriter], None] = SegmentWriter.sync) -> None:
+        time.sleep(float(batch_s))
+        sync(writer)
+
+    SegmentWriter.sync = slow  # type: ignore[method-assign, assignment]
+    writer.BATCH_PAGES, store.CLOSE_WAIT_S = 4, 0.5
+    serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 
 def leave(directory: Path, _: str) -> None:

@@ -147,6 +147,20 @@ class RawClient:
         return count
 
 
+def test_started_by_hand_it_keeps_its_memory_for_the_next_client(prefetcher: Prefetcher) -> None:
+    client = prefetcher.remote()
+    save(client, range(20))
+    pid = client.prefetcher_pid
+    client.close()
+    time.sleep(1)
+    client = prefetcher.remote()
+    assert client.prefetcher_pid == pid
+    assert fetch(client, range(25)) == 20
+    figures = client._files.connection.ask(m.Stats(), m.Figures, 5).figures
+    assert (figures["hits_file"], figures["hits_host"]) == (0, 20)
+    client.close()
+
+
 def test_pages_are_shared_by_remote_and_local_clients(prefetcher: Prefetcher) -> None:
     a, b = prefetcher.remote("a"), prefetcher.remote("b")
     save(a, range(20))

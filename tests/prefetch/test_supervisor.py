@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
+import re
 import select
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from sglang_hcache.prefetch import connection
+from sglang_hcache.prefetch import connection, process
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
-from sglang_hcache.prefetch.endpoint import endpoint_for
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.supervisor import Supervisor
 from tests.prefetch.clients import (
     assert_nothing_held,
@@ -208,6 +211,24 @@ def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
     supervisor.close()
 
 
+def test_a_paused_clients_prefetcher_lives_on(directory: Path, join: Join) -> None:
+    """As under `docker pause`: nobody was asked anything meanwhile, so nobody was silent."""
+    hung_s = 3.0
+    client = join()
+    save(client, range(5))
+    paused = child("watch", directory, hung_s)
+    assert line_of(paused) == "ready"
+    time.sleep(0.5)
+    for _ in range(2):
+        paused.send_signal(signal.SIGSTOP)
+        time.sleep(hung_s + 1)
+        paused.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+    assert client.alive
+    assert paused.communicate("stop\n", timeout=20)[0].split() == [str(client.prefetcher_pid), "0"]
+    assert fetched(client, range(10)) == 5
+
+
 def test_nothing_is_left_behind(directory: Path, runtime: Path) -> None:
     shared = set(os.listdir("/dev/shm"))
     first = supervisor_of(directory).open()
@@ -236,6 +257,109 @@ def test_it_ends_on_sigterm_with_everything_written(directory: Path, runtime: Pa
     again = supervisor_of(directory).open()
     assert fetched(again, range(10)) == 10
     again.close()
+
+
+def leave_unwritten(directory: Path, pages: range, batch_s: float) -> subprocess.Popen[str]:
+    """A prefetcher on a slow disk whose last client has gone before anything was written."""
+    process = child("write_slowly", directory, batch_s)
+    assert until(lambda: is_running(endpoint_for([str(directory)])))
+    client = supervisor_of(directory, write_policy="write_back").open()
+    assert client.prefetcher_pid == process.pid
+    save(client, pages)
+    assert until(lambda: figures(client)["pages_host"] == len(pages))
+    assert figures(client)["pages_file"] == 0
+    client.close()
+    return process
+
+
+def test_all_is_written_however_long_it_takes_once_the_last_client_has_gone(directory: Path) -> None:
+    process = leave_unwritten(directory, range(30), 0.2)
+    left_at = time.monotonic()
+    assert process.wait(30) == 0
+    assert time.monotonic() - left_at > 1.5
+    again = supervisor_of(directory).open()
+    assert again.prefetcher_pid != process.pid
+    assert fetched(again, range(32)) == 30
+    again.close()
+
+
+def test_a_server_that_comes_back_meanwhile_finds_memory_as_it_was(directory: Path) -> None:
+    process = leave_unwritten(directory, range(30), 0.2)
+    again = supervisor_of(directory, write_policy="write_back").open()
+    assert again.prefetcher_pid == process.pid
+    assert figures(again)["pages_file"] < 30
+    assert fetched(again, range(32)) == 30
+    assert figures(again)["hits_file"] == 0
+    save(again, range(100, 110))
+    again.close()
+    assert process.wait(30) == 0
+    after = supervisor_of(directory).open()
+    assert fetched(after, range(32)) == 30
+    assert fetched(after, range(100, 110)) == 10
+    after.close()
+
+
+def test_a_server_that_comes_back_with_other_wishes_gets_them_once_all_is_written(directory: Path) -> None:
+    process = leave_unwritten(directory, range(30), 0.1)
+    again = supervisor_of(directory, host_bytes=32 * LAYOUT.record_bytes).open()
+    assert again.prefetcher_pid == process.pid
+    assert figures(again)["pages_total"] == 32
+    assert figures(again)["pages_file"] == 30
+    assert fetched(again, range(15)) == 15
+    again.close()
+    assert process.wait(30) == 0
+
+
+def test_on_sigterm_it_says_how_many_pages_it_gives_up(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    process = leave_unwritten(directory, range(30), 0.5)
+    process.terminate()
+    stopped_at = time.monotonic()
+    assert process.wait(10) == 0
+    assert time.monotonic() - stopped_at < 3
+    given_up = re.search(r"(\d+) pages were not written in 0.5 s and are given up", capfd.readouterr().err)
+    assert given_up
+    again = supervisor_of(directory).open()
+    assert figures(again)["pages_file"] == 30 - int(given_up[1]) < 30
+    again.close()
+
+
+def test_its_log_outlives_whoever_started_it(directory: Path) -> None:
+    starter = child("join", directory, 0)
+    pid = int(line_of(starter))
+    client = supervisor_of(directory).open()
+    assert client.prefetcher_pid == pid
+    starter.communicate("\n", timeout=10)
+    client.close()
+    assert until(lambda: not prefetchers(directory))
+    log = directory / "prefetcher.log"
+    assert f"{pid}] hcache: serving {directory}" in log.read_text()
+    assert f"{pid}] hcache: the prefetcher has ended" in log.read_text()
+    assert oct(log.stat().st_mode & 0o777) == "0o600"
+    other = supervisor_of(directory).open()
+    other.close()
+    assert until(lambda: f"{other.prefetcher_pid}] hcache: serving" in log.read_text())
+    assert f"{pid}] hcache: serving" in log.read_text(), "it is appended to"
+
+
+def test_its_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 20_000)
+    log, path = logging.getLogger("sglang_hcache.test"), tmp_path / "new" / "prefetcher.log"
+    with process.logging_to(path):
+        for line in range(1000):
+            log.warning("line %d, with what fills a line", line)
+    files = sorted(file.name for file in path.parent.iterdir())
+    assert files == ["prefetcher.log", "prefetcher.log.1"]
+    assert all(file.stat().st_size <= 20_000 for file in path.parent.iterdir())
+    assert "line 999," in path.read_text()
+    assert "line 0," not in path.with_suffix(".log.1").read_text()
+
+
+def test_without_a_place_for_its_log_it_serves_all_the_same(directory: Path) -> None:
+    (directory / "prefetcher.log").mkdir(parents=True)
+    client = supervisor_of(directory).open()
+    save(client, range(3))
+    assert fetched(client, range(5)) == 3
+    client.close()
 
 
 def test_a_session_is_had_at_once_while_another_prefetcher_ends(directory: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -9,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import lmdb
 import pytest
 
+from sglang_hcache.storage import volume
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.segment import SegmentWriter
+from sglang_hcache.storage.store import LocalStore
 from tests.storage.pages import LAYOUT, counters, open_store, save, segment_files, served, states
 
 ROUNDS = int(os.environ.get("HCACHE_FAULT_ROUNDS", "2"))
@@ -44,6 +48,13 @@ def become_directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
     (path / "something").write_text("")
+
+
+def wait_until_ok(store: LocalStore) -> None:
+    deadline = time.monotonic() + 10
+    while states(store) != ["ok"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 DAMAGES: list[Callable[[Path], object]] = [
@@ -121,6 +132,72 @@ def test_what_is_damaged_while_open_is_a_miss(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_disk_that_fails_for_a_while_costs_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an NVMe drive does that is reset."""
+    store = open_store(tmp_path, retry_s=0.2)
+    save(store, range(PAGES))
+    assert store.flush(30)
+    store.drop_host()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+        assert served(store, range(5)) == []
+        assert "input/output" in states(store)[0]
+        assert counters(store)["pages_unreadable"] == 5
+        assert served(store, range(5)) == []
+        assert counters(store)["pages_unreadable"] == 5, "what has just failed is not tried again"
+    assert served(store, range(5, PAGES)) == list(range(5, PAGES))
+    save(store, [2])  # prefilled again
+    wait_until_ok(store)
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, range(5)) == [2], "what was stored anew lies elsewhere"
+    assert counters(store)["pages_damaged"] == 0
+    monkeypatch.setattr(volume, "UNREADABLE_S", 0.0)
+    store.close()
+    store = open_store(tmp_path)
+    assert served(store, range(PAGES)) == list(range(PAGES)), "all of them are still in the index"
+    store.close()
+
+
+def test_an_unreadable_record_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume, "UNREADABLE_S", 0.3)
+    store = open_store(tmp_path)
+    save(store, range(3))
+    assert store.flush(30)
+    store.drop_host()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+        assert served(store, range(3)) == []
+    assert served(store, range(3)) == []
+    time.sleep(0.3)
+    assert served(store, range(3)) == [0, 1, 2]
+    store.close()
+
+
+def test_a_disk_that_fails_while_the_index_is_rebuilt_costs_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    save(store, range(PAGES))
+    store.close()
+    shutil.rmtree(tmp_path / "index")
+    reads = itertools.count()
+    preadv = os.preadv
+
+    def fail(*arguments: Any) -> int:
+        if next(reads) > PAGES // 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        store = open_store(tmp_path, retry_s=0.2)
+        assert "input/output" in states(store)[0]
+    wait_until_ok(store)
+    assert served(store, range(PAGES)) == list(range(PAGES))
+    store.close()
+
+
 def test_nothing_is_written_to_a_deleted_file_once_it_is_missed(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     save(store, range(3))
@@ -167,9 +244,7 @@ def test_a_failed_index_is_opened_anew(tmp_path: Path, monkeypatch: pytest.Monke
         assert "the disk is full" in states(store)[0]
         store.drop_host()
         assert served(store, range(6)) == [0, 1, 2], "it still reads"
-    deadline = time.monotonic() + 10
-    while states(store) != ["ok"] and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until_ok(store)
     save(store, range(3, 6))
     store.close()
     store = open_store(tmp_path)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -189,6 +193,98 @@ def test_a_page_that_was_evicted_since_it_was_located_is_missed_without_damage(t
     assert len(still) < 10
     assert (damage.pages, damage.files) == (0, 0)
     directory.close()
+
+
+class Disk:
+    """A file system of `size` bytes, as far as the store can tell: one may run into its end, and ask what is free."""
+
+    def __init__(self, size: int, *directories: Path) -> None:
+        self.size = size
+        self.directories = directories
+        self.others = 0  # bytes that are not ours
+        self.ran_full = 0
+        self._allocate = os.posix_fallocate
+
+    @property
+    def free(self) -> int:
+        return max(0, self.size - self.others - sum(map(bytes_on_disk, self.directories)))
+
+    def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
+        if offset + length - os.fstat(fd).st_blocks * 512 > self.free:
+            self.ran_full += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._allocate(fd, offset, length)
+
+    def statvfs(self, _: Path) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=self.free // 4096, f_frsize=4096)
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "posix_fallocate", self.posix_fallocate)
+        monkeypatch.setattr(os, "statvfs", self.statvfs)
+
+
+def limits(store: LocalStore) -> list[int]:
+    volumes = store.stats()["volumes"]
+    assert isinstance(volumes, list)
+    return [int(volume["quota_bytes"]) for volume in volumes]
+
+
+def test_without_a_quota_a_tenth_of_the_disk_is_left_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(QUOTA, tmp_path)
+    disk.put_in(monkeypatch)
+    store = open_store(tmp_path)
+    for start in range(0, 300, 20):
+        save_prefix(store, range(start, start + 20))
+        assert disk.free >= QUOTA // 10
+    assert disk.ran_full == 0
+    assert states(store) == ["ok"]
+    assert counters(store)["pages_file"] > 60
+    assert set(range(280, 300)) <= set(on_file(store, range(300)))
+    limit = limits(store)[0]
+    store.close()
+    store = open_store(tmp_path)
+    assert abs(limits(store)[0] - limit) < 2 * 4096, "what we take does not count as taken by others"
+    store.close()
+
+
+def test_directories_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directories = [tmp_path / "a", tmp_path / "b"]
+    disk = Disk(QUOTA, *directories)
+    disk.put_in(monkeypatch)
+    store = open_store(*directories)
+    for start in range(0, 300, 20):
+        save_prefix(store, range(start, start + 20))
+    assert disk.ran_full == 0
+    assert disk.free >= QUOTA // 10
+    assert sum(limits(store)) <= QUOTA
+    store.close()
+
+
+@pytest.mark.parametrize("quota", [None, 10 * QUOTA], ids=["default", "larger than the disk"])
+def test_on_a_full_disk_the_least_valuable_pages_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: int | None
+) -> None:
+    disk = Disk(QUOTA, tmp_path)
+    disk.put_in(monkeypatch)
+    store = open_store(tmp_path, quota_bytes=quota, retry_s=0.2)
+    save_prefix(store, range(30))
+    disk.others = disk.free
+    save_prefix(store, range(100, 130))
+    assert "the disk is full" in states(store)[0]
+    assert served(store, range(100, 130)) == list(range(100, 130)), "they stay in memory"
+    deadline = time.monotonic() + 10
+    while states(store) != ["ok"]:
+        assert time.monotonic() < deadline, "it waits for somebody to make room"
+        time.sleep(0.02)
+    for start in range(200, 260, 5):
+        save_prefix(store, range(start, start + 5))
+    assert states(store) == ["ok"]
+    assert disk.ran_full
+    assert set(range(255, 260)) <= set(on_file(store, range(300)))
+    assert counters(store)["pages_damaged"] == 0
+    store.close()
 
 
 def test_a_quota_that_holds_nothing_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,31 @@ def test_threads_capture_and_restore_at_once(tmp_path: Path) -> None:
     assert counters(store)["pages_leased"] == counters(store)["pages_open"] == 0
     assert counters(store)["pages_damaged"] == 0
     store.close()
+
+
+def test_hundreds_of_prefetches_with_deadlines_take_no_thread_each(tmp_path: Path) -> None:
+    before = threading.active_count()
+    store = open_store(tmp_path, slots=16, lease_limit=0.5)
+    save(store, range(16))
+    assert store.flush(30)
+    store.prefetch("first", keys_of(range(8)))
+    assert store.wait("first", 10).done
+    threads = threading.active_count()
+    for number in range(500):
+        store.prefetch(f"waits {number}", keys_of([8]), deadline_s=60.0 if number % 2 else 0.5)
+    store.prefetch("waits 2", keys_of([9]), deadline_s=60.0)
+    store.release("waits 4")
+    assert threading.active_count() <= threads
+    begun_at = time.monotonic()
+    late = [f"waits {number}" for number in range(0, 500, 2) if number not in (2, 4)]
+    assert all(store.wait(owner, 5) == ((), True) for owner in late)
+    assert time.monotonic() - begun_at < 5
+    assert all(0.5 <= store.took_s(owner) < 5 for owner in late)
+    assert not any(store.progress(f"waits {number}").done for number in (1, 2, 499)), "their time has not come"
+    store.release("first")
+    assert store.wait("waits 2", 5).slots, "the former deadline was for what was asked for before"
+    store.close()
+    assert threading.active_count() <= before
 
 
 def test_many_reserves_do_not_wait_for_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
