@@ -9,13 +9,13 @@ from typing import Any
 
 import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.ranks import of_first_rank
+from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
 from sglang_hcache.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
 
@@ -46,8 +46,12 @@ class Introduction:
         self._host_bytes = self._wanted_host_bytes() * self.ranks_sharing_pages
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
-        self._identity = self._fingerprint(self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"))
-        self._on_file = True
+        weights = of_nodes_first_rank(
+            lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"),
+            _ranks_of_a_node(server_args),
+        )
+        self._identity = self._fingerprint(weights or self._this_server)
+        self._on_file = weights is not None
 
     def weights_changed(self) -> None:
         """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
@@ -83,18 +87,31 @@ class Introduction:
         pages = -(-self._rows_of_a_forward // self._layout.page_tokens)
         return 2 * pages + (get_schedule().max_running_requests or 64)
 
-    def _weights_on_disk(self, memo: Path) -> str:
-        if self._server_args.load_format == "dummy":
-            return self._this_server
+    def _weights_on_disk(self, memo: Path) -> str | None:
+        """A digest of the model's weights and of all adapters known at start; None where there is none to be had.
+
+        Keys of pages name an adapter by name and path, or, where it was loaded later, by an id that is never used
+        again: what is in it must be named here.
+        """
+        model, lora = get_model(), get_lora()
         try:
-            return checkpoint_identity(self._model.model_path, memo=memo)
-        except OSError as error:
+            if model.load_format == "dummy":
+                raise OSError("--load-format dummy reads none")
+            path, revision, cache = self._model.model_path, model.revision, model.download_dir
+            identity = checkpoint_identity(path, memo, revision=revision, cache=cache)
+            if not lora.enable_lora:
+                return identity
+            adapters = [
+                (one.lora_id, checkpoint_identity(one.lora_path, memo, cache=cache)) for one in lora.lora_paths
+            ]
+            return repr((identity, adapters))
+        except (OSError, ValueError) as error:
             logger.warning(
-                "hcache: cannot identify the weights of %s (%s): pages will not outlive this server",
+                "hcache: the weights of %s cannot be identified (%s): pages are kept in host memory only",
                 self._model.model_path,
                 error,
             )
-            return self._this_server
+            return None
 
     def _fingerprint(self, model_identity: str) -> bytes:
         scales = self._server_args.quantization_param_path
