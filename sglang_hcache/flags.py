@@ -14,8 +14,6 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sglang_hcache.config import (
     CODEC_CHOICES,
     DEFAULT_PAGE_SIZE,
@@ -25,6 +23,7 @@ from sglang_hcache.config import (
     Representation,
     default_directory,
 )
+from sglang_hcache.prefetch.host_memory import available_bytes
 
 GB = 10**9
 
@@ -269,11 +268,11 @@ def _check_host_size(values: MutableMapping[str, Any]) -> None:
     size_gb = values.get("hicache_size") or 0
     if size_gb < 0:
         raise FlagError(f"--hicache-size {size_gb} is negative: give gigabytes, or drop it")
-    ranks = values.get("tp_size") or 1
-    wanted, available = size_gb * GB * ranks, psutil.virtual_memory().available
+    ranks = max(1, (values.get("tp_size") or 1) // (values.get("nnodes") or 1))
+    wanted, available = size_gb * GB * ranks, available_bytes()
     if wanted > available:
         raise FlagError(
-            f"--hicache-size {size_gb} does not fit: {wanted / GB:.1f} GB for {ranks} rank(s), "
+            f"--hicache-size {size_gb} does not fit: {wanted / GB:.1f} GB for {ranks} rank(s) of this host, "
             f"{available / GB:.1f} GB of host memory available; give at most {int(available / GB / ranks)}"
         )
 

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
+from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
 from sglang_hcache.representation import Stored
@@ -138,7 +138,9 @@ class Introduction:
             return int(memory.hicache_size * GB)
         ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
         wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
-        available = psutil.virtual_memory().available // get_parallel().tp_size
+        available = available_bytes() // _ranks_of_a_node(self._server_args)
+        if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
+            return min(wanted, int(fraction * available))
         if wanted > available:
             raise RuntimeError(
                 f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "

@@ -124,6 +124,16 @@ def test_what_cannot_be_identified_goes_to_no_file(
     assert [record.message.count("pages are kept in host memory only") for record in caplog.records] == [1, 1]
 
 
+def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    monkeypatch.setattr(introduction, "available_bytes", lambda: 3000)
+    assert say(model, size=0, fraction=0.8).host_bytes == 2400, "the default ratio is reduced, as SGLang does"
+    assert say(model, size=0, fraction=0.8, hicache_ratio=1.0).host_bytes == 2000
+    assert say(model, size=0, hicache_ratio=1.4).host_bytes == 2800
+    with pytest.raises(RuntimeError, match=r"--hicache-ratio 1\.6 does not fit"):
+        say(model, size=0, hicache_ratio=1.6)
+
+
 def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of eight ranks on two nodes in turn, gathering what all of them would have made."""
 
