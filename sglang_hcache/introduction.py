@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
+from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
 from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.server import ServerConfig
 from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
 from sglang_hcache.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
@@ -52,6 +57,8 @@ class Introduction:
         )
         self._identity = self._fingerprint(weights or self._this_server)
         self._on_file = weights is not None
+        if get_parallel().tp_rank % _ranks_of_a_node(server_args) == 0:
+            warn_of_limits_that_do_not_hold(config)
 
     def weights_changed(self) -> None:
         """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
@@ -151,3 +158,37 @@ class Introduction:
 
 def _ranks_of_a_node(server_args: Any) -> int:
     return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
+
+
+def warn_of_limits_that_do_not_hold(config: HCacheConfig) -> None:
+    """A prefetcher that runs already keeps those it was started with, whatever this server's flags say."""
+    endpoint = endpoint_for(config.directories)
+    given = (
+        ("--hcache-dir-size", config.directory_bytes, "quota_bytes"),
+        ("--hcache-read-limit", config.read_bytes_per_s, "read_bytes_per_s"),
+    )
+    if not any(wanted for _, wanted, _ in given) or not is_running(endpoint):
+        return
+    running = _running(endpoint)
+    for flag, wanted, name in given:
+        held = getattr(running, name, None)
+        if wanted is not None and (running is None or held != wanted):
+            logger.warning(
+                "hcache: %s %g is not in force: the prefetcher of %s runs already, with %s",
+                flag,
+                wanted / GB,
+                ",".join(config.directories),
+                "limits given by hand" if running is None else f"{held / GB:g}" if held else "no limit",
+            )
+
+
+def _running(endpoint: Endpoint) -> ServerConfig | None:
+    """What the prefetcher was started with, if a server started it: its only argument."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        with contextlib.suppress(msgspec.MsgspecError):
+            if "sglang_hcache.prefetch" in command:
+                found = msgspec.json.decode(command[-1], type=ServerConfig)
+                if found.address == endpoint.address:
+                    return found
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 
 from sglang_hcache import introduction, ranks
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.introduction import Introduction
+from sglang_hcache.introduction import Introduction, warn_of_limits_that_do_not_hold
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.supervisor import Supervisor
+from tests.prefetch.clients import hello
 
 Say = Callable[..., Hello]
 
@@ -152,3 +155,26 @@ def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) 
     made: list[int] = []
     assert [ask(rank, made) for rank in range(8)] == ["of rank 0"] * 4 + ["of rank 4"] * 4
     assert made == [0, 4]
+
+
+def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real one, that another server has started with a read limit and no bound of the directory."""
+    mine = HCacheConfig((str(tmp_path),), directory_bytes=5 * 10**9, read_bytes_per_s=3e9)
+    warn_of_limits_that_do_not_hold(mine)
+    assert not caplog.records, "nothing runs yet"
+    supervisor = Supervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
+    store = supervisor.open()
+    try:
+        warn_of_limits_that_do_not_hold(mine)
+        size, rate = (record.getMessage() for record in caplog.records)
+        assert size.startswith("hcache: --hcache-dir-size 5 is not in force")
+        assert size.endswith("with no limit")
+        assert rate.startswith("hcache: --hcache-read-limit 3 is not in force")
+        assert rate.endswith("with 2")
+        caplog.clear()
+        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9))
+        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories))
+        assert not caplog.records
+    finally:
+        store.close()
+        supervisor.close()
