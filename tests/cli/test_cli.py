@@ -141,7 +141,7 @@ def test_gc_deletes_orphans_old_models_and_what_is_worth_least(
     assert found(tmp_path, pages=range(40)) == [*range(35), *range(36, 40)]
     before = bytes_on_disk(tmp_path)
     target = before - 20 * LAYOUT.record_bytes
-    assert run(capsys, "gc", *options, "--to-size", target)[0] == 0
+    assert run(capsys, "gc", *options, "--to-size", f"{target}B")[0] == 0
     assert bytes_on_disk(tmp_path) <= target
     kept = found(tmp_path, pages=range(40))
     assert kept == list(range(len(kept)))
