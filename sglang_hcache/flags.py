@@ -149,7 +149,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
 def server_kwargs(**kwargs: Any) -> dict[str, Any]:
     """Keyword arguments for `sglang.ServerArgs`, `Engine` or `Runtime` with the tier switched on.
 
-    Takes SGLang's own arguments plus `hcache_dir` and `hcache_representation`.
+    Takes SGLang's own arguments plus the flags of `add_cli_args`, as `hcache_dir` for `--hcache-dir`.
     Raises `FlagError` for a contradiction.
     """
     values = {**kwargs, "hicache_backend": "hcache"}

@@ -187,3 +187,9 @@ def test_an_empty_or_damaged_index_is_no_reason_to_crash(tmp_path: Path, capsys:
     (tmp_path / "index" / "data.mdb").unlink()
     assert main(["inspect", "--dir", str(tmp_path)]) == 0
     assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
+
+
+def test_keys_that_are_there_are_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keygen", str(tmp_path / "keys"), "--client", "one"]) == 0
+    assert main(["keygen", str(tmp_path / "keys"), "--client", "one"]) == 3
+    assert "hcache keygen: " in capsys.readouterr().err
