@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.report import about, arguments_of, save
-from bench.testbeds import OFFLOADED_MODELS, PAPER_MODELS, REASONS, Constants, histories, paper_machine
+from bench.simulate import Arrival, Method, Restore, simulate
+from bench.testbeds import OFFLOADED_MODELS, PAPER_MODELS, REASONS, Constants, histories, paper_costs, paper_machine
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
-from sglang_hcache.planner.simulate import Arrival, Method, Restore, simulate
 from sglang_hcache.planner.timeline import Hit, Layout, restore_s
 
 GOAL = 0.15
@@ -73,7 +73,7 @@ def first_token_rows(constants: Constants) -> Iterator[Row]:
     stored: dict[str, float] = {}
     for name, (ranks, window) in PAPER_MODELS.items():
         shape = ARCHITECTURES[name]
-        costs = costs_of(shape, paper_machine(constants, ranks=ranks))
+        costs = paper_costs(shape, paper_machine(constants, ranks=ranks))
         layout = paper_layout(costs, constants=constants)
         stored[name] = shape.layers * shape.kv_bytes / layout.bytes_per_token(shape)
         for trace in ("ShareGPT4", "L-Eval"):
@@ -118,7 +118,7 @@ def scheduler_rows(constants: Constants) -> Iterator[Row]:
     for name in ("Llama-2-7B", "Llama-2-13B"):
         shape = ARCHITECTURES[name]
         for kind, gpu, drives in (("I/O-rich", "A30", 0), ("compute-rich", "A100-40", 1)):
-            costs = restoration_only(costs_of(shape, paper_machine(constants, gpu, drives=drives)))
+            costs = restoration_only(paper_costs(shape, paper_machine(constants, gpu, drives=drives)))
             hit = reference(constants, drives=drives > 0)
             hidden_s = float(restore_s(costs, (0, shape.layers, 0), hit, constants.reference_tokens))
             gains[f"{name} {kind}"] = hidden_s / plan_save(costs, hit, splits=False).seconds
@@ -142,7 +142,7 @@ def decode_rows(constants: Constants) -> Iterator[Row]:
     """Time between tokens of the largest batch of average chats that an A100-40GB holds beside Llama-2-7B."""
     shape = ARCHITECTURES["Llama-2-7B"]
     machine = paper_machine(constants)
-    costs = costs_of(shape, machine)
+    costs = paper_costs(shape, machine)
     context = 4 * (constants.chat_prompt_tokens + constants.chat_answer_tokens)
     kv_bytes = shape.layers * shape.kv_bytes * context
     batch = int((40e9 - shape.layers * shape.layer_weight_bytes - 2 * shape.head_weight_bytes) / kv_bytes)
@@ -267,7 +267,7 @@ def under_load(requests: int = 400) -> dict[str, dict[str, float]]:
     constants, found = Constants(), dict[str, dict[str, float]]()
     for name, (ranks, window) in PAPER_MODELS.items():
         shape = ARCHITECTURES[name]
-        costs = costs_of(shape, paper_machine(constants, ranks=ranks))
+        costs = paper_costs(shape, paper_machine(constants, ranks=ranks))
         ours = Method(paper_layout(costs, constants=constants), Restore.ALL, overlaps=False)
         kv = Method(Layout(0, 0, shape.layers), Restore.ALL, overlaps=False)
         for trace in ("ShareGPT4", "L-Eval"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sglang_hcache.planner import machine as machines
+from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.machine import Machine, machine_of
+from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit
 
 
@@ -60,7 +62,6 @@ def paper_machine(constants: Constants, gpu: str = "A100-40", *, ranks: int = 1,
         ranks=ranks,
         drives=drives,
         drive_bytes_per_s=constants.drive_bytes_per_s,
-        shards_hidden=True,
         streams=True,
     )
     gemm = constants.gemm_efficiency / machines.GEMM_EFFICIENCY
@@ -74,6 +75,17 @@ def paper_machine(constants: Constants, gpu: str = "A100-40", *, ranks: int = 1,
         memory_bytes_per_s=made.memory_bytes_per_s * constants.memory_efficiency / machines.MEMORY_EFFICIENCY,
         bus_bytes_per_s=made.bus_bytes_per_s * constants.link_efficiency / machines.LINK_EFFICIENCY,
         peer_bytes_per_s=made.peer_bytes_per_s * constants.link_efficiency / machines.LINK_EFFICIENCY,
+    )
+
+
+def paper_costs(shape: ModelShape, machine: Machine) -> Costs:
+    """HCache's ranks each copy their share of the hidden states, and gather them before they project."""
+    costs, ranks = costs_of(shape, machine), machine.ranks
+    gather_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
+    return replace(
+        costs,
+        hidden_bus_s_per_token=costs.hidden_bus_s_per_token / ranks,
+        projection_s_per_token=costs.projection_s_per_token + gather_s,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sglang_hcache.load_planner import LoadPlanner, Prompt
-from sglang_hcache.planner.order import AGEING
+from sglang_hcache.planner.load import AGEING
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.store import READ_THREADS
 
@@ -258,7 +258,7 @@ class Ahead:
             now + deadline_s + LATE_S,
         )
         read_s = self._planner.read_s(1) if self._planner is not None else 0.0
-        # As in `planner.order`; the clock is the same for all who share a prefetcher.
+        # The clock is the same for all who share a prefetcher.
         arrival, page = (int(1e6 * seconds) for seconds in (AGEING * time.time(), read_s))
         self._store.prefetch(rid, keys, priority=arrival, page_priority=page, deadline_s=deadline_s)
         return request

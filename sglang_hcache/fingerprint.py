@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
+from huggingface_hub import constants
 
 from sglang_hcache.storage.layout import SCHEMA_VERSION
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+_CONFIGURATIONS = ("config.json", "adapter_config.json")
 _BLOCK_BYTES = 16 << 20
 
 
@@ -25,17 +27,18 @@ def fingerprint(parts: Iterable[tuple[str, object]]) -> bytes:
     return digest.digest()
 
 
-def checkpoint_identity(model_path: str, memo: Path) -> str:
-    """A digest of a checkpoint's configuration and every byte of its weights, whatever the folder is called.
+def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = None, cache: str | None = None) -> str:
+    """A digest of a model's or an adapter's configuration and every byte of its weights, whatever it is called.
 
-    model_path: a local folder or file. Weights are read once at memory or disk speed; the result is kept in
-    the file `memo` under each file's inode, size and modification time, so the next start does not read them.
-    Raises OSError when there are no weights to read, or they cannot be read.
+    model_path: a local folder or file, or a hub id: what SGLang has loaded for it lies in a cache of the hub, at
+    `revision`; in `cache`, or else where huggingface_hub keeps its own. Weights are read once at memory or disk
+    speed; the result is kept in the file `memo` under each file's inode, size and modification time, so the next
+    start does not read them. Raises OSError when there are no weights to read, or they cannot be read.
     """
-    root = Path(model_path)
-    files = sorted(p for p in (root.iterdir() if root.is_dir() else [root]) if p.suffix in _WEIGHT_SUFFIXES)
+    roots = _local(model_path, revision, cache)
+    files = next(filter(None, map(_weights, roots)), [])
     if not files:
-        raise FileNotFoundError(f"no weight files in {root}")
+        raise FileNotFoundError(f"no weight files in {' or '.join(map(str, roots))}")
     known = _read_memo(memo)
     stats = {path: _stat_key(path) for path in files}
     unknown = [path for path in files if stats[path] not in known]
@@ -43,11 +46,31 @@ def checkpoint_identity(model_path: str, memo: Path) -> str:
         known.update(zip((stats[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
     if unknown:
         _write_memo(memo, known)
-    config = root / "config.json"
-    digest = xxhash.xxh3_128(config.read_bytes() if config.is_file() else b"")
+    digest = xxhash.xxh3_128()
+    for configuration in (root / name for root in roots for name in _CONFIGURATIONS):
+        if configuration.is_file():
+            digest.update(configuration.read_bytes())
     for path in files:
         digest.update(f"{path.name}:{known[stats[path]]}".encode())
     return digest.hexdigest()
+
+
+def _local(model_path: str, revision: str | None, cache: str | None) -> list[Path]:
+    """The folders that SGLang takes a model from: weights from the first that has some."""
+    if (path := Path(model_path)).exists():
+        return [path]
+    roots = []
+    for hub in filter(None, (cache, constants.HF_HUB_CACHE)):
+        repository = Path(hub) / constants.REPO_ID_SEPARATOR.join(("models", *model_path.split("/")))
+        reference = repository / "refs" / (revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        roots.append(repository / "snapshots" / (commit or "main"))
+    return roots
+
+
+def _weights(root: Path) -> list[Path]:
+    found = root.iterdir() if root.is_dir() else [root] if root.is_file() else []
+    return sorted(path for path in found if path.suffix in _WEIGHT_SUFFIXES)
 
 
 def process_identity() -> str:

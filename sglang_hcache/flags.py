@@ -14,8 +14,6 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sglang_hcache.config import (
     CODEC_CHOICES,
     DEFAULT_PAGE_SIZE,
@@ -25,6 +23,7 @@ from sglang_hcache.config import (
     Representation,
     default_directory,
 )
+from sglang_hcache.prefetch.host_memory import available_bytes
 
 GB = 10**9
 
@@ -150,7 +149,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
 def server_kwargs(**kwargs: Any) -> dict[str, Any]:
     """Keyword arguments for `sglang.ServerArgs`, `Engine` or `Runtime` with the tier switched on.
 
-    Takes SGLang's own arguments plus `hcache_dir` and `hcache_representation`.
+    Takes SGLang's own arguments plus the flags of `add_cli_args`, as `hcache_dir` for `--hcache-dir`.
     Raises `FlagError` for a contradiction.
     """
     values = {**kwargs, "hicache_backend": "hcache"}
@@ -269,11 +268,11 @@ def _check_host_size(values: MutableMapping[str, Any]) -> None:
     size_gb = values.get("hicache_size") or 0
     if size_gb < 0:
         raise FlagError(f"--hicache-size {size_gb} is negative: give gigabytes, or drop it")
-    ranks = values.get("tp_size") or 1
-    wanted, available = size_gb * GB * ranks, psutil.virtual_memory().available
+    ranks = max(1, (values.get("tp_size") or 1) // (values.get("nnodes") or 1))
+    wanted, available = size_gb * GB * ranks, available_bytes()
     if wanted > available:
         raise FlagError(
-            f"--hicache-size {size_gb} does not fit: {wanted / GB:.1f} GB for {ranks} rank(s), "
+            f"--hicache-size {size_gb} does not fit: {wanted / GB:.1f} GB for {ranks} rank(s) of this host, "
             f"{available / GB:.1f} GB of host memory available; give at most {int(available / GB / ranks)}"
         )
 

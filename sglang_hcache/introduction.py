@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
 from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
+from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
+from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.ranks import of_first_rank
+from sglang_hcache.prefetch.server import ServerConfig
+from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
 from sglang_hcache.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
 
@@ -46,8 +51,14 @@ class Introduction:
         self._host_bytes = self._wanted_host_bytes() * self.ranks_sharing_pages
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
-        self._identity = self._fingerprint(self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"))
-        self._on_file = True
+        weights = of_nodes_first_rank(
+            lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"),
+            _ranks_of_a_node(server_args),
+        )
+        self._identity = self._fingerprint(weights or self._this_server)
+        self._on_file = weights is not None
+        if get_parallel().tp_rank % _ranks_of_a_node(server_args) == 0:
+            warn_of_limits_that_do_not_hold(config)
 
     def weights_changed(self) -> None:
         """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
@@ -83,18 +94,31 @@ class Introduction:
         pages = -(-self._rows_of_a_forward // self._layout.page_tokens)
         return 2 * pages + (get_schedule().max_running_requests or 64)
 
-    def _weights_on_disk(self, memo: Path) -> str:
-        if self._server_args.load_format == "dummy":
-            return self._this_server
+    def _weights_on_disk(self, memo: Path) -> str | None:
+        """A digest of the model's weights and of all adapters known at start; None where there is none to be had.
+
+        Keys of pages name an adapter by name and path, or, where it was loaded later, by an id that is never used
+        again: what is in it must be named here.
+        """
+        model, lora = get_model(), get_lora()
         try:
-            return checkpoint_identity(self._model.model_path, memo=memo)
-        except OSError as error:
+            if model.load_format == "dummy":
+                raise OSError("--load-format dummy reads none")
+            path, revision, cache = self._model.model_path, model.revision, model.download_dir
+            identity = checkpoint_identity(path, memo, revision=revision, cache=cache)
+            if not lora.enable_lora:
+                return identity
+            adapters = [
+                (one.lora_id, checkpoint_identity(one.lora_path, memo, cache=cache)) for one in lora.lora_paths
+            ]
+            return repr((identity, adapters))
+        except (OSError, ValueError) as error:
             logger.warning(
-                "hcache: cannot identify the weights of %s (%s): pages will not outlive this server",
+                "hcache: the weights of %s cannot be identified (%s): pages are kept in host memory only",
                 self._model.model_path,
                 error,
             )
-            return self._this_server
+            return None
 
     def _fingerprint(self, model_identity: str) -> bytes:
         scales = self._server_args.quantization_param_path
@@ -121,7 +145,9 @@ class Introduction:
             return int(memory.hicache_size * GB)
         ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
         wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
-        available = psutil.virtual_memory().available // get_parallel().tp_size
+        available = available_bytes() // _ranks_of_a_node(self._server_args)
+        if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
+            return min(wanted, int(fraction * available))
         if wanted > available:
             raise RuntimeError(
                 f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
@@ -132,3 +158,37 @@ class Introduction:
 
 def _ranks_of_a_node(server_args: Any) -> int:
     return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
+
+
+def warn_of_limits_that_do_not_hold(config: HCacheConfig) -> None:
+    """A prefetcher that runs already keeps those it was started with, whatever this server's flags say."""
+    endpoint = endpoint_for(config.directories)
+    given = (
+        ("--hcache-dir-size", config.directory_bytes, "quota_bytes"),
+        ("--hcache-read-limit", config.read_bytes_per_s, "read_bytes_per_s"),
+    )
+    if not any(wanted for _, wanted, _ in given) or not is_running(endpoint):
+        return
+    running = _running(endpoint)
+    for flag, wanted, name in given:
+        held = getattr(running, name, None)
+        if wanted is not None and (running is None or held != wanted):
+            logger.warning(
+                "hcache: %s %g is not in force: the prefetcher of %s runs already, with %s",
+                flag,
+                wanted / GB,
+                ",".join(config.directories),
+                "limits given by hand" if running is None else f"{held / GB:g}" if held else "no limit",
+            )
+
+
+def _running(endpoint: Endpoint) -> ServerConfig | None:
+    """What the prefetcher was started with, if a server started it: its only argument."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        with contextlib.suppress(msgspec.MsgspecError):
+            if "sglang_hcache.prefetch" in command:
+                found = msgspec.json.decode(command[-1], type=ServerConfig)
+                if found.address == endpoint.address:
+                    return found
+    return None

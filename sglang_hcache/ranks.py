@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from sglang.srt.runtime_context import get_parallel
@@ -12,6 +13,13 @@ T = TypeVar("T")
 def of_first_rank(value: T) -> T:
     """The first rank's value."""
     return _of_all(value)[0]
+
+
+def of_nodes_first_rank(make: Callable[[], T], ranks_of_a_node: int) -> T | None:
+    """What `make` returns on the first rank of this rank's node; it is called on no other."""
+    rank: int = get_parallel().tp_rank
+    first = rank - rank % ranks_of_a_node
+    return _of_all(make() if rank == first else None)[first]
 
 
 def all_ranks(condition: bool) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_lora, get_parallel
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import Representation
@@ -116,7 +116,7 @@ def _hidden_projector(
         return None, "hidden states are larger than K and V, or the attention modules cannot be replayed"
     if len(capture.sites) != pool.layer_num:
         return None, f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool"
-    if runner.server_args.enable_lora:
+    if get_lora().enable_lora:  # which --lora-paths sets, too, but not in what was given
         return None, "with LoRA the projection depends on the request"
     if runner.model_config.model_is_mrope:
         return None, "positions of several dimensions (M-RoPE) are not stored"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 FINISH_TOKENS = 16  # of a program of `_finish`
 FINISH_WARPS = 4
-TABLE = Path(__file__).parent / "tuned.json"  # written by bench/gpu_kernels.py --save
+TABLE = Path(__file__).parent / "tuned.json"  # written by bench/kernels.py --tune
 
 
 @dataclass(frozen=True)

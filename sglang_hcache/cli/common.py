@@ -19,7 +19,7 @@ from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index, copy_checked
 from sglang_hcache.storage.table import Table
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or of 1024 with an i
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -39,11 +39,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> int:
-    """Bytes, from "100GB", "1.5T", "64MiB"."""
-    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?I?)B?", text.strip().upper())
-    if not match or match[2] not in {*_UNITS, "TI"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 100GB")
-    return int(float(match[1]) * {**_UNITS, "TI": 1 << 40}[match[2]])
+    """Bytes, from "100GB", "1.5T", "64MiB", "4096B"; a number alone could mean any of them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)", text.strip().upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500GB: K, M, G, T, Ki, Mi, Gi, Ti or B")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2] or ""])
 
 
 def span(text: str) -> int:

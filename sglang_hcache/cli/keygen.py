@@ -1,13 +1,15 @@
 """Make the keys with which a prefetcher and its clients on other hosts know each other.
 
-Called again, it adds clients; a prefetcher that runs lets them in at once. Exit status: 0; 1 keys cannot be made.
+Called again, it adds clients; a prefetcher that runs lets them in at once.
+Exit status: 0; 2 bad arguments; 3 keys cannot be made.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from sglang_hcache.cli.common import CommandFailed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         folders = make_keys(arguments.directory, arguments.client or ("client",))
     except OSError as error:
-        print(f"hcache keygen: {error}", file=sys.stderr)
-        return 1
+        raise CommandFailed(str(error)) from None
     print(f"prefetcher: --keys {arguments.directory}")
     for folder in folders:
         print(f"client {folder.name}: move {folder} to its host")

@@ -12,17 +12,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
+from sglang_hcache.cli.common import size
+
 NAMES = ("dir", "listen", "keys", "size_limit", "host_limit", "read_limit")
 
 
@@ -36,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keys", metavar="DIR", help="made by `hcache keygen`")
     parser.add_argument(
-        "--size-limit", metavar="BYTES", help="bound of each directory, as 500G or 2Ti; 90 %% of what it can have"
+        "--size-limit", metavar="SIZE", help="bound of each directory, as 500GB or 2TiB; 90 %% of what it can have"
     )
-    parser.add_argument("--read-limit", metavar="BYTES", help="the most that is read from files in a second")
-    parser.add_argument("--host-limit", metavar="BYTES", help="bound of the memory for one model's pages")
+    parser.add_argument("--read-limit", metavar="SIZE", help="the most that is read from files in a second")
+    parser.add_argument("--host-limit", metavar="SIZE", help="bound of the memory for one model's pages")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,12 +75,12 @@ def configuration(arguments: argparse.Namespace) -> Any:
     return ServerConfig(
         address,
         directories,
-        parse_size("--size-limit", values.get("size_limit")),
+        limit("size_limit", values),
         ends_when_unused=False,
         listen=listen,
         keys=keys,
-        host_bytes=parse_size("--host-limit", values.get("host_limit")),
-        read_bytes_per_s=parse_size("--read-limit", values.get("read_limit")),
+        host_bytes=limit("host_limit", values),
+        read_bytes_per_s=limit("read_limit", values),
     )
 
 
@@ -105,16 +96,15 @@ def read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_size(flag: str, value: object) -> int | None:
-    """Bytes, as a number or with a suffix (500G, 2Ti); None stays None."""
-    if value is None:
+def limit(name: str, values: dict[str, Any]) -> int | None:
+    """Bytes, or None where none are given."""
+    if (value := values.get(name)) is None:
         return None
-    text = str(value).upper().removesuffix("B")
-    number = text.rstrip("KMGTI")
+    flag = "--" + name.replace("_", "-")
     try:
-        size = int(float(number) * SUFFIXES[text[len(number) :]])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise ValueError(f"{flag} {value!r} is no size: give bytes, or a number with K, M, G, T, Ki, Mi, Gi or Ti")
-    return size
+        bound = size(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{flag} {error}") from None
+    if bound == 0:
+        raise ValueError(f"{flag} {value} leaves nothing: give more, or drop it")
+    return bound

@@ -59,8 +59,7 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
         raise ValueError(f"offloaded must be between 0 and 1, not {offloaded}")
     ranks = machine.ranks
     # A ring reduces in two halves, each of which moves (ranks - 1) / ranks of the data; twice a layer.
-    gather_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
-    hidden_shares = ranks if machine.shards_hidden else 1
+    half_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
     kv_shares = min(ranks, shape.kv_heads)
     ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)
     weight_bytes = shape.layer_weight_bytes / ranks
@@ -68,17 +67,16 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
         layers=shape.layers,
         hidden_bytes_per_token=shape.hidden_bytes,
         kv_bytes_per_token=shape.kv_bytes,
-        linear_s_per_token=shape.linear_flop / ranks / machine.gemm_flop_per_s + 4 * gather_s,
+        linear_s_per_token=shape.linear_flop / ranks / machine.gemm_flop_per_s + 4 * half_s,
         attention_s_per_pair=shape.attention_flop_per_pair / ranks / machine.attention_flop_per_s,
         layer_pass_s=weight_bytes / machine.memory_bytes_per_s,
-        projection_s_per_token=shape.projection_flop / kv_shares / machine.projection_flop_per_s
-        + (gather_s if machine.shards_hidden else 0.0),
+        projection_s_per_token=shape.projection_flop / kv_shares / machine.projection_flop_per_s,
         projection_pass_s=shape.projection_parameters * shape.dtype_bytes / kv_shares / machine.memory_bytes_per_s,
         scatter_s_per_token=shape.kv_bytes / kv_shares / machine.scatter_bytes_per_s,
         head_s=shape.head_weight_bytes / ranks / machine.memory_bytes_per_s,
         weights_bus_s=offloaded * weight_bytes / machine.bus_bytes_per_s,
         bus_latency_s=machine.bus_latency_s,
-        hidden_bus_s_per_token=shape.hidden_bytes / hidden_shares / machine.bus_bytes_per_s,
+        hidden_bus_s_per_token=shape.hidden_bytes / machine.bus_bytes_per_s,
         kv_bus_s_per_token=shape.kv_bytes / kv_shares / machine.bus_bytes_per_s,
         hidden_ssd_s_per_token=shape.hidden_bytes * ssd_s,
         kv_ssd_s_per_token=shape.kv_bytes * ssd_s,

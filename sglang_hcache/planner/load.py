@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from sglang_hcache.planner.cost import Costs
 from sglang_hcache.planner.timeline import COEFFICIENTS, Basis, Hit, Layout, recompute_s, stages, waits
+
+AGEING = 0.5  # waiting requests are read for by ascending restore_s + AGEING · arrival_s: none waits for ever
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -51,23 +53,6 @@ def split_seconds(costs: Costs, layout: Layout, hit: Hit) -> Floats:
         if sums and pages:
             np.maximum(busy[pages_before:], _highest(sums, table[:, pages_before:]), out=busy[pages_before:])
     return np.asarray(busy + (waits(costs, counts, hit, Basis(*table)) + costs.head_s))
-
-
-def break_even_pages(costs: Costs, layout: Layout, hit: Hit, *, most_pages: int = 1 << 15) -> int | None:
-    """The shortest hit in host memory of which something is restored; None up to `most_pages`."""
-
-    def pays(pages: int) -> bool:
-        return plan_load(costs, layout, replace(hit, host_pages=pages, ssd_pages=0, remote_pages=0)).pages > 0
-
-    low, high = 0, 1
-    while not pays(high):
-        low, high = high, 2 * high
-        if high > most_pages:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if pays(middle) else (middle, high)
-    return high
 
 
 def _highest(sums: list[Floats], table: Floats) -> Floats:

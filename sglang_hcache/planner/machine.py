@@ -24,7 +24,6 @@ class Machine:
     remote_bytes_per_s: float = 0.0  # 0: there is no such store
     remote_latency_s: float = 1e-3
     peer_bytes_per_s: float = math.inf  # between ranks, one direction
-    shards_hidden: bool = False  # each rank reads its share of the tokens, and they gather; else each reads all
     streams: bool = False  # lower tiers feed the running pass layer by layer; else they are read before it starts
 
     def __post_init__(self) -> None:
@@ -73,7 +72,6 @@ def machine_of(
     drives: int = 0,
     drive_bytes_per_s: float = 0.0,
     bus_bytes_per_s: float | None = None,
-    shards_hidden: bool = False,
     streams: bool = False,
 ) -> Machine:
     """A machine with a GPU of `GPUS` (else `KeyError`); drives deliver what their datasheet says of large reads."""
@@ -89,6 +87,5 @@ def machine_of(
         bus_bytes_per_s=bus_bytes_per_s or link,
         ssd_bytes_per_s=drives * drive_bytes_per_s,
         peer_bytes_per_s=LINK_EFFICIENCY * sheet.nvlink_bytes_per_s or link,
-        shards_hidden=shards_hidden,
         streams=streams,
     )

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
+from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import ChunkLayout
@@ -146,7 +145,7 @@ class Spaces:
                 f"{hello.host_bytes} bytes of host memory do not hold two pages of {layout.record_bytes}"
             )
         policy = WritePolicy(hello.write_policy)
-        free = psutil.virtual_memory().available
+        free = available_bytes()
         if hello.host_bytes > free:
             raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {free} are free")
         region = Region.create("hcache", slots * layout.record_bytes)

@@ -157,7 +157,7 @@ def test_gc_deletes_orphans_old_models_and_what_is_worth_least(
     assert found(tmp_path, pages=range(40)) == [*range(35), *range(36, 40)]
     before = bytes_on_disk(tmp_path)
     target = before - 20 * LAYOUT.record_bytes
-    assert run(capsys, "gc", *options, "--to-size", target)[0] == 0
+    assert run(capsys, "gc", *options, "--to-size", f"{target}B")[0] == 0
     assert bytes_on_disk(tmp_path) <= target
     kept = found(tmp_path, pages=range(40))
     assert kept == list(range(len(kept)))
@@ -203,3 +203,9 @@ def test_an_empty_or_damaged_index_is_no_reason_to_crash(tmp_path: Path, capsys:
     (tmp_path / "index" / "data.mdb").unlink()
     assert main(["inspect", "--dir", str(tmp_path)]) == 0
     assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
+
+
+def test_keys_that_are_there_are_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keygen", str(tmp_path / "keys"), "--client", "one"]) == 0
+    assert main(["keygen", str(tmp_path / "keys"), "--client", "one"]) == 3
+    assert "hcache keygen: " in capsys.readouterr().err

@@ -56,7 +56,6 @@ def machines(draw: st.DrawFn) -> Machine:
         ssd_latency_s=draw(st.floats(0, 1e-3)),
         remote_bytes_per_s=draw(decades(8, 10.5)),
         peer_bytes_per_s=draw(decades(10, 12)),
-        shards_hidden=draw(st.booleans()),
         streams=draw(st.booleans()),
     )
 

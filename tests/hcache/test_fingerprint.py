@@ -92,3 +92,56 @@ def test_parts_do_not_run_together() -> None:
     assert len(fingerprint([("a", 1)])) == 16
     assert fingerprint([("a", "1"), ("b", "2")]) != fingerprint([("a", "1\nb='2'")])
     assert process_identity() != process_identity()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache on this machine, with revisions `main` and `old` of `org/name`, links and all."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    fill(cache, checkpoint, "main", "1111")
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    change_the_configuration(other)
+    fill(cache, other, "old", "2222")
+    return cache
+
+
+def fill(cache: Path, checkpoint: Path, reference: str, commit: str, *, only: str = "*") -> None:
+    repository = cache / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for folder in ("refs", "blobs"):
+        (repository / folder).mkdir(exist_ok=True)
+    (repository / "refs" / reference).write_text(commit)
+    for file in checkpoint.glob(only):
+        blob = repository / "blobs" / f"{commit}-{file.name}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(blob)
+
+
+def test_an_id_of_the_hub_is_the_snapshot_it_stands_for(hub: Path, checkpoint: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "memo.json"
+    identity = checkpoint_identity(str(checkpoint), memo)
+    assert checkpoint_identity("org/name", memo) == identity
+    assert checkpoint_identity("org/name", memo, revision="1111") == identity
+    old = checkpoint_identity("org/name", memo, revision="old")
+    assert old != identity
+    (hub / "models--org--name" / "refs" / "main").write_text("2222")
+    assert checkpoint_identity("org/name", memo) == old
+
+
+@pytest.mark.parametrize(("name", "revision"), [("org/other", None), ("org/name", "gone"), ("s3://org/name", None)])
+def test_an_id_that_was_never_fetched_is_an_error(hub: Path, name: str, revision: str | None, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no weight files in .*models--"):
+        checkpoint_identity(name, tmp_path / "memo.json", revision=revision)
+
+
+def test_weights_in_a_folder_for_downloads_come_first(hub: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """SGLang fetches them there, and the configuration to the hub's own cache."""
+    memo, downloads = tmp_path / "memo.json", tmp_path / "downloads"
+    identity = checkpoint_identity("org/name", memo)
+    assert checkpoint_identity("org/name", memo, cache=str(downloads)) == identity
+    flip_one_bit_of_the_weights(checkpoint)
+    fill(downloads, checkpoint, "main", "1111", only="*.safetensors")
+    found = checkpoint_identity("org/name", memo, cache=str(downloads))
+    assert found == checkpoint_identity(str(checkpoint), memo) != identity

@@ -102,6 +102,15 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
         switched_on(tmp_path, hicache_size=too_much)
 
 
+def test_more_memory_than_the_container_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_hcache.flags.available_bytes", lambda: 4_500_000_000)
+    assert switched_on(tmp_path, hicache_size=1, tp_size=8, nnodes=2)["hicache_size"] == 1
+    with pytest.raises(FlagError, match=r"--hicache-size 1 .* 8.0 GB for 8 rank\(s\) .*4.5 GB .* give at most 0"):
+        switched_on(tmp_path, hicache_size=1, tp_size=8)
+    with pytest.raises(FlagError, match="give at most 4"):
+        switched_on(tmp_path, hicache_size=5)
+
+
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FlagError, match=r"--hcache-dir .*file cannot be written"):

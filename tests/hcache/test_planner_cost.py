@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_it_needs_neither_torch_nor_sglang_nor_zmq() -> None:
     program = (
         "import sys\n"
-        "from sglang_hcache.planner import cost, follow, load, order, save, simulate\n"
+        "from sglang_hcache.planner import cost, follow, load, save\n"
         "assert not {'torch', 'sglang', 'zmq', 'lmdb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
@@ -63,9 +63,6 @@ def test_ranks_share_the_work_but_not_every_copy() -> None:
     assert one.linear_s_per_token / 4 < four.linear_s_per_token < one.linear_s_per_token / 2
     assert four.hidden_bus_s_per_token == one.hidden_bus_s_per_token
     assert four.kv_bus_s_per_token == pytest.approx(one.kv_bus_s_per_token / 4)
-    sharded = costs_of(LLAMA_2_7B, machine_of("A100-80", ranks=4, shards_hidden=True))
-    assert sharded.hidden_bus_s_per_token == pytest.approx(one.hidden_bus_s_per_token / 4)
-    assert sharded.projection_s_per_token > four.projection_s_per_token
     sixteen = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=16))
     eight = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=8))
     assert sixteen.kv_bus_s_per_token == eight.kv_bus_s_per_token, "8 heads cannot be cut in 16"

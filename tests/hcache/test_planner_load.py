@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.load import break_even_pages, plan_load, split_seconds
+from sglang_hcache.planner.load import plan_load, split_seconds
 from sglang_hcache.planner.machine import Machine, machine_of
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
@@ -82,13 +82,12 @@ def test_below_break_even_nothing_is_restored() -> None:
     machine = replace(machine_of("H200"), bus_latency_s=2e-3)
     found = costs_of(LLAMA_2_7B, machine)
     hit = Hit(64, 1, new_tokens=16)
-    least = break_even_pages(found, HIDDEN, hit)
-    assert least is not None
-    assert least > 2
-    assert plan_load(found, HIDDEN, replace(hit, host_pages=least - 1)).pages == 0
-    assert plan_load(found, HIDDEN, replace(hit, host_pages=least)).pages > 0
+    restored = [plan_load(found, HIDDEN, replace(hit, host_pages=pages)).pages > 0 for pages in range(1, 512)]
+    assert restored == sorted(restored), "and above it, something is"
+    assert restored[-1]
+    assert not restored[1]
     hopeless = costs_of(LLAMA_2_7B, replace(machine, bus_bytes_per_s=1e5))
-    assert break_even_pages(hopeless, HIDDEN, hit, most_pages=512) is None
+    assert plan_load(hopeless, HIDDEN, replace(hit, host_pages=512)).pages == 0
 
 
 def test_what_is_only_on_a_slow_drive_is_prefilled() -> None:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.order import Waiting, in_order
+from bench.simulate import Arrival, Method, Restore, simulate
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.load import AGEING, plan_load
 from sglang_hcache.planner.machine import machine_of
-from sglang_hcache.planner.order import AGEING, Waiting, in_order
-from sglang_hcache.planner.simulate import Arrival, Method, Restore, simulate
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 from tests.hcache.planners import LLAMA_2_7B, costs, hits
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from bench.order import Waiting, in_order
 from sglang_hcache.planner.cost import Costs
 from sglang_hcache.planner.load import plan_load
-from sglang_hcache.planner.order import Waiting, in_order
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 
 

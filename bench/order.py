@@ -1,4 +1,4 @@
-"""Which of several waiting requests gets the bus first: the shortest restoration, but none waits for ever."""
+"""The order in which waiting requests are served, as the server asks the prefetcher for them (docs/planner.md)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-AGEING = 0.5
+from sglang_hcache.planner.load import AGEING
 
 
 @dataclass(frozen=True)

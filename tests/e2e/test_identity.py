@@ -1,0 +1,111 @@
+"""Whose pages the next server finds: those of what it serves, an id of the hub and adapters included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bench.harness import Answer, Server, on_accelerator, random_prompt
+from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, whole_pages
+
+PROMPT = random_prompt(400, seed=77)
+COVERED = whole_pages(len(PROMPT))
+RANK = 8
+UNPINNED = Path(__file__).parent / "unpinned"
+
+
+def test_a_model_of_the_hub(workshop: Workshop, tmp_path: Path) -> None:
+    """Out of the hub's cache, as it is on a machine that has fetched the model and is offline now."""
+    repository = tmp_path / "hub" / "models--org--llama"
+    shutil.copytree(workshop.model(LLAMA), repository / "snapshots" / "1111")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1111")
+    store = tmp_path / "store"
+    tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(store))
+    answers = []
+    for _ in range(2):
+        server = Server(
+            Path("org/llama"),
+            (*SERVER_ARGS, *tier, "--dtype", LLAMA.dtype),
+            log=workshop.log("hub"),
+            env={"HF_HUB_CACHE": str(repository.parent), "HF_HUB_OFFLINE": "1"},
+        )
+        with server:
+            answers.append(server.generate(PROMPT, 16))
+            state = tier_state(server)
+    assert [answer.cached_host for answer in answers] == [0, COVERED]
+    assert state["hits_file"] > 0
+    assert_equal(answers[1:], answers[:1])
+
+
+class LoraServer(Server):
+    """A server whose requests are for `adapter`; None: for the base model."""
+
+    adapter: str | None = None
+
+    def _post(self, path: str, body: dict[str, Any], stream: bool, timeout_s: float) -> Iterator[dict[str, Any]]:
+        return super()._post(path, {"lora_path": self.adapter, **body}, stream, timeout_s)
+
+    def ask(self, adapter: str | None) -> Answer:
+        self.adapter = adapter
+        return self.generate(PROMPT, 16)
+
+    def replace(self, adapter: str, folder: Path) -> None:
+        """By what is in the folder now."""
+        for path, body in (("/unload_lora_adapter", {}), ("/load_lora_adapter", {"lora_path": str(folder)})):
+            (answer,) = self._post(path, {"lora_name": adapter, **body}, False, 60.0)
+            assert answer["success"], answer
+
+
+def train(folder: Path, seed: int) -> None:
+    """An adapter that is drawn at random, and strong enough to change every answer."""
+    draw = torch.Generator().manual_seed(seed)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    weights = {}
+    for layer in range(LLAMA.layers):
+        for name in names:
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            width = LLAMA.hidden_size
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(RANK, width, generator=draw) * 0.1
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(width, RANK, generator=draw) * 0.1
+    folder.mkdir(exist_ok=True)
+    configuration = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": names, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(configuration))
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_that_is_trained_again_in_place(workshop: Workshop, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    lora = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native")
+    env = {} if on_accelerator() else {"PYTHONPATH": str(UNPINNED)}
+
+    def server() -> LoraServer:
+        return workshop.tiered_by(LoraServer, tmp_path / "store", LLAMA, (*SERVER_ARGS, *lora), env=env)
+
+    train(adapter, seed=1)
+    with server() as one:
+        first = [one.ask("adapter"), one.ask(None)]
+    with server() as two:
+        again = [two.ask("adapter"), two.ask(None)]
+        state = tier_state(two)
+    assert first[0].output_ids != first[1].output_ids, "the adapter does nothing"
+    assert [answer.cached_host for answer in again] == [COVERED, COVERED]
+    assert state["representation"] == "kv", "what a projection gives depends on the request"
+    assert state["hits_file"] > 0
+    assert_equal(again, first)
+
+    train(adapter, seed=2)
+    with server() as three:
+        retrained = three.ask("adapter")
+        train(adapter, seed=3)
+        three.replace("adapter", adapter)
+        replaced = three.ask("adapter")
+    assert [retrained.cached_tokens, replaced.cached_tokens] == [0, 0]
+    assert len({first[0].output_ids, retrained.output_ids, replaced.output_ids}) == 3

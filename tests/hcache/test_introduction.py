@@ -1,0 +1,180 @@
+"""Whose pages a server says its pages are: under which fingerprint, and whether they go to files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_hcache import introduction, ranks
+from sglang_hcache.config import HCacheConfig
+from sglang_hcache.introduction import Introduction, warn_of_limits_that_do_not_hold
+from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.supervisor import Supervisor
+from tests.prefetch.clients import hello
+
+Say = Callable[..., Hello]
+
+MODEL = {"load_format": "auto", "revision": None, "download_dir": None}
+LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
+SERVER = {"hicache_ratio": 2.0, "quantization_param_path": None, "json_model_override_args": "{}", "nnodes": 1}
+
+
+def checkpoint(folder: Path, weights: bytes, configuration: str = "config.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / configuration).write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """`say(model, …)`: the hello of a server with one rank, a pool of 2,000 bytes and these arguments."""
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1)
+    monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(introduction, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(introduction, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
+    stored: Any = SimpleNamespace(layout=Layout(0, 0, 2), row_bytes=(64, 64), name="kv")
+    halves = [torch.empty(500, dtype=torch.uint8)] * 2
+    pool: Any = SimpleNamespace(dtype=torch.float32, k_buffer=halves, v_buffer=halves)
+
+    def said(model: Path | str, *, size: int = 1, fraction: float | None = None, **arguments: object) -> Hello:
+        memory = SimpleNamespace(
+            hicache_size=size, hicache_host_memory_fraction=fraction, hicache_write_policy="write_through"
+        )
+        monkeypatch.setattr(introduction, "get_memory", lambda: memory)
+        monkeypatch.setattr(introduction, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
+        monkeypatch.setattr(introduction, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
+        return Introduction(
+            HCacheConfig((str(tmp_path),)),
+            SimpleNamespace(**{**SERVER, **arguments}),
+            SimpleNamespace(model_path=str(model), dtype=torch.float32, quantization=None),
+            pool,
+            stored,
+            page_tokens=64,
+            rows_of_a_forward=512,
+        ).hello()
+
+    return said
+
+
+def test_the_same_server_finds_its_pages_again(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    before, after = say(model), say(model)
+    assert before.fingerprint == after.fingerprint
+    assert before.on_file
+    checkpoint(tmp_path / "model", b"others!")
+    assert say(model).fingerprint != before.fingerprint
+
+
+def served(*paths: Path) -> dict[str, object]:
+    """The arguments of a server with these adapters, as SGLang leaves them: an id by name and path."""
+    return {
+        "enable_lora": True,
+        "lora_paths": [SimpleNamespace(lora_id=path.name, lora_path=str(path)) for path in paths],
+    }
+
+
+def test_an_adapter_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    one = checkpoint(tmp_path / "one", b"adapter", "adapter_config.json")
+    two = checkpoint(tmp_path / "two", b"another", "adapter_config.json")
+    before = say(model, **served(one, two))
+    assert say(model, **served(one, two)).fingerprint == before.fingerprint
+    assert before.on_file
+
+    checkpoint(one, b"changed", "adapter_config.json")
+    retrained = say(model, **served(one, two)).fingerprint
+    checkpoint(one, b"adapter", "adapter_config.json")
+    assert say(model, **served(one, two)).fingerprint == before.fingerprint
+    (one / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    scaled = say(model, **served(one, two)).fingerprint
+    fingerprints = {before.fingerprint, retrained, scaled, say(model, **served(two)).fingerprint}
+    assert len(fingerprints) == 4
+
+
+def test_a_lora_server_without_adapters_at_start_keeps_its_pages(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    assert say(model, **served()).on_file
+    assert say(model, **served()).fingerprint == say(model, **served()).fingerprint
+
+
+@pytest.mark.parametrize("what", ["no weights", "no adapter", "dummy weights", "an id that was never fetched"])
+def test_what_cannot_be_identified_goes_to_no_file(
+    what: str, say: Say, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Path | str = checkpoint(tmp_path / "model", b"weights")
+    arguments: dict[str, object] = {}
+    if what == "no weights":
+        model = tmp_path
+    elif what == "no adapter":
+        arguments = served(tmp_path / "nowhere")
+    elif what == "dummy weights":
+        arguments = {"load_format": "dummy"}
+    else:
+        model = "nobody/never-fetched"
+    with caplog.at_level(logging.WARNING):
+        first, second = say(model, **arguments), say(model, **arguments)
+    assert not first.on_file
+    assert first.fingerprint != second.fingerprint
+    assert [record.message.count("pages are kept in host memory only") for record in caplog.records] == [1, 1]
+
+
+def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    monkeypatch.setattr(introduction, "available_bytes", lambda: 3000)
+    assert say(model, size=0, fraction=0.8).host_bytes == 2400, "the default ratio is reduced, as SGLang does"
+    assert say(model, size=0, fraction=0.8, hicache_ratio=1.0).host_bytes == 2000
+    assert say(model, size=0, hicache_ratio=1.4).host_bytes == 2800
+    with pytest.raises(RuntimeError, match=r"--hicache-ratio 1\.6 does not fit"):
+        say(model, size=0, hicache_ratio=1.6)
+
+
+def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of eight ranks on two nodes in turn, gathering what all of them would have made."""
+
+    def ask(rank: int, made: list[int]) -> str | None:
+        def make() -> str:
+            made.append(rank)
+            return f"of rank {rank}"
+
+        def gather(value: object) -> list[object]:
+            return [f"of rank {other}" if other % 4 == 0 else None for other in range(8)]
+
+        group = SimpleNamespace(all_gather_object=gather)
+        monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_rank=rank, tp_size=8, tp_group=group))
+        return ranks.of_nodes_first_rank(make, 4)
+
+    made: list[int] = []
+    assert [ask(rank, made) for rank in range(8)] == ["of rank 0"] * 4 + ["of rank 4"] * 4
+    assert made == [0, 4]
+
+
+def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real one, that another server has started with a read limit and no bound of the directory."""
+    mine = HCacheConfig((str(tmp_path),), directory_bytes=5 * 10**9, read_bytes_per_s=3e9)
+    warn_of_limits_that_do_not_hold(mine)
+    assert not caplog.records, "nothing runs yet"
+    supervisor = Supervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
+    store = supervisor.open()
+    try:
+        warn_of_limits_that_do_not_hold(mine)
+        size, rate = (record.getMessage() for record in caplog.records)
+        assert size.startswith("hcache: --hcache-dir-size 5 is not in force")
+        assert size.endswith("with no limit")
+        assert rate.startswith("hcache: --hcache-read-limit 3 is not in force")
+        assert rate.endswith("with 2")
+        caplog.clear()
+        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9))
+        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories))
+        assert not caplog.records
+    finally:
+        store.close()
+        supervisor.close()
