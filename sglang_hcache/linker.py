@@ -400,12 +400,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return saver
 
     def _log_start(self) -> None:
-        state = self._store.stats()
         logger.info(
             "hcache: storing %s (%s); host tier %d pages of %d tokens; files in %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
             self._stored.reason,
-            state["pages_total"],
+            len(self._store.memory),
             self._page_tokens,
             ", ".join(self._config.directories),
         )
