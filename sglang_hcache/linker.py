@@ -300,6 +300,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "codec": self._config.codec,
             "bytes_per_token": sum(self._stored.row_bytes),
             "page_size": self._page_tokens,
+            "page_bytes": self._store.layout.record_bytes,
             "loads_accepted": self._loads["accepted"],
             "loads_refused": self._loads["refused"],
             "loads_failed": self._loads["failed"],

@@ -72,6 +72,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             serving.after_internal_state,
             HookType.AFTER,
         ),
+        (f"{_SCHEDULER_MODULE}.Scheduler.emit_metrics_constants", serving.after_metrics_constants, HookType.AFTER),
         *(
             (f"{_WEIGHTS}.{method}", serving.after_weights_changed, HookType.AFTER)
             for method in (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sglang_hcache import metrics
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.load_planner import Prompt
@@ -169,6 +170,12 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
 def after_weights_changed(_result: object, updater: Any, *_args: object, **_kwargs: object) -> None:
     if linker is not None:
         linker.weights_changed()
+
+
+def after_metrics_constants(_result: None, scheduler: Any) -> None:
+    """The scheduler is complete; it has a collector where the server has `--enable-metrics`."""
+    if linker is not None and scheduler.metrics_collector is not None:
+        metrics.start(linker.stats, scheduler.metrics_collector.labels)
 
 
 def after_internal_state(result: Any, *_args: object) -> None:
