@@ -299,6 +299,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "codec": self._config.codec,
             "bytes_per_token": sum(self._stored.row_bytes),
             "page_size": self._page_tokens,
+            "page_bytes": self._store.layout.record_bytes,
             "loads_accepted": self._loads["accepted"],
             "loads_refused": self._loads["refused"],
             "loads_failed": self._loads["failed"],
@@ -396,12 +397,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return saver
 
     def _log_start(self) -> None:
-        state = self._store.stats()
         logger.info(
             "hcache: storing %s (%s); host tier %d pages of %d tokens; files in %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
             self._stored.reason,
-            state["pages_total"],
+            len(self._store.memory),
             self._page_tokens,
             ", ".join(self._config.directories),
         )

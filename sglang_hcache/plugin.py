@@ -73,6 +73,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             HookType.AFTER,
         ),
         (f"{_WEIGHTS}.update_weights_from_disk", serving.after_weights_from_disk, HookType.AFTER),
+        (f"{_SCHEDULER_MODULE}.Scheduler.emit_metrics_constants", serving.after_metrics_constants, HookType.AFTER),
         *(
             (f"{_WEIGHTS}.{method}", serving.after_weights_changed, HookType.AFTER)
             for method in (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sglang_hcache import metrics
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.load_planner import Prompt
@@ -176,6 +177,12 @@ def after_weights_from_disk(result: tuple[bool, str], _updater: object, *_args: 
     succeeded, _ = result
     if linker is not None and succeeded:
         linker.weights_changed()
+
+
+def after_metrics_constants(_result: None, scheduler: Any) -> None:
+    """The scheduler is complete; it has a collector where the server has `--enable-metrics`."""
+    if linker is not None and scheduler.metrics_collector is not None:
+        metrics.start(linker.stats, scheduler.metrics_collector.labels)
 
 
 def after_internal_state(result: Any, *_args: object) -> None:

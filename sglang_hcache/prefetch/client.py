@@ -18,7 +18,6 @@ from sglang_hcache.storage.layout import ChunkLayout, Record
 from sglang_hcache.storage.region import Region
 
 ASK_S = 0.5  # a question on the scheduler's thread may not cost more
-STATS_S = 2.0
 
 
 @dataclass(eq=False)
@@ -54,6 +53,7 @@ class PrefetchClient:
         self._wanted: dict[str, _Wanted] = {}
         self._tickets = itertools.count(1)
         self._reserve_failed = 0
+        self._figures: Stats = {}
         self._connection = Connection(
             address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, is_there=is_there
         )
@@ -161,15 +161,16 @@ class PrefetchClient:
         self._connection.send(m.DropHost())
 
     def stats(self) -> Stats:
+        """What the prefetcher does not say in time is as it said last."""
         with self._lock:
             stats: Stats = {"prefetcher": "ok" if self.alive else f"gone: {self.why_ended}"}
             stats["reserve_failed"] = self._reserve_failed
             stats["pages_granted"] = len(self._granted)
         try:
-            figures = self._connection.ask(m.Stats(), m.Figures, STATS_S).figures
+            self._figures = self._connection.ask(m.Stats(), m.Figures, ASK_S).figures
         except Unavailable as error:
-            return stats | {"prefetcher": f"gone: {error}"}
-        return figures | stats
+            stats["prefetcher"] = f"gone: {error}"
+        return (self._figures if self.alive else {}) | stats
 
     def give_up(self, why: str) -> None:
         """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""

@@ -165,7 +165,8 @@ class Connection:
         try:
             answer = m.decode_from_server(self._socket.recv())
         except m.Malformed as error:
-            raise Unavailable(f"it answers in another language: {error}") from None
+            advice = "update both sides, end it and all servers that use it, or use other directories"
+            raise Unavailable(f"the prefetcher speaks another protocol ({error}): {advice}") from None
         if not isinstance(answer, m.Welcome):
             raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
         return answer

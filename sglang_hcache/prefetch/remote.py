@@ -21,7 +21,7 @@ import numpy as np
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.client import ASK_S, STATS_S
+from sglang_hcache.prefetch.client import ASK_S
 from sglang_hcache.prefetch.connection import Connection, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
@@ -186,6 +186,7 @@ class RemoteClient:
         self._tickets = itertools.count(1)
         self._pending: dict[str, int] = {}  # owner → ticket of a prefetch that has not been looked up yet
         self._closed = False
+        self._figures: Stats = {}
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -303,13 +304,15 @@ class RemoteClient:
         self._store.drop_host()
 
     def stats(self) -> Stats:
+        """What the prefetcher does not say in time, or any more, is as it said last."""
         stats = self._store.stats() | {"pages_damaged_on_the_way": self._files.damaged}
         stats["prefetcher"] = "ok" if self.alive else f"gone: {self.why_ended}"
         try:
-            figures = self._files.connection.ask(m.Stats(), m.Figures, STATS_S).figures
+            self._figures = self._files.connection.ask(m.Stats(), m.Figures, ASK_S).figures
         except Unavailable as error:
-            return stats | {"prefetcher": f"gone: {error}"}
-        return figures | stats | {name: figures[name] for name in FIGURES_OF_PREFETCHER}
+            stats["prefetcher"] = f"gone: {error}"
+        known = {name: self._figures[name] for name in FIGURES_OF_PREFETCHER if name in self._figures}
+        return self._figures | stats | known
 
     def give_up(self, why: str) -> None:
         """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""

@@ -1,0 +1,153 @@
+"""The tier's figures as Prometheus metrics, beside SGLang's own, where the server has `--enable-metrics`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+EVERY_S = 5.0  # between two looks; each asks the prefetcher once
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+
+
+class Metric(NamedTuple):
+    stat: str  # its name in what `numbers_of` makes of `HCacheLinker.stats`
+    name: str
+    kind: Kind
+    help: str  # docs/operating.md has the same
+
+
+_C, _G = Kind.COUNTER, Kind.GAUGE
+
+METRICS = tuple(
+    Metric(*row)
+    for row in (
+        # of the scheduler process
+        ("tokens_restored", "hcache_restored_tokens_total", _C, "Tokens restored instead of prefilled"),
+        ("loads_accepted", "hcache_loads_accepted_total", _C, "Requests' loads that were accepted"),
+        ("loads_refused", "hcache_loads_refused_total", _C, "Loads refused, as their lease had ended: prefilled"),
+        ("loads_failed", "hcache_loads_failed_total", _C, "Loads that failed: SGLang aborted their requests"),
+        ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue until their pages are there"),
+        ("requests_held_now", "hcache_held_requests", _G, "Requests that are held now"),
+        ("requests_let_go_late", "hcache_requests_let_go_late_total", _C, "Requests held past their time-out"),
+        ("requests_held_s", "hcache_held_seconds_total", _C, "Time that requests were held"),
+        ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups of pages that were not prefetched"),
+        ("plans", "hcache_plans_total", _C, "Hits for which it was planned how much to restore"),
+        ("pages_left_to_prefill", "hcache_pages_left_to_prefill_total", _C, "Pages of hits that plans left out"),
+        ("slower_bus", "hcache_slower_bus_ratio", _G, "Time of copies to the device, over that measured at start"),
+        ("slower_ssd", "hcache_slower_ssd_ratio", _G, "Time of reads from files, likewise"),
+        ("slower_remote", "hcache_slower_remote_ratio", _G, "Time of pages from another host, likewise"),
+        ("slower_projection", "hcache_slower_projection_ratio", _G, "Time of making K and V, likewise"),
+        ("slower_prefill", "hcache_slower_prefill_ratio", _G, "Time of prefills, likewise"),
+        ("tokens_captured", "hcache_captured_tokens_total", _C, "Tokens whose rows were taken for a page"),
+        ("tokens_not_captured", "hcache_not_captured_tokens_total", _C, "Tokens whose rows could not be taken"),
+        ("tokens_not_encoded", "hcache_not_encoded_tokens_total", _C, "Of these, tokens the code cannot hold"),
+        ("pages_incomplete", "hcache_incomplete_pages_total", _C, "New pages not stored, as they lack rows"),
+        ("reserve_failed", "hcache_reserve_failed_total", _C, "Times there was no slot for a new page"),
+        ("pages_granted", "hcache_granted_pages", _G, "Slots this process has ready for new pages"),
+        ("layers_hidden", "hcache_hidden_layers", _G, "Layers stored as hidden states"),
+        ("layers_kv", "hcache_kv_layers", _G, "Layers stored as K and V"),
+        ("bytes_per_token", "hcache_token_bytes", _G, "What is stored of a token, of all layers"),
+        ("page_size", "hcache_page_tokens", _G, "Tokens of a page"),
+        ("page_bytes", "hcache_page_bytes", _G, "What a page takes in memory or a file"),
+        # of the prefetcher
+        ("prefetcher_up", "hcache_prefetcher_up", _G, "1 where the prefetcher answers, else 0"),
+        ("prefetcher_restarts", "hcache_prefetcher_restarts_total", _C, "Prefetchers that replaced a lost one"),
+        ("prefetcher_clients", "hcache_prefetcher_clients", _G, "Processes that use the same prefetcher"),
+        ("messages_refused", "hcache_messages_refused_total", _C, "Messages the prefetcher refused, of all clients"),
+        # of the store: the same from all who share its pages
+        ("pages_total", "hcache_host_capacity_pages", _G, "Slots in host memory"),
+        ("bytes_total", "hcache_host_capacity_bytes", _G, "Host memory of all slots"),
+        ("pages_host", "hcache_host_pages", _G, "Pages in host memory"),
+        ("bytes_host", "hcache_host_bytes", _G, "Host memory of the pages in it"),
+        ("pages_free", "hcache_free_pages", _G, "Slots that were not used yet, or given back"),
+        ("pages_dirty", "hcache_dirty_pages", _G, "Pages in memory that must be written first"),
+        ("pages_leased", "hcache_leased_pages", _G, "Pages kept in memory for requests"),
+        ("pages_open", "hcache_open_pages", _G, "Slots that are being filled, or kept ready for that"),
+        ("pages_reading", "hcache_reading_pages", _G, "Pages that are being read"),
+        ("prefetches_waiting", "hcache_prefetches_waiting", _G, "Prefetches that wait for slots"),
+        ("hits_host", "hcache_host_hit_pages_total", _C, "Pages asked for that were in memory"),
+        ("hits_file", "hcache_file_hit_pages_total", _C, "Pages read from files, whole"),
+        ("bytes_read", "hcache_read_bytes_total", _C, "Bytes of these"),
+        ("pages_written", "hcache_written_pages_total", _C, "Pages written to files"),
+        ("bytes_written", "hcache_written_bytes_total", _C, "Bytes of these"),
+        ("pages_write_failed", "hcache_write_failed_pages_total", _C, "Pages that no directory took"),
+        ("pages_file", "hcache_file_pages", _G, "Pages in files"),
+        ("bytes_file", "hcache_file_bytes", _G, "What files take; with a quota, those of other models, too"),
+        ("quota_bytes", "hcache_file_capacity_bytes", _G, "What files may take in all; 0 without a quota"),
+        ("pages_evicted", "hcache_evicted_pages_total", _C, "Pages of any model, deleted to keep the quota"),
+        ("pages_damaged", "hcache_damaged_pages_total", _C, "Pages on file that were not what was written: dropped"),
+        ("pages_damaged_on_the_way", "hcache_damaged_on_the_way_pages_total", _C, "Pages damaged between hosts"),
+        ("files_damaged", "hcache_damaged_files_total", _C, "Files that could not be used as they were"),
+        ("index_rebuilt", "hcache_index_rebuilt_total", _C, "Indexes made anew from the segment files"),
+        ("volumes", "hcache_volumes", _G, "Directories in use; 0 once weights were replaced"),
+        ("volumes_failed", "hcache_failed_volumes", _G, "Directories that take no writes"),
+    )
+)  # fmt: skip
+
+
+def numbers_of(stats: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in `HCacheLinker.stats`, with sums over directories, and memory in bytes."""
+    numbers = {name: value for name, value in stats.items() if isinstance(value, int | float)}
+    numbers["prefetcher_up"] = int(stats["prefetcher"] == "ok")
+    for of in {"total", "host"} if "pages_total" in numbers else ():
+        numbers[f"bytes_{of}"] = numbers[f"pages_{of}"] * numbers["page_bytes"]
+    if (volumes := stats.get("volumes")) is not None:
+        numbers["volumes"] = len(volumes)
+        numbers["volumes_failed"] = sum(volume["state"] != "ok" for volume in volumes)
+        numbers["bytes_file"] = sum(volume["bytes"] for volume in volumes)
+        numbers["quota_bytes"] = sum(volume["quota_bytes"] for volume in volumes)
+    return numbers
+
+
+class Publisher:
+    """Sets the metrics to the figures; for one thread. `labels` are on every one of them."""
+
+    def __init__(
+        self, stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object], registry: Any = None
+    ) -> None:
+        # SGLang says where processes leave their figures before it starts us; the import looks at that.
+        from prometheus_client import REGISTRY, Counter, Gauge
+
+        self._stats = stats
+        self._labels = labels
+        names, registry = tuple(labels), registry or REGISTRY
+        self._parents: dict[str, Any] = {
+            metric.stat: Counter(metric.name, metric.help, names, registry=registry)
+            if metric.kind is Kind.COUNTER
+            else Gauge(metric.name, metric.help, names, registry=registry, multiprocess_mode="mostrecent")
+            for metric in METRICS
+        }
+        self._last: dict[str, float] = {}  # by stat; of gauges, what they are where there is no figure
+
+    def publish(self) -> None:
+        """Once. A counter goes on where its figure begins anew: with another prefetcher, or another store."""
+        numbers = self._last | numbers_of(self._stats())
+        for metric in METRICS:
+            if (value := numbers.get(metric.stat)) is None:
+                continue
+            figure, last = self._parents[metric.stat].labels(**self._labels), self._last.get(metric.stat, 0)
+            if metric.kind is Kind.COUNTER:
+                figure.inc(value - last if value >= last else value)
+                self._last[metric.stat] = value
+            else:
+                figure.set(value)
+                self._last[metric.stat] = 0
+
+
+def start(stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object]) -> None:
+    """Publish now and then, as long as the process lives. `stats` may wait: it is called by a thread of its own."""
+    publisher = Publisher(stats, labels)
+
+    def run() -> None:
+        while True:
+            publisher.publish()
+            time.sleep(EVERY_S)
+
+    threading.Thread(target=run, name="hcache-metrics", daemon=True).start()

@@ -1,0 +1,47 @@
+"""What Prometheus sees of the tier: `/metrics` of a server with `--enable-metrics`."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from pathlib import Path
+
+from bench.harness import Server, random_prompt
+from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
+from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, whole_pages
+from tests.e2e.test_prefetcher import wait_until
+
+NAMES = {metric.stat: metric.name for metric in METRICS}
+
+
+def scraped(server: Server) -> dict[str, tuple[str, float]]:
+    """Labels and value of each of the tier's metrics; every one of them has one series."""
+    with urllib.request.urlopen(f"http://{server.host}:{server.port}/metrics", timeout=10) as answer:
+        lines = re.findall(r"^(hcache_\w+)\{(.*)\} (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert len({name for name, _, _ in lines}) == len(lines)
+    return {name: (labels, float(value)) for name, labels, value in lines}
+
+
+def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path) -> None:
+    with workshop.tiered(fresh_store, args=(*SERVER_ARGS, "--enable-metrics")) as server:
+        prefix = random_prompt(1200, seed=1)
+        server.send(tail_logprobs(prefix))
+        evict_everything(server)
+        restored = server.send(tail_logprobs(prefix + random_prompt(40, seed=2))).cached_host
+        assert restored >= whole_pages(1200)
+        assert tier_state(server)["tokens_restored"] == restored
+
+        def figures_agree() -> bool:
+            numbers = numbers_of(tier_state(server))
+            del numbers["prefetcher_pid"]  # no figure
+            found = scraped(server)
+            return {stat: found[NAMES[stat]][1] for stat in numbers} == numbers
+
+        wait_until(figures_agree, 2 * EVERY_S + 10)
+        found = scraped(server)
+        assert found["hcache_restored_tokens_total"][1] == restored
+        labels, value = found["hcache_prefetcher_up"]
+        assert value == 1
+        assert 'tp_rank="0"' in labels
+        assert f'model_name="{server.model}"' in labels

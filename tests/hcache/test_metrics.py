@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from sglang_hcache import metrics, serving
+from sglang_hcache.metrics import METRICS, Kind, Publisher, numbers_of
+
+DOCS = Path(__file__).parents[2] / "docs" / "operating.md"
+LABELS = {"model_name": "m", "tp_rank": 1}
+
+
+class Published:
+    """A publisher of whatever `stats` is now, and what Prometheus makes of it."""
+
+    def __init__(self, **stats: Any) -> None:
+        self.stats = stats
+        self._registry = CollectorRegistry()
+        self._publisher = Publisher(lambda: self.stats, LABELS, self._registry)
+
+    def now(self, name: str) -> float | None:
+        """After one more look."""
+        self._publisher.publish()
+        return self._registry.get_sample_value(name, {name: str(value) for name, value in LABELS.items()})
+
+
+def test_names_say_what_they_are() -> None:
+    for metric in METRICS:
+        assert re.fullmatch(r"hcache_[a-z_]+", metric.name)
+        assert (metric.kind is Kind.COUNTER) == metric.name.endswith("_total")
+    assert len({metric.name for metric in METRICS}) == len({metric.stat for metric in METRICS}) == len(METRICS)
+
+
+def test_the_page_names_what_there_is() -> None:
+    rows = re.findall(r"^\| `(hcache_\w+)` \| `(\w+)` \| (\w+) \| (.+) \|$", DOCS.read_text(), re.MULTILINE)
+    assert rows == [(metric.name, metric.stat, str(metric.kind), metric.help) for metric in METRICS]
+
+
+def test_figures_are_published_under_sglangs_labels() -> None:
+    published = Published(prefetcher="ok", tokens_restored=128, pages_host=3, pages_total=8, page_bytes=4096)
+    assert published.now("hcache_restored_tokens_total") == 128
+    assert published.now("hcache_prefetcher_up") == 1
+    assert published.now("hcache_host_bytes") == 3 * 4096
+    assert published.now("hcache_host_capacity_bytes") == 8 * 4096
+    assert published.now("hcache_plans_total") is None, "without a planner there is no such figure"
+    published.stats["tokens_restored"] = 192
+    assert published.now("hcache_restored_tokens_total") == 192
+    assert published.now("hcache_restored_tokens_total") == 192
+
+
+def test_a_counter_goes_on_where_another_prefetcher_begins_anew() -> None:
+    published = Published(prefetcher="ok", hits_file=10, pages_host=4, pages_total=8, page_bytes=4096)
+    assert published.now("hcache_file_hit_pages_total") == 10
+    published.stats = {"prefetcher": "gone: its process has ended"}
+    assert published.now("hcache_file_hit_pages_total") == 10
+    assert published.now("hcache_prefetcher_up") == 0
+    assert published.now("hcache_host_pages") == published.now("hcache_host_bytes") == 0, "its memory is gone, too"
+    published.stats = {"prefetcher": "ok", "hits_file": 3, "pages_host": 1, "pages_total": 8, "page_bytes": 4096}
+    assert published.now("hcache_file_hit_pages_total") == 13
+    assert published.now("hcache_host_pages") == 1
+
+
+def test_directories_are_summed() -> None:
+    works = {"path": "/a", "state": "ok", "pages": 1, "bytes": 100, "quota_bytes": 1000, "pages_evicted": 0}
+    fails = {**works, "path": "/b", "state": "failed: the disk is full", "bytes": 10}
+    numbers = numbers_of({"prefetcher": "ok", "volumes": [works, fails]})
+    assert numbers["volumes"] == 2
+    assert numbers["volumes_failed"] == 1
+    assert numbers["bytes_file"] == 110
+    assert numbers["quota_bytes"] == 2000
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_only_where_the_server_has_metrics(labels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(metrics, "start", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(serving, "linker", SimpleNamespace(stats=dict))
+    collector = SimpleNamespace(labels=labels) if labels else None
+    serving.after_metrics_constants(None, SimpleNamespace(metrics_collector=collector))
+    assert started == ([(dict, labels)] if labels else [])
