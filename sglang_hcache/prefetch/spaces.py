@@ -84,7 +84,7 @@ class Spaces:
             waiting.append((hello, opened))
         else:
             self._busy[hello.fingerprint] = [(hello, opened)]
-            short = hello.host_bytes > psutil.virtual_memory().available
+            short = hello.host_bytes > available_bytes()
             in_the_way = self.unused() if short else []
             for other in in_the_way:
                 self._retire(other)
