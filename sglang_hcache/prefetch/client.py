@@ -82,6 +82,11 @@ class PrefetchClient:
         return self._connection.ending is Ending.SILENT
 
     @property
+    def given_up(self) -> bool:
+        """Whether it is gone because its user had no more use for it."""
+        return self._connection.ending is Ending.GIVEN_UP
+
+    @property
     def prefetcher_pid(self) -> int:
         return self._connection.welcome.pid
 

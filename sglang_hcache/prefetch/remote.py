@@ -22,7 +22,7 @@ import zmq
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import ASK_S
-from sglang_hcache.prefetch.connection import Connection, Unavailable
+from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
@@ -209,6 +209,11 @@ class RemoteClient:
     @property
     def why_ended(self) -> str:
         return self._files.connection.why_ended
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is gone because its user had no more use for it."""
+        return self._files.connection.ending is Ending.GIVEN_UP
 
     @property
     def prefetcher_pid(self) -> int:

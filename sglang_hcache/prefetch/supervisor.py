@@ -71,9 +71,8 @@ class Keeper(ABC, Generic[Client]):
 
     def replace(self, gone: Client) -> None:
         """A store is gone and nobody uses its memory any more: get another in the background."""
-        log.warning(
-            "hcache: the prefetcher is gone (%s); looking for another. Requests go on without it.", gone.why_ended
-        )
+        what = "the prefetcher's session is over" if gone.given_up else "the prefetcher is gone"
+        log.warning("hcache: %s (%s); opening another. Requests go on without it.", what, gone.why_ended)
         self._unwanted = threading.Event()
         arguments = (gone, self._unwanted)
         self._thread = threading.Thread(target=self._reopen, args=arguments, name="hcache-supervisor", daemon=True)
@@ -123,7 +122,7 @@ class Keeper(ABC, Generic[Client]):
             if not wanted:
                 store.close()
                 return
-            self.restarts += 1
+            self.restarts += not gone.given_up
             os.eventfd_write(self.news, 1)
             log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
             return

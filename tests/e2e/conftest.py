@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,20 @@ def started_together(*servers: Server) -> Iterator[tuple[Server, ...]]:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start, servers))
         yield servers
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.1)
+
+
+def update_weights(server: Server, model: Path) -> None:
+    """And wait until there is a store for the new ones; what is asked for before is not kept."""
+    server.update_weights(model)
+    ranks = len(server.server_info()["internal_states"])
+    wait_until(lambda: all(tier_state(server, rank)["prefetcher"] == "ok" for rank in range(ranks)), 30)
 
 
 def tier_state(server: Server, rank: int = 0) -> dict[str, Any]:

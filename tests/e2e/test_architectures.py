@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights
 from tests.e2e.scenarios import FLOAT32_TOLERANCE, LLAMA, assert_equal, tail_logprobs, whole_pages, worst
 
 PROMPT_TOKENS = 700
@@ -98,7 +98,7 @@ def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
     with started_together(workshop.tiered(fresh_store, args=args, env=env)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
         state = tier_state(tiered)
-        tiered.update_weights(workshop.model(replace(LLAMA, sharpness=2.0)))
+        update_weights(tiered, workshop.model(replace(LLAMA, sharpness=2.0)))
         prompt = random_prompt(PROMPT_TOKENS, seed=1)
         new = [tiered.send(tail_logprobs(prompt))]
         evict(tiered)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pytest
 
 from bench.harness import Answer, Server, free_port, random_prompt
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together, tier_state, wait_until
 from tests.e2e.scenarios import (
     LLAMA,
     PAGE,
@@ -46,13 +46,6 @@ def server(workshop: Workshop) -> Iterator[Server]:
     args = (*SERVER_ARGS, "--hcache-prefetch-timeout", f"{BASE_S},0")
     with workshop.tiered(workshop.folder / "store-prefetcher", args=args) as server:
         yield server
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.1)
 
 
 def only_on_disk(server: Server) -> None:

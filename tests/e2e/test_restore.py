@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import Answer, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from bench.harness import Answer, RequestFailed, Server, compare, random_prompt
+from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     LLAMA,
@@ -91,10 +91,20 @@ def test_the_whole_prefix_decides_the_output(server: Server) -> None:
     assert difference.logprob > 20 * FLOAT32_TOLERANCE
 
 
+def test_weights_that_cannot_be_loaded_change_nothing(server: Server, restored: Reference) -> None:
+    with pytest.raises(RequestFailed, match="Failed to get"):
+        server.update_weights(Path("/no/such/model"))
+    evict_everything(server)
+    assert server.generate(random_prompt(1200, seed=1), 1).cached_host > 1000
+    state = tier_state(server)
+    assert state["prefetcher"] == "ok"
+    assert state["volumes"] != []
+
+
 def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Server, restored: Reference) -> None:
     """Weights replaced in place: no page of the old ones is restored, and new ones are kept in memory."""
     prompt = random_prompt(1200, seed=1)
-    server.update_weights(workshop.model(replace(LLAMA, sharpness=2.0)))
+    update_weights(server, workshop.model(replace(LLAMA, sharpness=2.0)))
     prefilled = server.send(tail_logprobs(prompt))
     evict_everything(server)
     again = server.send(tail_logprobs(prompt))
@@ -102,7 +112,9 @@ def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Se
     assert compare(prefilled, restored["evicted_prefix"][0]).logprob > 20 * FLOAT32_TOLERANCE
     assert again.cached_host == whole_pages(1199 - 8)
     assert_equal([again], [prefilled])
-    assert tier_state(server)["volumes"] == []
+    state = tier_state(server)
+    assert state["volumes"] == []
+    assert state["prefetcher_restarts"] == 0
 
 
 def test_without_the_flag_nothing_is_attached(server: Server, reference_log: str) -> None:

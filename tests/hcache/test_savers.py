@@ -163,7 +163,7 @@ def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     layout = ChunkLayout(PAGE, (PAGE * code.row_bytes,) * 2)
     packed = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
     saver = PageSaver(packed, work, captured=2, code=code)
-    rows = torch.randn(2, 3, PAGE, width).to(torch.bfloat16)
+    rows = (1 + torch.rand(2, 3, PAGE, width)).to(torch.bfloat16)  # two exponents: packs for sure
     rows[1, 1, 3] = torch.randint(-(2**15), 2**15, (width,), dtype=torch.int16).view(torch.bfloat16)
     coded = torch.empty(2, 3, PAGE, code.row_bytes, dtype=torch.uint8)
     for layer in range(2):
