@@ -75,7 +75,6 @@ class LocalStore:
         self._lock = threading.Lock()
         self._progressed = threading.Condition(self._lock)
         self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
-        self._deadlines = Deadlines(self._cut_late)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
         self._files = files or Stripe(
@@ -103,6 +102,7 @@ class LocalStore:
             tick_s=min(1.0, retry_s),
             settled=self._admit_waiting,
         )
+        self._deadlines = Deadlines(self._cut_late)
         self._readers = [
             threading.Thread(target=self._read_forever, name=f"hcache-read-{i}", daemon=True)
             for i in range(READ_THREADS)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,5 +289,7 @@ def test_on_a_full_disk_the_least_valuable_pages_make_room(
 
 
 def test_a_quota_that_holds_nothing_is_refused(tmp_path: Path) -> None:
+    threads = threading.active_count()
     with pytest.raises(ValueError, match="quota"):
         open_store(tmp_path, quota_bytes=LAYOUT.record_bytes)
+    assert threading.active_count() <= threads, "one that is left would keep its memory"
