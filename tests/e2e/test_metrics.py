@@ -8,9 +8,8 @@ from pathlib import Path
 
 from bench.harness import Server, random_prompt
 from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
-from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.conftest import Workshop, tier_state, wait_until
 from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, whole_pages
-from tests.e2e.conftest import wait_until
 
 NAMES = {metric.stat: metric.name for metric in METRICS}
 
