@@ -83,7 +83,7 @@ METRICS = tuple(
         ("quota_bytes", "hcache_file_capacity_bytes", _G, "What files may take in all; 0 without a quota"),
         ("pages_evicted", "hcache_evicted_pages_total", _C, "Pages of any model, deleted to keep the quota"),
         ("pages_damaged", "hcache_damaged_pages_total", _C, "Pages on file that were not what was written: dropped"),
-        ("pages_unreadable", "hcache_unreadable_pages_total", _C, "Pages on file that a drive failed to read: misses"),
+        ("pages_unreadable", "hcache_unreadable_pages_total", _C, "Pages that a drive failed to read: misses"),
         ("pages_damaged_on_the_way", "hcache_damaged_on_the_way_pages_total", _C, "Pages damaged between hosts"),
         ("files_damaged", "hcache_damaged_files_total", _C, "Files that could not be used as they were"),
         ("index_rebuilt", "hcache_index_rebuilt_total", _C, "Indexes made anew from the segment files"),
