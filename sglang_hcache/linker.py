@@ -411,4 +411,6 @@ def _host_work(device: str, capture: Capture | None) -> HostWork:
     if torch.device(device).type == "cpu":
         return InlineWork()
     forward_bytes = capture.forward_bytes if capture is not None else 0
+    pinned = [torch.empty(forward_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    del pinned  # torch keeps it for the first forwards, which would wait a second for it
     return StreamWork(new_lane(device), current_lane(device), forward_bytes=forward_bytes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
 
 EVERY_S = 5.0  # between two looks; each asks the prefetcher once
 
@@ -148,7 +151,10 @@ def start(stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object]) 
 
     def run() -> None:
         while True:
-            publisher.publish()
+            try:
+                publisher.publish()
+            except Exception:  # the thread must outlive a look at a bad moment
+                logger.exception("hcache: metrics could not be set")
             time.sleep(EVERY_S)
 
     threading.Thread(target=run, name="hcache-metrics", daemon=True).start()
