@@ -18,7 +18,7 @@ MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit e2e faults fuzz soak bench format clean
+.PHONY: help setup demo test check lint types imports unit e2e faults fuzz soak bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,12 @@ bench: setup ## all benches that need no GPU; an hour, on a quiet machine (BENCH
 	$(BIN)/python -m bench.wrong_rates --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.layerwise --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.kernels --compile-only --json $(BENCH_ARGS)
+
+gpu: setup ## all benches that need an NVIDIA GPU, correctness first; a quarter of an hour (BENCH_ARGS=--save, as above)
+	$(BIN)/python -m bench.gpu_restore --tiny
+	$(BIN)/python -m bench.kernels --json --tune $(BENCH_ARGS)
+	$(BIN)/python -m bench.codec --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.gpu_restore --json $(BENCH_ARGS)
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

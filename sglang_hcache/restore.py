@@ -241,9 +241,9 @@ class Restorer:
                 positions = _to(self._device, torch.from_numpy(host_positions))
                 slots = torch.cat([load.device_slots for load in loads])
                 self._events.begin(index, self._projecting.mark(timed=True))
-            for turn, step in enumerate(self._steps(len(chunks))):
-                rows = self._copy(turn % 2, step, places[step.pages])
-                self._project(index, turn % 2, step, rows, positions, slots)
+                for turn, step in enumerate(self._steps(len(chunks))):
+                    rows = self._copy(turn % 2, step, places[step.pages])
+                    self._project(index, turn % 2, step, rows, positions, slots)
         except BaseException:
             for lane in (self._copying, self._projecting):
                 lane.mark().synchronize()
@@ -313,18 +313,18 @@ class Restorer:
     def _project(
         self, index: int, half: int, step: _Step, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> None:
+        """On the projecting lane, which is the current one."""
         page_tokens = self._pages.page_tokens
         tokens = slice(step.pages.start * page_tokens, step.pages.stop * page_tokens)
         complete = tokens.stop == len(positions)
         last = len(self._pages.layers) - 1
-        with self._projecting.active():
-            for layer, payload in zip(step.layers, rows, strict=True):
-                stored = self._pages.layers[layer]
-                typed = payload.view(stored.dtype).view(len(payload) * page_tokens, -1)
-                stored.projector.project(layer, typed, positions[tokens], slots[tokens])
-                mark = self._projecting.mark(timed=complete and layer == last)
-                if complete:
-                    self._events.restored(index, mark)
+        for layer, payload in zip(step.layers, rows, strict=True):
+            stored = self._pages.layers[layer]
+            typed = payload.view(stored.dtype).view(len(payload) * page_tokens, -1)
+            stored.projector.project(layer, typed, positions[tokens], slots[tokens])
+            mark = self._projecting.mark(timed=complete and layer == last)
+            if complete:
+                self._events.restored(index, mark)
         self._projected[half] = mark
 
 
