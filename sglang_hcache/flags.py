@@ -106,7 +106,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="GB",
         help="What hcache's files may take in each directory; the least valuable pages make room for new ones. "
-        "Default: 90 % of what they take and what is free at start.",
+        "Default: 90 %% of what they take and what is free at start.",
     )
     group.add_argument(
         "--hcache-read-limit",
