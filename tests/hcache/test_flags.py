@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from sglang_hcache import server_kwargs
 from sglang_hcache.config import HCacheConfig, names_our_linker
-from sglang_hcache.flags import FlagError, translate
+from sglang_hcache.flags import FlagError, add_cli_args, translate
 
 
 def switched_on(tmp_path: Path, **values: Any) -> dict[str, Any]:
@@ -126,3 +127,11 @@ def test_the_tiers_flags_do_nothing_alone() -> None:
         translate({"hcache_read_limit": 1.0})
     with pytest.raises(FlagError, match="--hcache-dir does nothing without --hicache-backend hcache"):
         translate({"hcache_dir": "/tmp/x"})
+
+
+def test_the_help_can_be_printed() -> None:
+    parser = argparse.ArgumentParser()
+    add_cli_args(None, parser)
+    shown = parser.format_help()
+    assert "--hcache-dir-size" in shown
+    assert "%%" not in shown
