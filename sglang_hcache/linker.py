@@ -32,7 +32,7 @@ from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervis
 from sglang_hcache.representation import Stored, ways_of
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
-from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Saver
+from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
 from sglang_hcache.storage.layout import ROOT, positions
 from sglang_hcache.trial import most_tokens
 
@@ -76,6 +76,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._promised: dict[str, list[int]] = {}
         self._completed_offloads = 0
         self._offload_follows = ROOT
+        self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
         self._failed_batches: set[int] = set()
@@ -151,6 +152,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if serving.capture is not None:
             serving.capture.sink = None
         self._promised.clear()
+        self._restored.clear()
         self._ahead.clear()
         if self._memory is not None:
             self._memory.release()
@@ -173,6 +175,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.forget_request(rid)
             return False
         self._saver.overwrite(transfer.device_indices)
+        self._restored.add(map(bytes.fromhex, transfer.keys))
         self._queued.append(Load(rid, tuple(chunks), transfer.device_indices))
         self._loads["accepted"] += 1
         return True
@@ -238,7 +241,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         transfer = transfers[0]
         keys = [bytes.fromhex(key) for key in transfer.keys]
-        self._saver.save(keys, self._offload_follows, transfer.device_indices)
+        known = self._restored.take_leading(keys)
+        if known < len(keys):
+            parent = keys[known - 1] if known else self._offload_follows
+            self._saver.save(keys[known:], parent, transfer.device_indices[known * self._page_tokens :])
         # What the store needs of the device pages is copied or captured by now: they need not stay locked.
         self._completed_offloads += 1
         return True
@@ -267,6 +273,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.finish_layer_wise_loading(index)
         self._queued.clear()
         self._promised.clear()
+        self._restored.clear()
         self._ahead.clear()
         self._saver.clear()
 

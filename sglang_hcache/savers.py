@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -35,6 +36,32 @@ class Saver(Protocol):
         """Forget all that is on its way and not yet in the store."""
 
     def stats(self) -> dict[str, int]: ...
+
+
+class Restored:
+    """Keys of pages that came from the store: SGLang offers them to be saved all the same, at the head of a node.
+
+    most: of those whose request has ended before that, so many are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._keys: dict[bytes, None] = {}  # the oldest first
+
+    def add(self, keys: Iterable[bytes]) -> None:
+        self._keys |= dict.fromkeys(keys)
+        for key in list(itertools.islice(self._keys, max(0, len(self._keys) - self._most))):
+            del self._keys[key]
+
+    def take_leading(self, keys: Sequence[bytes]) -> int:
+        """How many of the keys, from the first on, are known; they are forgotten."""
+        leading = list(itertools.takewhile(self._keys.__contains__, keys))
+        for key in leading:
+            del self._keys[key]
+        return len(leading)
+
+    def clear(self) -> None:
+        self._keys.clear()
 
 
 class NoSaver:

@@ -16,7 +16,7 @@ from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.lanes import ImmediateLane
 from sglang_hcache.pages import chunk_rows
 from sglang_hcache.row_code import PackedCode
-from sglang_hcache.savers import KVRows, PageSaver
+from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.store import LocalStore
 
@@ -155,6 +155,20 @@ def test_pages_of_nothing_but_k_and_v(work: HostWork, pool: MHATokenToKVPool) ->
     assert (stats["tokens_captured"], stats["tokens_not_captured"], stats["pages_incomplete"]) == (2 * PAGE, PAGE, 1)
     assert None not in others
     store.check()
+
+
+def test_pages_that_were_restored_are_known_once_and_from_the_first_on() -> None:
+    restored = Restored(most=3)
+    restored.add(KEYS)
+    assert restored.take_leading([KEYS[0], b"new", KEYS[1]]) == 1
+    assert restored.take_leading(KEYS) == 0, "the first one may have been evicted since, and be new"
+    assert restored.take_leading(KEYS[1:]) == 2
+    restored.add([*KEYS, b"d" * 32])
+    assert restored.take_leading(KEYS[:1]) == 0, "the oldest is forgotten"
+    assert restored.take_leading([*KEYS[1:], b"d" * 32]) == 3
+    restored.add(KEYS)
+    restored.clear()
+    assert restored.take_leading(KEYS) == 0
 
 
 def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
