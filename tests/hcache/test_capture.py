@@ -34,7 +34,7 @@ class _Passed:
 
 
 class Attention(torch.nn.Module):
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: Any) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor, hidden_states: Any, forward_batch: Any) -> Any:
         return hidden_states
 
 
@@ -103,6 +103,18 @@ def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Att
     forward(capture, modules, torch.randn(4, WIDTH + 1), count=4)
     sink = forward(capture, modules, torch.randn(4, WIDTH), count=4, from_graph=True)
     assert sink.rows is None
+
+
+def test_an_input_that_is_quantised_already_is_not_captured(capture: Capture, modules: list[Attention]) -> None:
+    """SGLang hands attention a tuple then: values, scales, the dtype they had."""
+    capture.before_forward()
+    for module in modules:
+        quantised = (torch.zeros(4, WIDTH, dtype=torch.int8), torch.ones(1), torch.float32)
+        module(torch.arange(4), hidden_states=quantised, forward_batch=None)
+    capture.after_forward(torch.arange(4), torch.arange(4), from_graph=False)
+    assert isinstance(capture.sink, Sink)
+    assert capture.sink.rows is None
+    assert capture.sink.dropped == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -261,3 +261,19 @@ def test_a_forward_without_a_load_waits_for_nothing() -> None:
     events.set_consumer(-1)
     events.wait_until(0)
     assert not forward.queue
+
+
+def test_a_graph_of_a_whole_prefill_can_wait_for_all_layers() -> None:
+    """As SGLang does it: by two attributes of its own counter."""
+    device = Device()
+    forward = FakeLane(device)
+    counter = LayerEvents(forward, 4)
+    assert counter.consumer_index < 0
+    index = counter.new_batch()
+    for _ in range(4):
+        counter.restored(index, forward.mark())
+    forward.queue.clear()
+    counter.set_consumer(index)
+    assert counter.consumer_index == index
+    counter.wait_until(counter.num_layers - 1)
+    assert len(forward.queue) == 1
