@@ -83,9 +83,8 @@ class Spaces:
         if (waiting := self._busy.get(hello.fingerprint)) is not None:
             waiting.append((hello, opened))
         else:
+            in_the_way = self.unused() if hello.host_bytes > available_bytes() else []
             self._busy[hello.fingerprint] = [(hello, opened)]
-            short = hello.host_bytes > available_bytes()
-            in_the_way = self.unused() if short else []
             for other in in_the_way:
                 self._retire(other)
             self._threads.submit(self._make, hello, in_the_way)
