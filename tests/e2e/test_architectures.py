@@ -91,11 +91,12 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
 def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     args = (*ARGS, "--tp", "2")
-    stock, tiered = workshop.stock(args=args, env=env), workshop.tiered(fresh_store, args=args, env=env)
+    waiting = (*args, "--hicache-storage-prefetch-policy", "wait_complete")
+    stock, tiered = workshop.stock(args=args, env=env), workshop.tiered(fresh_store, args=waiting, env=env)
     with started_together(stock, tiered):
         wanted, answers = restore_once(stock), restore_once(tiered)
         assert len(tiered.pids("sglang::scheduler")) == 2
-    with started_together(workshop.tiered(fresh_store, args=args, env=env)) as (tiered,):
+    with started_together(workshop.tiered(fresh_store, args=waiting, env=env)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
         state = tier_state(tiered)
         update_weights(tiered, workshop.model(replace(LLAMA, sharpness=2.0)))
