@@ -46,7 +46,8 @@ class HostSink:
         self.work: HostWork = InlineWork()
         if DEVICE == "cuda":
             self._lane = new_lane(DEVICE)
-            self.work = StreamWork(self._lane, current_lane(DEVICE), forward_bytes=n_bytes)
+            self.work = StreamWork(self._lane, current_lane(DEVICE))
+            self.work.expect(n_bytes)
         self.rows = torch.empty(0)  # of the last forward that was written
         self.written = self.dropped = 0
         self._memory = np.zeros(n_bytes, np.uint8)

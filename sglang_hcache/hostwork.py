@@ -27,6 +27,9 @@ class InlineWork:
     crowded = False
     copying: Executor | None = None
 
+    def expect(self, forward_bytes: int) -> None:
+        """Nothing is held."""
+
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as the next job finds it."""
         return tensor
@@ -48,14 +51,13 @@ class InlineWork:
 class StreamWork:
     """Copies on a lane of their own; jobs on one thread, each once the copies before its submission are done.
 
-    current: the lane on which the tensors are made. forward_bytes: the most that one forward hands over; pinned
-    memory of four such is held where jobs lag behind. copying: threads that a job may have copy for it.
+    current: the lane on which the tensors are made. copying: threads that a job may have copy for it.
     """
 
-    def __init__(self, lane: Lane, current: Lane, *, forward_bytes: int = 0) -> None:
+    def __init__(self, lane: Lane, current: Lane) -> None:
         self._lane = lane
         self._current = current
-        self._most_pending = max(_LEAST_PENDING_BYTES, _FORWARDS_PENDING * forward_bytes)
+        self._most_pending = _LEAST_PENDING_BYTES
         self.copying: Executor | None = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="hcache-copying")
         self._jobs: queue.SimpleQueue[tuple[Mark | None, Job, int] | None] = queue.SimpleQueue()
         self._copied = 0  # bytes since the last submission
@@ -68,6 +70,13 @@ class StreamWork:
     def crowded(self) -> bool:
         """Whether waiting jobs hold more than they should; the caller then leaves its rows uncaptured."""
         return self._pending > self._most_pending
+
+    def expect(self, forward_bytes: int) -> None:
+        """One forward hands over so much at most; pinned memory of four such is held where jobs lag behind."""
+        self._most_pending = max(_LEAST_PENDING_BYTES, _FORWARDS_PENDING * forward_bytes)
+        if torch.cuda.is_available():
+            pinned = [torch.empty(forward_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            del pinned  # torch keeps it for the first forwards, which would wait a second for it
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         self._lane.wait(self._current.mark())

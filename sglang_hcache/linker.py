@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import get_memory, get_parallel
 from sglang_hcache import serving
 from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
 from sglang_hcache.calibration import calibrate
-from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.introduction import Introduction
@@ -70,7 +69,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
         self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)), self._pool.layer_num)
-        self._work: HostWork = _host_work(str(self._pool.device), serving.capture)
+        self._work: HostWork = _host_work(str(self._pool.device))
         self._queued: list[Load] = []
         self._started: dict[int, list[Load]] = {}
         self._promised: dict[str, list[int]] = {}
@@ -400,6 +399,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         kv = KVRows(store, self._work, self._pool, kv_layers, self.forward_stream) if layout.kv else None
         saver = PageSaver(store, self._work, captured=layout.hidden, kv=kv, code=code, copying=self._work.copying)
         if capture is not None and layout.hidden:
+            self._work.expect(capture.forward_bytes)
             capture.sink = saver
         return saver
 
@@ -414,10 +414,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
 
-def _host_work(device: str, capture: Capture | None) -> HostWork:
-    if torch.device(device).type == "cpu":
-        return InlineWork()
-    forward_bytes = capture.forward_bytes if capture is not None else 0
-    pinned = [torch.empty(forward_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    del pinned  # torch keeps it for the first forwards, which would wait a second for it
-    return StreamWork(new_lane(device), current_lane(device), forward_bytes=forward_bytes)
+def _host_work(device: str) -> HostWork:
+    on_cpu = torch.device(device).type == "cpu"
+    return InlineWork() if on_cpu else StreamWork(new_lane(device), current_lane(device))

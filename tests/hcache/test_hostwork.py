@@ -84,15 +84,11 @@ def test_rows_with_gaps_are_copied_whole(work: StreamWork) -> None:
 
 
 def test_four_forwards_may_wait() -> None:
-    forward_bytes = 3 << 30
-    work = StreamWork(HeldLane(), ImmediateLane(), forward_bytes=forward_bytes)
-    for pending, crowded in (
-        (0, False),
-        (forward_bytes, False),
-        (3 * forward_bytes, False),
-        (4 * forward_bytes, True),
-    ):
-        work._pending = pending
+    forward_bytes = 1 << 30
+    work = StreamWork(HeldLane(), ImmediateLane())
+    work.expect(forward_bytes)
+    for forwards, crowded in enumerate([False, False, False, False, True]):
+        work._pending = forwards * forward_bytes
         assert work.crowded is crowded
     work.close()
 
