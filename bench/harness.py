@@ -11,8 +11,10 @@ environment has more arguments for all servers, where a machine needs them.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -57,6 +59,11 @@ CPU_ARGS = (
 ACCELERATOR_ARGS = ("--mem-fraction-static", "0.3")
 
 
+# Below those that the kernel gives to whoever asks for any, and those that SGLang takes for itself.
+_ports = itertools.cycle(random.sample(range(12000, 22000), 10000))
+_PORTS_TO_TRY = 1000
+
+
 class ServerDied(RuntimeError):
     """The server ended, or did not answer in time; the message ends with its log's last lines."""
 
@@ -74,10 +81,12 @@ def on_accelerator() -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that nobody listens on, and that no other server of this process was given, which may not listen yet."""
+    for port in itertools.islice(_ports, _PORTS_TO_TRY):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise OSError(f"none of {_PORTS_TO_TRY} ports can be listened on")
 
 
 class Server(Client):
@@ -94,6 +103,7 @@ class Server(Client):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(free_port(), HOST)
+        self._nccl_port = free_port()
         self.model = Path(model)
         self.args = tuple(args)
         self.log = Path(log)
@@ -116,7 +126,8 @@ class Server(Client):
 
     def command(self) -> list[str]:
         words = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
-        words += ["--host", HOST, "--port", str(self.port), "--skip-server-warmup"]
+        words += ["--host", HOST, "--port", str(self.port), "--nccl-port", str(self._nccl_port)]
+        words += ["--skip-server-warmup"]
         words += ACCELERATOR_ARGS if on_accelerator() else CPU_ARGS
         if "--dtype" not in self.args:
             words += ["--dtype", self._model_dtype()]

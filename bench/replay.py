@@ -1,0 +1,216 @@
+"""Chats, agents and RAG, or a trace of real ones, replayed: what the tier saves, and whether answers stay the same.
+
+    python -m bench.replay [WORKLOAD …] [--modes none,auto,kv,hidden] [--json] [--save]
+    python -m bench.replay agentic=PATH --shrink 16 --sessions 20
+    python -m bench.replay chat --at 127.0.0.1:30000      a server that runs already; any model
+
+WORKLOAD: `chat`, `agent`, `rag` (the default is all three), or `mooncake=PATH`, `agentic=PATH`, `azure=PATH`,
+`burstgpt=PATH` (see bench/workloads.py for where these traces are). Prompts are random tokens that begin alike where
+the workload's do; all else of it, who asks after whom and how much, is kept.
+
+Method: a small MHA Llama in float32 is served once for each mode, one after another: `none` is without a tier, `auto`
+the tier as it comes, `kv` and `hidden` restore all that is stored. Each finds an empty store. Prompts and answers are
+`--shrink` times shorter than the workload's. The KV pool holds twice the longest prompt and answer, or `--pool-share`
+of the workload's distinct tokens where that is more; host memory four times as much, files the rest. `--clients`
+sessions are in flight at a time. With `--speed 0` a call is sent once the one before it in its session is answered:
+`seconds` is how long a busy server takes for all of it. With another speed, sessions begin and pause as the workload
+says, so many times faster. Prompt tokens are counted by where they came from. `ideal` is what a prefix cache
+without bounds would find, `lru` what one of the KV pool's size would. Greedy answers of all modes are compared token
+by token with those of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.client import Answer, Client, RequestFailed, compare
+from bench.harness import ModelSpec, Server, make_model
+from bench.report import about, arguments_of, progress, save
+from bench.workloads import MADE, Session, Workload, workload_of
+
+MODES = ("none", "auto", "kv", "hidden")
+PAGE_TOKENS = 64
+LONGEST = 6000  # tokens of a prompt, after shrinking
+MODEL = ModelSpec("llama", hidden_size=512, layers=6, heads=8, intermediate=1408, max_position_embeddings=2 * LONGEST)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What became of a workload's calls, in their order; None for one that failed."""
+
+    answers: list[Answer | None]
+    seconds: float
+
+    @property
+    def answered(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer is not None]
+
+    def row(self) -> dict[str, Any]:
+        """Times in seconds; shares are of all prompt tokens."""
+        answered = self.answered
+        prompt = sum(answer.prompt_tokens for answer in answered)
+        generated = sum(len(answer.output_ids) for answer in answered)
+        times = sorted(answer.ttft_s for answer in answered)
+        return {
+            "seconds": self.seconds,
+            "tokens_per_s": (prompt + generated) / self.seconds,
+            "ttft_mean_s": statistics.fmean(times),
+            **{f"ttft_p{percent}_s": times[(len(times) - 1) * percent // 100] for percent in (50, 90, 99)},
+            "from_device": sum(answer.cached_device for answer in answered) / prompt,
+            "restored": sum(answer.cached_host for answer in answered) / prompt,
+            "failed": len(self.answers) - len(answered),
+        }
+
+
+def replay(client: Client, workload: Workload, *, clients: int, speed: float) -> Replayed:
+    """Send a workload's calls, greedy, with so many sessions in flight; speed 0: without pauses."""
+    began = time.monotonic()
+
+    def wait_until(at_s: float) -> None:
+        time.sleep(max(0.0, began + at_s - time.monotonic()))
+
+    def run(session: Session) -> list[Answer | None]:
+        answers: list[Answer | None] = []
+        if speed:
+            wait_until(session.begins_s / speed)
+        for call in session.calls:
+            if speed:
+                time.sleep(call.pause_s / speed)
+            try:
+                answers.append(client.generate(workload.prompt(call), call.output_tokens, logprobs=False))
+            except (RequestFailed, OSError) as error:
+                progress(f"a request failed: {error}")
+                answers.append(None)
+        return answers
+
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [answer for answers in pool.map(run, workload.sessions) for answer in answers]
+    return Replayed(answers, time.monotonic() - began)
+
+
+def pool_tokens(workload: Workload, share: float) -> int:
+    distinct = len({block for call in workload.calls for block in call.blocks}) * workload.block_tokens
+    longest = max(call.input_tokens + call.output_tokens for call in workload.calls)
+    return -(-int(max(2 * longest, share * distinct)) // PAGE_TOKENS) * PAGE_TOKENS
+
+
+def server_for(mode: str, model: Path, tokens: int, folder: Path) -> Server:
+    args = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(tokens), "--sleep-on-idle"]
+    if mode != "none":
+        args += ["--hicache-backend", "hcache", "--hcache-dir", str(folder / "store"), "--hicache-ratio", "4"]
+    if mode in ("kv", "hidden"):
+        args += ["--hcache-representation", mode, "--hcache-plan", "always"]
+    return Server(model, args, log=folder / "server.log")
+
+
+def compare_modes(
+    workload: Workload, modes: Sequence[str], folder: Path, *, share: float, clients: int, speed: float
+) -> dict[str, Any]:
+    model, tokens = make_model(folder / "model", MODEL), pool_tokens(workload, share)
+    runs: dict[str, Replayed] = {}
+    for mode in modes:
+        own = folder / f"{workload.name}-{mode}"
+        with server_for(mode, model, tokens, own) as server:
+            runs[mode] = replay(server, workload, clients=clients, speed=speed)
+        progress(f"{workload.name}, {mode}: {runs[mode].seconds:.0f} s")
+    first = runs[modes[0]]
+    return {
+        "workload": workload.name,
+        "sessions": len(workload.sessions),
+        "calls": len(first.answers),
+        "prompt_tokens_mean": statistics.fmean(call.input_tokens for call in workload.calls),
+        "pool_tokens": tokens,
+        "ideal": workload.reusable_share(),
+        "lru": workload.reusable_share(tokens),
+        "modes": {mode: run.row() | {"different": _different(run, first)} for mode, run in runs.items()},
+    }
+
+
+def _different(run: Replayed, wanted: Replayed) -> int:
+    pairs = zip(run.answers, wanted.answers, strict=True)
+    return sum(1 for a, b in pairs if a is not None and b is not None and not compare(a, b).same_tokens)
+
+
+def table(rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    head = f"{'':>8}{'all':>9}{'TTFT p50':>10}{'p90':>9}{'p99':>9}{'device':>8}{'restored':>10}{'failed':>8}"
+    return "\n".join(
+        [head]
+        + [
+            f"{name:>8}{row['seconds']:7.1f} s{row['ttft_p50_s']:8.2f} s{row['ttft_p90_s']:7.2f} s"
+            f"{row['ttft_p99_s']:7.2f} s{row['from_device']:8.0%}{row['restored']:10.0%}{row['failed']:8}"
+            for name, row in rows
+        ]
+    )
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = arguments_of(__doc__)
+    parser.add_argument("workloads", nargs="*", default=list(MADE), metavar="WORKLOAD")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--at", metavar="HOST:PORT", help="replay on this server instead of starting any")
+    parser.add_argument("--shrink", type=int, default=4, help="prompts and answers are so many times shorter")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a prompt, then")
+    parser.add_argument("--lines", type=int, default=None, help="of a trace that are read; default: all")
+    parser.add_argument("--sessions", type=int, default=10**9, help="the first so many of a workload")
+    parser.add_argument("--calls", type=int, default=10**9, help="the first so many of each session")
+    parser.add_argument("--clients", type=int, default=4, help="sessions in flight")
+    parser.add_argument("--speed", type=float, default=0.0, help="of the workload's clock; 0: without pauses")
+    parser.add_argument("--pool-share", type=float, default=0.1, help="of the distinct tokens that the KV pool holds")
+    return parser
+
+
+def main() -> None:
+    parser = _arguments()
+    arguments = parser.parse_args()
+    modes = arguments.modes.split(",")
+    if unknown := set(modes) - set(MODES):
+        parser.error(f"--modes: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
+    try:
+        workloads = [
+            workload_of(name, most_lines=arguments.lines)
+            .shrunk(arguments.shrink, arguments.longest)
+            .first(arguments.sessions, arguments.calls)
+            for name in arguments.workloads
+        ]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    pace = {"clients": arguments.clients, "speed": arguments.speed}
+    if arguments.at:
+        host, _, port = arguments.at.rpartition(":")
+        for workload in workloads:
+            run = replay(Client(int(port), host or "127.0.0.1"), workload, **pace)
+            print(table([(workload.name, run.row())]))
+        return
+    found = []
+    with tempfile.TemporaryDirectory(prefix="hcache-replay-") as folder:
+        for workload in workloads:
+            found.append(compare_modes(workload, modes, Path(folder), share=arguments.pool_share, **pace))
+    for result in found:
+        print(
+            f"\n{result['workload']}: {result['calls']} calls of {result['sessions']} sessions, "
+            f"{result['prompt_tokens_mean']:,.0f} prompt tokens each; a KV pool of {result['pool_tokens']:,}; "
+            f"ideal {result['ideal']:.0%}, an LRU of the pool's size {result['lru']:.0%}"
+        )
+        print(table(result["modes"].items()))
+    settings = {name: getattr(arguments, name) for name in ("shrink", "clients", "speed", "pool_share")}
+    report = {"workloads": found, **settings, "model": MODEL.__dict__, **about(__doc__)}
+    if arguments.save:
+        save("replay", report)
+    if arguments.json:
+        print(json.dumps(report))
+    rows = [row for result in found for row in result["modes"].values()]
+    sys.exit(1 if any(row["failed"] or row["different"] for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()
