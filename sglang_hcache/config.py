@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +35,17 @@ CODEC_CHOICES = ("packed", "lossy_int8", "lossy_fp8_e4m3")  # of hidden states
 def default_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "sglang-hcache"
+
+
+def directories_of(given: str | Sequence[str]) -> list[Path]:
+    """Absolute paths, from PATH[,PATH…] or a list of paths. Raises ValueError, to be read after what was given."""
+    parts = given.split(",") if isinstance(given, str) else given
+    if not parts or not all(part.strip() for part in parts):
+        raise ValueError("has an empty path in it: give PATH[,PATH…]")
+    paths = [Path(os.path.expanduser(part)).absolute() for part in parts]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise ValueError("names a directory twice: name each once")
+    return paths
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import lmdb
 
-from sglang_hcache.config import default_directory
+from sglang_hcache.config import default_directory, directories_of
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index, copy_checked
@@ -30,12 +30,19 @@ class CommandFailed(Exception):
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir",
-        type=lambda text: [Path(part).expanduser().absolute() for part in text.split(",")],
+        type=_directories,
         default=[default_directory()],
         metavar="PATH[,PATH…]",
         help=f"directories of the cache, as given to the server (default: {default_directory()})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _directories(text: str) -> list[Path]:
+    try:
+        return directories_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 def size(text: str) -> int:
@@ -63,6 +70,19 @@ def human(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: "1 page", "2 pages"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def explain(error: Exception, where: Path | None = None) -> str:
+    """What went wrong, and with which file: `where`, unless the error names one."""
+    what = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where, what = error.filename or where, error.strerror
+    return f"{where}: {what}" if where else what
+
+
 def require(path: Path) -> None:
     if not (path / "segments").is_dir():
         raise CommandFailed(f"{path} is no directory of the cache")
@@ -87,7 +107,7 @@ def read_table(path: Path, damage: Damage) -> Table:
                 return Table.read([])
             return _read(Path(copy))
     except (OSError, lmdb.Error) as error:
-        raise CommandFailed(f"{path}: {error}") from error
+        raise CommandFailed(explain(error, path)) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sglang_hcache.cli.common import CommandFailed
+from sglang_hcache.cli.common import CommandFailed, explain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         folders = make_keys(arguments.directory, arguments.client or ("client",))
     except OSError as error:
-        raise CommandFailed(str(error)) from None
+        raise CommandFailed(explain(error)) from None
     print(f"prefetcher: --keys {arguments.directory}")
     for folder in folders:
         print(f"client {folder.name}: move {folder} to its host")

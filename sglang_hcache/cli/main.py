@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
+from sglang_hcache import TESTED_SGLANG, __version__
 from sglang_hcache.cli.common import CommandFailed
 
 COMMANDS = {
@@ -22,12 +24,21 @@ COMMANDS = {
 }
 USAGE = 2  # argparse's own
 FAILED = 3
+DEFECT = 70  # sysexits.h: EX_SOFTWARE
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; others: see its --help."""
+    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; 70 a defect of ours.
+
+    Others: see the command's --help.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hcache", description="The files of the hidden-state cache tier.")
+    parser.add_argument(
+        "--version", action="version", version=f"sglang-hcache {__version__}, tested with SGLang {TESTED_SGLANG}"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = None
     for name, (module_name, summary) in COMMANDS.items():
@@ -49,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except BrokenPipeError:
         return FAILED
+    except Exception:  # Python's own status for it, 1, means something else to the commands
+        log.exception("hcache %s: this is a defect of sglang-hcache; please report it.", parsed.command)
+        return DEFECT
 
 
 if __name__ == "__main__":
