@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from sglang_hcache.config import default_directory, directories_of
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index, copy_checked
+from sglang_hcache.storage.siblings import NAME, read_siblings
 from sglang_hcache.storage.table import Table
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or of 1024 with an i
@@ -84,8 +85,34 @@ def explain(error: Exception, where: Path | None = None) -> str:
 
 
 def require(path: Path) -> None:
-    if not (path / "segments").is_dir():
+    if not _is_cache(path):
         raise CommandFailed(f"{path} is no directory of the cache")
+
+
+def fingerprint_folders(path: Path) -> list[Path]:
+    """Where the segments are, of each fingerprint; other things in `segments/` are left out."""
+    return [folder for folder in sorted((path / "segments").iterdir()) if is_fingerprint(folder)]
+
+
+def is_fingerprint(folder: Path) -> bool:
+    return re.fullmatch("[0-9a-f]{32}", folder.name) is not None and folder.is_dir()
+
+
+def require_siblings(directories: Sequence[Path]) -> None:
+    """All directories that hold pages of the same prefixes are given, as far as they are still there."""
+    given = set(map(os.path.realpath, directories))
+    for path in directories:
+        missing = [sibling for sibling in read_siblings(path) if str(sibling) not in given and _is_cache(sibling)]
+        if missing:
+            every = ",".join(map(str, [*directories, *missing]))
+            raise CommandFailed(
+                f"{path} was last used together with {', '.join(map(str, missing))}: give --dir {every}, "
+                f"or delete {path / NAME} if they do not belong together any more"
+            )
+
+
+def _is_cache(path: Path) -> bool:
+    return os.path.isdir(path / "segments")
 
 
 def read_table(path: Path, damage: Damage) -> Table:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_hcache.cli.bundle import Model, write_bundle
-from sglang_hcache.cli.common import CommandFailed, add_common, human, read_table
+from sglang_hcache.cli.common import CommandFailed, add_common, human, read_table, require_siblings
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.evictor import segment_file
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require_siblings(arguments.dir)
     stored = _stored(arguments.dir)
     models, chosen = [], []
     for fingerprint, pages in sorted(stored.items()):
