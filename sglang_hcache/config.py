@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +16,11 @@ LINKER_MODULE = "sglang_hcache.linker"
 
 DEFAULT_PAGE_SIZE = 64  # tokens
 DEFAULT_HOST_RATIO = 2.0  # host tier's bytes over the device pool's, SGLang's own default for HiCache
+
+
+# Folders in the first directory, one file a model each, as `kept_file` names it.
+CALIBRATION = "calibration"  # what was measured
+LAYOUTS = "layouts"  # what is stored of each layer
 
 
 class Representation(StrEnum):
@@ -35,6 +42,11 @@ CODEC_CHOICES = ("packed", "lossy_int8", "lossy_fp8_e4m3")  # of hidden states
 def default_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "sglang-hcache"
+
+
+def kept_file(folder: Path, about: Mapping[str, Any]) -> Path:
+    """The file of what depends on all that `about` says."""
+    return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
 
 
 def directories_of(given: str | Sequence[str]) -> list[Path]:

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,17 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
         "times": {
             tier: [times(costs, layout, _hit(tokens, tier, arguments)) for tokens in LENGTHS] for tier in tiers
         },
-        "limits": {tier: limit(shape, machine, tier, arguments) for tier in tiers},
+        "limits": {
+            tier: limit(
+                shape,
+                machine,
+                _hits(tier, arguments),
+                drives=arguments.drives if tier == "ssd" else 0,
+                offloaded=arguments.offload,
+                layerwise=arguments.layerwise,
+            )
+            for tier in tiers
+        },
     }
 
 
@@ -180,26 +190,32 @@ def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
     }
 
 
-def limit(shape: ModelShape, machine: Machine, tier: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a plan for the faster machine would gain, for the contexts that are planned for."""
-    hits = _hits(tier, arguments)
+def limit(
+    shape: ModelShape,
+    machine: Machine,
+    hits: Sequence[Hit],
+    *,
+    drives: int,
+    offloaded: float = 0.0,
+    layerwise: bool = False,
+) -> dict[str, Any]:
+    """What a plan for the faster machine would gain for the hits; `drives`: that they are read from, 0 for none."""
 
     def planned_s(machine: Machine) -> float:
-        costs = costs_of(shape, machine, offloaded=arguments.offload)
-        layout = plan_save(costs, *hits, layerwise=arguments.layerwise).layout
+        costs = costs_of(shape, machine, offloaded=offloaded)
+        layout = plan_save(costs, *hits, layerwise=layerwise).layout
         return sum(plan_load(costs, layout, hit).seconds for hit in hits)
 
     now_s = planned_s(machine)
-    drives = arguments.drives if tier == "ssd" else 0
     found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, drives)]
     best, upgrade = max(found, key=lambda pair: pair[0])
-    costs = costs_of(shape, machine, offloaded=arguments.offload)
+    costs = costs_of(shape, machine, offloaded=offloaded)
     alone_s = sum(recompute_s(costs, hit) for hit in hits)
     restores = now_s < NOTICED * alone_s
     what = f"restoring is {upgrade.name}-bound" if restores else "recomputing is faster than restoring"
     text = f"{what}: {upgrade.text} would give {best:.1f}×"
     needed = None
-    if tier == "ssd" and not restores:
+    if drives and not restores:
         needed = next(
             (
                 n
