@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hcache.cli.architectures import ARCHITECTURES
-from sglang_hcache.cli.common import CommandFailed, human
+from sglang_hcache.cli.common import CommandFailed, count, human
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
@@ -35,6 +35,7 @@ _SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v\d[\d.]*|\d{4}|bf16|fp16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a config.json, its folder, or a name such as Llama-2-7B")
+    parser.add_argument("--list", action=_List, nargs=0, help="print the names of all models it knows, and exit")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--tp", type=_at_least(1), default=1, metavar="N", help="ranks of tensor parallelism")
     parser.add_argument("--bus-gb-s", type=_rate, metavar="GB/S", help="host to device, a GPU (default: its PCIe's)")
@@ -44,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload", type=_part, default=0.0, metavar="PART", help="of the weights in host memory, 0–1"
     )
     parser.add_argument(
-        "--tokens", type=_lengths, default=[8192], metavar="N[,N…]", help="contexts to plan for (default: 8192)"
+        "--tokens",
+        type=_lengths,
+        default=[8192],
+        metavar="N[,N…]",
+        help="contexts to plan for, as 8k (the default)",
     )
     parser.add_argument("--new-tokens", type=_at_least(1), default=64, help="of the prompt after it (default: 64)")
     parser.add_argument(
@@ -58,13 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     shape = find_shape(arguments.model)
-    machine = find_machine(arguments)
-    if shape.latent_size:
-        raise CommandFailed(
-            f"{shape.name} has latent attention, which is not supported: its {human(shape.kv_bytes)} a token and "
-            f"layer are smaller than hidden states ({human(shape.hidden_bytes)})"
-        )
+    gpu = find_gpu(arguments.gpu)
+    machine = find_machine(gpu, arguments)
+    _refuse_what_no_server_serves(shape, machine.ranks)
     report = advise(shape, machine, arguments)
+    report["weights"] = weights(shape, machine.ranks * GPUS[gpu].memory_bytes, arguments.offload)
     if arguments.plot is not None:
         plot(report, arguments.plot)
     if arguments.json:
@@ -72,6 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_report(report)
     return 0
+
+
+def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
+    if shape.latent_size:
+        raise CommandFailed(
+            f"{shape.name} has latent attention, which is not supported: its {human(shape.kv_bytes)} a token and "
+            f"layer are smaller than hidden states ({human(shape.hidden_bytes)})"
+        )
+    if shape.mixed_attention:
+        raise CommandFailed(f"{shape.name} has layers that see a window only, which are not supported")
+    if shape.query_heads % ranks or max(ranks, shape.kv_heads) % min(ranks, shape.kv_heads):
+        heads = f"{count(shape.query_heads, 'head')} and {shape.kv_heads} of K and V"
+        raise CommandFailed(f"--tp {ranks} does not divide the heads of {shape.name}: {heads}")
 
 
 def find_shape(model: str) -> ModelShape:
@@ -93,24 +109,28 @@ def find_shape(model: str) -> ModelShape:
         return names[wanted]
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise CommandFailed(f"{path} does not exist")
-    close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.5)]
-    hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(ARCHITECTURES)}"
-    raise CommandFailed(f"no model {model!r}, nor a file of that name; {hint}")
+    close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.4)]
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    raise CommandFailed(f"no model {model!r}, nor a file of that name; {hint}`hcache advise --list` names all")
 
 
-def find_machine(arguments: argparse.Namespace) -> Machine:
-    """Raises `CommandFailed`."""
-    known = {name.lower(): name for name in GPUS}
-    name = known.get(arguments.gpu.lower().replace(" ", "-"))
-    if name is None:
-        raise CommandFailed(f"no GPU {arguments.gpu!r}; known are {', '.join(GPUS)}")
+def find_machine(gpu: str, arguments: argparse.Namespace) -> Machine:
     return machine_of(
-        name,
+        gpu,
         ranks=arguments.tp,
         drives=arguments.drives,
         drive_bytes_per_s=1e9 * arguments.drive_gb_s,
         bus_bytes_per_s=1e9 * arguments.bus_gb_s if arguments.bus_gb_s else None,
     )
+
+
+def find_gpu(text: str) -> str:
+    """A name of `GPUS`. Raises `CommandFailed`."""
+    known = {name.lower(): name for name in GPUS}
+    name = known.get(text.lower().replace(" ", "-"))
+    if name is None:
+        raise CommandFailed(f"no GPU {text!r}; known are {', '.join(GPUS)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -174,6 +194,12 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
             for tier in tiers
         },
     }
+
+
+def weights(shape: ModelShape, device_bytes: float, offloaded: float) -> dict[str, Any]:
+    """What the GPUs are to hold of the model, what they can, and whether that will do."""
+    needed = shape.weight_bytes - offloaded * shape.layers * shape.layer_weight_bytes
+    return {"bytes": int(needed), "device_bytes": int(device_bytes), "fit": needed <= device_bytes}
 
 
 def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
@@ -244,10 +270,10 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{model['name']} on {machine['name']}, host to device {machine['bus_bytes_per_s'] / 1e9:.1f} GB/s", end="")
     drives = machine["ssd_bytes_per_s"]
     print(f", drives {drives / 1e9:.1f} GB/s" if drives else ", no drives")
-    if model["mixed_attention"]:
-        print(
-            "  some layers see a window only: the server does not store such models yet; the times count all as full"
-        )
+    if not report["weights"]["fit"]:
+        needed, there = human(report["weights"]["bytes"]), human(report["weights"]["device_bytes"])
+        print(f"  its weights ({needed}) do not fit in the GPUs' memory ({there}): give more --tp, or --offload;")
+        print("  times are as if they did")
     for one in report["layers"]:
         what = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}[one["representation"]]
         print(f"  layers {one['first_layer']}–{one['last_layer']}: {what}")
@@ -318,7 +344,24 @@ def _at_least(least: int) -> Any:
 
 
 def _lengths(text: str) -> list[int]:
-    return [_at_least(DEFAULT_PAGE_SIZE)(part) for part in text.split(",")]
+    return [_length(part) for part in text.split(",")]
+
+
+def _length(text: str) -> int:
+    """Tokens, from 8192, or 8k for as many."""
+    match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    if tokens < DEFAULT_PAGE_SIZE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens, as 8192 or 8k: {DEFAULT_PAGE_SIZE} at least"
+        )
+    return tokens
+
+
+class _List(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("\n".join(ARCHITECTURES))
+        parser.exit()
 
 
 def _rate(text: str) -> float:
