@@ -76,6 +76,14 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Of at least two of a unit: "90 minutes", "2 hours"."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * length:
+            return count(int(seconds // length), unit)
+    return count(max(0, int(seconds)), "second")
+
+
 def explain(error: Exception, where: Path | None = None) -> str:
     """What went wrong, and with which file: `where`, unless the error names one."""
     what = str(error)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.cli.common import add_common, count, fingerprint_folders, human, read_table
+from sglang_hcache.cli.common import add_common, count, duration, fingerprint_folders, human, read_table
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
@@ -71,15 +71,7 @@ def print_directory(directory: dict[str, Any]) -> None:
     for one in directory["fingerprints"]:
         name = ", ".join(one["about"].values()) or "unknown model"
         print(f"  {one['fingerprint'][:12]}  {name}")
-        used = "never" if one["newest_use"] is None else _ago(one["newest_use"])
+        used = "never" if one["newest_use"] is None else f"{duration(time.time() - one['newest_use'])} ago"
         print(
             f"    {count(one['pages'], 'page')}, {human(one['bytes'])}, {count(one['hits'], 'hit')}, last used {used}"
         )
-
-
-def _ago(then: int) -> str:
-    seconds = max(0, int(time.time()) - then)
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= 2 * length:
-            return f"{count(seconds // length, unit)} ago"
-    return f"{count(seconds, 'second')} ago"

@@ -14,6 +14,7 @@ from sglang_hcache.cli.common import CommandFailed
 COMMANDS = {
     "advise": ("sglang_hcache.cli.advise", "what to store of a model on a machine, and what restoring will take"),
     "doctor": ("sglang_hcache.cli.doctor", "what a server has measured here, and what limits restoring"),
+    "status": ("sglang_hcache.cli.status", "show what the prefetcher of these directories does now"),
     "inspect": ("sglang_hcache.cli.inspect", "show what is stored"),
     "fsck": ("sglang_hcache.cli.fsck", "check the index and every checksum, and repair"),
     "gc": ("sglang_hcache.cli.gc", "delete what is of no use, or of least"),
