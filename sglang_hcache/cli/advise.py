@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hcache.cli.architectures import ARCHITECTURES
-from sglang_hcache.cli.common import CommandFailed, count, human
+from sglang_hcache.cli.common import CommandFailed, count, explain, human
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
@@ -92,7 +93,7 @@ def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
 
 def find_shape(model: str) -> ModelShape:
     """Raises `CommandFailed`."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         path /= "config.json"
     if path.is_file():
@@ -102,7 +103,7 @@ def find_shape(model: str) -> ModelShape:
                 raise UnknownConfig("it is not a JSON object")
             return shape_of_config(config, str(config.get("_name_or_path") or path.parent.name or model))
         except (OSError, ValueError) as error:
-            raise CommandFailed(f"{path}: {error}") from error
+            raise CommandFailed(explain(error, path)) from error
     names = {_plain(name): shape for name, shape in ARCHITECTURES.items()}
     wanted = _plain(model)
     if wanted in names:
@@ -309,7 +310,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:
-        raise CommandFailed(f"{file}: {error}") from error
+        raise CommandFailed(explain(error, file)) from error
 
 
 def _hit(tokens: int, tier: str, arguments: argparse.Namespace) -> Hit:

@@ -23,7 +23,6 @@ from sglang_hcache.cli.common import (
     CommandFailed,
     add_common,
     count,
-    explain,
     fingerprint_folders,
     human,
     read_table,
@@ -59,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         _require_room(directories, arguments.to_size)
     try:
         results = _foresee(arguments) if arguments.dry_run else _collect(arguments)
-    except (OSError, lmdb.Error) as error:
-        raise CommandFailed(explain(error)) from error
+    except lmdb.Error as error:
+        raise CommandFailed(str(error)) from error
     if arguments.json:
         print(json.dumps({"dry_run": arguments.dry_run, "directories": results}, indent=2))
     else:

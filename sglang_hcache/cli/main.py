@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from sglang_hcache import TESTED_SGLANG, __version__
-from sglang_hcache.cli.common import CommandFailed
+from sglang_hcache.cli.common import CommandFailed, explain
 
 COMMANDS = {
     "advise": ("sglang_hcache.cli.advise", "what to store of a model on a machine, and what restoring will take"),
@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hcache {parsed.command}: {error}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:
+        return FAILED
+    except OSError as error:
+        print(f"hcache {parsed.command}: {explain(error)}", file=sys.stderr)
         return FAILED
     except Exception:  # Python's own status for it, 1, means something else to the commands
         log.exception("hcache %s: this is a defect of sglang-hcache; please report it.", parsed.command)

@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import Any
 
-from sglang_hcache.cli.common import CommandFailed, add_common, count, duration, explain, human, require_siblings
+from sglang_hcache.cli.common import CommandFailed, add_common, count, duration, human, require_siblings
 
 ANSWER_S = 5.0
 SOME_FAILED = 1
@@ -24,11 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 
     require_siblings(arguments.dir)  # a part of them is another prefetcher's
-    try:
-        endpoint = endpoint_for([str(path) for path in arguments.dir])
-        running = is_running(endpoint)
-    except OSError as error:
-        raise CommandFailed(explain(error)) from error
+    endpoint = endpoint_for([str(path) for path in arguments.dir])
+    running = is_running(endpoint)
     report = _ask(endpoint.address) if running else {}
     if arguments.json:
         print(json.dumps({"running": running, **report}, indent=2))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,17 @@ def test_a_defect_has_a_status_of_its_own(
     assert main(["inspect", "--dir", str(tmp_path)]) == 70
     assert "hcache inspect: this is a defect" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_what_the_system_refuses_is_no_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x/segments")
+
+    monkeypatch.setattr(inspect, "run", fail)
+    assert main(["inspect", "--dir", str(tmp_path)]) == 3
+    assert capsys.readouterr().err == "hcache inspect: /x/segments: Permission denied\n"
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
