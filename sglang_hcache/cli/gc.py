@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
             _print(one, "would delete" if arguments.dry_run else "deleted")
     short = [one["path"] for one in results if one["short_bytes"] > 0]
     if short and not arguments.dry_run:
-        raise CommandFailed(f"{', '.join(short)} takes more than --to-size: the rest is in use or not listed")
+        raise CommandFailed(
+            f"{', '.join(short)} takes more than --to-size: the rest is its index, in use or not listed"
+        )
     return 0
 
 
@@ -177,7 +179,8 @@ def _choose(paths: Sequence[Path], tables: Sequence[Table], arguments: argparse.
     if arguments.to_size is not None:
         short = bytes_on_disk(paths[0]) - int(freed[victims].sum()) - arguments.to_size
         victims |= choose(table.forest, table.worth(time.time()), np.where(victims, 0, freed), short)
-    return Choice(table, victims, int(orphans.sum()), int(freed[victims].sum()))
+    victims &= table.record_bytes > 0  # elsewhere an index has lost its mark, and nobody knows what a page takes
+    return Choice(table, victims, int((orphans & victims).sum()), int(freed[victims].sum()))
 
 
 def _listed_in_part(paths: Sequence[Path], tables: Sequence[Table]) -> set[bytes]:

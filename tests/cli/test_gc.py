@@ -87,6 +87,16 @@ def test_models_that_are_not_used_leave_all_directories(
     assert not any(map(segment_files, stripe))
 
 
+def test_a_model_whose_mark_is_lost_is_left_alone(stripe: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for path in stripe:
+        index = Index(path / "index", FINGERPRINT)
+        index.delete_many(index.get_many([b""]).items())
+        index.close()
+    status, report = run(capsys, "gc", "--older-than", "10m", "--dir", ",".join(map(str, stripe)))
+    assert (status, [one["pages"] for one in report["directories"]]) == (0, [0, 0])
+    assert found(*stripe) == list(range(10))
+
+
 def test_a_dry_run_changes_nothing_also_where_the_index_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
