@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 import sglang_hcache
-from sglang_hcache.config import HCacheConfig
+from sglang_hcache.config import CALIBRATION, HCacheConfig, kept_file
 from sglang_hcache.lanes import current_lane
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.planner.hf_config import shape_of_config
@@ -35,7 +34,6 @@ from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_pr
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION = "calibration"  # folder in the first directory: what was measured, one file a model
 _PREFILL_TOKENS = {"cpu": (64, 512), "cuda": (64, 2048)}
 _RESTORED_TOKENS = 1024
 _REPEATS = 5
@@ -168,8 +166,7 @@ class KeptRates:
         *,
         agree: Callable[[bool], bool],
     ) -> None:
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        self._path = folder / f"{name}.json"
+        self._path = kept_file(folder, about)
         self._about = about
         self._looked_at = time.monotonic()
         kept = self._read()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +16,11 @@ LINKER_MODULE = "sglang_hcache.linker"
 
 DEFAULT_PAGE_SIZE = 64  # tokens
 DEFAULT_HOST_RATIO = 2.0  # host tier's bytes over the device pool's, SGLang's own default for HiCache
+
+
+# Folders in the first directory, one file a model each, as `kept_file` names it.
+CALIBRATION = "calibration"  # what was measured
+LAYOUTS = "layouts"  # what is stored of each layer
 
 
 class Representation(StrEnum):
@@ -34,6 +42,22 @@ CODEC_CHOICES = ("packed", "lossy_int8", "lossy_fp8_e4m3")  # of hidden states
 def default_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "sglang-hcache"
+
+
+def kept_file(folder: Path, about: Mapping[str, Any]) -> Path:
+    """The file of what depends on all that `about` says."""
+    return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
+
+def directories_of(given: str | Sequence[str]) -> list[Path]:
+    """Absolute paths, from PATH[,PATH…] or a list of paths. Raises ValueError, to be read after what was given."""
+    parts = given.split(",") if isinstance(given, str) else given
+    if not parts or not all(part.strip() for part in parts):
+        raise ValueError("has an empty path in it: give PATH[,PATH…]")
+    paths = [Path(os.path.expanduser(part)).absolute() for part in parts]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise ValueError("names a directory twice: name each once")
+    return paths
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sglang_hcache.config import (
     HCacheConfig,
     Representation,
     default_directory,
+    directories_of,
 )
 from sglang_hcache.prefetch.host_memory import available_bytes
 
@@ -278,11 +279,10 @@ def _check_host_size(values: MutableMapping[str, Any]) -> None:
 
 
 def _writable_directories(flag: str | None) -> tuple[str, ...]:
-    paths = [Path(part).expanduser().absolute() for part in flag.split(",")] if flag else [default_directory()]
-    if flag and not all(part.strip() for part in flag.split(",")):
-        raise FlagError(f"--hcache-dir {flag!r} has an empty path in it: give PATH[,PATH...]")
-    if len(set(paths)) != len(paths):
-        raise FlagError(f"--hcache-dir {flag!r} names a directory twice: name each once")
+    try:
+        paths = [default_directory()] if flag is None else directories_of(flag)
+    except ValueError as error:
+        raise FlagError(f"--hcache-dir {flag!r} {error}") from None
     for path in paths:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

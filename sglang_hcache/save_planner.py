@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.layouts import KeptLayout
 from sglang_hcache.model import Unsupported
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine
@@ -18,11 +15,9 @@ from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
 from sglang_hcache.representation import Stored, Ways
-from sglang_hcache.storage.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = "layouts"  # folder in the first directory: what is stored of each model, one file each
 _LENGTHS = (1024, 4096, 16384)  # tokens that the plan is made for
 _NEW_TOKENS = 64  # after them
 _TOLERANCE = 0.02  # of the time to restore: not worth more bytes
@@ -51,22 +46,18 @@ def choose_by_plan(
     """
     costs = costs_of(shape, machine)
     hits = tuple(_references(machine, page_tokens, most_tokens))
-    about = {
-        "model": asdict(shape),
-        "page_tokens": page_tokens,
-        "hidden_bytes": ways.hidden.row_bytes if ways.hidden else None,
-        "kv_bytes": ways.kv.row_bytes,
-    }
-    path = Path(config.directories[0]) / LAYOUTS / f"{_digest(about)}.json"
-    plan = plan_save(costs, *hits, layerwise=False, in_use=_kept(path, about, shape.layers), tolerance=_TOLERANCE)
+    hidden_bytes = ways.hidden.row_bytes if ways.hidden else None
+    kept = KeptLayout(
+        Path(config.directories[0]), shape, page_tokens, hidden_bytes=hidden_bytes, kv_bytes=ways.kv.row_bytes
+    )
+    plan = plan_save(costs, *hits, layerwise=False, in_use=kept.read(), tolerance=_TOLERANCE)
     if plan.layout.none:
         stored = choose_by_flag("auto", ways, shape.layers)
         reason = "the smaller one: restoring is not expected to pay on this machine"
     else:
         stored, reason = Stored(plan.layout, ways, ""), "restored soonest on this machine"
     try:
-        kept = {"about": about, "hidden": stored.layout.hidden, "kv": stored.layout.kv}
-        write_atomically(path, json.dumps(kept, indent=1).encode())
+        kept.write(stored.layout)
     except OSError as error:
         logger.info("hcache: the layout cannot be kept (%s)", error)
     return Stored(stored.layout, ways, reason)
@@ -81,17 +72,3 @@ def _references(machine: Machine, page_tokens: int, most_tokens: int) -> Iterato
             yield Hit(page_tokens, 0, ssd_pages=pages, new_tokens=_NEW_TOKENS)
         elif machine.remote_bytes_per_s:
             yield Hit(page_tokens, 0, remote_pages=pages, new_tokens=_NEW_TOKENS)
-
-
-def _digest(about: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _kept(path: Path, about: dict[str, Any], layers: int) -> Layout | None:
-    try:
-        found = json.loads(path.read_text())
-        layout = Layout(0, int(found["hidden"]), int(found["kv"]))
-        sound = found["about"] == about and min(layout.hidden, layout.kv) >= 0 and layout.layers == layers
-        return layout if sound else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

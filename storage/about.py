@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from sglang_hcache.storage.files import write_atomically
 from sglang_hcache.storage.layout import ChunkLayout
 
 NAME = "about.json"
@@ -29,11 +28,7 @@ def write_about(folder: Path, layout: ChunkLayout, texts: Mapping[str, str]) -> 
     if read_about(folder).layout == layout:
         return
     content = {**texts, "layout": {"page_tokens": layout.page_tokens, "layer_bytes": layout.layer_bytes}}
-    temporary = folder / f"{NAME}.{secrets.token_hex(4)}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(content)))
-    os.replace(temporary, folder / NAME)
+    write_atomically(folder / NAME, msgspec.json.format(msgspec.json.encode(content)))
 
 
 def read_about(folder: Path) -> About:

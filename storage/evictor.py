@@ -97,8 +97,7 @@ class Evictor:
         self._quota.evicted += count
         log.debug("%s: %d pages evicted", self._path, count)
         self._release(table, victims, reuse)
-        own = [group for group, owner in enumerate(table.fingerprints) if owner == self._segments.fingerprint]
-        return int((victims & (table.volume == 0) & np.isin(table.group, own)).sum())
+        return int((victims & (table.volume == 0) & table.of([self._segments.fingerprint])).sum())
 
     def _release(self, table: Table, victims: Mask, reuse: bool) -> None:
         """Reuse what the victims leave in our segments; give the rest back to the disk."""
@@ -135,9 +134,10 @@ def release(
     victims: Mask,
     used: Mapping[tuple[bytes, str], set[int]],
     adopt: Callable[[bytes, str, set[int]], bool] = lambda _fingerprint, _name, _in_use: False,
+    volume: int = 0,
 ) -> None:
-    """Give the records of deleted pages back to the disk; not those of segments that `adopt` takes."""
-    numbers = np.unique(table.segment_number[victims & (table.volume == 0)])
+    """Give the records of deleted pages of one index back to the disk; not those of segments that `adopt` takes."""
+    numbers = np.unique(table.segment_number[victims & (table.volume == volume)])
     for example in table.segment_example[numbers].tolist():
         fingerprint, name = table.segment(example)
         in_use = used.get((fingerprint, name), set())

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -81,9 +82,9 @@ def punch(fd: int, offset: int, length: int) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers find what was there before, or all of `data`; only this user can read it. Raises OSError."""
     make_private(path.parent)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(data)
         fresh.replace(path)
     except OSError:

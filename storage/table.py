@@ -28,17 +28,23 @@ class Table:
     @classmethod
     def read(cls, indexes: Sequence[Index]) -> Table:
         """Raises lmdb.Error."""
-        names: list[bytes] = []
-        raw: list[bytes] = []
-        counts: list[int] = []
-        sizes: dict[bytes, Size] = {}
-        for index in indexes:
-            more_names, more_values = index.raw()
-            names += more_names
-            raw += more_values
-            counts.append(len(more_names))
-            sizes |= index.marks()
-        return cls(names, raw, np.repeat(np.arange(len(counts)), np.array(counts, np.int64)), sizes)
+        return cls.join([cls._of(index) for index in indexes])
+
+    @classmethod
+    def join(cls, tables: Sequence[Table]) -> Table:
+        """One of several, each of one index."""
+        counts = np.array([len(table.names) for table in tables], np.int64)
+        return cls(
+            [name for table in tables for name in table.names],
+            [value for table in tables for value in table.raw],
+            np.repeat(np.arange(len(tables)), counts),
+            {fingerprint: size for table in tables for fingerprint, size in table.sizes.items()},
+        )
+
+    @classmethod
+    def _of(cls, index: Index) -> Table:
+        names, raw = index.raw()
+        return cls(names, raw, np.zeros(len(names), np.int64), index.marks())
 
     @cached_property
     def value(self) -> npt.NDArray[np.void]:
@@ -64,6 +70,11 @@ class Table:
     @property
     def group(self) -> Ints:
         return self._groups[1]
+
+    def of(self, fingerprints: Collection[bytes]) -> Mask:
+        """The pages of some of the fingerprints."""
+        mask: Mask = np.isin(self.group, [i for i, one in enumerate(self.fingerprints) if one in fingerprints])
+        return mask
 
     def _of_size(self, field: int) -> Ints:
         sizes = [self.sizes.get(fingerprint, Size(0, 0))[field] for fingerprint in self.fingerprints]

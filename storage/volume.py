@@ -19,6 +19,7 @@ from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkLayout, Record
 from sglang_hcache.storage.quota import Quota
+from sglang_hcache.storage.siblings import write_siblings
 
 UNREADABLE_S = 600.0  # a record that the disk could not read is not tried again; a page may be stored anew meanwhile
 
@@ -83,6 +84,7 @@ class Volume:
     def stripe_with(self, siblings: Sequence[Volume]) -> None:
         """Say where the other pages of the same prefixes are; until then none is evicted for lack of its parent."""
         self._siblings = siblings
+        self._note_siblings()
 
     @property
     def state(self) -> str:
@@ -175,6 +177,7 @@ class Volume:
             self._retry_at = time.monotonic() + self._retry_s
             return
         self._failure, self._index_failed, self._full = None, False, False
+        self._note_siblings()
         log.info("hcache: %s works again; pages are written to it.", self.path)
 
     def close(self) -> None:
@@ -203,6 +206,10 @@ class Volume:
             about=self._about,
             siblings=self._sibling_indexes,
         )
+
+    def _note_siblings(self) -> None:
+        if self._siblings is not None and self._writable and self.healthy:
+            write_siblings(self.path, [volume.path for volume in self._siblings])
 
     def _sibling_indexes(self) -> list[Index] | None:
         if self._siblings is None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sglang_hcache.cli.architectures import ARCHITECTURES
-from sglang_hcache.cli.common import CommandFailed, human
+from sglang_hcache.cli.common import CommandFailed, count, explain, human
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
@@ -35,6 +36,7 @@ _SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v\d[\d.]*|\d{4}|bf16|fp16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a config.json, its folder, or a name such as Llama-2-7B")
+    parser.add_argument("--list", action=_List, nargs=0, help="print the names of all models it knows, and exit")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--tp", type=_at_least(1), default=1, metavar="N", help="ranks of tensor parallelism")
     parser.add_argument("--bus-gb-s", type=_rate, metavar="GB/S", help="host to device, a GPU (default: its PCIe's)")
@@ -44,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload", type=_part, default=0.0, metavar="PART", help="of the weights in host memory, 0–1"
     )
     parser.add_argument(
-        "--tokens", type=_lengths, default=[8192], metavar="N[,N…]", help="contexts to plan for (default: 8192)"
+        "--tokens",
+        type=_lengths,
+        default=[8192],
+        metavar="N[,N…]",
+        help="contexts to plan for, as 8k (the default)",
     )
     parser.add_argument("--new-tokens", type=_at_least(1), default=64, help="of the prompt after it (default: 64)")
     parser.add_argument(
@@ -58,13 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     shape = find_shape(arguments.model)
-    machine = find_machine(arguments)
-    if shape.latent_size:
-        raise CommandFailed(
-            f"{shape.name} has latent attention, which is not supported: its {human(shape.kv_bytes)} a token and "
-            f"layer are smaller than hidden states ({human(shape.hidden_bytes)})"
-        )
+    gpu = find_gpu(arguments.gpu)
+    machine = find_machine(gpu, arguments)
+    _refuse_what_no_server_serves(shape, machine.ranks)
     report = advise(shape, machine, arguments)
+    report["weights"] = weights(shape, machine.ranks * GPUS[gpu].memory_bytes, arguments.offload)
     if arguments.plot is not None:
         plot(report, arguments.plot)
     if arguments.json:
@@ -74,9 +78,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
+    if shape.latent_size:
+        raise CommandFailed(
+            f"{shape.name} has latent attention, which is not supported: its {human(shape.kv_bytes)} a token and "
+            f"layer are smaller than hidden states ({human(shape.hidden_bytes)})"
+        )
+    if shape.mixed_attention:
+        raise CommandFailed(f"{shape.name} has layers that see a window only, which are not supported")
+    if shape.query_heads % ranks or max(ranks, shape.kv_heads) % min(ranks, shape.kv_heads):
+        heads = f"{count(shape.query_heads, 'head')} and {shape.kv_heads} of K and V"
+        raise CommandFailed(f"--tp {ranks} does not divide the heads of {shape.name}: {heads}")
+
+
 def find_shape(model: str) -> ModelShape:
     """Raises `CommandFailed`."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         path /= "config.json"
     if path.is_file():
@@ -86,31 +103,35 @@ def find_shape(model: str) -> ModelShape:
                 raise UnknownConfig("it is not a JSON object")
             return shape_of_config(config, str(config.get("_name_or_path") or path.parent.name or model))
         except (OSError, ValueError) as error:
-            raise CommandFailed(f"{path}: {error}") from error
+            raise CommandFailed(explain(error, path)) from error
     names = {_plain(name): shape for name, shape in ARCHITECTURES.items()}
     wanted = _plain(model)
     if wanted in names:
         return names[wanted]
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise CommandFailed(f"{path} does not exist")
-    close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.5)]
-    hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(ARCHITECTURES)}"
-    raise CommandFailed(f"no model {model!r}, nor a file of that name; {hint}")
+    close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.4)]
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    raise CommandFailed(f"no model {model!r}, nor a file of that name; {hint}`hcache advise --list` names all")
 
 
-def find_machine(arguments: argparse.Namespace) -> Machine:
-    """Raises `CommandFailed`."""
-    known = {name.lower(): name for name in GPUS}
-    name = known.get(arguments.gpu.lower().replace(" ", "-"))
-    if name is None:
-        raise CommandFailed(f"no GPU {arguments.gpu!r}; known are {', '.join(GPUS)}")
+def find_machine(gpu: str, arguments: argparse.Namespace) -> Machine:
     return machine_of(
-        name,
+        gpu,
         ranks=arguments.tp,
         drives=arguments.drives,
         drive_bytes_per_s=1e9 * arguments.drive_gb_s,
         bus_bytes_per_s=1e9 * arguments.bus_gb_s if arguments.bus_gb_s else None,
     )
+
+
+def find_gpu(text: str) -> str:
+    """A name of `GPUS`. Raises `CommandFailed`."""
+    known = {name.lower(): name for name in GPUS}
+    name = known.get(text.lower().replace(" ", "-"))
+    if name is None:
+        raise CommandFailed(f"no GPU {text!r}; known are {', '.join(GPUS)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -162,8 +183,24 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
         "times": {
             tier: [times(costs, layout, _hit(tokens, tier, arguments)) for tokens in LENGTHS] for tier in tiers
         },
-        "limits": {tier: limit(shape, machine, tier, arguments) for tier in tiers},
+        "limits": {
+            tier: limit(
+                shape,
+                machine,
+                _hits(tier, arguments),
+                drives=arguments.drives if tier == "ssd" else 0,
+                offloaded=arguments.offload,
+                layerwise=arguments.layerwise,
+            )
+            for tier in tiers
+        },
     }
+
+
+def weights(shape: ModelShape, device_bytes: float, offloaded: float) -> dict[str, Any]:
+    """What the GPUs are to hold of the model, what they can, and whether that will do."""
+    needed = shape.weight_bytes - offloaded * shape.layers * shape.layer_weight_bytes
+    return {"bytes": int(needed), "device_bytes": int(device_bytes), "fit": needed <= device_bytes}
 
 
 def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
@@ -180,26 +217,32 @@ def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
     }
 
 
-def limit(shape: ModelShape, machine: Machine, tier: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a plan for the faster machine would gain, for the contexts that are planned for."""
-    hits = _hits(tier, arguments)
+def limit(
+    shape: ModelShape,
+    machine: Machine,
+    hits: Sequence[Hit],
+    *,
+    drives: int,
+    offloaded: float = 0.0,
+    layerwise: bool = False,
+) -> dict[str, Any]:
+    """What a plan for the faster machine would gain for the hits; `drives`: that they are read from, 0 for none."""
 
     def planned_s(machine: Machine) -> float:
-        costs = costs_of(shape, machine, offloaded=arguments.offload)
-        layout = plan_save(costs, *hits, layerwise=arguments.layerwise).layout
+        costs = costs_of(shape, machine, offloaded=offloaded)
+        layout = plan_save(costs, *hits, layerwise=layerwise).layout
         return sum(plan_load(costs, layout, hit).seconds for hit in hits)
 
     now_s = planned_s(machine)
-    drives = arguments.drives if tier == "ssd" else 0
     found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, drives)]
     best, upgrade = max(found, key=lambda pair: pair[0])
-    costs = costs_of(shape, machine, offloaded=arguments.offload)
+    costs = costs_of(shape, machine, offloaded=offloaded)
     alone_s = sum(recompute_s(costs, hit) for hit in hits)
     restores = now_s < NOTICED * alone_s
     what = f"restoring is {upgrade.name}-bound" if restores else "recomputing is faster than restoring"
     text = f"{what}: {upgrade.text} would give {best:.1f}×"
     needed = None
-    if tier == "ssd" and not restores:
+    if drives and not restores:
         needed = next(
             (
                 n
@@ -228,10 +271,10 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{model['name']} on {machine['name']}, host to device {machine['bus_bytes_per_s'] / 1e9:.1f} GB/s", end="")
     drives = machine["ssd_bytes_per_s"]
     print(f", drives {drives / 1e9:.1f} GB/s" if drives else ", no drives")
-    if model["mixed_attention"]:
-        print(
-            "  some layers see a window only: the server does not store such models yet; the times count all as full"
-        )
+    if not report["weights"]["fit"]:
+        needed, there = human(report["weights"]["bytes"]), human(report["weights"]["device_bytes"])
+        print(f"  its weights ({needed}) do not fit in the GPUs' memory ({there}): give more --tp, or --offload;")
+        print("  times are as if they did")
     for one in report["layers"]:
         what = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}[one["representation"]]
         print(f"  layers {one['first_layer']}–{one['last_layer']}: {what}")
@@ -267,7 +310,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:
-        raise CommandFailed(f"{file}: {error}") from error
+        raise CommandFailed(explain(error, file)) from error
 
 
 def _hit(tokens: int, tier: str, arguments: argparse.Namespace) -> Hit:
@@ -302,7 +345,24 @@ def _at_least(least: int) -> Any:
 
 
 def _lengths(text: str) -> list[int]:
-    return [_at_least(DEFAULT_PAGE_SIZE)(part) for part in text.split(",")]
+    return [_length(part) for part in text.split(",")]
+
+
+def _length(text: str) -> int:
+    """Tokens, from 8192, or 8k for as many."""
+    match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    if tokens < DEFAULT_PAGE_SIZE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens, as 8192 or 8k: {DEFAULT_PAGE_SIZE} at least"
+        )
+    return tokens
+
+
+class _List(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("\n".join(ARCHITECTURES))
+        parser.exit()
 
 
 def _rate(text: str) -> float:

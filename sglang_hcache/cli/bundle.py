@@ -10,11 +10,13 @@ end  checksum       uint64, xxh3_64 of everything before it
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -30,11 +32,11 @@ _PART = 4 << 20
 
 
 class Model(msgspec.Struct):
-    fingerprint: str
+    fingerprint: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     page_tokens: int
     layer_bytes: tuple[int, ...]
     about: dict[str, str]
-    pages: int
+    pages: Annotated[int, msgspec.Meta(ge=0)]
 
     @property
     def layout(self) -> ChunkLayout:
@@ -50,7 +52,9 @@ class BundleDamaged(Exception):
 
 
 def write_bundle(path: Path, models: list[Model], records: Iterable[Record]) -> None:
-    """Write a whole file or none, private to the user. Raises OSError."""
+    """Write a whole file or none, private to the user. Raises OSError, which may name a file beside it."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     header = msgspec.json.encode(Header(models))
     checksum = xxhash.xxh3_64()

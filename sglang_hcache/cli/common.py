@@ -7,16 +7,17 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
 
-from sglang_hcache.config import default_directory
+from sglang_hcache.config import default_directory, directories_of
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index, copy_checked
+from sglang_hcache.storage.siblings import NAME, read_siblings
 from sglang_hcache.storage.table import Table
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or of 1024 with an i
@@ -30,12 +31,19 @@ class CommandFailed(Exception):
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir",
-        type=lambda text: [Path(part).expanduser().absolute() for part in text.split(",")],
+        type=_directories,
         default=[default_directory()],
         metavar="PATH[,PATH…]",
         help=f"directories of the cache, as given to the server (default: {default_directory()})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _directories(text: str) -> list[Path]:
+    try:
+        return directories_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 def size(text: str) -> int:
@@ -63,9 +71,56 @@ def human(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: "1 page", "2 pages"."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Of at least two of a unit: "90 minutes", "2 hours"."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * length:
+            return count(int(seconds // length), unit)
+    return count(max(0, int(seconds)), "second")
+
+
+def explain(error: Exception, where: Path | None = None) -> str:
+    """What went wrong, and with which file: `where`, unless the error names one."""
+    what = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where, what = error.filename or where, error.strerror
+    return f"{where}: {what}" if where else what
+
+
 def require(path: Path) -> None:
-    if not (path / "segments").is_dir():
+    if not _is_cache(path):
         raise CommandFailed(f"{path} is no directory of the cache")
+
+
+def fingerprint_folders(path: Path) -> list[Path]:
+    """Where the segments are, of each fingerprint; other things in `segments/` are left out."""
+    return [folder for folder in sorted((path / "segments").iterdir()) if is_fingerprint(folder)]
+
+
+def is_fingerprint(folder: Path) -> bool:
+    return re.fullmatch("[0-9a-f]{32}", folder.name) is not None and folder.is_dir()
+
+
+def require_siblings(directories: Sequence[Path]) -> None:
+    """All directories that hold pages of the same prefixes are given, as far as they are still there."""
+    given = set(map(os.path.realpath, directories))
+    for path in directories:
+        missing = [sibling for sibling in read_siblings(path) if str(sibling) not in given and _is_cache(sibling)]
+        if missing:
+            every = ",".join(map(str, [*directories, *missing]))
+            raise CommandFailed(
+                f"{path} was last used together with {', '.join(map(str, missing))}: give --dir {every}, "
+                f"or delete {path / NAME} if they do not belong together any more"
+            )
+
+
+def _is_cache(path: Path) -> bool:
+    return os.path.isdir(path / "segments")
 
 
 def read_table(path: Path, damage: Damage) -> Table:
@@ -87,7 +142,7 @@ def read_table(path: Path, damage: Damage) -> Table:
                 return Table.read([])
             return _read(Path(copy))
     except (OSError, lmdb.Error) as error:
-        raise CommandFailed(f"{path}: {error}") from error
+        raise CommandFailed(explain(error, path)) from error
 
 
 @contextmanager

@@ -9,20 +9,40 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_hcache.cli.advise import limit, times
-from sglang_hcache.cli.common import CommandFailed, add_common
+from sglang_hcache.cli.common import CommandFailed, add_common, explain
+from sglang_hcache.config import CALIBRATION
+from sglang_hcache.layouts import KeptLayout
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
 from sglang_hcache.storage.probe import read_bytes_per_s
 
-RATES, LAYOUTS = "calibration", "layouts"  # as in sglang_hcache.calibration and .save_planner, which need SGLang
 LENGTHS = (1024, 8192, 65536)  # tokens
+PLANNED = 8192  # tokens that limits are told for
 NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a server has kept of one model."""
+
+    about: dict[str, Any]
+    shape: ModelShape
+    machine: Machine
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Measured:
+        """Raises KeyError, TypeError or ValueError."""
+        measured = cls(kept["about"], ModelShape(**kept["about"]["model"]), Machine(**kept["rates"]))
+        if missing := {"machine", "rank", "ranks", "page_tokens"} - measured.about.keys():
+            raise KeyError(*missing)
+        return measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,35 +51,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder = arguments.dir[0] / RATES
+    folder = arguments.dir[0] / CALIBRATION
     files = sorted(folder.glob("*.json"))
     if arguments.again:
-        for file in files:
-            file.unlink()
-        print(f"{len(files)} forgotten; the next server measures anew")
-        return 0
+        return _forget(files, as_json=arguments.json)
     drives = {str(path): _drive(path) for path in arguments.dir}
-    stored = arguments.dir[0] / LAYOUTS
-    found = [examine(*one, _layout(stored, one[0]), len(drives)) for one in _read(files)]
+    found = [examine(measured, _layout(arguments.dir[0], measured), len(drives)) for measured in _read(files)]
     if arguments.json:
         print(json.dumps({"drives_bytes_per_s": drives, "models": found}, indent=2))
-        return 0
-    for path, rate in drives.items():
-        print(f"{path}: reads {rate / 1e9:.2f} GB/s now" if rate else f"{path}: cannot be tried")
+    else:
+        for path, rate in drives.items():
+            print(f"{path}: reads {rate / 1e9:.2f} GB/s now" if rate else f"{path}: cannot be tried")
+        for report in found:
+            _print(report)
     if not found:
         raise CommandFailed(f"no server has measured a model yet ({folder}); --hcache-plan auto does so at its start")
-    for report in found:
-        _print(report)
     return 0
 
 
-def _read(files: list[Path]) -> Iterator[tuple[dict[str, Any], Machine]]:
+def _forget(files: list[Path], *, as_json: bool) -> int:
+    for file in files:
+        file.unlink(missing_ok=True)
+    if as_json:
+        print(json.dumps({"forgotten": len(files)}))
+    else:
+        print(f"{len(files)} forgotten; the next server measures anew")
+    return 0
+
+
+def _read(files: list[Path]) -> Iterator[Measured]:
     for file in files:
         try:
-            kept = json.loads(file.read_text())
-            yield kept["about"], Machine(**kept["rates"])
+            yield Measured.of(json.loads(file.read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CommandFailed(f"{file} cannot be read ({error}); --again makes room for another") from error
+            what = f"it has no {error}" if isinstance(error, KeyError) else explain(error)
+            raise CommandFailed(f"{file} cannot be read ({what}); --again makes room for another") from error
 
 
 def _drive(directory: Path) -> float | None:
@@ -70,38 +96,39 @@ def _drive(directory: Path) -> float | None:
         return None
 
 
-def _layout(folder: Path, about: dict[str, Any]) -> Layout:
+def _layout(directory: Path, measured: Measured) -> Layout:
     """What is stored of the model; where none was planned, the smaller representation."""
-    for file in folder.glob("*.json"):
-        try:
-            kept = json.loads(file.read_text())
-            if (kept["about"]["model"], kept["about"]["page_tokens"]) == (about["model"], about["page_tokens"]):
-                return Layout(0, kept["hidden"], kept["kv"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    layers = about["model"]["layers"]
-    return Layout(0, layers, 0) if about["projector"] else Layout(0, 0, layers)
+    about, shape = measured.about, measured.shape
+    hidden = shape.stored_hidden_bytes or None
+    kept = KeptLayout(directory, shape, about["page_tokens"], hidden_bytes=hidden, kv_bytes=shape.stored_kv_bytes)
+    by_itself = about["ranks"] == 1 and not about.get("prefetcher")  # as the linker has it: only then is it planned
+    if by_itself and (planned := kept.read()) is not None:
+        return planned
+    smaller = about.get("projector") and shape.hidden_bytes < shape.kv_bytes
+    return Layout(0, shape.layers, 0) if smaller else Layout(0, 0, shape.layers)
 
 
-def examine(about: dict[str, Any], machine: Machine, layout: Layout, drives: int) -> dict[str, Any]:
+def examine(measured: Measured, layout: Layout, drives: int) -> dict[str, Any]:
     """What one file says, and what follows from it."""
-    shape = ModelShape(**about["model"])
+    about, shape, machine = measured.about, measured.shape, measured.machine
     costs, page_tokens = costs_of(shape, machine), about["page_tokens"]
-    asked = argparse.Namespace(tokens=[8192], new_tokens=NEW_TOKENS, offload=0.0, layerwise=False, drives=drives)
-    tiers = ("host", "ssd") if machine.ssd_bytes_per_s else ("host",)
+    tiers = {"host": 0, "ssd": drives} if machine.ssd_bytes_per_s else {"host": 0}
     return {
         "about": about,
         "stored": [{"representation": kind, "layers": [first, last]} for kind, first, last in layout.ranges()],
         "rates": {name: value for name, value in vars(machine).items() if name.endswith("_per_s")},
         "times": {
-            tier: [times(costs, layout, _hit(tokens // page_tokens, page_tokens, tier)) for tokens in LENGTHS]
-            for tier in tiers
+            tier: [times(costs, layout, _hit(tokens, page_tokens, tier)) for tokens in LENGTHS] for tier in tiers
         },
-        "limits": {tier: limit(shape, machine, tier, asked)["text"] for tier in tiers},
+        "limits": {
+            tier: limit(shape, machine, [_hit(PLANNED, page_tokens, tier)], drives=of_tier)["text"]
+            for tier, of_tier in tiers.items()
+        },
     }
 
 
-def _hit(pages: int, page_tokens: int, tier: str) -> Hit:
+def _hit(tokens: int, page_tokens: int, tier: str) -> Hit:
+    pages = tokens // page_tokens
     host, ssd = (pages, 0) if tier == "host" else (0, pages)
     return Hit(page_tokens, host, ssd, new_tokens=NEW_TOKENS)
 

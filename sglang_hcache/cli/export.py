@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from sglang_hcache.cli.bundle import Model, write_bundle
-from sglang_hcache.cli.common import CommandFailed, add_common, human, read_table
+from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, human, read_table, require_siblings
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.evictor import segment_file
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require_siblings(arguments.dir)
     stored = _stored(arguments.dir)
     models, chosen = [], []
     for fingerprint, pages in sorted(stored.items()):
@@ -42,22 +44,24 @@ def run(arguments: argparse.Namespace) -> int:
         if about.layout is None:
             raise CommandFailed(f"the layout of {fingerprint.hex()} is not known: its about.json is missing")
         reader = _Reader(fingerprint, about, pages)
-        run_ = reader.everything() if arguments.all else reader.prefix(arguments.key)
-        models.append(
-            Model(fingerprint.hex(), about.layout.page_tokens, about.layout.layer_bytes, about.texts, len(run_))
-        )
-        chosen.append((reader, run_))
+        if run_ := reader.everything() if arguments.all else reader.prefix(arguments.key):
+            models.append(
+                Model(fingerprint.hex(), about.layout.page_tokens, about.layout.layer_bytes, about.texts, len(run_))
+            )
+            chosen.append((reader, run_))
     if not models:
-        raise CommandFailed("there is no such page")
+        where = ", ".join(map(str, arguments.dir))
+        raise CommandFailed(f"{where}: nothing is stored" if arguments.all else f"{where}: no such page is stored")
     try:
         write_bundle(arguments.out, models, (reader.read(key) for reader, keys in chosen for key in keys))
+        size = arguments.out.stat().st_size
     except OSError as error:
-        raise CommandFailed(str(error)) from error
-    count, size = sum(model.pages for model in models), arguments.out.stat().st_size
+        raise CommandFailed(f"{arguments.out}: {error.strerror}") from error
+    total = sum(model.pages for model in models)
     if arguments.json:
-        print(json.dumps({"file": str(arguments.out), "pages": count, "bytes": size}))
+        print(json.dumps({"file": str(arguments.out), "pages": total, "bytes": size}))
     else:
-        print(f"{arguments.out}: {count} pages, {human(size)}")
+        print(f"{arguments.out}: {count(total, 'page')}, {human(size)}")
     return 0
 
 
@@ -81,6 +85,8 @@ class _Reader:
             verify(record, self._layout, self._fingerprint, key)
         except ChunkDamaged as damaged:
             raise CommandFailed(f"page {key.hex()}: {damaged.reason}") from damaged
+        except OSError as error:
+            raise CommandFailed(explain(error, file)) from error
         return record
 
     def prefix(self, key: bytes) -> list[bytes]:
@@ -128,7 +134,6 @@ def _about(directories: list[Path], fingerprint: bytes) -> About:
 
 
 def _key(text: str) -> bytes:
-    key = bytes.fromhex(text)
-    if len(key) != 32:
-        raise argparse.ArgumentTypeError("a key has 64 hexadecimal digits")
-    return key
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no key: give its 64 hexadecimal digits")
+    return bytes.fromhex(text)

@@ -3,7 +3,8 @@
 Without --repair it changes nothing and may be used while a server runs. --repair drops entries of pages that are not
 whole, lists whole pages that were not, and deletes stray files; nobody else may have the directory open then.
 
-Exit status: 0 clean; 1 problems, all repaired; 2 problems, not repaired (or bad arguments); 3 it could not check.
+Exit status: 0 clean; 1 problems, all repaired; 2 problems, not repaired (or bad arguments); 3 it could not check
+everything, and found nothing that is not repaired.
 """
 
 from __future__ import annotations
@@ -17,11 +18,21 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
 
-from sglang_hcache.cli.common import CommandFailed, Progress, add_common, alone, read_table
+from sglang_hcache.cli.common import (
+    CommandFailed,
+    Progress,
+    add_common,
+    alone,
+    count,
+    explain,
+    is_fingerprint,
+    read_table,
+)
 from sglang_hcache.storage.about import NAME, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import remove
@@ -31,18 +42,44 @@ from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read
 from sglang_hcache.storage.quota import give_back
 from sglang_hcache.storage.segment import SegmentReader
 
+REPAIRED, UNREPAIRED, FAILED = 1, 2, 3
 _SEGMENT = re.compile(r"[0-9a-f]{16}\.seg")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and with which file or record."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
 
 @dataclass
 class Report:
     """What was found in one directory."""
 
-    path: str
+    path: Path
     pages: int = 0  # whole, and listed
-    problems: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
-    repaired: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    unchecked: list[Problem] = field(default_factory=list)
+    repaired: int = 0  # problems
+
+    def add(self, place: object, reason: str, *, repaired: int = 0) -> None:
+        self.problems.append(Problem(str(place), reason))
+        self.repaired += repaired
+
+    @property
+    def status(self) -> int:
+        if self.repaired < len(self.problems):
+            return UNREPAIRED
+        return FAILED if self.unchecked else int(bool(self.problems))
+
+    def as_json(self) -> dict[str, Any]:
+        texts = {name: [*map(str, getattr(self, name))] for name in ("problems", "unchecked")}
+        return {"path": str(self.path), "pages": self.pages, **texts, "repaired": self.repaired}
 
 
 @dataclass
@@ -53,8 +90,11 @@ class _Model:
     fingerprint: bytes
     layout: ChunkLayout
     listed: dict[tuple[str, int], bytes]
-    bad: list[tuple[bytes, Entry]] = field(default_factory=list)
+    bad: dict[tuple[bytes, Entry], str] = field(default_factory=dict)  # listed, and why they are not whole
     unlisted: list[tuple[bytes, Entry]] = field(default_factory=list)
+
+    def record(self, segment: str, slot: int) -> str:
+        return f"{self.folder / segment}.seg, record {slot}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,45 +109,75 @@ def run(arguments: argparse.Namespace) -> int:
             with alone(path) if arguments.repair else nullcontext():
                 reports.append(check(path, repair=arguments.repair))
         except (OSError, lmdb.Error) as error:
-            raise CommandFailed(f"{path}: {error}") from error
+            raise CommandFailed(explain(error, path)) from error
     if arguments.json:
-        print(json.dumps({"directories": [vars(report) for report in reports]}, indent=2))
+        print(json.dumps({"directories": [report.as_json() for report in reports]}, indent=2))
     else:
         for report in reports:
-            for line in [*report.problems, *report.unchecked]:
-                print(line)
-            problems = len(report.problems)
-            print(f"{report.path}: {report.pages} pages are whole, {problems} problems, {report.repaired} repaired")
-    if any(report.problems and report.repaired < len(report.problems) for report in reports):
-        return 2
-    return int(any(report.problems for report in reports))
+            _print(report)
+    worst_first = (UNREPAIRED, FAILED, REPAIRED)
+    return next((one for one in worst_first if any(report.status == one for report in reports)), 0)
+
+
+def _print(report: Report) -> None:
+    for problem in [*report.problems, *report.unchecked]:
+        print(problem)
+    whole = f"{count(report.pages, 'page')} {'is' if report.pages == 1 else 'are'} whole"
+    unchecked = f", {count(len(report.unchecked), 'model')} not checked" if report.unchecked else ""
+    print(f"{report.path}: {whole}, {count(len(report.problems), 'problem')}, {report.repaired} repaired{unchecked}")
 
 
 def check(path: Path, *, repair: bool) -> Report:
-    report, damage = Report(str(path)), Damage()
+    report, damage = Report(path), Damage()
     if repair:
         prepare(path / "index", damage)
     listed = _listed(path, damage, repair)
     if damage.files:
-        report.problems.append(f"{path / 'index'}: damaged, {damage.pages} entries were lost")
-        report.repaired += repair
-    folders = [folder for folder in sorted((path / "segments").iterdir()) if folder.is_dir()]
-    for folder in folders:
+        lost = count(damage.pages, "entry", "entries") if damage.pages else "everything"
+        report.add(path / "index", f"damaged, and {lost} in it lost", repaired=repair)
+    for folder in sorted((path / "segments").iterdir()):
+        if not is_fingerprint(folder):
+            _stray(folder, report, repair)
+            continue
         fingerprint = bytes.fromhex(folder.name)
+        pages = listed.pop(fingerprint, {})
         layout = read_about(folder).layout
         if layout is None:
-            report.unchecked.append(f"{folder}: {NAME} is missing or damaged; its pages are not checked")
+            report.unchecked.append(Problem(str(folder), f"{NAME} is missing or damaged; its pages are not checked"))
             continue
-        model = _Model(folder, fingerprint, layout, listed.pop(fingerprint, {}))
-        _check_files(model, report, repair)
-        _check_pages(model, report)
-        if model.unlisted and not model.listed and not repair:
-            report.problems.append(f"{folder}: {len(model.unlisted)} whole pages, and no index lists any of them")
-        if model.bad and not repair:
-            _forgive(model, path, report)
-        if repair:
-            _repair(model, path, report)
+        _check_model(_Model(folder, fingerprint, layout, pages), report, repair)
+    for fingerprint, pages in listed.items():
+        _check_lost(fingerprint, pages, report, repair)
     return report
+
+
+def _check_model(model: _Model, report: Report, repair: bool) -> None:
+    for file in sorted(model.folder.iterdir()):
+        if file.name != NAME and not (_SEGMENT.fullmatch(file.name) and file.is_file() and not file.is_symlink()):
+            _stray(file, report, repair)
+    _check_pages(model, report)
+    if model.bad and not repair:
+        _forgive(model, report.path)
+    for (_, entry), reason in model.bad.items():
+        report.add(model.record(*entry.place), reason)
+    if repair:
+        _repair(model, report)
+    elif model.unlisted and not model.listed:
+        report.add(model.folder, f"{count(len(model.unlisted), 'whole page')}, and no index lists any")
+
+
+def _stray(path: Path, report: Report, repair: bool) -> None:
+    report.add(path, "does not belong here", repaired=repair and remove(path))
+
+
+def _check_lost(fingerprint: bytes, pages: dict[tuple[str, int], bytes], report: Report, repair: bool) -> None:
+    """Pages are listed, and there is no folder for them."""
+    folder = report.path / "segments" / fingerprint.hex()
+    report.add(folder, f"missing, and {count(len(pages), 'page')} listed", repaired=repair)
+    if repair:
+        index = Index(report.path / "index", fingerprint)
+        index.delete_many((key, Entry(*place)) for place, key in pages.items())
+        index.close()
 
 
 def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[str, int], bytes]]:
@@ -127,20 +197,13 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
     return found
 
 
-def _check_files(model: _Model, report: Report, repair: bool) -> None:
-    for file in sorted(model.folder.iterdir()):
-        if file.name != NAME and not (_SEGMENT.fullmatch(file.name) and file.is_file() and not file.is_symlink()):
-            report.problems.append(f"{file}: does not belong here")
-            report.repaired += bool(repair and remove(file))
-
-
 def _check_pages(model: _Model, report: Report) -> None:
     """Read every record there is, and every one that should be."""
     size = model.layout.record_bytes
     lengths = {
         file.stem: file.stat().st_size // size for file in model.folder.glob("*.seg") if _SEGMENT.fullmatch(file.name)
     }
-    places = {(name, slot) for name, count in lengths.items() for slot in range(count)} | model.listed.keys()
+    places = {(name, slot) for name, records in lengths.items() for slot in range(records)} | model.listed.keys()
     progress = Progress(model.folder.name[:12], len(places))
     keys = set(model.listed.values())
     for (name, slot), header, reason in _read(model, sorted(places), report):
@@ -152,8 +215,7 @@ def _check_pages(model: _Model, report: Report) -> None:
                 parent = header.parent[:PARENT_BYTES]
                 model.unlisted.append((header.key, Entry(name, slot, parent, 0, int(time.time()))))
         elif header is None or header.key != key:
-            model.bad.append((key, Entry(name, slot)))
-            report.problems.append(f"{model.folder / name}.seg, record {slot}: {reason or 'it is another page'}")
+            model.bad[key, Entry(name, slot)] = reason or "it is another page"
         else:
             report.pages += 1
 
@@ -175,30 +237,24 @@ def _read(
         except ChunkDamaged as damaged:
             yield (name, slot), None, damaged.reason
         except OSError as error:
-            report.problems.append(f"{model.folder / name}.seg, record {slot}: the disk cannot read it ({error})")
+            report.add(model.record(name, slot), f"the disk cannot read it ({error.strerror or error})")
         else:
             yield (name, slot), header, ""
 
 
-def _forgive(model: _Model, path: Path, report: Report) -> None:
+def _forgive(model: _Model, path: Path) -> None:
     """A server may have evicted pages while they were read: those are no problem."""
     now = _listed(path, Damage(), repair=False).get(model.fingerprint, {})
-    still = [(key, entry) for key, entry in model.bad if now.get(entry.place) == key]
-    gone = {f"{model.folder / entry.segment}.seg, record {entry.slot}:" for key, entry in model.bad} - {
-        f"{model.folder / entry.segment}.seg, record {entry.slot}:" for key, entry in still
-    }
-    report.problems = [line for line in report.problems if not any(line.startswith(one) for one in gone)]
-    model.bad = still
+    model.bad = {(key, entry): reason for (key, entry), reason in model.bad.items() if now.get(entry.place) == key}
 
 
-def _repair(model: _Model, path: Path, report: Report) -> None:
-    index = Index(path / "index", model.fingerprint)
+def _repair(model: _Model, report: Report) -> None:
+    index = Index(report.path / "index", model.fingerprint)
     try:
         report.repaired += index.delete_many(model.bad)
         if model.unlisted:
             index.put_many(model.unlisted)
-            report.problems.append(f"{model.folder}: {len(model.unlisted)} whole pages were not listed")
-            report.repaired += 1
+            report.add(model.folder, f"{count(len(model.unlisted), 'whole page')} not listed", repaired=1)
             report.pages += len(model.unlisted)
         index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
         used = {entry.segment for _, entry in index.entries()}

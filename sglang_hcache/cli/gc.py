@@ -12,20 +12,34 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 import numpy as np
 
-from sglang_hcache.cli.common import CommandFailed, add_common, human, require, size, span
+from sglang_hcache.cli.common import (
+    CommandFailed,
+    add_common,
+    count,
+    fingerprint_folders,
+    human,
+    read_table,
+    require,
+    require_siblings,
+    size,
+    span,
+)
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import open_shared
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable, release
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import Quota, bytes_on_disk
+from sglang_hcache.storage.quota import Quota, bytes_below, bytes_on_disk
 from sglang_hcache.storage.table import Table
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,66 +50,152 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    results = []
+    directories: list[Path] = arguments.dir
+    for path in directories:
+        require(path)
+    require_siblings(directories)
+    if arguments.to_size is not None:
+        _require_room(directories, arguments.to_size)
     try:
-        with ExitStack() as opened:
-            indexes = []
-            for path in arguments.dir:
-                require(path)
-                opened.callback(os.close, open_shared(path, Damage()))
-                indexes.append(Index(path / "index", b""))
-                opened.callback(indexes[-1].close)
-            for i, path in enumerate(arguments.dir):
-                others = [*indexes[:i], *indexes[i + 1 :]]
-                results.append(collect(path, [indexes[i], *others], arguments))
-    except (OSError, lmdb.Error) as error:
+        results = _foresee(arguments) if arguments.dry_run else _collect(arguments)
+    except lmdb.Error as error:
         raise CommandFailed(str(error)) from error
     if arguments.json:
         print(json.dumps({"dry_run": arguments.dry_run, "directories": results}, indent=2))
     else:
         for one in results:
-            does = "would delete" if arguments.dry_run else "deleted"
-            print(
-                f"{one['path']}: {does} {one['pages']} pages, {human(one['freed_bytes'])} ({one['orphans']} orphans)"
-            )
+            _print(one, "would delete" if arguments.dry_run else "deleted")
     short = [one["path"] for one in results if one["short_bytes"] > 0]
     if short and not arguments.dry_run:
-        raise CommandFailed(f"{', '.join(short)} takes more than --to-size: the rest is in use or not listed")
+        raise CommandFailed(
+            f"{', '.join(short)} takes more than --to-size: the rest is its index, in use or not listed"
+        )
     return 0
 
 
-def collect(path: Path, indexes: Sequence[Index], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Delete in the first of the indexes' directories; the others hold pages of the same prefixes."""
+def _require_room(directories: Sequence[Path], to_size: int) -> None:
+    """Deleting every page leaves the index."""
+    for path in directories:
+        least = bytes_below(path / "index")
+        if to_size < least:
+            raise CommandFailed(f"--to-size must be at least {least}B: so much does the index of {path} take")
+
+
+def _print(one: dict[str, Any], does: str) -> None:
+    orphans = count(one["orphans"], "orphan")
+    print(f"{one['path']}: {does} {count(one['pages'], 'page')}, {human(one['freed_bytes'])} ({orphans})")
+    if one["index_damaged"]:
+        lost = count(one["damaged_entries"], "damaged entry", "damaged entries")
+        print(f"{one['path']}: the index is damaged ({lost}); pages that it does not list are left out here")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to be deleted of a directory, and of the pages in others that come after it."""
+
+    table: Table
+    victims: Mask
+    orphans: int  # of the victims
+    freed_bytes: int
+
+    @property
+    def pages(self) -> int:
+        return int(self.victims.sum())
+
+
+def _foresee(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What would be deleted. Changes nothing."""
+    damages = [Damage() for _ in arguments.dir]
+    tables = [read_table(path, damage) for path, damage in zip(arguments.dir, damages, strict=True)]
+    results = []
+    for i, (path, damage) in enumerate(zip(arguments.dir, damages, strict=True)):
+        choice = _choose(_first(i, arguments.dir), _first(i, tables), arguments)
+        left = bytes_on_disk(path) - choice.freed_bytes
+        results.append(_result(path, choice.pages, choice, choice.freed_bytes, left, arguments, damage))
+    return results
+
+
+def _collect(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Delete, in one directory after the other."""
+    with ExitStack() as opened:
+        damages, indexes = [], []
+        for path in arguments.dir:
+            damages.append(Damage())
+            opened.callback(os.close, open_shared(path, damages[-1]))
+            indexes.append(Index(path / "index", b""))
+            opened.callback(indexes[-1].close)
+        return [
+            _collect_one(_first(i, arguments.dir), _first(i, indexes), arguments, damage)
+            for i, damage in enumerate(damages)
+        ]
+
+
+def _collect_one(
+    paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse.Namespace, damage: Damage
+) -> dict[str, Any]:
+    """Delete in the first of the directories; the others hold pages of the same prefixes."""
+    path = paths[0]
     with Quota(path, 1 << 62, 0).locked():
         before = bytes_on_disk(path)
-        pages, orphans, freed = _collect(path, indexes, arguments)
-        for _ in range(ROUNDS if arguments.to_size is not None and not arguments.dry_run else 0):
+        first = _delete(paths, indexes, arguments)
+        pages = first.pages
+        for _ in range(ROUNDS if arguments.to_size is not None else 0):
             if bytes_on_disk(path) <= arguments.to_size:
                 break
-            pages += _collect(path, indexes, arguments)[0]  # the index may have grown by what was deleted
+            pages += _delete(paths, indexes, arguments).pages  # the index may have grown by what was deleted
         after = bytes_on_disk(path)
+    return _result(path, pages, first, before - after, after, arguments, damage)
+
+
+def _result(
+    path: Path, pages: int, first: Choice, freed: int, left: int, arguments: argparse.Namespace, damage: Damage
+) -> dict[str, Any]:
     return {
         "path": str(path),
         "pages": pages,
-        "orphans": orphans,
-        "freed_bytes": freed if arguments.dry_run else before - after,
-        "short_bytes": 0 if arguments.to_size is None else max(0, after - arguments.to_size),
+        "orphans": first.orphans,
+        "freed_bytes": freed,
+        "short_bytes": 0 if arguments.to_size is None else max(0, left - arguments.to_size),
+        "index_damaged": damage.files > 0,
+        "damaged_entries": damage.pages,
     }
 
 
-def _collect(path: Path, indexes: Sequence[Index], arguments: argparse.Namespace) -> tuple[int, int, int]:
-    """How many pages were chosen, how many of them as orphans, and the bytes they take."""
-    table = Table.read(indexes)
-    freed = freeable(path, table)
-    orphans = _orphans(table)
+def _delete(paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse.Namespace) -> Choice:
+    choice = _choose(paths, [Table.read([index]) for index in indexes], arguments)
+    table, victims = choice.table, choice.victims
+    if victims.any():
+        drop(indexes, table, victims)
+        for volume, path in enumerate(paths):
+            release(path, table, victims, table.slots_in_use(~victims, volume), volume=volume)
+    return choice
+
+
+def _choose(paths: Sequence[Path], tables: Sequence[Table], arguments: argparse.Namespace) -> Choice:
+    table = Table.join(tables)
+    freed = freeable(paths[0], table)
+    orphans = _orphans(table) & ~table.of(_listed_in_part(paths, tables))
     victims = orphans | _unused(table, arguments.older_than)
     if arguments.to_size is not None:
-        short = bytes_on_disk(path) - int(freed[victims].sum()) - arguments.to_size
+        short = bytes_on_disk(paths[0]) - int(freed[victims].sum()) - arguments.to_size
         victims |= choose(table.forest, table.worth(time.time()), np.where(victims, 0, freed), short)
-    if not arguments.dry_run and victims.any():
-        drop(indexes, table, victims)
-        release(path, table, victims, table.slots_in_use(~victims, volume=0))
-    return int(victims.sum()), int(orphans.sum()), int(freed[victims].sum())
+    victims &= table.record_bytes > 0  # elsewhere an index has lost its mark, and nobody knows what a page takes
+    return Choice(table, victims, int((orphans & victims).sum()), int(freed[victims].sum()))
+
+
+def _listed_in_part(paths: Sequence[Path], tables: Sequence[Table]) -> set[bytes]:
+    """Fingerprints of which a directory has segments that its index, damaged before, does not list in full."""
+    return {
+        fingerprint
+        for path, table in zip(paths, tables, strict=True)
+        for folder in fingerprint_folders(path)
+        if (fingerprint := bytes.fromhex(folder.name)) not in table.sizes and any(folder.glob("*.seg"))
+    }
+
+
+def _first(i: int, things: Sequence[T]) -> list[T]:
+    """With one of them moved to the front."""
+    return [things[i], *things[:i], *things[i + 1 :]]
 
 
 def _orphans(table: Table) -> Mask:
@@ -105,11 +205,11 @@ def _orphans(table: Table) -> Mask:
 
 
 def _unused(table: Table, older_than: int | None) -> Mask:
-    """Pages of fingerprints of which none was used for so long."""
+    """Pages of fingerprints of which none was used for so long; those in other directories have their turn."""
     unused = np.zeros(len(table.names), np.bool_)
     if older_than is not None:
         for group in range(len(table.fingerprints)):
             mine = table.group == group
             if time.time() - int(table.value["last_use"][mine].max()) > older_than:
-                unused |= mine
+                unused |= mine & (table.volume == 0)
     return unused

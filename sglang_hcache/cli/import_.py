@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from sglang_hcache.cli.bundle import BundleDamaged, Model, read_header_of, read_records
-from sglang_hcache.cli.common import CommandFailed, add_common
+from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, require_siblings
 from sglang_hcache.storage.store import SEGMENT_BYTES
 from sglang_hcache.storage.stripe import Stripe
 from sglang_hcache.storage.volume import Volume
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     path: Path = arguments.file
     stored = present = 0
+    require_siblings(arguments.dir)
     try:
         header, start = read_header_of(path)
         for _ in read_records(path, start, header.models):
@@ -38,11 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     except BundleDamaged as damaged:
         raise CommandFailed(f"{path}: {damaged}; nothing is stored") from damaged
     except OSError as error:
-        raise CommandFailed(str(error)) from error
+        raise CommandFailed(explain(error, path)) from error
     if arguments.json:
         print(json.dumps({"stored": stored, "present": present}))
     else:
-        print(f"{stored} pages stored, {present} were there")
+        print(f"{count(stored, 'page')} stored, {present} {'was' if present == 1 else 'were'} there")
     return 0
 
 

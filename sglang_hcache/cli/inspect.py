@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sglang_hcache.cli.common import add_common, human, read_table
+from sglang_hcache.cli.common import add_common, count, duration, fingerprint_folders, human, read_table
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
+from sglang_hcache.storage.table import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,25 +37,19 @@ def inspect(path: Path) -> dict[str, Any]:
     """What one directory holds. Times are unix seconds, sizes bytes."""
     damage = Damage()
     table = read_table(path, damage)
-    fingerprints = []
-    for folder in sorted((path / "segments").iterdir()):
-        if folder.is_dir():
-            fingerprints.append(_fingerprint(folder, table))
     return {
         "path": str(path),
         "bytes": bytes_on_disk(path),
         "index_bytes": bytes_below(path / "index"),
         "free_bytes": shutil.disk_usage(path).free,
         "damaged_entries": damage.pages,
-        "fingerprints": fingerprints,
+        "fingerprints": [_fingerprint(folder, table) for folder in fingerprint_folders(path)],
     }
 
 
-def _fingerprint(folder: Path, table: Any) -> dict[str, Any]:
+def _fingerprint(folder: Path, table: Table) -> dict[str, Any]:
     about = read_about(folder)
-    mine = np.zeros(len(table.names), np.bool_)
-    if table.names and folder.name in [one.hex() for one in table.fingerprints]:
-        mine = table.group == [one.hex() for one in table.fingerprints].index(folder.name)
+    mine = table.of([bytes.fromhex(folder.name)])
     rows = table.value[mine]
     layout = about.layout
     return {
@@ -78,13 +71,7 @@ def print_directory(directory: dict[str, Any]) -> None:
     for one in directory["fingerprints"]:
         name = ", ".join(one["about"].values()) or "unknown model"
         print(f"  {one['fingerprint'][:12]}  {name}")
-        used = "never" if one["newest_use"] is None else _ago(one["newest_use"])
-        print(f"    {one['pages']} pages, {human(one['bytes'])}, {one['hits']} hits, last used {used}")
-
-
-def _ago(then: int) -> str:
-    seconds = max(0, int(time.time()) - then)
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length} {unit} ago"
-    return f"{seconds} seconds ago"
+        used = "never" if one["newest_use"] is None else f"{duration(time.time() - one['newest_use'])} ago"
+        print(
+            f"    {count(one['pages'], 'page')}, {human(one['bytes'])}, {count(one['hits'], 'hit')}, last used {used}"
+        )

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sglang_hcache.cli.common import CommandFailed
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="where the keys are kept; made if need be")
@@ -22,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sglang_hcache.prefetch.keys import make_keys
 
-    try:
-        folders = make_keys(arguments.directory, arguments.client or ("client",))
-    except OSError as error:
-        raise CommandFailed(str(error)) from None
+    folders = make_keys(arguments.directory, arguments.client or ("client",))
     print(f"prefetcher: --keys {arguments.directory}")
     for folder in folders:
         print(f"client {folder.name}: move {folder} to its host")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
-from sglang_hcache.cli.common import CommandFailed
+from sglang_hcache import TESTED_SGLANG, __version__
+from sglang_hcache.cli.common import CommandFailed, explain
 
 COMMANDS = {
     "advise": ("sglang_hcache.cli.advise", "what to store of a model on a machine, and what restoring will take"),
     "doctor": ("sglang_hcache.cli.doctor", "what a server has measured here, and what limits restoring"),
+    "status": ("sglang_hcache.cli.status", "show what the prefetcher of these directories does now"),
     "inspect": ("sglang_hcache.cli.inspect", "show what is stored"),
     "fsck": ("sglang_hcache.cli.fsck", "check the index and every checksum, and repair"),
     "gc": ("sglang_hcache.cli.gc", "delete what is of no use, or of least"),
@@ -22,12 +25,21 @@ COMMANDS = {
 }
 USAGE = 2  # argparse's own
 FAILED = 3
+DEFECT = 70  # sysexits.h: EX_SOFTWARE
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; others: see its --help."""
+    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; 70 a defect of ours.
+
+    Others: see the command's --help.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="hcache", description="The files of the hidden-state cache tier.")
+    parser.add_argument(
+        "--version", action="version", version=f"sglang-hcache {__version__}, tested with SGLang {TESTED_SGLANG}"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = None
     for name, (module_name, summary) in COMMANDS.items():
@@ -49,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except BrokenPipeError:
         return FAILED
+    except OSError as error:
+        print(f"hcache {parsed.command}: {explain(error)}", file=sys.stderr)
+        return FAILED
+    except Exception:  # Python's own status for it, 1, means something else to the commands
+        log.exception("hcache %s: this is a defect of sglang-hcache; please report it.", parsed.command)
+        return DEFECT
 
 
 if __name__ == "__main__":

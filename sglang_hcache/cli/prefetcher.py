@@ -12,9 +12,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.cli.common import size
+from sglang_hcache.cli.common import explain, size
+from sglang_hcache.config import directories_of
+from sglang_hcache.storage.files import make_private
+from sglang_hcache.storage.layout import ALIGNMENT
+from sglang_hcache.storage.quota import SEGMENTS
 
 NAMES = ("dir", "listen", "keys", "size_limit", "host_limit", "read_limit")
+_LEAST_PAGE = 2 * ALIGNMENT  # a header and one layer
+LEAST = {"size_limit": SEGMENTS * _LEAST_PAGE, "host_limit": 2 * _LEAST_PAGE, "read_limit": 1}  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         config = configuration(arguments)
     except (OSError, ValueError) as error:
-        print(f"hcache prefetcher: {error}", file=sys.stderr)
+        print(f"hcache prefetcher: {explain(error)}", file=sys.stderr)
         return 2
     return serve(config)
 
@@ -55,32 +61,31 @@ def configuration(arguments: argparse.Namespace) -> Any:
     values |= {name: value for name in NAMES if (value := getattr(arguments, name)) is not None}
     if not values.get("dir"):
         raise ValueError("give --dir PATH[,PATH...]")
-    parts = values["dir"] if isinstance(values["dir"], list) else str(values["dir"]).split(",")
-    if not all(isinstance(part, str) and part.strip() for part in parts):
-        raise ValueError(f"--dir {values['dir']!r} has an empty path in it")
-    directories = tuple(str(Path(part).expanduser().absolute()) for part in parts)
-    for directory in directories:
-        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-    address, listen, keys = (
-        endpoint_for(directories).address,
-        str(values.get("listen", "")),
-        str(values.get("keys", "")),
-    )
+    given = values["dir"]
+    try:
+        paths = directories_of([str(part) for part in given] if isinstance(given, list) else str(given))
+    except ValueError as error:
+        raise ValueError(f"--dir {given!r} {error}") from None
+    limits = {name: limit(name, values) for name in LEAST}
+    directories, listen, keys = tuple(map(str, paths)), str(values.get("listen", "")), str(values.get("keys", ""))
+    address = endpoint_for(directories).address
     if listen in ("ipc", address):  # always served
         listen = ""
     if listen:
         check_listen(listen, keys)
     if keys:
         server_keys(Path(keys))
+    for path in paths:
+        make_private(path)
     return ServerConfig(
         address,
         directories,
-        limit("size_limit", values),
+        limits["size_limit"],
         ends_when_unused=False,
         listen=listen,
         keys=keys,
-        host_bytes=limit("host_limit", values),
-        read_bytes_per_s=limit("read_limit", values),
+        host_bytes=limits["host_limit"],
+        read_bytes_per_s=limits["read_limit"],
     )
 
 
@@ -93,7 +98,12 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or (unknown := set(values) - set(NAMES)):
         what = ", ".join(sorted(unknown)) if isinstance(values, dict) else "no table"
         raise ValueError(f"--config {path}: {what} is not understood; known: {', '.join(NAMES)}")
-    return values
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        parts = value if name == "dir" and isinstance(value, list) else [value]
+        if not all(isinstance(part, str | int | float) for part in parts):
+            raise ValueError(f"--config {path}: {name} is no text{', nor a list of texts' * (name == 'dir')}")
+    return given
 
 
 def limit(name: str, values: dict[str, Any]) -> int | None:
@@ -105,6 +115,6 @@ def limit(name: str, values: dict[str, Any]) -> int | None:
         bound = size(str(value))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{flag} {error}") from None
-    if bound == 0:
-        raise ValueError(f"{flag} {value} leaves nothing: give more, or drop it")
+    if bound < LEAST[name]:
+        raise ValueError(f"{flag} {value} holds nothing: give more, or drop it")
     return bound

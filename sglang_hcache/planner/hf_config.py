@@ -12,7 +12,7 @@ _PLAIN_MLP = {
     *("opt", "gptj", "gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "falcon", "RefinedWeb", "RefinedWebModel"),
     *("bloom", "mpt", "phi", "starcoder2", "codegen"),
 }
-_MIXED = {"gemma2", "gemma3", "gemma3_text", "cohere2", "gpt_oss"}
+_MIXED = {"gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "cohere2", "gpt_oss", "llama4_text"}
 _LINEAR = {"mamba", "linear_attention", "recurrent", "conv"}
 
 

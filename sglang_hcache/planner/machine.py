@@ -38,21 +38,22 @@ class Gpu:
     """Of NVIDIA's datasheets: dense 16-bit tensor throughput with 32-bit sums, memory, host link, NVLink."""
 
     flop_per_s: float
+    memory_bytes: float
     memory_bytes_per_s: float
     pcie_generation: int
     nvlink_bytes_per_s: float = 0.0  # one direction; 0: peers talk over PCIe
 
 
 GPUS = {
-    "A100-40": Gpu(312e12, 1555e9, 4, 300e9),
-    "A100-80": Gpu(312e12, 2039e9, 4, 300e9),
-    "H100": Gpu(989e12, 3350e9, 5, 450e9),
-    "H200": Gpu(989e12, 4800e9, 5, 450e9),
-    "B200": Gpu(2250e12, 8000e9, 5, 900e9),
-    "L40S": Gpu(362e12, 864e9, 4),
-    "RTX-4090": Gpu(165.2e12, 1008e9, 4),
-    "A30": Gpu(165e12, 933e9, 4, 100e9),
-    "A10G": Gpu(70e12, 600e9, 4),
+    "A100-40": Gpu(312e12, 40e9, 1555e9, 4, 300e9),
+    "A100-80": Gpu(312e12, 80e9, 2039e9, 4, 300e9),
+    "H100": Gpu(989e12, 80e9, 3350e9, 5, 450e9),
+    "H200": Gpu(989e12, 141e9, 4800e9, 5, 450e9),
+    "B200": Gpu(2250e12, 180e9, 8000e9, 5, 900e9),
+    "L40S": Gpu(362e12, 48e9, 864e9, 4),
+    "RTX-4090": Gpu(165.2e12, 24e9, 1008e9, 4),
+    "A30": Gpu(165e12, 24e9, 933e9, 4, 100e9),
+    "A10G": Gpu(70e12, 24e9, 600e9, 4),
 }
 
 # 16 lanes of 16 or 32 GT/s, 128b/130b.

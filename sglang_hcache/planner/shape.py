@@ -24,7 +24,7 @@ class ModelShape:
     stored_hidden_bytes: int = 0  # of a token in a layer, where hidden states are stored in fewer; 0: as they are
     stored_kv_bytes: int = 0  # likewise, of K and V
     latent_size: int = 0  # elements a token of multi-head latent attention, which is not supported; 0: none
-    mixed_attention: bool = False  # some layers see a window only; they are counted as if they saw everything
+    mixed_attention: bool = False  # some layers see a window only, which is not supported
 
     def __post_init__(self) -> None:
         for name in (
@@ -83,6 +83,11 @@ class ModelShape:
     def head_weight_bytes(self) -> int:
         """Of the matrix that makes logits."""
         return self.vocabulary * self.hidden_size * self.dtype_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the whole model; input embeddings that are not the head's matrix come on top."""
+        return self.layers * self.layer_weight_bytes + self.head_weight_bytes
 
     @property
     def _mlp_parameters(self) -> int:

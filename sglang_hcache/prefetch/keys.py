@@ -21,6 +21,7 @@ import zmq
 import zmq.auth
 
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"
+_NO_NAMES = (CLIENTS, f"{SERVER}.key", f"{SERVER}.key_secret", "", ".", "..")  # of clients' folders
 
 Pair = tuple[bytes, bytes]  # public and secret key, Z85
 
@@ -32,16 +33,21 @@ class KeyFileError(OSError):
 def make_keys(directory: Path, clients: Sequence[str] = (CLIENT,)) -> list[Path]:
     """Make the server's keys, where there are none, and those of new clients; the folders to copy to their hosts.
 
-    Raises KeyFileError where a client's name is taken or is no name, before anything is made.
+    Raises KeyFileError where a client's name is taken, given twice or no name, or others may enter a folder that is
+    there; before anything is made.
     """
     for name in clients:
-        if name in (CLIENTS, "", ".", "..") or "/" in name:
+        if name in _NO_NAMES or "/" in name:
             raise KeyFileError(f"{name!r} cannot be the name of a client")
+        if clients.count(name) > 1:
+            raise KeyFileError(f"{name!r} is given twice: name each client once")
         if (directory / name).exists() or (directory / CLIENTS / f"{name}.key").exists():
             raise KeyFileError(f"{directory} has keys of {name!r} already: name another client, or remove them")
-    for folder in (directory, directory / CLIENTS):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folders = (directory, directory / CLIENTS)
+    for folder in filter(Path.exists, folders):
         _check_private(folder)
+    for folder in folders:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (directory / f"{SERVER}.key_secret").exists():
         _make_pair(directory, SERVER)
     for name in clients:

@@ -23,6 +23,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
 Parameter = dict[str, str]
+FigureTable = dict[str, int | float | str | list[dict[str, int | str]]]
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, kw_only=True):
@@ -115,6 +116,10 @@ class Stats(Message):
     """Asks for `Figures`."""
 
 
+class Overview(Message):
+    """Asks for an `Overviewed`; on this host it needs no session, and takes nothing."""
+
+
 class Health(Message):
     """Asks for an `Alive`. Sent every second; a client on another host is given up without."""
 
@@ -167,7 +172,16 @@ class Flushed(Message):
 
 class Figures(Message):
     answers: Count
-    figures: dict[str, int | float | str | list[dict[str, int | str]]]
+    figures: FigureTable
+
+
+class Overviewed(Message):
+    """What the prefetcher does for all its clients."""
+
+    pid: Count
+    uptime_s: Annotated[float, msgspec.Meta(ge=0)]
+    clients: Count
+    models: list[FigureTable]  # as in `Figures`, and whose they are
 
 
 class Alive(Message):
@@ -175,9 +189,22 @@ class Alive(Message):
 
 
 FromClient = (
-    Hello | Lookup | Prefetch | Cancel | Release | Commit | Abandon | Credit | Flush | DropHost | Stats | Health | Bye
+    Hello
+    | Lookup
+    | Prefetch
+    | Cancel
+    | Release
+    | Commit
+    | Abandon
+    | Credit
+    | Flush
+    | DropHost
+    | Stats
+    | Overview
+    | Health
+    | Bye
 )
-FromServer = Welcome | Refused | Granted | Ready | Found | Flushed | Figures | Alive
+FromServer = Welcome | Refused | Granted | Ready | Found | Flushed | Figures | Overviewed | Alive
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

@@ -77,7 +77,7 @@ class Server:
         self._poller.register(self._wake, zmq.POLLIN)
         self._served = 0
         self._stopping = False
-        self._idle_since = time.monotonic()
+        self._began = self._idle_since = time.monotonic()
         self._handlers: dict[type[m.Message], Callable[[Session, Any], None]] = {
             m.Lookup: self._lookup,
             m.Prefetch: self._prefetch,
@@ -89,6 +89,7 @@ class Server:
             m.Flush: self._flush,
             m.DropHost: self._drop_host,
             m.Stats: self._stats,
+            m.Overview: self._overview,
             m.Health: self._health,
             m.Bye: self._bye,
         }
@@ -159,6 +160,9 @@ class Server:
             if session is not None or peer in self._greeted:
                 raise Refusal("out_of_order", "there is a session already")
             self._hello(peer, message)
+            return
+        if isinstance(message, m.Overview) and session is None and not peer.door.remote:
+            self._reply(peer, None, self._overviewed())
             return
         if session is None or message.session != session.number:
             raise Refusal("unknown_session", f"no session {message.session} of this client", fatal=True)
@@ -329,6 +333,20 @@ class Server:
         figures["messages_refused"] = sum(self.refused.values())
         figures |= self.counts | {f"refused_{reason}": count for reason, count in self.refused.items()}
         self._send(session, m.Figures(answers=message.seq, figures=figures))
+
+    def _overview(self, session: Session, message: m.Overview) -> None:
+        self._send(session, self._overviewed())
+
+    def _overviewed(self) -> m.Overviewed:
+        models = []
+        for space in self._spaces.opened:
+            models.append(space.store.stats())
+            models[-1]["about"] = ", ".join(space.made_for.about.values())
+            models[-1]["fingerprint"] = space.fingerprint.hex()
+            models[-1]["memory_bytes"] = space.store.memory.nbytes
+            models[-1]["clients"] = len(space.sessions)
+        uptime_s = time.monotonic() - self._began
+        return m.Overviewed(pid=os.getpid(), uptime_s=uptime_s, clients=len(self._by_number), models=models)
 
     def _health(self, session: Session, message: m.Health) -> None:
         self._send(session, m.Alive(answers=message.seq))

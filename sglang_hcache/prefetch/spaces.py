@@ -89,6 +89,10 @@ class Spaces:
                 self._retire(other)
             self._threads.submit(self._make, hello, in_the_way)
 
+    @property
+    def opened(self) -> list[Space]:
+        return list(self._open.values())
+
     def unused(self) -> list[Space]:
         """The open ones without a session."""
         return [space for space in self._open.values() if not space.sessions]

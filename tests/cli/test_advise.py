@@ -127,7 +127,9 @@ def test_a_config_and_its_folder_are_read(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_wrong_model_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean Llama-3" in refused(capsys, "llama-3-9b", "--gpu", "H100")
-    assert "known are Llama-2-7B" in refused(capsys, "zzzzzzz", "--gpu", "H100")
+    unknown = refused(capsys, "zzzzzzz", "--gpu", "H100")
+    assert "`hcache advise --list` names all" in unknown
+    assert "did you mean" not in unknown
     assert "does not exist" in refused(capsys, tmp_path / "config.json", "--gpu", "H100")
     broken = tmp_path / "broken.json"
     for text, message in (
@@ -139,8 +141,47 @@ def test_a_wrong_model_is_said_in_one_line(tmp_path: Path, capsys: pytest.Captur
         assert message in refused(capsys, broken, "--gpu", "H100")
     broken.write_bytes(b"\xff\xfe\x00")
     assert "broken.json" in refused(capsys, broken, "--gpu", "H100")
+
+
+def test_what_a_server_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latent = refused(capsys, "DeepSeek-V3", "--gpu", "H200")
     assert "latent attention, which is not supported" in latent
+    assert "see a window only" in refused(capsys, "Gemma-2-9B", "--gpu", "H100", "--json")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA | {"layer_types": ["sliding_attention", "full_attention"]}))
+    assert "see a window only" in refused(capsys, config, "--gpu", "H100")
+
+
+def test_heads_that_ranks_cannot_share_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "Qwen2.5-7B", "--gpu", "H100", "--tp", 8)
+    assert "--tp 8 does not divide the heads of Qwen2.5-7B: 28 heads and 4 of K and V" in said
+    assert "--tp 6 does not" in refused(capsys, "Phi-4-mini", "--gpu", "H100", "--tp", 6)  # 24 heads, 8 of K and V
+    for ranks in (2, 4):
+        advise(capsys, "Qwen2.5-7B", "--gpu", "H100", "--tp", ranks)
+    advise(capsys, "Gemma-2B", "--gpu", "H100", "--tp", 8)  # K and V on each
+
+
+def test_weights_without_room_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = advise(capsys, "Llama-3.1-70B", "--gpu", "H100")["weights"]
+    assert (weights["bytes"] // 10**9, weights["device_bytes"], weights["fit"]) == (139, 80 * 10**9, False)
+    assert main(["advise", "Llama-3.1-70B", "--gpu", "H100"]) == 0
+    assert "weights (139.0 GB) do not fit in the GPUs' memory (80.0 GB)" in capsys.readouterr().out
+    for options in (["--tp", "2"], ["--offload", "0.5"]):
+        assert advise(capsys, "Llama-3.1-70B", "--gpu", "H100", *options)["weights"]["fit"]
+        assert main(["advise", "Llama-3.1-70B", "--gpu", "H100", *options]) == 0
+        assert "do not fit" not in capsys.readouterr().out
+
+
+def test_tokens_have_a_suffix(capsys: pytest.CaptureFixture[str]) -> None:
+    report = advise(capsys, "Llama-2-7B", "--gpu", "H100", "--tokens", "1k,8192,32K")
+    assert report["planned_tokens"] == [1024, 8192, 32768]
+
+
+def test_all_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["advise", "--list"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.split() == list(ARCHITECTURES)
 
 
 def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +189,8 @@ def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str])
     for wrong in (
         ["--drives", "-1"],
         ["--tokens", "8192,63"],
+        ["--tokens", "8kk"],
+        ["--tokens", "k"],
         ["--bus-gb-s", "0"],
         ["--tp", "x"],
         ["--offload", "2"],
@@ -161,7 +204,7 @@ def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str])
 
 def test_every_model_and_gpu_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for name, shape in ARCHITECTURES.items():
-        if not shape.latent_size and shape.layers <= 40:
+        if not shape.latent_size and not shape.mixed_attention and shape.layers <= 40:
             assert main(["advise", name, "--gpu", "H100"]) == 0
     for gpu in GPUS:
         assert main(["advise", "Llama-2-7B", "--gpu", gpu, "--tp", "2", "--offload", "0.5", "--layerwise"]) == 0

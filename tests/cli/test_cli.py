@@ -1,60 +1,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from sglang_hcache.cli.main import main
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.layout import ROOT
 from sglang_hcache.storage.quota import bytes_on_disk
-from tests.storage.pages import (
-    FINGERPRINT,
-    LAYOUT,
-    OTHER_FINGERPRINT,
-    counters,
-    fill,
-    key_of,
-    keys_of,
-    open_store,
-    segment_files,
-    served,
-)
+from tests.cli.stores import found, make, run
+from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, keys_of, segment_files
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def make(*directories: Path, pages: range = range(10), **options: Any) -> None:
-    store = open_store(*directories, **options)
-    for page in pages:
-        slot = store.reserve()
-        assert slot is not None
-        fill(store.memory[slot], page)
-        store.commit(key_of(page), slot, ROOT if page == pages[0] else key_of(page - 1))
-    store.close()
-
-
-def found(*directories: Path, pages: range = range(10), **options: Any) -> list[int]:
-    store = open_store(*directories, **options)
-    pages_found = served(store, pages)
-    assert counters(store)["pages_damaged"] == 0
-    store.close()
-    return pages_found
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
-    capsys.readouterr()
-    status = main([*map(str, arguments), "--json"])
-    out = capsys.readouterr().out
-    return status, json.loads(out) if out else None
 
 
 def test_it_starts_without_torch_and_sglang() -> None:

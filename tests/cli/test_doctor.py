@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_hcache.cli.main import main
+from sglang_hcache.layouts import KeptLayout
 from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Layout
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "name": "small", "layers": 8, "hidden_size": 1024, "query_heads": 16, "kv_heads": 16, "head_dim": 64,
     "intermediate_size": 2816, "vocabulary": 32000,
 }  # fmt: skip
-ABOUT = {
+ABOUT: dict[str, Any] = {
     "machine": "here", "model": MODEL, "projector": "kernels", "ranks": 1, "rank": 0,
     "page_tokens": 64,
 }  # fmt: skip
@@ -23,10 +27,14 @@ SLOW_DRIVE = Machine("here", 1e11, 1e13, 1e12, 1e12, 2e10, ssd_bytes_per_s=1e8)
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
-    folder = tmp_path / "calibration"
-    folder.mkdir()
-    (folder / "a.json").write_text(json.dumps({"about": ABOUT, "rates": vars(SLOW_DRIVE)}))
+    (tmp_path / "calibration").mkdir()
+    write_rates(tmp_path, ABOUT)
     return tmp_path
+
+
+def write_rates(directory: Path, about: Any) -> None:
+    kept = {"about": about, "rates": vars(SLOW_DRIVE)}
+    (directory / "calibration" / "a.json").write_text(json.dumps(kept))
 
 
 def test_it_says_what_limits(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,15 +58,36 @@ def test_json_holds_rates_times_and_limits(measured: Path, capsys: pytest.Captur
 
 
 def test_the_layout_of_what_is_stored(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = measured / "layouts"
-    folder.mkdir()
-    (folder / "another.json").write_text(
-        json.dumps({"about": {"model": {}, "page_tokens": 64}, "hidden": 1, "kv": 1})
-    )
-    (folder / "broken.json").write_text("{")
-    (folder / "this.json").write_text(json.dumps({"about": ABOUT, "hidden": 3, "kv": 5}))
+    """Of the same model there may be others: of other rows, or of a server with several ranks."""
+    shape = ModelShape(**MODEL)
+    KeptLayout(measured, shape, 64, hidden_bytes=1024, kv_bytes=0).write(Layout(0, 1, 7))
+    KeptLayout(measured, shape, 32, hidden_bytes=None, kv_bytes=0).write(Layout(0, 2, 6))
+    (measured / "layouts" / "broken.json").write_text("{")
+    assert main(["doctor", "--dir", str(measured)]) == 0
+    assert "stores hidden of layers 0-7" in capsys.readouterr().out
+    KeptLayout(measured, shape, 64, hidden_bytes=None, kv_bytes=0).write(Layout(0, 3, 5))
     assert main(["doctor", "--dir", str(measured)]) == 0
     assert "stores hidden of layers 0-2, kv of layers 3-7" in capsys.readouterr().out
+    write_rates(measured, ABOUT | {"ranks": 2})
+    assert main(["doctor", "--dir", str(measured)]) == 0
+    assert "stores hidden of layers 0-7" in capsys.readouterr().out
+
+
+def test_where_nothing_was_planned_the_smaller_one_is_stored(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rates(measured, ABOUT | {"model": MODEL | {"kv_heads": 4}})
+    assert main(["doctor", "--dir", str(measured)]) == 0
+    assert "stores kv of layers 0-7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_where_nothing_was_measured(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--dir", str(tmp_path), *options]) == 3
+    printed = capsys.readouterr()
+    assert "no server has measured" in printed.err
+    if options:
+        assert json.loads(printed.out)["models"] == []
 
 
 def test_rates_are_forgotten(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,9 +95,14 @@ def test_rates_are_forgotten(measured: Path, capsys: pytest.CaptureFixture[str])
     assert "1 forgotten" in capsys.readouterr().out
     assert main(["doctor", "--dir", str(measured)]) == 3
     assert "no server has measured" in capsys.readouterr().err
+    assert main(["doctor", "--dir", str(measured), "--again", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"forgotten": 0}
 
 
-def test_a_file_that_is_none(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (measured / "calibration" / "b.json").write_text('{"about": {}}')
+@pytest.mark.parametrize(
+    "about", [{}, ABOUT | {"model": {name: size for name, size in MODEL.items() if name != "layers"}}, []]
+)
+def test_a_file_that_is_none(about: Any, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rates(measured, about)
     assert main(["doctor", "--dir", str(measured)]) == 3
     assert "--again" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_a_bare_number_is_refused_by_every_command(tmp_path: Path, capsys: pytes
     assert main(["prefetcher", "--config", str(config)]) == 2
     assert "--read-limit '500' is not a size such as 500GB" in capsys.readouterr().err
     assert main(["prefetcher", "--dir", str(tmp_path), "--host-limit", "0GB"]) == 2
-    assert "--host-limit 0GB leaves nothing" in capsys.readouterr().err
+    assert "--host-limit 0GB holds nothing" in capsys.readouterr().err
 
 
 def test_limits_of_a_prefetcher(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def test_rates_decide_what_is_restored(
     kept.write_text(json.dumps(found))
     (layout,) = (fresh_store / "layouts").glob("*.json")
     layout.write_text(json.dumps(json.loads(layout.read_text()) | {"hidden": 1, "kv": 2}))
+    assert main(["doctor", "--dir", str(fresh_store)]) == 0
+    assert "  stores hidden of layers 0-0, kv of layers 1-2\n" in capsys.readouterr().out
     with started_together(workshop.stock(SPEC), as_it_comes(fresh_store, workshop)) as (stock, server):
         wanted = evicted_prefix(stock)
         answers = evicted_prefix(server)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_hcache.config import HCacheConfig
+from sglang_hcache.config import LAYOUTS, HCacheConfig
 from sglang_hcache.model import Unsupported
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.representation import Stored, Way, Ways
-from sglang_hcache.save_planner import LAYOUTS, choose_by_flag, choose_by_plan
+from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
 
 SHAPE = ModelShape("m", 8, 1024, 16, 16, 64, 2816, 32000)
 BALANCED = Machine("m", 40e12, 4e12, 30e12, 1e12, 10e9, ssd_bytes_per_s=5e9)

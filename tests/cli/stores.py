@@ -1,0 +1,38 @@
+"""Stores for the commands to work on, and running a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hcache.cli.main import main
+from sglang_hcache.storage.layout import ROOT
+from tests.storage.pages import counters, fill, key_of, open_store, served
+
+
+def make(*directories: Path, pages: range = range(10), **options: Any) -> None:
+    store = open_store(*directories, **options)
+    for page in pages:
+        slot = store.reserve()
+        assert slot is not None
+        fill(store.memory[slot], page)
+        store.commit(key_of(page), slot, ROOT if page == pages[0] else key_of(page - 1))
+    store.close()
+
+
+def found(*directories: Path, pages: range = range(10), **options: Any) -> list[int]:
+    store = open_store(*directories, **options)
+    pages_found = served(store, pages)
+    assert counters(store)["pages_damaged"] == 0
+    store.close()
+    return pages_found
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
+    capsys.readouterr()
+    status = main([*map(str, arguments), "--json"])
+    out = capsys.readouterr().out
+    return status, json.loads(out) if out else None

@@ -1,0 +1,130 @@
+"""What every command does alike: directories, exit status, and how mistakes are told."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import sglang_hcache
+from sglang_hcache.cli import inspect
+from sglang_hcache.cli.common import count, explain
+from sglang_hcache.cli.main import main
+from sglang_hcache.cli.prefetcher import NAMES, configuration
+from sglang_hcache.flags import FlagError, server_kwargs
+
+
+def wrong(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What is said of arguments that cannot be."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, arguments)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "said"), [("", "empty path"), (",", "empty path"), ("a,", "empty path")])
+def test_an_empty_path_is_not_the_current_directory(
+    given: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in wrong(capsys, "inspect", "--dir", given)
+    assert main(["prefetcher", "--dir", given or ","]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(FlagError, match=said):
+        server_kwargs(hcache_dir=given)
+
+
+def test_a_directory_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for second in ("a", "b/../a", "link"):
+        given = f"{tmp_path / 'a'},{tmp_path / second}"
+        assert "twice" in wrong(capsys, "inspect", "--dir", given)
+        with pytest.raises(FlagError, match="twice"):
+            server_kwargs(hcache_dir=given)
+
+
+def test_a_defect_has_a_status_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inspect, "run", fail)
+    assert main(["inspect", "--dir", str(tmp_path)]) == 70
+    assert "hcache inspect: this is a defect" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_what_the_system_refuses_is_no_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x/segments")
+
+    monkeypatch.setattr(inspect, "run", fail)
+    assert main(["inspect", "--dir", str(tmp_path)]) == 3
+    assert capsys.readouterr().err == "hcache inspect: /x/segments: Permission denied\n"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert sglang_hcache.__version__ in said
+    assert sglang_hcache.TESTED_SGLANG in said
+
+
+def test_words_for_people() -> None:
+    assert [count(n, "page") for n in (0, 1, 2)] == ["0 pages", "1 page", "2 pages"]
+    assert count(2, "entry", "entries") == "2 entries"
+    assert explain(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
+    assert explain(OSError(5, "Input/output error"), Path("y")) == "y: Input/output error"
+    assert explain(ValueError("it is none"), Path("y")) == "y: it is none"
+
+
+def configured(path: Path, **options: object) -> str:
+    """What a prefetcher says of such a configuration; it must not have made its directory."""
+    config = path / "prefetcher.json"
+    config.write_text(json.dumps({"dir": [str(path / "pages")], **options}))
+    with pytest.raises((OSError, ValueError)) as refused:
+        configuration(argparse.Namespace(**(dict.fromkeys(NAMES) | {"config": config})))
+    assert not (path / "pages").exists()
+    return str(refused.value)
+
+
+def test_a_prefetcher_makes_nothing_before_all_is_checked(tmp_path: Path) -> None:
+    assert "no address to listen at" in configured(tmp_path, listen="nowhere")
+    assert "cannot be read" in configured(tmp_path, keys=str(tmp_path / "none"))
+    assert "is not a size" in configured(tmp_path, read_limit="fast")
+
+
+@pytest.mark.parametrize("limit", ["host_limit", "size_limit"])
+def test_a_limit_that_holds_no_page(limit: str, tmp_path: Path) -> None:
+    assert f"--{limit.replace('_', '-')} 1B holds nothing" in configured(tmp_path, **{limit: "1B"})
+
+
+def test_a_table_is_no_text(tmp_path: Path) -> None:
+    assert configured(tmp_path, listen={"port": 7}).endswith("listen is no text")
+    assert configured(tmp_path, dir=["a", ["b"]]).endswith("dir is no text, nor a list of texts")
+
+
+@pytest.mark.parametrize("clients", [["a", "a"], ["a", "server.key_secret"]])
+def test_no_key_is_made_before_all_is_checked(
+    clients: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [word for name in clients for word in ("--client", name)]
+    assert main(["keygen", str(tmp_path / "keys"), *flags]) == 3
+    assert repr(clients[1]) in capsys.readouterr().err
+    assert not (tmp_path / "keys").exists()
+
+
+def test_no_key_is_made_where_others_may_enter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clients").mkdir(mode=0o755)
+    tmp_path.chmod(0o700)
+    assert main(["keygen", str(tmp_path)]) == 3
+    assert "is open to other users" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["clients"]

@@ -1,0 +1,86 @@
+"""hcache fsck: what does not belong, what it could not check, and the exit status for each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hcache.cli import fsck
+from sglang_hcache.cli.main import main
+from sglang_hcache.storage.index import Index
+from tests.cli.stores import found, make, run
+from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, segment_files
+
+
+def check(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    status, report = run(capsys, "fsck", "--dir", path, *options)
+    return status, report["directories"][0]
+
+
+def test_what_is_not_checked_is_not_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    make(tmp_path, pages=range(100, 103), fingerprint=OTHER_FINGERPRINT)
+    (tmp_path / "segments" / OTHER_FINGERPRINT.hex() / "about.json").unlink()
+    status, report = check(capsys, tmp_path)
+    assert (status, report["pages"], report["problems"], len(report["unchecked"])) == (3, 10, [], 1)
+    assert main(["fsck", "--dir", str(tmp_path)]) == 3
+    assert capsys.readouterr().out.endswith("10 pages are whole, 0 problems, 0 repaired, 1 model not checked\n")
+    (tmp_path / "segments" / "stray").touch()
+    assert check(capsys, tmp_path)[0] == 2
+    assert check(capsys, tmp_path, "--repair")[0] == 3
+
+
+def test_what_does_not_belong_beside_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    segments = tmp_path / "segments"
+    strange = [segments / "backup", segments / ("AB" * 16), segments / ("0" * 30)]
+    for folder in strange:
+        folder.mkdir()
+    (segments / "notes.txt").touch()
+    (segments / ("0" * 32)).touch()
+    strange += [segments / "notes.txt", segments / ("0" * 32)]
+    status, report = check(capsys, tmp_path)
+    assert (status, report["pages"]) == (2, 10)
+    assert sorted(report["problems"]) == sorted(f"{path}: does not belong here" for path in strange)
+    shown = run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]["fingerprints"]
+    assert [one["fingerprint"] for one in shown] == [FINGERPRINT.hex()]
+    assert check(capsys, tmp_path, "--repair")[0] == 1
+    assert check(capsys, tmp_path)[0] == 0
+    assert found(tmp_path) == list(range(10))
+
+
+def test_pages_whose_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    (tmp_path / "segments" / FINGERPRINT.hex()).rename(tmp_path / "gone")
+    status, report = check(capsys, tmp_path)
+    assert (status, len(report["problems"])) == (2, 1)
+    assert "missing, and 10 pages listed" in report["problems"][0]
+    assert check(capsys, tmp_path, "--repair")[0] == 1
+    assert check(capsys, tmp_path)[0] == 0
+
+
+def test_pages_that_a_server_evicts_meanwhile_are_no_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, pages=range(8))
+    (segment,) = segment_files(tmp_path)
+    with segment.open("r+b") as file:
+        for record in (1, 3):
+            file.seek(record * LAYOUT.record_bytes + LAYOUT.layer_offset(0))
+            file.write(os.urandom(8))
+    assert len(check(capsys, tmp_path)[1]["problems"]) == 2
+    check_pages = fsck._check_pages
+
+    def evict_one(*arguments: Any) -> None:
+        check_pages(*arguments)
+        index = Index(tmp_path / "index", FINGERPRINT)
+        index.delete_many((key, entry) for key, entry in index.entries() if entry.slot == 1)
+        index.close()
+
+    monkeypatch.setattr(fsck, "_check_pages", evict_one)
+    problems = check(capsys, tmp_path)[1]["problems"]
+    assert len(problems) == 1
+    assert "record 3: " in problems[0]

@@ -1,0 +1,136 @@
+"""hcache gc, export and import of a part of a stripe; what a dry run touches; sizes that cannot be."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_hcache.cli.main import main
+from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
+from tests.cli.stores import found, make, run
+from tests.storage.pages import FINGERPRINT, key_of, keys_of, segment_files
+
+
+@pytest.fixture
+def stripe(tmp_path: Path) -> list[Path]:
+    """Two directories with pages that were used long ago."""
+    paths = [tmp_path / "s1", tmp_path / "s2"]
+    make(*paths)
+    for path in paths:
+        grow_old(path)
+    return paths
+
+
+def grow_old(path: Path) -> None:
+    index = Index(path / "index", FINGERPRINT)
+    index.touch(dict.fromkeys(keys_of(range(40)), 0), now=int(time.time()) - 3600)
+    index.close()
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_part_of_a_stripe_is_refused(
+    stripe: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    every = ",".join(map(str, stripe))
+    assert run(capsys, "export", "--all", "--out", out, "--dir", every)[1]["pages"] == 10
+    for command in (
+        ["gc"],
+        ["gc", "--dry-run"],
+        ["export", "--all", "--out", str(tmp_path / "x")],
+        ["import", str(out)],
+    ):
+        for i in range(2):
+            assert main([*command, "--dir", str(stripe[i])]) == 3
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert f"together with {stripe[1 - i]}: give --dir {stripe[i]},{stripe[1 - i]}, or delete" in said
+    assert not (tmp_path / "x").exists()
+    status, report = run(capsys, "gc", "--dir", every)
+    assert (status, [one["pages"] for one in report["directories"]]) == (0, [0, 0])
+    assert found(*stripe) == list(range(10))
+
+
+def test_what_an_index_does_not_list_any_more_makes_no_orphans(
+    stripe: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = ",".join(map(str, stripe))
+    (stripe[1] / "index" / "data.mdb").write_bytes(b"\xff" * 10000)
+    for options in (["--dry-run"], []):
+        status, report = run(capsys, "gc", "--dir", every, *options)
+        assert (status, [one["pages"] for one in report["directories"]]) == (0, [0, 0])
+    assert found(*stripe) == list(range(10))
+
+
+def test_a_part_that_is_gone_is_not_asked_for(stripe: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(stripe[1])
+    assert run(capsys, "gc", "--dir", stripe[0])[0] == 0
+
+
+def test_parts_that_do_not_belong_together_any_more(stripe: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (stripe[0] / "stripe.json").unlink()
+    assert run(capsys, "gc", "--dir", stripe[0])[1]["directories"][0]["pages"] > 0
+
+
+def test_models_that_are_not_used_leave_all_directories(
+    stripe: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report = run(capsys, "gc", "--older-than", "10m", "--dir", ",".join(map(str, stripe)))
+    assert (status, [one["pages"] for one in report["directories"]]) == (0, [5, 5])
+    assert not any(map(segment_files, stripe))
+
+
+def test_a_model_whose_mark_is_lost_is_left_alone(stripe: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for path in stripe:
+        index = Index(path / "index", FINGERPRINT)
+        index.delete_many(index.get_many([b""]).items())
+        index.close()
+    status, report = run(capsys, "gc", "--older-than", "10m", "--dir", ",".join(map(str, stripe)))
+    assert (status, [one["pages"] for one in report["directories"]]) == (0, [0, 0])
+    assert found(*stripe) == list(range(10))
+
+
+def test_a_dry_run_changes_nothing_also_where_the_index_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)
+    grow_old(tmp_path)
+    index = Index(tmp_path / "index", FINGERPRINT)
+    index.delete_many(index.get_many([key_of(7)]).items())
+    index.close()
+    data = tmp_path / "index" / "data.mdb"
+    damaged = bytearray(data.read_bytes())
+    while (at := damaged.find(FINGERPRINT + key_of(3))) >= 0:  # also in pages that are not used any more
+        damaged[at + 20] ^= 1
+    data.write_bytes(damaged)
+    before = content(tmp_path)
+    status, report = run(capsys, "gc", "--dry-run", "--dir", tmp_path)
+    assert content(tmp_path) == before
+    (one,) = report["directories"]
+    assert (status, one["index_damaged"], one["damaged_entries"]) == (0, True, 1)
+    assert (one["pages"], one["orphans"]) == (5, 5)
+    assert main(["gc", "--dry-run", "--dir", str(tmp_path)]) == 0
+    assert "the index is damaged (1 damaged entry)" in capsys.readouterr().out
+    data.write_bytes(b"\xff" * 10000)
+    before = content(tmp_path)
+    status, report = run(capsys, "gc", "--dry-run", "--to-size", "1GB", "--dir", tmp_path)
+    assert (status, report["directories"][0]["index_damaged"]) == (0, True)
+    assert content(tmp_path) == before
+
+
+def test_a_size_below_that_of_the_index_deletes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    least = bytes_below(tmp_path / "index")
+    for options in ([], ["--dry-run"]):
+        assert main(["gc", "--to-size", f"{least - 1}B", "--dir", str(tmp_path), *options]) == 3
+        assert f"--to-size must be at least {least}B" in capsys.readouterr().err
+    assert found(tmp_path) == list(range(10))
+    assert run(capsys, "gc", "--to-size", f"{bytes_on_disk(tmp_path)}B", "--dir", tmp_path)[0] == 0
+    assert found(tmp_path) == list(range(10))
