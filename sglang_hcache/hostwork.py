@@ -72,11 +72,16 @@ class StreamWork:
         return self._pending > self._most_pending
 
     def expect(self, forward_bytes: int) -> None:
-        """One forward hands over so much at most; pinned memory of four such is held where jobs lag behind."""
+        """One forward hands over so much at most; pinned memory of four such is held where jobs lag behind.
+
+        torch takes and keeps pinned memory in powers of two: each of the four may be nearly twice as large.
+        """
         self._most_pending = max(_LEAST_PENDING_BYTES, _FORWARDS_PENDING * forward_bytes)
         if torch.cuda.is_available():
-            pinned = [torch.empty(forward_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            del pinned  # torch keeps it for the first forwards, which would wait a second for it
+            pinned = [
+                torch.empty(forward_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(_FORWARDS_PENDING)
+            ]
+            del pinned  # torch keeps it for the first forwards, which would wait a second for each
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         self._lane.wait(self._current.mark())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache.capture import Capture, Outbox
+from sglang_hcache.capture import Capture, Outbox, write_rows
 from sglang_hcache.lanes import ImmediateLane, Mark
 from sglang_hcache.model import AttentionSite
 from sglang_hcache.pages import OpenPages
@@ -159,6 +159,65 @@ def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
 def through_an_outbox(capture: Capture) -> None:
     """As on a GPU; what is not written is no number."""
     capture._outbox = Outbox(torch.full((4 * LAYERS * 2 * ROWS * WIDTH,), 0xFF, dtype=torch.uint8), ImmediateLane())
+
+
+# Zeros of both signs, numbers too small to be normal, infinities, and NaNs, quiet and signalling, with payloads.
+BITS = [0x8000, 0x0000, 0x0001, 0x807F, 0x7F80, 0xFF80, 0x7F81, 0x7FC1, 0xFFFF, 0xFFA5]
+
+
+@pytest.mark.parametrize("outbox", [False, True])
+@pytest.mark.parametrize("width", [WIDTH, WIDTH + 1])  # words of eight bytes, and not
+def test_every_bit_of_rows_is_kept(width: int, outbox: bool, modules: list[Attention]) -> None:
+    """Read as integers: comparing numbers would not see it."""
+    sites = [AttentionSite(module, module, inspect.signature(module.forward)) for module in modules]
+    capture = Capture(sites, rows=ROWS, width=width, dtype=torch.bfloat16, device="cpu")
+    capture.sink = sink = KeepsRows()
+    if outbox:
+        through_an_outbox(capture)
+    for tokens, count in ((ROWS, 7), (ROWS, ROWS), (ROWS + 3, 5)):
+        bits = np.resize(np.array(BITS, np.uint16), (LAYERS, tokens, width)).view(np.int16)
+        hidden = torch.from_numpy(bits.copy()).view(torch.bfloat16)
+        capture.before_forward()
+        for layer, module in enumerate(modules):
+            module(torch.arange(tokens), hidden_states=hidden[layer], forward_batch=None)
+        capture.after_forward(torch.arange(count), torch.arange(count), from_graph=False)
+        assert sink.rows is not None
+        assert torch.equal(sink.rows.view(torch.int16), hidden[:, :count].view(torch.int16))
+
+
+class KeepsRows(Sink):
+    """Copied as integers: a copy of its own must not change what the test looks at."""
+
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+        self.rows = rows.view(torch.int16).clone().view(torch.bfloat16)
+        return ImmediateLane().mark()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.randn(5, 8),
+        torch.randn(5, 8).double(),
+        torch.randn(8, 5).T,
+        torch.randn(5, 16)[:, 3:11],
+        torch.randn(41)[1:].view(5, 8),
+    ],
+)
+def test_rows_of_another_dtype_or_with_gaps_are_written_all_the_same(source: torch.Tensor) -> None:
+    target = torch.zeros(5, 8)
+    write_rows(target, source)
+    assert torch.equal(target, source.float())
+
+
+def test_a_graph_holds_no_copy_of_the_engines(
+    capture: Capture, modules: list[Attention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`copy_` of contiguous memory would be one."""
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: pytest.fail("copy_"))
+    hidden = torch.randn(10, WIDTH)
+    for layer, module in enumerate(modules):
+        module(torch.arange(10), hidden_states=hidden + layer, forward_batch=None)
+    assert torch.equal(capture._staging[1, :10], hidden + 1)
 
 
 def test_rows_that_go_through_an_outbox(capture: Capture, modules: list[Attention]) -> None:

@@ -93,6 +93,30 @@ def test_four_forwards_may_wait() -> None:
     work.close()
 
 
+def test_pinned_memory_is_ready_for_all_forwards_that_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an allocator that, as torch's, keeps what is given back and takes more only where all of it is in use."""
+    free: list[torch.Tensor] = []
+    taken = 0
+
+    class Pinned:
+        def __init__(self, size: int, **_: object) -> None:
+            nonlocal taken
+            taken += not free
+            self.memory = free.pop() if free else torch.zeros(size)
+
+        def __del__(self) -> None:
+            free.append(self.memory)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", Pinned)
+    work = StreamWork(HeldLane(), ImmediateLane())
+    work.expect(100)
+    readied = taken
+    one_runs_one_is_issued_one_is_copied = [torch.empty(100) for _ in range(3)]
+    assert taken == readied == len(one_runs_one_is_issued_one_is_copied)
+    work.close()
+
+
 def test_too_much_waiting_memory_makes_it_crowded(work: StreamWork, lane: HeldLane) -> None:
     work._most_pending = 1000
     finished = threading.Event()
