@@ -6,6 +6,7 @@ rest (`_finish`). `tuning.py` says which serves a shape.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,20 @@ import triton
 import triton.language as tl
 
 from sglang_hcache.triton_kernels.aot import CAPABILITIES, KernelSpec
-from sglang_hcache.triton_kernels.tuning import FINISH_TOKENS, FINISH_WARPS, SHAPES, Fused, Shape, candidates
+from sglang_hcache.triton_kernels.tuning import (
+    FINISH_TOKENS,
+    FINISH_WARPS,
+    PART_ROWS,
+    SHAPES,
+    Fused,
+    Shape,
+    candidates,
+)
 
 E4M3_SINCE = 89  # a GPU before sm_89 has no instruction for it, and Triton no substitute
 _NO_NORM, _HEAD_NORM, _FULL_NORM = range(3)
 _GROUP = 8  # blocks of tokens that share a pass over the weight, to find it in L2
+_TILE = 128  # rows of a block of cuBLAS
 
 
 @dataclass(frozen=True)
@@ -288,18 +298,23 @@ def project_kv(
 
     rows: `[n, width]`, bf16, fp16 or fp32, as is the weight; positions, slots: int64 `[n]`, slots all different.
     k_buffer: `[slots, k_heads, k_dim]`, v_buffer likewise, in the pool's dtype, fp8 as torch's fp8 dtype; values
-    beyond its range saturate. fused: run so; None for cuBLAS and a second kernel, which takes `workspace`,
-    `[≥ n, N]` of the rows' dtype, or allocates as much. Raises ValueError for a projection that cannot be fused.
+    beyond its range saturate. fused: run so; None for cuBLAS and a second kernel, on as many rows at a time as
+    `workspace`, `[m, N]` of the rows' dtype, has; if left out, on about PART_ROWS. Raises ValueError for a projection
+    that cannot be fused.
     """
     if not len(rows):
         return
     if fused is None:
-        scratch = rows.new_empty(len(rows), projection.columns) if workspace is None else workspace[: len(rows)]
-        if projection.bias is None:
-            torch.mm(rows, projection.weight.T, out=scratch)
-        else:
-            torch.addmm(projection.bias, rows, projection.weight.T, out=scratch)
-        finish_kv(scratch, projection, positions, slots, k_buffer, v_buffer)
+        if workspace is None:
+            workspace = rows.new_empty(_part_rows(len(rows)), projection.columns)
+        parts = (tensor.split(len(workspace)) for tensor in (rows, positions, slots))
+        for some, their_positions, their_slots in zip(*parts, strict=True):
+            projected = workspace[: len(some)]
+            if projection.bias is None:
+                torch.mm(some, projection.weight.T, out=projected)
+            else:
+                torch.addmm(projection.bias, some, projection.weight.T, out=projected)
+            finish_kv(projected, projection, their_positions, their_slots, k_buffer, v_buffer)
         return
     if not projection.can_be_fused:
         raise ValueError("the fused form has one head a program: no norm over all heads, no V of another size")
@@ -338,6 +353,12 @@ def project_kv(
         num_warps=fused.warps,
         num_stages=fused.stages,
     )
+
+
+def _part_rows(n: int) -> int:
+    """Parts of equal size, of about PART_ROWS; whole tiles of a product each."""
+    parts = max(1, round(n / PART_ROWS))
+    return min(n, -(-n // (parts * _TILE)) * _TILE)
 
 
 def finish_kv(
@@ -428,9 +449,11 @@ def _or_any(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 def compile_specs() -> Iterator[KernelSpec]:
     """The fused form of each known shape in each configuration, and what follows cuBLAS, with every option."""
     for shape, model in {shape: model for model, shape in SHAPES.items()}.items():
-        for fused in candidates(shape.head_dim):
+        for fused, (norm, bias) in itertools.product(
+            candidates(shape.head_dim), ((_NO_NORM, False), (_HEAD_NORM, True))
+        ):
             yield _spec(
-                f"project {model} {fused.tokens}x{fused.depth}",
+                f"project {model} {fused.tokens}x{fused.depth}, norm {norm}, bias {int(bias)}",
                 _project,
                 fused.warps,
                 fused.stages,
@@ -440,8 +463,8 @@ def compile_specs() -> Iterator[KernelSpec]:
                 DIM=shape.head_dim,
                 ROTARY=shape.head_dim,
                 NEOX=True,
-                NORM=_HEAD_NORM,
-                BIAS=True,
+                NORM=norm,
+                BIAS=bias,
                 PAIRS=_pairs(shape.head_dim),
                 TOKENS=fused.tokens,
                 DEPTH=fused.depth,
@@ -450,6 +473,7 @@ def compile_specs() -> Iterator[KernelSpec]:
     for dim, rotary, neox, norm, pool in (
         (64, 16, True, _NO_NORM, "*bf16"),
         (96, 96, True, _NO_NORM, "*fp16"),
+        (128, 128, True, _NO_NORM, "*bf16"),
         (128, 128, True, _FULL_NORM, "*bf16"),
         (128, 128, False, _HEAD_NORM, "*bf16"),
         (128, 0, True, _NO_NORM, "*fp8e5"),

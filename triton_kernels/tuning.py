@@ -7,6 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+# cuBLAS' product is made, and finished, in parts of about so many rows: 32 MB of 8,192 columns, which `_finish` finds
+# in the L2 cache (50 MB on an H100), and enough tiles for four rounds of its multiprocessors.
+PART_ROWS = 2048
 FINISH_TOKENS = 16  # of a program of `_finish`
 FINISH_WARPS = 4
 TABLE = Path(__file__).parent / "tuned.json"  # written by bench/kernels.py --tune

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.project import Projection, _part_rows, project_kv, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import Fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,6 +173,27 @@ def test_pools_in_fp8_hold_the_scaled_values_cast_once(pool_dtype: torch.dtype, 
         for head, out in zip(values.view(-1, DIM), expected.view(-1, DIM), strict=True):
             _cast[(1,)](head, out, SIZE=DIM)
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bias", [None, _random((K_HEADS + V_HEADS) * DIM, seed=5)])
+def test_a_small_workspace_is_used_again(bias: torch.Tensor | None) -> None:
+    """The split form in three parts is the same as in one, and keeps within the workspace."""
+    projection, n = _projection(bias=bias, cos_sin=_angles(DIM), norm_weight=_random(DIM, seed=6), eps=1e-6), 70
+    rows, slots, positions = _random(n, WIDTH, seed=2), torch.randperm(n).to(DEVICE), torch.arange(n).to(DEVICE)
+    memory = torch.full((34, projection.columns), POISON, device=DEVICE)
+    pools = [_pool(projection, n, torch.float32) for _ in range(2)]
+    for pool, workspace in zip(pools, (memory[1:33], None), strict=True):
+        project_kv(rows, projection, positions, slots, *pool, workspace=workspace)
+    assert torch.all(memory[[0, -1]] == POISON)
+    for left, right in zip(*pools, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "rows"), [(1, 1), (2048, 2048), (3000, 3000), (3100, 1664), (8192, 2048), (8256, 2176)]
+)
+def test_parts_of_a_product_are_about_equal(n: int, rows: int) -> None:
+    assert _part_rows(n) == rows
 
 
 def test_rows_need_not_be_contiguous() -> None:
