@@ -10,18 +10,19 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-from bench.gpu import DEVICE, noise, pinned
+from bench.gpu import DEVICE, noise
 from bench.toy_model import Attend, Decoding, Layer, Model, Prefix, Weights, angles, forward
+from sglang_hcache import capture
 from sglang_hcache.capture import Capture
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.lanes import Mark, current_lane, new_lane
 
 Step = Callable[[], torch.Tensor]
-KERNEL_PROGRAMS = 16  # that copy rows to the host
 IN_FLIGHT = 2  # forwards issued and not yet done: an overlapping scheduler is one ahead
 
 
@@ -35,18 +36,12 @@ class Site:
 
 
 class HostSink:
-    """Rows to the host and into memory there, as the server's saver takes them.
-
-    by_kernel: they are copied by a few blocks of threads, not by the copy engine.
-    """
-
-    by_kernel = False
+    """Rows to the host and into memory there, as the server's saver takes them."""
 
     def __init__(self, n_bytes: int) -> None:
         self.work: HostWork = InlineWork()
         if DEVICE == "cuda":
-            self._lane = new_lane(DEVICE)
-            self.work = StreamWork(self._lane, current_lane(DEVICE))
+            self.work = StreamWork(new_lane(DEVICE), current_lane(DEVICE))
             self.work.expect(n_bytes)
         self.rows = torch.empty(0)  # of the last forward that was written
         self.written = self.dropped = 0
@@ -57,8 +52,7 @@ class HostSink:
         if self.work.crowded:
             self.drop(slots)
             return self.work.mark()
-        host_slots, _ = map(self.work.to_host, (slots, positions))
-        host_rows = self._by_kernel(rows) if self.by_kernel else self.work.to_host(rows)
+        host_slots, _, host_rows = map(self.work.to_host, (slots, positions, rows))
 
         def keep() -> None:
             kept = torch.from_numpy(self._memory[: host_rows.nbytes]).view(host_rows.dtype).view(host_rows.shape)
@@ -71,18 +65,6 @@ class HostSink:
 
         self.work.submit(keep)
         return self.work.mark()
-
-    def _by_kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        from sglang_hcache.triton_kernels.rows import copy_rows
-
-        self._lane.wait(current_lane(DEVICE).mark())
-        with self._lane.active():
-            host, begin = pinned(*rows.shape, dtype=rows.dtype), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-            layer = rows[0].nbytes
-            sizes = {"layers": len(rows), "source_layer_bytes": layer, "target_layer_bytes": layer}
-            copy_rows(rows, begin, host, begin, layer, programs=KERNEL_PROGRAMS, **sizes)
-        self._lane.keep(rows)
-        return host
 
     def drop(self, slots: torch.Tensor) -> None:
         with self._lock:
@@ -211,8 +193,7 @@ class Bench:
         self._capture.sink = self._sink
 
     @torch.inference_mode()
-    def prefill(self, steps: int = 3, *, by_kernel: bool = False) -> dict[str, Any]:
-        self._sink.by_kernel = by_kernel
+    def prefill(self, steps: int = 3) -> dict[str, Any]:
         prefix = Prefix(self._model, self._chunk, self._dtype)
 
         def step(layers: Sequence[Layer]) -> Step:
@@ -226,10 +207,13 @@ class Bench:
         return {"tokens": self._chunk, "differing": differing} | forward_.compare(self._sink, steps)
 
     @torch.inference_mode()
-    def decode(self, steps: int = 32, *, by_kernel: bool = False) -> dict[str, Any]:
+    def decode(self, steps: int = 32, *, by_copies: bool = False) -> dict[str, Any]:
+        """by_copies: the graph stages rows by copies of the engine's, not by kernels."""
         if DEVICE == "cpu":
             return {"skipped": "CUDA graphs need a GPU"}
-        self._sink.by_kernel = by_kernel
+        if by_copies:
+            with mock.patch.object(capture, "write_rows", torch.Tensor.copy_):
+                return self.decode(steps)
         attends = [Decoding(self._model, self._batch, self._context, self._dtype) for _ in self._plain]
         inputs = self._inputs(self._batch)
         plain, hooked = (self._step(layers, attends, inputs) for layers in (self._plain, self._hooked))

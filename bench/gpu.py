@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import datetime
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,24 +44,6 @@ def _once(work: Callable[[], object]) -> float:
     after.record()
     torch.cuda.synchronize()
     return float(before.elapsed_time(after)) / 1000
-
-
-@contextlib.contextmanager
-def products_leave(multiprocessors: int) -> Iterator[None]:
-    """cuBLAS fills all others only, half of all at least: its kernels wait for a multiprocessor each."""
-    lib = ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or '').split('.')[0]}")
-    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
-
-    def use(count: int) -> None:
-        if status := lib.cublasSetSmCountTarget(handle, count):
-            raise RuntimeError(f"cublasSetSmCountTarget: status {status}")
-
-    count = torch.cuda.get_device_properties().multi_processor_count
-    use(max(count - multiprocessors, count // 2))
-    try:
-        yield
-    finally:
-        use(0)  # as many as there are
 
 
 def pinned(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,15 +12,18 @@ import numpy as np
 import torch
 
 from bench.gpu import DEVICE, device_copy_gb_s, host_to_device_gb_s, noise, seconds
-from bench.gpu_run import PROGRAMS, Run, Scale
+from bench.gpu_run import KERNELS, Run, Scale
 from bench.kernels import CALLS, POSITIONS, pool_of, projection_of
 from bench.restore_rig import errors
 from bench.toy_model import CHUNK, Model
-from sglang_hcache.restore import HostPages, KernelCopier, StoredLayer
+from sglang_hcache.copy_engine import NoCopyEngine
+from sglang_hcache.restore import Copier, EngineCopier, HostPages, KernelCopier, StoredLayer
 from sglang_hcache.triton_kernels.project import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 
 MOST_ERROR = 1.5  # over that of a forward's own K and V
+PAGE_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20)
+STEP_BYTES = 64 << 20  # as a restore copies at once
 
 
 def ceilings(run: Run) -> dict[str, Any]:
@@ -46,22 +50,37 @@ def ceilings(run: Run) -> dict[str, Any]:
     }
 
 
-def copy_kernel(run: Run) -> dict[str, Any]:
-    """GB/s of the kernel that reads the arena, by how many programs run it; scattered pages, others each time."""
+def copiers(run: Run) -> dict[str, Any]:
+    """GB/s of each way to copy pages of the arena, by their size; scattered pages, others each time."""
     if not run.arena.pinned:
         return {"skipped": "needs a GPU that has taken the memory"}
-    page_bytes = 512 << 10
+    ways: dict[str, Callable[[], Copier]] = {"engine": EngineCopier}
+    ways |= {f"kernel {programs}x{warps}": partial(KernelCopier, programs, warps) for programs, warps in KERNELS}
+    found: dict[str, Any] = {"gb_s": {page_bytes: {} for page_bytes in PAGE_BYTES}}
+    for page_bytes, (name, way) in itertools.product(PAGE_BYTES, ways.items()):
+        try:
+            found["gb_s"][page_bytes][name] = _copying_gb_s(run, way(), page_bytes)
+        except NoCopyEngine as error:
+            found["no_engine"] = str(error)
+    return found
+
+
+def _copying_gb_s(run: Run, copier: Copier, page_bytes: int) -> float:
     memory = run.arena.chunks(page_bytes)
     stored = HostPages(memory, np.zeros((0, 0), np.int32), [StoredLayer(0, page_bytes, torch.uint8, None)])  # type: ignore[arg-type]
-    pages = min(1024, len(memory))
+    pages = min(STEP_BYTES // page_bytes, len(memory))
     target = torch.empty(1, pages, page_bytes, dtype=torch.uint8, device=DEVICE)
-    picks = itertools.cycle([torch.randperm(len(memory), device=DEVICE)[:pages] * memory.shape[1] for _ in range(8)])
-    rates = {}
-    for programs in PROGRAMS:
-        copier = KernelCopier(programs)
-        took = seconds(lambda copier=copier: copier.copy(stored, range(1), next(picks), target))  # type: ignore[misc]
-        rates[programs] = target.nbytes / took / 1e9
-    return {"gb_s": rates}
+    picks = [copier.places(stored, torch.randperm(len(memory))[:pages].tolist()) for _ in range(8)]
+    places = itertools.cycle([pick.to(copier.indexed_on) for pick in picks])
+    side = torch.cuda.Stream()
+
+    def copy() -> None:  # on a stream of its own, as in a restore: the engine's function refuses the default one
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            copier.copy(stored, range(1), next(places), target)
+        torch.cuda.current_stream().wait_stream(side)
+
+    return target.nbytes / seconds(copy) / 1e9
 
 
 def _gemm_rows(scale: Scale) -> list[int]:
@@ -99,12 +118,11 @@ def _projection(
 ) -> dict[str, Any]:
     projections = itertools.cycle([projection_of(model.shape, scale.dtype) for _ in range(3)])
     rows = noise(tokens, model.shape.width, dtype=scale.dtype)
-    workspace = rows.new_empty(tokens, next(projections).columns)
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
     pool = pool_of(model.shape, tokens, scale.dtype)
 
     def project(form: Fused | None) -> None:
-        project_kv(rows, next(projections), positions, slots, *pool, fused=form, workspace=workspace)
+        project_kv(rows, next(projections), positions, slots, *pool, fused=form)
 
     ms = {form: 1e3 * seconds(partial(project, form), calls=CALLS) for form in forms}
     times = [{"fused": asdict(form) if form else None, "ms": took} for form, took in ms.items()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-SWEEPS = {"sweep": False, "sweep, products make room": True}  # whether cuBLAS leaves multiprocessors to the copy
-CAPTURES = {"prefill": "3 %", "decode": "1 %", "prefill by kernel": "3 %", "decode by kernel": "1 %"}
+COPIERS = ("by engine", "by kernel")
+CAPTURES = {"prefill": "3 %", "decode": "1 %", "decode, staged by copies": "1 %"}
 KINDS = ("restore hidden", "restore KV", "prefill")
 
 
@@ -63,9 +63,8 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, section
         for row in section.get("rows", []):
             yield f"{name}, {row['tokens']}", row
-        for part in (*SWEEPS, *CAPTURES):
-            if part in section:
-                yield f"{name}, {part}", section[part]
+        parts = {part: section[part] for part in ("sweep", *COPIERS, *CAPTURES) if part in section}
+        yield from _parts({f"{name}, {part}": found for part, found in parts.items()})
 
 
 def failed(report: dict[str, Any]) -> bool:
@@ -79,8 +78,11 @@ def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
         yield "GB/s: " + _cells(rates, ".1f")
     for model, rows in ceilings.get("gemm", {}).items():
         yield f"product, TFLOP/s, {model}: " + _cells({row["tokens"]: row["tflop_s"] for row in rows}, ".0f")
-    if found := sections.get("copy kernel", {}).get("gb_s"):
-        yield "copy kernel, GB/s by programs: " + _cells(found, ".1f")
+    copiers = sections.get("copiers", {})
+    if "no_engine" in copiers:
+        yield f"no copy engine: {copiers['no_engine']}"
+    for page_bytes, found in copiers.get("gb_s", {}).items():
+        yield f"pages of {int(page_bytes) >> 10} KiB, GB/s: " + _cells(found, ".1f")
     for model, rows in sections.get("projection", {}).items():
         if isinstance(rows, list):
             ratios = {row["tokens"]: row["ratio"] for row in rows}
@@ -88,18 +90,21 @@ def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
 
 
 def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
+    for part in COPIERS:
+        if part in section:
+            yield from _restores(f"{name}, {part}", section[part])
     for row in section.get("rows", []):
         if "ms" not in row:
             continue
         ratio = f", ratio {row['ratio']:.2f} (≤ 1.10)" if "ratio" in row else ""
         checks = {key: row[key] for key in ("error_ratio", "differing", "unwritten", "strayed") if key in row}
+        rate = f", {row['gb_s']:.1f} GB/s" if "gb_s" in row else ""
         yield (
-            f"{name}, {row['tokens']}: {row['ms']:.2f} ms, caller {row['caller_ms']:.2f} ms, {row['gb_s']:.1f} GB/s"
-            f"{ratio}; {_cells(checks, '.4g')}"
+            f"{name}, {row['tokens']}: {row['ms']:.2f} ms, caller {row['caller_ms']:.2f} ms{rate}{ratio}; "
+            f"{_cells(checks, '.4g')}"
         )
-    for part in SWEEPS:
-        if swept := section.get(part, {}).get("by_programs_ms"):
-            yield f"{name}, {part}, ms by programs that copy: " + _cells(swept, ".2f")
+    if swept := section.get("sweep", {}).get("by_kernel_ms"):
+        yield f"{name}, ms by programs x warps of the kernel: " + _cells(swept, ".2f")
 
 
 def _captures(name: str, section: dict[str, Any]) -> Iterator[str]:

@@ -17,13 +17,13 @@ slots are checked for values missing or strayed, and four pages against float64;
 is compared with that of K and V made as a forward makes them. K and V stored as such must come back bit by bit.
 Prefill: one decoder layer in plain torch with flash attention, in chunks of 8,192 tokens, times the number of
 layers; embedding and sampling are left out. Capture: all layers of the model, with and without hooks, in turns, two
-forwards in flight; plain forwards are measured twice a round, which gives the noise. Rows go to the host by the copy
-engine, as in the server, and again by a kernel of a few blocks. The exit status is 1 where a section failed.
+forwards in flight; plain forwards are measured twice a round, which gives the noise. The decode step's graph stages
+rows by kernels, as in the server, and again by copies of the engine's. Restores are made with the copier that the
+server would take, and again with each of both. The exit status is 1 where a section failed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -39,12 +39,13 @@ import torch
 
 from bench import gpu_report
 from bench.capture_cost import Bench
-from bench.gpu import DEVICE, machine, noise, products_leave, seconds
-from bench.gpu_ceilings import ceilings, copy_kernel, numerics, projections
-from bench.gpu_run import FULL, PROGRAMS, SMALL, Run, Scale
-from bench.report import RESULTS, arguments_of, method_of
+from bench.gpu import DEVICE, machine, noise, seconds
+from bench.gpu_ceilings import ceilings, copiers, numerics, projections
+from bench.gpu_run import FULL, KERNELS, SMALL, Run, Scale
+from bench.report import RESULTS, arguments_of, method_of, out_folders, save
 from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
 from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
+from sglang_hcache.restore import Copier, EngineCopier, KernelCopier
 
 
 def overhead(run: Run) -> dict[str, Any]:
@@ -61,25 +62,35 @@ def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:
         return report
     rig = Rig(run.arena, model, max(fits), scale.dtype, kv=kv)
 
+    def measured(tokens: int, copier: Callable[[], Copier] | None = None) -> dict[str, Any]:
+        rig.use(copier and copier())
+        return rig.check(tokens) | rig.times(tokens)
+
     def row(tokens: int) -> dict[str, Any]:
-        found: dict[str, Any] = rig.check(tokens) | rig.times(tokens)
+        found = measured(tokens)
         found["gb_s"] = tokens * rig.bytes_a_token / found["ms"] / 1e6
         floors = None if kv else run.floors_ms(model, tokens)
         return found | (floors | {"ratio": found["ms"] / max(floors.values())} if floors else {})
 
+    ways: dict[str, Callable[[], Copier]] = {"engine": EngineCopier, "kernel": KernelCopier}
+    if not run.arena.pinned:
+        ways.clear()
+    elif "no_engine" in run.sections.get("copiers", {}):
+        del ways["engine"]
     report["rows"] = [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in fits]
+    for name, way in ways.items():
+        rows = [{"tokens": n} | run.isolated(f"{model.name}, {n}, {name}", partial(measured, n, way)) for n in fits]
+        report[f"by {name}"] = {"rows": rows}
 
-    def sweep(*, products_make_room: bool) -> dict[str, Any]:
+    def sweep() -> dict[str, Any]:
         found = {}
-        for programs in PROGRAMS:
-            rig.use(programs)
-            with products_leave(programs) if products_make_room else contextlib.nullcontext():
-                found[programs] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
-        return {"by_programs_ms": found}
+        for programs, warps in KERNELS:
+            rig.use(KernelCopier(programs, warps))
+            found[f"{programs}x{warps}"] = rig.times(scale.sweep_tokens, rounds=5)["ms"]
+        return {"by_kernel_ms": found}
 
     if not kv and run.arena.pinned and scale.sweep_tokens in fits:
-        for name, room in gpu_report.SWEEPS.items():
-            report[name] = run.isolated(f"{model.name}, {name}", partial(sweep, products_make_room=room))
+        report["sweep"] = run.isolated(f"{model.name}, sweep", sweep)
     return report
 
 
@@ -109,9 +120,11 @@ def captures(run: Run, model: Model) -> dict[str, Any]:
     scale = run.scale
     bench = Bench(model, scale.dtype, chunk=scale.chunk, batch=scale.batch, context=scale.context)
     try:
-        kinds: dict[str, Callable[[], dict[str, Any]]] = {"prefill": bench.prefill, "decode": bench.decode}
-        if DEVICE == "cuda":
-            kinds |= {f"{kind} by kernel": partial(measured, by_kernel=True) for kind, measured in kinds.items()}  # type: ignore[call-arg]
+        kinds: dict[str, Callable[[], dict[str, Any]]] = {
+            "prefill": bench.prefill,
+            "decode": bench.decode,
+            "decode, staged by copies": partial(bench.decode, by_copies=True),
+        }
         return {kind: run.isolated(f"capture, {kind}", measured) for kind, measured in kinds.items()}
     finally:
         bench.close()
@@ -130,7 +143,7 @@ def sections(models: tuple[Model, ...]) -> list[tuple[str, Callable[[Run], dict[
         ("ceilings", ceilings),
         ("numerics", numerics),
         ("overhead", overhead),
-        ("copy kernel", copy_kernel),
+        ("copiers", copiers),
         ("projection", projections),
     ]
     per_model = [
@@ -145,8 +158,8 @@ def sections(models: tuple[Model, ...]) -> list[tuple[str, Callable[[Run], dict[
     return [*first, *per_model[0], capture, *itertools.chain(*per_model[1:])]
 
 
-def measure(scale: Scale, budget_s: float, save: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
-    """All sections; `save` has the report after each."""
+def measure(scale: Scale, budget_s: float, keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """All sections; `keep` has the report after each."""
     began = time.monotonic()
     torch.manual_seed(0)
     report = {"machine": machine(), "method": method_of(__doc__)}
@@ -160,7 +173,7 @@ def measure(scale: Scale, budget_s: float, save: Callable[[dict[str, Any]], None
     report["arena"] = {
         "bytes": len(run.arena.memory),
         "pinned": run.arena.pinned,
-        "made_in_s": time.monotonic() - began,
+        "took_s": run.arena.took_s,
         "page_tokens": PAGE_TOKENS,
     }
     try:
@@ -170,7 +183,7 @@ def measure(scale: Scale, budget_s: float, save: Callable[[dict[str, Any]], None
             run.sections[name]["took_s"] = round(time.monotonic() - since, 1)
             print(f"{since - began:6.1f} s  {name}: {run.sections[name]['took_s']} s", file=sys.stderr, flush=True)
             report["comparison"] = gpu_report.compare(run.sections, [model.name for model in scale.models])
-            save(report)
+            keep(report)
     finally:
         run.arena.close()
     return report
@@ -190,23 +203,17 @@ def main() -> None:
     parser.add_argument(
         "--budget-s", type=float, default=500, help="start nothing after so many seconds (default 500)"
     )
-    parser.add_argument("--out", type=Path, help="folder of the JSON (default $OUT, or bench/results with --save)")
+    parser.add_argument("--out", type=Path, help="folder of the JSON, in the place of $OUT")
     parser.add_argument("--tiny", action="store_true", help="small shapes: does it all run?")
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not (arguments.tiny and os.environ.get("TRITON_INTERPRET")):
         sys.exit("bench.gpu_restore: no GPU here; TRITON_INTERPRET=1 and --tiny run it without one")
-    folders = {RESULTS} if arguments.save else set()
-    if out := arguments.out or os.environ.get("OUT"):
-        folders.add(Path(out))
-
-    name = "gpu_restore_tiny.json" if arguments.tiny else "gpu_restore.json"
-
-    def save(report: dict[str, Any]) -> None:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(report, indent=2) + "\n")
-
-    report = measure(SMALL if arguments.tiny else FULL, arguments.budget_s, save)
+    folders = [arguments.out] if arguments.out else out_folders()
+    if arguments.save:
+        folders.append(RESULTS)
+    name = "gpu_restore_tiny" if arguments.tiny else "gpu_restore"
+    scale = SMALL if arguments.tiny else FULL
+    report = measure(scale, arguments.budget_s, partial(save, name, folders=folders))
     print("\n".join(gpu_report.table(report)))
     if arguments.json:
         print(json.dumps(report))

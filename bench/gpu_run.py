@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from bench.gpu import DEVICE
 from bench.restore_rig import Arena
 from bench.toy_model import CHUNK, MODELS, TINY, Model
 
-PROGRAMS = (8, 16, 32, 64, 128, 264)  # of the kernel that copies
+KERNELS = tuple(itertools.product((4, 8, 16, 32), (4, 16)))  # that copy: programs, and warps of each
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Scale:
     chunk: int  # tokens of the prefill that is captured
     batch: int
     context: int
-    sweep_tokens: int  # of the restores with several numbers of programs
+    sweep_tokens: int  # of the restores by several kernels
 
 
 FULL = Scale(

@@ -11,8 +11,9 @@ matrix product; a form with more than 1.5 times that and 2^-8, or with elements 
 timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel,
 and the fused kernel in each configuration are timed between events, 8 calls in a row that are issued while the device
 is kept busy, so that launches do not count; median of 7 after 2 that warm up. `ratio` is the product's time over the
-form's: 1.0 means that norm, RoPE and scatter cost nothing. `--tune` writes which form was fastest to
-triton_kernels/tuned.json.
+form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works on parts of the rows; `whole_ms` is
+the same in one part. `--tune` writes which form was fastest to triton_kernels/tuned.json. Both files are written
+after each model, and to $OUT, too, if that is set.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 
 from bench.gpu import DEVICE, machine, noise, seconds
-from bench.report import arguments_of, method_of, save
+from bench.report import arguments_of, method_of, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
 from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
@@ -116,15 +118,9 @@ def measure(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[st
     pool = pool_of(shape, tokens)
     workspace = rows.new_empty(tokens, projection.columns)
     product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace), calls=CALLS)
-    took = {
-        form: seconds(
-            lambda form=form: project_kv(  # type: ignore[misc]
-                rows, projection, positions, slots, *pool, fused=form, workspace=workspace
-            ),
-            calls=CALLS,
-        )
-        for form in forms
-    }
+    project = partial(project_kv, rows, projection, positions, slots, *pool)
+    took = {form: seconds(partial(project, fused=form), calls=CALLS) for form in forms}
+    whole_s = seconds(partial(project, workspace=workspace), calls=CALLS)
     best = min(took, key=took.__getitem__)
     flops = 2 * tokens * shape.width * projection.columns
     return {
@@ -133,6 +129,7 @@ def measure(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[st
         "product_tflop_s": flops / product_s / 1e12,
         "ratio": product_s / took[best],
         "best": asdict(best) if best else None,
+        "whole_ms": 1e3 * whole_s,
         "forms": [
             {"fused": asdict(form) if form else None, "ms": 1e3 * s, "ratio": product_s / s}
             for form, s in took.items()
@@ -140,8 +137,13 @@ def measure(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[st
     }
 
 
-def on_gpu(tokens: tuple[int, ...] = TOKENS, shapes: dict[str, Shape] = SHAPES) -> dict[str, Any]:
-    report: dict[str, Any] = {"models": {}, "errors": {}}
+def on_gpu(
+    tokens: tuple[int, ...] = TOKENS,
+    shapes: dict[str, Shape] = SHAPES,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """All shapes; `keep` has the report after each."""
+    report: dict[str, Any] = {"models": {}, "errors": {}, "machine": machine(), "method": method_of(__doc__)}
     for shape, model in {shape: model for model, shape in shapes.items()}.items():
         forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
         errors = {form: check(shape, form) for form in forms}
@@ -152,21 +154,31 @@ def on_gpu(tokens: tuple[int, ...] = TOKENS, shapes: dict[str, Shape] = SHAPES) 
         rows = [measure(shape, n, right) for n in tokens] if right else []
         report["models"][model] = {"shape": asdict(shape), "rows": rows}
         print(f"{model}: {[round(row['ratio'], 3) for row in report['models'][model]['rows']]}", file=sys.stderr)
+        keep(report)
     return report
 
 
-def table(report: dict[str, Any], capability: int) -> dict[str, Any]:
-    """What `tuning.choose` reads."""
-    return {
-        "entries": [
-            {
-                "capability": capability,
-                "shape": model["shape"],
-                "rows": [{"tokens": row["tokens"], "fused": row["best"]} for row in model["rows"]],
-            }
-            for model in report["models"].values()
-        ]
-    }
+def table(report: dict[str, Any], known: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """What `tuning.choose` reads; known: entries that stay, where the report has none for their GPU and shape."""
+    measured = [
+        {
+            "capability": report["machine"]["capability"],
+            "shape": model["shape"],
+            "rows": [{"tokens": row["tokens"], "fused": row["best"]} for row in model["rows"]],
+        }
+        for model in report["models"].values()
+    ]
+    replaced = [(entry["capability"], entry["shape"]) for entry in measured]
+    return {"entries": [*(e for e in known if (e["capability"], e["shape"]) not in replaced), *measured]}
+
+
+def keep(report: dict[str, Any], *, results: bool, tuned: bool) -> None:
+    """Write what there is so far."""
+    if results:
+        save("kernels_gpu", report)
+    if tuned:
+        known = json.loads(TABLE.read_text())["entries"] if TABLE.exists() else []
+        save(TABLE.stem, table(report, known), [TABLE.parent, *out_folders()])
 
 
 def main() -> None:
@@ -174,27 +186,22 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="compile everything; needs no GPU")
     parser.add_argument("--tune", action="store_true", help="write the fastest forms to triton_kernels/tuned.json")
     arguments = parser.parse_args()
-    if not arguments.compile_only and DEVICE == "cpu":
-        sys.exit("bench.kernels: no GPU here; --compile-only needs none")
-    report = compile_all() if arguments.compile_only else on_gpu()
-    report |= {"machine": machine(), "method": method_of(__doc__)}
-    if arguments.save:
-        name = "kernels_compiled" if arguments.compile_only else "kernels_gpu"
-        save(name, report)
-    if arguments.tune and not arguments.compile_only:
-        TABLE.write_text(json.dumps(table(report, report["machine"]["capability"]), indent=1) + "\n")
     if arguments.compile_only:
+        report = compile_all() | {"machine": machine(), "method": method_of(__doc__)}
+        if arguments.save:
+            save("kernels_compiled", report)
         print(f"{report['compiled']} compiled, {report['failed']} failed, {report['spills']} spill")
+    elif DEVICE == "cpu":
+        sys.exit("bench.kernels: no GPU here; --compile-only needs none")
     else:
+        report = on_gpu(keep=partial(keep, results=arguments.save, tuned=arguments.tune))
         for model, found in report["models"].items():
             cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
             print(f"{model:>12}  {cells}   of the matrix product's throughput")
-        wrong = sum(form["wrong"] for forms in report["errors"].values() for form in forms)
-        print(f"{wrong} forms are wrong")
     if arguments.json:
         print(json.dumps(report))
-    if not arguments.compile_only and wrong:
-        sys.exit(1)
+    if wrong := sum(form["wrong"] for forms in report.get("errors", {}).values() for form in forms):
+        sys.exit(f"bench.kernels: {wrong} forms are wrong")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plots of `bench.gpu_restore`'s report: restoring against prefill, against its ceilings, and by copying programs.
+"""Plots of `bench.gpu_restore`'s report: restoring against prefill, against its ceilings, and by copier.
 
 python -m bench.plot_gpu [--report FILE] [--out FOLDER]
 """
@@ -6,6 +6,7 @@ python -m bench.plot_gpu [--report FILE] [--out FOLDER]
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.gpu_report import KINDS
+from bench.gpu_report import COPIERS, KINDS
 
 REPORT = Path(__file__).parent / "results" / "gpu_restore.json"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -45,23 +46,21 @@ def ratios(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def by_programs(report: dict[str, Any]) -> Figure | None:
-    """How fast restoring is with so many blocks of threads that copy; None where no kernel copied."""
-    sections = report["sections"]
-    parts = {model: sections.get(f"{KINDS[0]}, {model}", {}).get("sweep", {}) for model in report["comparison"]}
-    swept = {model: part.get("by_programs_ms") for model, part in parts.items()}
-    if not any(swept.values()):
+def by_copier(report: dict[str, Any]) -> Figure | None:
+    """How fast the engine and the kernel let a restore be; None where only torch copied."""
+    figure, panel = _panel("restore as hidden states", "tokens", "ms")
+    for model, part in itertools.product(report["comparison"], COPIERS):
+        section = report["sections"].get(f"{KINDS[0]}, {model}", {}).get(part, {})
+        if rows := [row for row in section.get("rows", []) if "ms" in row]:
+            panel.loglog([row["tokens"] for row in rows], [row["ms"] for row in rows], label=f"{model}, {part}")
+    if not panel.lines:
         return None
-    figure, panel = _panel("restore as hidden states", "programs that copy", "ms")
-    for model, found in swept.items():
-        if found:
-            panel.semilogx([int(programs) for programs in found], list(found.values()), marker="o", label=model)
     panel.legend()
     return figure
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
-    figures: dict[str, Figure | None] = {"ratio": ratios(report), "programs": by_programs(report)}
+    figures: dict[str, Figure | None] = {"ratio": ratios(report), "copiers": by_copier(report)}
     figures |= {re.sub(r"\W+", "-", model).lower(): times(report, model) for model in report["comparison"]}
     folder.mkdir(parents=True, exist_ok=True)
     files = []

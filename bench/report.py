@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def arguments_of(doc: str | None) -> argparse.ArgumentParser:
     """With what all benches take: `--json` and `--save`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on the last line")
-    parser.add_argument("--save", action="store_true", help="write the report to bench/results")
+    parser.add_argument("--save", action="store_true", help="write the report to bench/results, and to $OUT")
     return parser
 
 
@@ -39,9 +40,16 @@ def about(
     }
 
 
-def save(name: str, report: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+def out_folders() -> list[Path]:
+    """$OUT, if set: the folder that comes back from a machine of which nothing else does."""
+    return [Path(folder)] if (folder := os.environ.get("OUT")) else []
+
+
+def save(name: str, report: dict[str, Any], folders: Iterable[Path] | None = None) -> None:
+    """As NAME.json in all of the folders: if not said otherwise, bench/results and what `out_folders` says."""
+    for folder in [RESULTS, *out_folders()] if folders is None else folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def progress(line: str) -> None:

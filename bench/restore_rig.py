@@ -9,7 +9,7 @@ import mmap
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from bench.toy_model import Model, forward_kv
 from sglang_hcache.lanes import current_lane, new_lane
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.restore import (
+    Copier,
     HostPages,
-    KernelCopier,
     LayerEvents,
     Load,
     Restorer,
@@ -47,12 +47,22 @@ class Arena:
         os.ftruncate(file, n_bytes)
         self.memory = torch.frombuffer(mmap.mmap(file, n_bytes), dtype=torch.uint8)
         os.close(file)
-        self.memory.zero_()  # the system finds all pages now, not while CUDA holds its locks
-        self._registered = PinnedMemory(self.memory)
+        self.took_s: dict[str, float] = {}
+        with self._timed("zero"):
+            self.memory.zero_()  # the system finds all pages now, not while CUDA holds its locks
+        with self._timed("register"):
+            self._registered = PinnedMemory(self.memory)
         self.pinned = self._registered.pinned
         values = self.memory.view(dtype)
-        for part in values.split(min(len(values), 128 << 20)):
-            part.copy_(noise(len(part), dtype=dtype))
+        with self._timed("fill"):
+            for part in values.split(min(len(values), 128 << 20)):
+                part.copy_(noise(len(part), dtype=dtype))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.took_s[name] = time.perf_counter() - began
 
     def chunks(self, record_bytes: int) -> torch.Tensor:
         slots = len(self.memory) // record_bytes
@@ -140,9 +150,8 @@ class Rig:
         weights = model.layers * model.kv_row_bytes(dtype) * model.shape.width
         return int(1.1 * (SPARE * tokens * model.layers * model.kv_row_bytes(dtype) + weights)) + (2 << 30)
 
-    def use(self, programs: int | None = None) -> None:
-        """A restorer as the server makes it, or with another number of programs that copy."""
-        copier = KernelCopier(programs) if self._pinned and programs is not None else None
+    def use(self, copier: Copier | None = None) -> None:
+        """A restorer as the server makes it, or with another copier."""
         self._events = LayerEvents(current_lane(DEVICE), len(self._pages.layers))
         self._restorer = restorer_for(self._pages, DEVICE, None, self._events, pinned=self._pinned, copier=copier)
 

@@ -6,16 +6,24 @@ other half into the pool. Needs torch and numpy only, and Triton where chunks ar
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang_hcache.copy_engine import CopyEngine, NoCopyEngine
 from sglang_hcache.lanes import Lane, Mark, current_lane, new_lane
+
+logger = logging.getLogger(__name__)
+
+# A copy of its own takes the engine a microsecond or two beside its bytes, as long as the bus for so many: smaller
+# pages are read by a kernel. `bench.gpu_restore` measures both.
+ENGINE_PAGE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -146,18 +154,39 @@ class IndexCopier:
                 out.copy_(source[places])
 
 
+class EngineCopier:
+    """By the GPU's copy engine, in one call for all pages and layers.
+
+    No multiprocessor takes part: a product that runs beside it has all of them, as its blocks expect.
+    """
+
+    indexed_on = "cpu"
+
+    def __init__(self, engine: CopyEngine | None = None) -> None:
+        self._engine = engine or CopyEngine()
+
+    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
+        return pages.memory.data_ptr() + torch.tensor(chunks) * pages.memory.shape[1]
+
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
+        page_bytes = pages.layers[layers[0]].page_bytes
+        offsets = np.array([[pages.layers[layer].offset] for layer in layers])
+        sources = (offsets + places.numpy()).reshape(-1)
+        targets = target.data_ptr() + page_bytes * np.arange(len(sources))
+        self._engine.copy(targets, sources, page_bytes, torch.cuda.current_stream().cuda_stream)
+
+
 class KernelCopier:
     """In one launch for all pages and layers: the GPU reads pinned memory over the bus.
 
-    programs: blocks of threads that do so: as few as fill the bus, for the forward has use for the others. Each has
-    8 KiB on the way, and the bus some 100 KiB (50 GB/s, 2 µs): 32 should do, and leave most of a GPU to projections.
+    programs: blocks of threads that do so, of `warps` each. A block has 2 KiB a warp on the way, and the bus some
+    100 KiB (50 GB/s, 2 µs): a few large blocks fill it and leave most multiprocessors alone.
     """
 
     indexed_on = "cuda"
 
-    def __init__(self, programs: int = 32) -> None:
-        self._programs = programs
-        self._targets: dict[int, torch.Tensor] = {}
+    def __init__(self, programs: int = 8, warps: int = 16) -> None:
+        self._programs, self._warps = programs, warps
 
     def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
         return torch.tensor(chunks) * pages.memory.shape[1]
@@ -170,28 +199,26 @@ class KernelCopier:
             pages.memory.view(-1)[first.offset :],
             places,
             target,
-            self._targets_of(places, first.page_bytes),
-            first.page_bytes,
-            layers=len(layers),
-            source_layer_bytes=pages.layers[layers[1]].offset - first.offset if len(layers) > 1 else 0,
-            target_layer_bytes=len(places) * first.page_bytes,
+            layer_bytes=pages.layers[layers[1]].offset - first.offset if len(layers) > 1 else 0,
             programs=self._programs,
+            warps=self._warps,
         )
 
-    def _targets_of(self, places: torch.Tensor, page_bytes: int) -> torch.Tensor:
-        """Where each chunk goes. Kept, as one more launch a layer takes longer than the copy of a small load."""
-        known = self._targets.get(page_bytes)
-        if known is None or len(known) < len(places):
-            known = self._targets[page_bytes] = torch.arange(len(places), device=places.device) * page_bytes
-        return known[: len(places)]
 
-
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """What is copied at once, and then projected."""
 
     layers: range
     pages: slice
+
+
+class _Copied(NamedTuple):
+    """A step's rows, uint8 `[layers, pages, page_bytes]`: in this half of the staging buffer, from the mark on."""
+
+    step: _Step
+    half: int
+    rows: torch.Tensor
+    mark: Mark
 
 
 class Restorer:
@@ -218,9 +245,9 @@ class Restorer:
         self._copier = copier
         self._copying, self._projecting, self._before = copying, projecting, before
         self._events = events
-        self._together_bytes = staging.together_bytes
         self._half_pages = max(1, staging.half_rows // pages.page_tokens)
         half_bytes = self._half_pages * max(layer.page_bytes for layer in pages.layers)
+        self._together_bytes = min(staging.together_bytes, half_bytes)
         self._halves = [torch.empty(half_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._projected: list[Mark | None] = [None, None]  # of each half: from here on it may be overwritten
 
@@ -232,18 +259,17 @@ class Restorer:
         index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.chunks]
         try:
+            copies = self._copies(chunks)
+            first = list(itertools.islice(copies, 1))  # the bus is busy while positions and slots are made
             for lane in self._before:
                 self._projecting.wait(lane.mark())
-            with self._copying.active():
-                places = _to(self._copier.indexed_on, self._copier.places(self._pages, chunks))
+            self._events.begin(index, self._projecting.mark(timed=True))
             with self._projecting.active():
                 host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
                 positions = _to(self._device, torch.from_numpy(host_positions))
                 slots = torch.cat([load.device_slots for load in loads])
-                self._events.begin(index, self._projecting.mark(timed=True))
-                for turn, step in enumerate(self._steps(len(chunks))):
-                    rows = self._copy(turn % 2, step, places[step.pages])
-                    self._project(index, turn % 2, step, rows, positions, slots)
+                for copied in itertools.chain(first, copies):
+                    self._project(index, copied, positions, slots)
         except BaseException:
             for lane in (self._copying, self._projecting):
                 lane.mark().synchronize()
@@ -257,17 +283,17 @@ class Restorer:
         """
         n_pages = min(n_pages, self._half_pages, len(self._pages.memory))
         step = _Step(range(1), slice(0, n_pages))
-        with self._copying.active():
-            places = _to(self._copier.indexed_on, self._copier.places(self._pages, range(n_pages)))
+        places = self._places(range(n_pages))
         with self._projecting.active():
             tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
             first = tokens * 0
         copies, projections = [], []
         for _ in range(repeats + 1):
             marks = [self._copying.mark(timed=True)]
-            with self._copying.active():
-                rows = self._copy(0, step, places)
-            marks += [self._copying.mark(timed=True), self._projecting.mark(timed=True)]
+            rows = self._copy(0, step, places).rows
+            marks += [self._copying.mark(timed=True)]
+            self._projecting.wait(marks[-1])
+            marks += [self._projecting.mark(timed=True)]
             stored = self._pages.layers[0]
             with self._projecting.active():
                 typed = rows[0].view(stored.dtype).view(len(tokens), -1)
@@ -278,54 +304,64 @@ class Restorer:
             projections.append(marks[2].elapsed_time(marks[3]) / 1000)
         return min(copies[1:]), min(projections[1:])
 
+    def _places(self, chunks: Sequence[int]) -> torch.Tensor:
+        with self._copying.active():
+            return _to(self._copier.indexed_on, self._copier.places(self._pages, chunks))
+
+    def _copies(self, chunks: Sequence[int]) -> Iterator[_Copied]:
+        """The batch's steps in order, each issued when it is asked for."""
+        places = self._places(chunks)
+        for turn, step in enumerate(self._steps(len(chunks))):
+            yield self._copy(turn % 2, step, places)
+
     def _steps(self, n_pages: int) -> Iterator[_Step]:
         """In the order of layers; a layer of many pages takes several steps, small ones share a step."""
-        layers, first = self._pages.layers, 0
-        while first < len(layers):
-            last = first + 1
-            while last < len(layers) and self._fits_in(range(first, last + 1), n_pages):
-                last += 1
-            for page in range(0, n_pages, self._half_pages):
-                yield _Step(range(first, last), slice(page, min(page + self._half_pages, n_pages)))
+        parts = [slice(page, min(page + self._half_pages, n_pages)) for page in range(0, n_pages, self._half_pages)]
+        first = 0
+        while first < len(self._pages.layers):
+            last = self._last_together(first, n_pages)
+            for part in parts:
+                yield _Step(range(first, last), part)
             first = last
 
-    def _fits_in(self, together: range, n_pages: int) -> bool:
-        """Whether these layers of so many pages are copied at once: equal in size and distance, and small."""
-        layers = [self._pages.layers[layer] for layer in together]
-        distances = {after.offset - before.offset for before, after in pairwise(layers)}
-        return (
-            len(distances) == 1
-            and len({layer.page_bytes for layer in layers}) == 1
-            and len(layers) * n_pages * layers[0].page_bytes <= min(self._together_bytes, self._halves[0].nbytes)
-        )
+    def _last_together(self, first: int, n_pages: int) -> int:
+        """Where the layers from the first on end that are copied at once: equal in size and distance, and small."""
+        layers, last = self._pages.layers, first + 1
+        size = layers[first].page_bytes
+        while last < len(layers) and (last + 1 - first) * n_pages * size <= self._together_bytes:
+            distance = layers[last].offset - layers[last - 1].offset
+            if layers[last].page_bytes != size or distance != layers[first + 1].offset - layers[first].offset:
+                break
+            last += 1
+        return last
 
-    def _copy(self, half: int, step: _Step, places: torch.Tensor) -> torch.Tensor:
-        """Payload of the step, uint8 `[layers, pages, page_bytes]`, in a half of the staging buffer."""
-        shape = (len(step.layers), len(places), self._pages.layers[step.layers[0]].page_bytes)
+    def _copy(self, half: int, step: _Step, places: torch.Tensor) -> _Copied:
+        page_bytes, n_pages = self._pages.layers[step.layers[0]].page_bytes, step.pages.stop - step.pages.start
+        shape = (len(step.layers), n_pages, page_bytes)
         rows = self._halves[half][: shape[0] * shape[1] * shape[2]].view(shape)
+        if n_pages < len(places):
+            places = places[step.pages]
         if (projected := self._projected[half]) is not None:
             self._copying.wait(projected)
         with self._copying.active():
             self._copier.copy(self._pages, step.layers, places, rows)
-        self._projecting.wait(self._copying.mark())
-        return rows
+        return _Copied(step, half, rows, self._copying.mark())
 
-    def _project(
-        self, index: int, half: int, step: _Step, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
-    ) -> None:
+    def _project(self, index: int, copied: _Copied, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """On the projecting lane, which is the current one."""
-        page_tokens = self._pages.page_tokens
-        tokens = slice(step.pages.start * page_tokens, step.pages.stop * page_tokens)
-        complete = tokens.stop == len(positions)
-        last = len(self._pages.layers) - 1
-        for layer, payload in zip(step.layers, rows, strict=True):
-            stored = self._pages.layers[layer]
-            typed = payload.view(stored.dtype).view(len(payload) * page_tokens, -1)
-            stored.projector.project(layer, typed, positions[tokens], slots[tokens])
-            mark = self._projecting.mark(timed=complete and layer == last)
-            if complete:
+        layers, page_tokens, part = self._pages.layers, self._pages.page_tokens, copied.step.pages
+        begin, end, n_tokens = part.start * page_tokens, part.stop * page_tokens, len(positions)
+        if end - begin < n_tokens:
+            positions, slots = positions[begin:end], slots[begin:end]
+        self._projecting.wait(copied.mark)
+        for place, layer in enumerate(copied.step.layers):
+            stored = layers[layer]
+            typed = copied.rows[place].view(stored.dtype).view(end - begin, -1)
+            stored.projector.project(layer, typed, positions, slots)
+            mark = self._projecting.mark(timed=end == n_tokens and layer == len(layers) - 1)
+            if end == n_tokens:
                 self._events.restored(index, mark)
-        self._projected[half] = mark
+        self._projected[copied.half] = mark
 
 
 def _to(device: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -348,13 +384,30 @@ def restorer_for(
 
     pinned: whether the GPU can read the pages' memory by itself. copier: in the place of the one that fits that.
     """
+    copying = new_lane(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
     return Restorer(
         pages,
         device=device,
-        copier=copier or (KernelCopier() if pinned else IndexCopier()),
-        copying=new_lane(device, urgency=2),  # its few blocks fill the bus, if they are let in
+        copier=copier or (copier_of(pages, device, copying) if pinned else IndexCopier()),
+        copying=copying,
         projecting=new_lane(device, urgency=1),
         before=[current_lane(device), current_lane(device, forward_stream)],
         events=events,
         staging=Staging.on(device),
     )
+
+
+def copier_of(pages: HostPages, device: str, lane: Lane) -> EngineCopier | KernelCopier:
+    """The copy engine for large pages, once it has copied one of them; else the kernel."""
+    if min(layer.page_bytes for layer in pages.layers) < ENGINE_PAGE_BYTES:
+        return KernelCopier()
+    page = torch.empty(1, 1, pages.layers[0].page_bytes, dtype=torch.uint8, device=device)
+    try:
+        copier = EngineCopier()
+        with lane.active():
+            copier.copy(pages, range(1), copier.places(pages, [0]), page)
+    except NoCopyEngine as error:
+        logger.warning("hcache: pages are copied by a kernel, beside which forwards are slower: %s", error)
+        return KernelCopier()
+    lane.mark().synchronize()
+    return copier

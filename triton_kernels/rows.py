@@ -11,95 +11,74 @@ import triton.language as tl
 from sglang_hcache.triton_kernels.aot import KernelSpec
 
 WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multiples
-_PROGRAMS = 256
+_WARP_WORDS = 256  # that a warp has on the way
 
 
 @triton.jit(do_not_specialize=["n", "tasks"])
 def _copy_rows(
     source,  # words
-    source_offsets,  # int64 [n], bytes
-    source_layer: tl.int64,  # words from a layer to the next
-    target,
-    target_offsets,
-    target_layer: tl.int64,
+    offsets,  # int64 [n], bytes
+    layer_words: tl.int64,  # from a layer to the next
+    target,  # words [layers, n, row]
     n,
-    tasks,  # n × layers × pieces
+    tasks,  # layers × n × pieces
     row: tl.constexpr,  # words
     WORD_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pieces: tl.constexpr = (row + BLOCK - 1) // BLOCK
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        piece = task % pieces
-        index = (task // pieces) % n
-        layer = (task // pieces) // n
-        columns = piece * BLOCK + tl.arange(0, BLOCK)
+        which = task // pieces
+        columns = task % pieces * BLOCK + tl.arange(0, BLOCK)
         mask = columns < row
-        begin = tl.load(source_offsets + index) // WORD_BYTES + layer * source_layer
-        end = tl.load(target_offsets + index) // WORD_BYTES + layer * target_layer
+        begin = tl.load(offsets + which % n) // WORD_BYTES + which // n * layer_words
         words = tl.load(source + begin + columns, mask=mask)
-        tl.store(target + end + columns, words, mask=mask)
+        tl.store(target + which.to(tl.int64) * row + columns, words, mask=mask)
 
 
 def copy_rows(
     source: torch.Tensor,
-    source_offsets: torch.Tensor,
+    offsets: torch.Tensor,
     target: torch.Tensor,
-    target_offsets: torch.Tensor,
-    row_bytes: int,
     *,
-    layers: int = 1,
-    source_layer_bytes: int = 0,
-    target_layer_bytes: int = 0,
-    programs: int = _PROGRAMS,
+    layer_bytes: int = 0,
+    programs: int,
+    warps: int,
 ) -> None:
-    """Row i of layer l lies at `offsets[i] + l · layer_bytes`, in the source and in the target; copy n × layers rows.
+    """Rows of several layers, one after another: row i of layer l lies at `offsets[i] + l · layer_bytes`.
 
-    source, target: the memory, any dtype, contiguous; on the device, or pinned on the host, which the kernel reads or
-    writes over the bus. source_offsets, target_offsets: int64 `[n]`, bytes, on the device; multiples of 8, as all
-    sizes are. programs: how many blocks of threads share the work: few leave the device to others, enough fill the
-    bus. Rows of `target` must not overlap. Raises ValueError for sizes that are no multiples of 8.
+    source: the memory, any dtype, contiguous; on the device, or pinned on the host, which the kernel reads over the
+    bus. offsets: int64 `[n]`, bytes, on the device; multiples of 8, as all sizes are. target: `[layers, n, …]`,
+    contiguous, on the device. programs: how many blocks of threads share the work, of so many warps: few leave the
+    device to others, enough fill the bus. Raises ValueError for sizes that are no multiples of 8.
     """
-    if any(size % WORD for size in (row_bytes, source_layer_bytes, target_layer_bytes, source.nbytes, target.nbytes)):
-        raise ValueError(f"rows of {row_bytes} bytes cannot be copied in words of {WORD}")
-    n, row = source_offsets.numel(), row_bytes // WORD
-    if not n:
+    layers, n = target.shape[:2]
+    if not layers or not n:
         return
-    block = min(1024, triton.next_power_of_2(row))
-    tasks = n * layers * triton.cdiv(row, block)
+    row_bytes = target[0, 0].nbytes
+    if any(size % WORD for size in (row_bytes, layer_bytes, source.nbytes)):
+        raise ValueError(f"rows of {row_bytes} bytes cannot be copied in words of {WORD}")
+    row = row_bytes // WORD
+    block = _block(row, warps)
+    tasks = layers * n * triton.cdiv(row, block)
     _copy_rows[(min(tasks, programs),)](
-        _words(source),
-        source_offsets,
-        source_layer_bytes // WORD,
-        _words(target),
-        target_offsets,
-        target_layer_bytes // WORD,
-        n,
-        tasks,
-        row=row,
-        WORD_BYTES=WORD,
-        BLOCK=block,
-        num_warps=4,
-    )
+        _words(source), offsets, layer_bytes // WORD, _words(target), n, tasks, row=row, WORD_BYTES=WORD, BLOCK=block,
+        num_warps=max(1, block // _WARP_WORDS),
+    )  # fmt: skip
+
+
+def _block(row: int, warps: int) -> int:
+    return int(min(_WARP_WORDS * warps, triton.next_power_of_2(row)))
 
 
 def copy_rows_reference(
-    source: torch.Tensor,
-    source_offsets: torch.Tensor,
-    target: torch.Tensor,
-    target_offsets: torch.Tensor,
-    row_bytes: int,
-    *,
-    layers: int = 1,
-    source_layer_bytes: int = 0,
-    target_layer_bytes: int = 0,
+    source: torch.Tensor, offsets: torch.Tensor, target: torch.Tensor, *, layer_bytes: int = 0
 ) -> None:
     """As `copy_rows`, in PyTorch, on any device."""
-    bytes_in, bytes_out = source.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
-    for layer in range(layers):
-        for begin, end in zip(source_offsets.tolist(), target_offsets.tolist(), strict=True):
-            first, last = begin + layer * source_layer_bytes, end + layer * target_layer_bytes
-            bytes_out[last : last + row_bytes] = bytes_in[first : first + row_bytes]
+    memory, row_bytes = source.view(-1).view(torch.uint8), target[0, 0].nbytes
+    for layer, rows in enumerate(target.view(torch.uint8).view(*target.shape[:2], row_bytes)):
+        for begin, row in zip(offsets.tolist(), rows, strict=True):
+            row.copy_(memory[begin + layer * layer_bytes :][:row_bytes])
 
 
 @triton.jit
@@ -166,16 +145,17 @@ def _launch_kv(
 
 def compile_specs() -> Iterator[KernelSpec]:
     """Rows of one block, and of many: K or V of a token, a token's hidden state, a layer of a page; K and V."""
-    pointers = {"source": "*i64", "source_offsets": "*i64", "target": "*i64", "target_offsets": "*i64"}
-    numbers = {"source_layer": "i64", "target_layer": "i64", "n": "i32", "tasks": "i32"}
-    for row_bytes in (256, 8192, 64 * 8192):
+    pointers = {"source": "*i64", "offsets": "*i64", "target": "*i64"}
+    numbers = {"layer_words": "i64", "n": "i32", "tasks": "i32"}
+    for row_bytes, warps in ((256, 16), (8192, 16), (64 * 8192, 4), (64 * 8192, 16)):
         row = row_bytes // WORD
+        block = _block(row, warps)
         yield KernelSpec(
-            name=f"copy_rows of {row_bytes} bytes",
+            name=f"copy_rows of {row_bytes} bytes by {warps} warps",
             kernel=_copy_rows,
             signature=pointers | numbers,
-            constexprs={"row": row, "WORD_BYTES": WORD, "BLOCK": min(1024, triton.next_power_of_2(row))},
-            num_warps=4,
+            constexprs={"row": row, "WORD_BYTES": WORD, "BLOCK": block},
+            num_warps=max(1, block // _WARP_WORDS),
             aligned=tuple(pointers),
         )
     pool = {"rows": "*i64", "slots": "*i64", "keys": "*i64", "values": "*i64"}

@@ -238,6 +238,31 @@ def test_whatever_overtakes_what_the_forward_reads_restored_layers(seed: int) ->
     assert max(copier.bytes_at_once) <= half_bytes
 
 
+def test_the_bus_is_busy_before_positions_and_slots_are_made() -> None:
+    device = Device()
+    restorer, _, _, copier = deferred(Pool(4, device), device, Staging(1024, 0))
+
+    class Loaded(Load):
+        @property
+        def device_slots(self) -> torch.Tensor:  # type: ignore[override]
+            assert copier.bytes_at_once
+            return torch.arange(2 * PAGE)
+
+        @device_slots.setter
+        def device_slots(self, slots: torch.Tensor) -> None: ...
+
+    restorer.run([Loaded("request", (3, 1), torch.empty(0))])
+    assert len(copier.bytes_at_once) == 4
+
+
+def test_a_load_of_nothing_is_no_work() -> None:
+    device = Device()
+    restorer, events, _, copier = deferred(Pool(4, device), device, Staging(1024, 1 << 20))
+    index = restorer.run([Load("request", (), torch.empty(0, dtype=torch.int64))])
+    assert events.synchronize(index) is None
+    assert not copier.bytes_at_once
+
+
 def test_a_failure_leaves_nothing_under_way() -> None:
     device = Device()
     pool = Pool(4, device, fails_at=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_report, gpu_restore, gpu_run
+from bench import gpu_report, gpu_restore, gpu_run, kernels, report
 from bench.gpu import DEVICE
 from bench.kernels import on_gpu, table
 from sglang_hcache.triton_kernels.tuning import Shape
@@ -18,15 +18,51 @@ TINY = Shape(width=64, k_heads=2, v_heads=2, head_dim=264)  # too large a head f
 
 
 def test_the_kernels_bench_checks_and_times_every_form() -> None:
-    report = on_gpu((8, 16), {"tiny": TINY})
-    (error,) = report["errors"]["tiny"]
+    found = on_gpu((8, 16), {"tiny": TINY})
+    (error,) = found["errors"]["tiny"]
     assert error["fused"] is None
     assert error["k"] < 1.5 * error["product"] + 2**-8
     assert error["v"] <= 1.01 * error["product"]
     assert error["k_unwritten"] == error["v_unwritten"] == error["k_strayed"] == error["v_strayed"] == 0
-    (entry,) = table(report, 90)["entries"]
+    (entry,) = table(found)["entries"]
     assert Shape(**entry["shape"]) == TINY
     assert [row["tokens"] for row in entry["rows"]] == [8, 16]
+
+
+def test_what_was_measured_is_kept_after_each_shape_and_handed_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the checkout, and in the one folder that comes back from a machine of which nothing else does."""
+    out, results, tuned = tmp_path / "out", tmp_path / "results", tmp_path / "kernels" / "tuned.json"
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(kernels, "TABLE", tuned)
+    other = dataclasses.replace(TINY, width=32)
+    known = [{"capability": 70, "shape": dataclasses.asdict(TINY), "rows": []}]
+    tuned.parent.mkdir()
+    tuned.write_text(json.dumps({"entries": known}))
+    seen: list[int] = []
+
+    def keep(found: dict[str, Any]) -> None:
+        kernels.keep(found, results=True, tuned=True)
+        for folder, table_file in ((results, tuned), (out, out / "tuned.json")):
+            saved = json.loads((folder / "kernels_gpu.json").read_text())
+            assert saved["models"].keys() == found["models"].keys()
+            entries = json.loads(table_file.read_text())["entries"]
+            assert entries[0] == known[0]
+            assert [entry["shape"] for entry in entries[1:]] == [each["shape"] for each in found["models"].values()]
+        seen.append(len(found["models"]))
+
+    on_gpu((8,), {"tiny": TINY, "other": other}, keep)
+    assert seen == [1, 2]
+
+
+def test_other_benches_hand_their_results_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    report.save("codec", {"figure": 1})
+    for folder in ("out", "results"):
+        assert json.loads((tmp_path / folder / "codec.json").read_text()) == {"figure": 1}
 
 
 ONE_LENGTH = dataclasses.replace(gpu_run.SMALL, tokens=(64,))
@@ -34,9 +70,10 @@ ONE_LENGTH = dataclasses.replace(gpu_run.SMALL, tokens=(64,))
 
 def test_the_restore_bench_runs_every_section_and_finds_nothing_wrong(tmp_path: Path) -> None:
     saved: list[dict[str, Any]] = []
-    report = gpu_restore.measure(ONE_LENGTH, 1e6, saved.append)
-    found = report["sections"]
-    assert "traceback" not in json.dumps(report)
+    measured = gpu_restore.measure(ONE_LENGTH, 1e6, saved.append)
+    found = measured["sections"]
+    assert "traceback" not in json.dumps(measured)
+    assert measured["arena"]["took_s"].keys() == {"zero", "register", "fill"}
     assert len(saved) == len(found) == 9
     for form in found["numerics"]["tiny"]:
         assert form["unwritten"] == form["strayed"] == 0
@@ -53,11 +90,35 @@ def test_the_restore_bench_runs_every_section_and_finds_nothing_wrong(tmp_path: 
         assert captured["decode"]["differing"] == 0
     else:
         assert "GPU" in captured["decode"]["skipped"]
-    lines = list(gpu_report.table(report))
+    lines = list(gpu_report.table(measured))
     assert any("restore hidden, tiny, 64" in line for line in lines)
     plot_gpu = pytest.importorskip("bench.plot_gpu")
-    for file in plot_gpu.draw(json.loads(json.dumps(report)), tmp_path / "figures"):
+    for file in plot_gpu.draw(json.loads(json.dumps(measured)), tmp_path / "figures"):
         assert file.stat().st_size > 1000
+
+
+def test_what_both_copiers_did_is_in_the_table_and_in_a_figure() -> None:
+    """As a GPU's report has it."""
+    row: dict[str, Any] = {"tokens": 64, "ms": 2.0, "caller_ms": 1.0, "gb_s": 3.0, "unwritten": 0, "strayed": 0}
+    by: dict[str, Any] = {
+        name: {"rows": [{key: row[key] for key in row if key != "gb_s"}]} for name in gpu_report.COPIERS
+    }
+    by["by kernel"]["rows"].append({"tokens": 256, "error": "CUDA error"})
+    section = {"rows": [row], **by, "sweep": {"by_kernel_ms": {"4x16": 2.5}}}
+    copiers = {"gb_s": {65536: {"engine": 50.0, "kernel 4x16": 40.0}}}
+    measured = {"sections": {"copiers": copiers, "restore hidden, tiny": section}, "comparison": {"tiny": {}}}
+    lines = "\n".join(gpu_report.table(measured | {"comparison": {}}))
+    for part in (
+        "tiny, by engine, 64",
+        "by kernel, 256: CUDA error",
+        "4x16: 2.50",
+        "pages of 64 KiB",
+        "engine: 50.0",
+    ):
+        assert part in lines
+    assert gpu_report.failed(measured)
+    plot_gpu = pytest.importorskip("bench.plot_gpu")
+    assert plot_gpu.by_copier(measured) is not None
 
 
 def test_the_restore_bench_survives_a_section_and_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +127,8 @@ def test_the_restore_bench_survives_a_section_and_stops_in_time(monkeypatch: pyt
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(gpu_restore, "ceilings", fails)
-    report = gpu_restore.measure(ONE_LENGTH, 1e6)
-    found = report["sections"]
+    measured = gpu_restore.measure(ONE_LENGTH, 1e6)
+    found = measured["sections"]
     assert found["ceilings"]["error"] == "RuntimeError: out of memory"
     assert {section["skipped"] for name, section in found.items() if name != "ceilings"} == {"out of time"}
-    assert any("out of memory" in line for line in gpu_report.table(report))
+    assert any("out of memory" in line for line in gpu_report.table(measured))

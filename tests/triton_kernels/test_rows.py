@@ -16,36 +16,31 @@ def _bytes(count: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("programs", [1, 5, 1000])
+@pytest.mark.parametrize("warps", [1, 16])
 @pytest.mark.parametrize(("n", "row_bytes"), [(1, 8), (63, 72), (65, 1600), (7, 8200)])
-def test_rows_of_several_layers_move_and_nothing_else(n: int, row_bytes: int, programs: int) -> None:
+def test_rows_of_several_layers_move_and_nothing_else(n: int, row_bytes: int, warps: int, programs: int) -> None:
     layers, space = 3, 2 * n
-    layout = {
-        "layers": layers,
-        "source_layer_bytes": space * row_bytes + 64,
-        "target_layer_bytes": space * row_bytes + 8,
-    }
-    source = _bytes(layers * layout["source_layer_bytes"], seed=1)
-    target = _bytes(layers * layout["target_layer_bytes"], seed=2)
-    expected = target.clone()
-    begins, ends = (torch.randperm(space, device=DEVICE)[:n] * row_bytes for _ in range(2))
+    layer_bytes = space * row_bytes + 64
+    source = _bytes(layers * layer_bytes, seed=1)
+    memory = _bytes((layers * n + 2) * row_bytes, seed=2)
+    expected = memory.clone()
+    target, wanted = (each[row_bytes:-row_bytes].view(layers, n, row_bytes) for each in (memory, expected))
+    offsets = torch.randperm(space, device=DEVICE)[:n] * row_bytes
 
-    copy_rows(source, begins, target, ends, row_bytes, programs=programs, **layout)
-    copy_rows_reference(source, begins, expected, ends, row_bytes, **layout)
-    assert torch.equal(target, expected)
+    copy_rows(source, offsets, target, layer_bytes=layer_bytes, programs=programs, warps=warps)
+    copy_rows_reference(source, offsets, wanted, layer_bytes=layer_bytes)
+    assert torch.equal(memory, expected)
 
 
 def test_no_rows_are_no_work() -> None:
     empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    target = _bytes(64, seed=0)
-    before = target.clone()
-    copy_rows(_bytes(64, seed=1), empty, target, empty, 8)
-    assert torch.equal(target, before)
+    copy_rows(_bytes(64, seed=1), empty, _bytes(0, seed=0).view(1, 0, 8), programs=1, warps=1)
 
 
 def test_sizes_that_are_no_words_are_refused() -> None:
     offsets = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="12 bytes"):
-        copy_rows(_bytes(64, 0), offsets, _bytes(64, 1), offsets, 12)
+        copy_rows(_bytes(64, 0), offsets, _bytes(12, 1).view(1, 1, 12), programs=1, warps=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
