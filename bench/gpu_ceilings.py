@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu import DEVICE, device_copy_gb_s, host_to_device_gb_s, noise, seconds
+from bench.gpu import DEVICE, capability, device_copy_gb_s, host_to_device_gb_s, noise, seconds
 from bench.gpu_run import KERNELS, Run, Scale
 from bench.kernels import CALLS, POSITIONS, pool_of, projection_of
 from bench.restore_rig import errors
@@ -137,7 +137,7 @@ def numerics(run: Run) -> dict[str, Any]:
 
 
 def _forms(model: Model) -> list[Fused | None]:
-    return [None, *candidates(model.shape.head_dim)]
+    return [None, *candidates(model.shape.head_dim, capability())]
 
 
 def _form_errors(model: Model, form: Fused | None, scale: Scale) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import triton
 
-from bench.gpu import DEVICE, machine, noise, seconds
+from bench.gpu import DEVICE, capability, machine, noise, seconds
 from bench.report import arguments_of, method_of, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
 from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
@@ -145,7 +145,7 @@ def on_gpu(
     """All shapes; `keep` has the report after each."""
     report: dict[str, Any] = {"models": {}, "errors": {}, "machine": machine(), "method": method_of(__doc__)}
     for shape, model in {shape: model for model, shape in shapes.items()}.items():
-        forms: list[Fused | None] = [None, *candidates(shape.head_dim)]
+        forms: list[Fused | None] = [None, *candidates(shape.head_dim, capability())]
         errors = {form: check(shape, form) for form in forms}
         right = [form for form in forms if is_right(errors[form])]
         report["errors"][model] = [

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.triton_kernels.project import E4M3_SINCE, Projection, project_kv
+from sglang_hcache.triton_kernels.project import FP8_SINCE, Projection, project_kv
 from sglang_hcache.triton_kernels.tuning import choose
 
 # Read in SGLang 0.5.23: fused projection, then, where the module has them, K's norm (`k_norm`) and RoPE. Nothing else
@@ -51,14 +51,16 @@ class KernelProjector:
         if torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
             self._capability = 10 * major + minor
-            if pool.dtype == torch.float8_e4m3fn and self._capability < E4M3_SINCE:
-                raise ValueError(f"a pool in e4m3 on sm_{self._capability}")
+            if pool.dtype.itemsize == 1 and self._capability < FP8_SINCE:
+                raise ValueError(f"a pool in {pool.dtype} on sm_{self._capability}")
 
     @torch.no_grad()
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         keys, values = self._keys[layer], self._values[layer]
         projection = self._modules[layer].projection(scaled=keys.dtype != rows.dtype)
-        fused = choose(projection.shape, len(rows), self._capability) if projection.can_be_fused else None
+        fused = choose(projection.shape, len(rows), self._capability)
+        if fused is not None and not projection.takes(fused):
+            fused = None
         project_kv(rows, projection, positions, slots, keys, values, fused=fused)
 
 

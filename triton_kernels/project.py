@@ -1,38 +1,41 @@
 """Projecting a layer's hidden states to K and V in the paged pool, with bias, K's norm and RoPE.
 
-Two forms of the same function: one GEMM that does all (`_project`), and cuBLAS followed by a kernel that does the
-rest (`_finish`). `tuning.py` says which serves a shape.
+Two forms of the same function: one GEMM that does all (`_project`, or `_project_heads` with more heads a tile), and
+cuBLAS followed by a kernel that does the rest (`_finish`). `tuning.py` says which serves a shape.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_hcache.triton_kernels.aot import CAPABILITIES, KernelSpec
 from sglang_hcache.triton_kernels.tuning import (
     FINISH_TOKENS,
     FINISH_WARPS,
     PART_ROWS,
+    SEVERAL_HEADS,
     SHAPES,
     Fused,
     Shape,
     candidates,
 )
 
-E4M3_SINCE = 89  # a GPU before sm_89 has no instruction for it, and Triton no substitute
+FP8_SINCE = 89  # a GPU before sm_89 has no instruction for it, and Triton 3.6 no substitute
 _NO_NORM, _HEAD_NORM, _FULL_NORM = range(3)
 _GROUP = 8  # blocks of tokens that share a pass over the weight, to find it in L2
 _TILE = 128  # rows of a block of cuBLAS
+_DESCRIBED = 16  # bytes that divide the address and the strides of what a descriptor describes
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Projection:
     """What one layer's attention does to its input to get K and V; N = k_heads · k_dim + v_heads · v_dim.
 
@@ -85,9 +88,27 @@ class Projection:
         return Shape(self.weight.shape[1], self.k_heads, self.v_heads, self.k_dim)
 
     @property
-    def can_be_fused(self) -> bool:
-        """A program sees one head: not a norm over all, and its tile fits K's heads and V's alike."""
-        return self.norm != _FULL_NORM and self.k_dim == self.v_dim
+    def _row_sizes(self) -> tuple[int, int]:
+        """Bytes of a row of the input, and from a row of the weight to the next."""
+        return self.weight[0].nbytes, self.weight.stride(0) * self.weight.itemsize
+
+    def takes(self, form: Fused) -> bool:
+        """Whether a fused kernel can do it.
+
+        A program sees one head: not a norm over all, and its tile fits K's heads and V's alike. If it sees several,
+        they are read by descriptors and turned as a whole: values of two bytes, aligned rows, no norm.
+        """
+        if self.norm == _FULL_NORM or self.k_dim != self.v_dim:
+            return False
+        return form.heads == 1 or (
+            self.norm == _NO_NORM
+            and self.neox
+            and self.rotary_dim in (0, self.k_dim)
+            and self.k_dim == triton.next_power_of_2(self.k_dim)
+            and self.k_heads % form.heads == self.v_heads % form.heads == 0
+            and self.weight.itemsize == 2
+            and not any(size % _DESCRIBED for size in (self.weight.data_ptr(), *self._row_sizes))
+        )
 
 
 @triton.jit
@@ -283,6 +304,93 @@ def _project(
         )  # fmt: skip
 
 
+@triton.jit
+def _store_heads(
+    x,  # float32 [TOKENS, COLUMNS], of whole heads
+    token,
+    n,
+    first_column,
+    slots,
+    positions,
+    cos_sin,
+    buffer,
+    stride,
+    scale,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DIM: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    inside = token < n
+    inverse = 1.0 / scale
+    if TURN:
+        HALF: tl.constexpr = DIM // 2
+        pair = tl.arange(0, HALF)
+        halves = tl.permute(tl.reshape(x, (TOKENS, COLUMNS // DIM, 2, HALF)), (0, 1, 3, 2))
+        x1, x2 = tl.split(halves)  # [TOKENS, heads, HALF]
+        angles = cos_sin + tl.load(positions + token, mask=inside, other=0)[:, None] * DIM + pair[None, :]
+        cos = tl.load(angles, mask=inside[:, None], other=1.0).to(tl.float32)[:, None, :]
+        sin = tl.load(angles + HALF, mask=inside[:, None], other=0.0).to(tl.float32)[:, None, :]
+        y1 = ((x1 * cos - x2 * sin) * inverse).to(buffer.dtype.element_ty)
+        y2 = ((x2 * cos + x1 * sin) * inverse).to(buffer.dtype.element_ty)
+        values = tl.reshape(tl.permute(tl.join(y1, y2), (0, 1, 3, 2)), (TOKENS, COLUMNS))
+    else:
+        values = (x * inverse).to(buffer.dtype.element_ty)
+    column = first_column + tl.arange(0, COLUMNS)
+    place = buffer + tl.load(slots + token, mask=inside, other=0)[:, None] * stride + column[None, :]
+    tl.store(place, values, mask=inside[:, None])
+
+
+@triton.jit
+def _project_heads(
+    rows,  # descriptor of [n, WIDTH], in blocks of [TOKENS, DEPTH]
+    weight,  # descriptor of [columns, WIDTH], in blocks of [COLUMNS, DEPTH]
+    bias,
+    slots,
+    positions,
+    cos_sin,
+    k_buffer,
+    k_stride,
+    k_scale,
+    v_buffer,
+    v_stride,
+    v_scale,
+    n,
+    WIDTH: tl.constexpr,
+    K_BLOCKS: tl.constexpr,  # of columns
+    BLOCKS: tl.constexpr,  # K's and V's
+    DIM: tl.constexpr,
+    TURN: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    blocks = tl.cdiv(n, TOKENS)
+    group = tl.program_id(0) // (GROUP * BLOCKS)
+    in_group = tl.minimum(blocks - group * GROUP, GROUP)
+    first_token = (group * GROUP + tl.program_id(0) % (GROUP * BLOCKS) % in_group) * TOKENS
+    block = tl.program_id(0) % (GROUP * BLOCKS) // in_group
+
+    x = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        x = tl.dot(rows.load([first_token, start]), weight.load([block * COLUMNS, start]).T, x)
+    if BIAS:
+        x += tl.load(bias + block * COLUMNS + tl.arange(0, COLUMNS)).to(tl.float32)[None, :]
+    token = first_token + tl.arange(0, TOKENS)
+    if block < K_BLOCKS:
+        _store_heads(
+            x, token, n, block * COLUMNS, slots, positions, cos_sin, k_buffer, k_stride, k_scale,
+            TOKENS, COLUMNS, DIM, TURN,
+        )  # fmt: skip
+    else:
+        _store_heads(
+            x, token, n, (block - K_BLOCKS) * COLUMNS, slots, positions, cos_sin, v_buffer, v_stride, v_scale,
+            TOKENS, COLUMNS, DIM, False,
+        )  # fmt: skip
+
+
 def project_kv(
     rows: torch.Tensor,
     projection: Projection,
@@ -299,8 +407,8 @@ def project_kv(
     rows: `[n, width]`, bf16, fp16 or fp32, as is the weight; positions, slots: int64 `[n]`, slots all different.
     k_buffer: `[slots, k_heads, k_dim]`, v_buffer likewise, in the pool's dtype, fp8 as torch's fp8 dtype; values
     beyond its range saturate. fused: run so; None for cuBLAS and a second kernel, on as many rows at a time as
-    `workspace`, `[m, N]` of the rows' dtype, has; if left out, on about PART_ROWS. Raises ValueError for a projection
-    that cannot be fused.
+    `workspace`, `[m, N]` of the rows' dtype, has; if left out, on about PART_ROWS. Raises ValueError for a form that
+    the projection does not take.
     """
     if not len(rows):
         return
@@ -316,8 +424,11 @@ def project_kv(
                 torch.addmm(projection.bias, some, projection.weight.T, out=projected)
             finish_kv(projected, projection, their_positions, their_slots, k_buffer, v_buffer)
         return
-    if not projection.can_be_fused:
-        raise ValueError("the fused form has one head a program: no norm over all heads, no V of another size")
+    if not projection.takes(fused):
+        raise ValueError(f"{fused} is not for this projection: see Projection.takes")
+    if fused.heads > 1:
+        _launch_heads(rows, projection, positions, slots, k_buffer, v_buffer, fused)
+        return
     p = projection
     heads = p.k_heads + p.v_heads
     _project[(triton.cdiv(len(rows), fused.tokens) * heads,)](
@@ -348,6 +459,46 @@ def project_kv(
         BIAS=p.bias is not None,
         PAIRS=_pairs(p.k_dim),
         TOKENS=fused.tokens,
+        DEPTH=fused.depth,
+        GROUP=_GROUP,
+        num_warps=fused.warps,
+        num_stages=fused.stages,
+    )
+
+
+def _launch_heads(
+    rows: torch.Tensor,
+    projection: Projection,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    fused: Fused,
+) -> None:
+    p, columns = projection, fused.heads * projection.k_dim
+    blocks = p.columns // columns
+    _project_heads[(triton.cdiv(len(rows), fused.tokens) * blocks,)](
+        TensorDescriptor.from_tensor(rows, [fused.tokens, fused.depth]),
+        TensorDescriptor.from_tensor(p.weight, [columns, fused.depth]),
+        _or_any(p.bias, rows),
+        slots,
+        positions,
+        _or_any(p.cos_sin, rows),
+        k_buffer,
+        k_buffer.stride(0),
+        p.k_scale,
+        v_buffer,
+        v_buffer.stride(0),
+        p.v_scale,
+        len(rows),
+        WIDTH=rows.shape[1],
+        K_BLOCKS=p.k_heads // fused.heads,
+        BLOCKS=blocks,
+        DIM=p.k_dim,
+        TURN=p.rotary_dim != 0,
+        BIAS=p.bias is not None,
+        TOKENS=fused.tokens,
+        COLUMNS=columns,
         DEPTH=fused.depth,
         GROUP=_GROUP,
         num_warps=fused.warps,
@@ -449,9 +600,8 @@ def _or_any(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 def compile_specs() -> Iterator[KernelSpec]:
     """The fused form of each known shape in each configuration, and what follows cuBLAS, with every option."""
     for shape, model in {shape: model for model, shape in SHAPES.items()}.items():
-        for fused, (norm, bias) in itertools.product(
-            candidates(shape.head_dim), ((_NO_NORM, False), (_HEAD_NORM, True))
-        ):
+        plain_or_not = ((_NO_NORM, False), (_HEAD_NORM, True))
+        for fused, (norm, bias) in itertools.product(candidates(shape.head_dim, capability=0), plain_or_not):
             yield _spec(
                 f"project {model} {fused.tokens}x{fused.depth}, norm {norm}, bias {int(bias)}",
                 _project,
@@ -470,6 +620,31 @@ def compile_specs() -> Iterator[KernelSpec]:
                 DEPTH=fused.depth,
                 GROUP=_GROUP,
             )
+    turned, pools = ((True, False), (True, True), (False, True)), ("*bf16", "*fp8e4nv")
+    for (capability, fused), (turn, bias), pool in itertools.product(SEVERAL_HEADS.items(), turned, pools):
+        columns = fused.heads * 128
+        spec = _spec(
+            f"project {fused.heads} heads by {fused.warps}, turned {int(turn)}, bias {int(bias)}, into {pool[1:]}",
+            _project_heads,
+            fused.warps,
+            fused.stages,
+            pool,
+            WIDTH=4096,
+            K_BLOCKS=4096 // columns,
+            BLOCKS=8192 // columns,
+            DIM=128,
+            TURN=turn,
+            BIAS=bias,
+            TOKENS=fused.tokens,
+            COLUMNS=columns,
+            DEPTH=fused.depth,
+            GROUP=_GROUP,
+        )
+        blocks = {"rows": (fused.tokens, fused.depth), "weight": (columns, fused.depth)}
+        described = {name: f"tensordesc<bf16[{rows},{depth}]>" for name, (rows, depth) in blocks.items()}
+        aligned = [name for name in spec.aligned if name not in described]
+        signature = {**spec.signature, **described}
+        yield dataclasses.replace(spec, signature=signature, aligned=aligned, capabilities=(capability,))
     for dim, rotary, neox, norm, pool in (
         (64, 16, True, _NO_NORM, "*bf16"),
         (96, 96, True, _NO_NORM, "*fp16"),
@@ -518,5 +693,5 @@ def _spec(name: str, kernel: Any, warps: int, stages: int, pool: str = "*bf16", 
     types = _TYPES | {"k_buffer": pool, "v_buffer": pool}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constexprs}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("stride")]
-    capabilities = [c for c in CAPABILITIES if pool != "*fp8e4nv" or c >= E4M3_SINCE]
+    capabilities = [c for c in CAPABILITIES if "fp8" not in pool or c >= FP8_SINCE]
     return KernelSpec(name, kernel, signature, constexprs, warps, stages, aligned, capabilities)

@@ -27,12 +27,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Fused:
-    """A configuration of the fused kernel: sizes of its tile, and how it is scheduled."""
+    """A configuration of a fused kernel: sizes of its tile, and how it is scheduled."""
 
     tokens: int
     depth: int  # of the tile along `width`
     warps: int
     stages: int
+    heads: int = 1  # of a tile; more than one for `_project_heads`
 
 
 SHAPES = {
@@ -53,9 +54,16 @@ CANDIDATES: dict[int, tuple[Fused, ...]] = {
 }
 
 
-def candidates(head_dim: int) -> tuple[Fused, ...]:
-    """Configurations worth trying for heads of this size; none where the fused kernel does not fit."""
-    return next((found for pairs, found in sorted(CANDIDATES.items()) if 2 * pairs >= head_dim), ())
+# For two heads of 128 at once, by capability: tiles of 128 × 256, as cuBLAS has. Hopper's tensor cores multiply rows
+# by all 256 columns and read them once; the two products of half a head each that `_project` has read them twice.
+SEVERAL_HEADS = {90: Fused(128, 64, 8, 4, heads=2), 100: Fused(128, 64, 16, 4, heads=2)}
+
+
+def candidates(head_dim: int, capability: int) -> tuple[Fused, ...]:
+    """Configurations worth trying for heads of this size on such a GPU; none where no fused kernel fits."""
+    found = next((found for pairs, found in sorted(CANDIDATES.items()) if 2 * pairs >= head_dim), ())
+    several = SEVERAL_HEADS.get(capability) if head_dim == 128 else None
+    return found if several is None else (several, *found)
 
 
 def choose(shape: Shape, tokens: int, capability: int) -> Fused | None:

@@ -244,7 +244,7 @@ def test_the_bus_is_busy_before_positions_and_slots_are_made() -> None:
 
     class Loaded(Load):
         @property
-        def device_slots(self) -> torch.Tensor:  # type: ignore[override]
+        def device_slots(self) -> torch.Tensor:
             assert copier.bytes_at_once
             return torch.arange(2 * PAGE)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sglang_hcache.triton_kernels.project import Projection, _part_rows, project_kv, project_kv_reference
-from sglang_hcache.triton_kernels.tuning import Fused
+from sglang_hcache.triton_kernels.tuning import SEVERAL_HEADS, Fused, candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, K_HEADS, V_HEADS, DIM = 160, 3, 2, 64
@@ -126,10 +126,64 @@ def test_options(options: str, form: str) -> None:
     _check(_projection(**OPTIONS[options]), 65, FORMS[form], torch.float32)
 
 
+HEADS = Fused(tokens=32, depth=32, warps=4, stages=2, heads=2)
+
+
+def _even(dim: int = DIM, **changes: Any) -> Projection:
+    """Of as many heads as tiles of two can hold."""
+    plain = Projection(
+        weight=_random(6 * dim, WIDTH, seed=1, dtype=torch.float16) / WIDTH**0.5,
+        k_heads=4, k_dim=dim, v_heads=2, v_dim=dim,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize("n", [1, 31, 300])
+@pytest.mark.parametrize("options", ["bias", "rope by halves", "scales", "all"])
+def test_several_heads_in_a_tile(options: str, n: int) -> None:
+    bias = {"bias": _random(6 * DIM, seed=5, dtype=torch.float16)}
+    changes = {"bias": bias, "all": bias | OPTIONS["scales"]}.get(options) or OPTIONS[options]
+    _check(_even(**changes), n, HEADS, torch.float16)
+
+
+def test_several_heads_of_the_size_and_the_tile_that_are_served() -> None:
+    for form in SEVERAL_HEADS.values():
+        _check(_even(128, cos_sin=_angles(128)), 130, form, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "projection",
+    [
+        _even(neox=False, cos_sin=_angles(DIM)),
+        _even(cos_sin=_angles(16)),
+        _even(norm_weight=_random(DIM, seed=6)),
+        _even(96),
+        replace(_even(), k_heads=3, v_heads=3),
+        replace(_even(), weight=_even().weight.float()),
+        replace(_even(), weight=_random(6 * DIM, WIDTH + 1, seed=1, dtype=torch.float16)[:, :WIDTH]),
+    ],
+    ids=["neighbours", "partly turned", "normed", "no power of two", "odd heads", "wide", "not aligned"],
+)
+def test_what_is_not_for_several_heads_is_for_one(projection: Projection) -> None:
+    assert not projection.takes(HEADS)
+    assert projection.takes(SMALL)
+    pool = _pool(projection, 4, torch.float32)
+    slots = torch.arange(4, device=DEVICE)
+    rows = _random(4, projection.weight.shape[1], seed=2, dtype=projection.weight.dtype)
+    with pytest.raises(ValueError, match="not for this projection"):
+        project_kv(rows, projection, slots, slots, *pool, fused=HEADS)
+
+
+def test_candidates_of_a_gpu() -> None:
+    assert candidates(128, 90)[0].heads == 2
+    assert {form.heads for form in (*candidates(128, 80), *candidates(96, 90), *candidates(256, 90))} == {1}
+    assert candidates(264, 90) == ()
+
+
 def test_a_norm_over_all_heads() -> None:
     projection = _projection(norm_weight=_random(K_HEADS * DIM, seed=7), eps=1e-5, cos_sin=_angles(DIM))
     _check(projection, 65, None, torch.float32)
-    with pytest.raises(ValueError, match="one head a program"):
+    with pytest.raises(ValueError, match="not for this projection"):
         _check(projection, 65, SMALL, torch.float32)
 
 
@@ -159,15 +213,16 @@ def _cast(source, target, SIZE: tl.constexpr):
     tl.store(target + index, tl.load(source + index).to(target.dtype.element_ty))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "several heads"])
 @pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_pools_in_fp8_hold_the_scaled_values_cast_once(pool_dtype: torch.dtype, form: str) -> None:
     """Against Triton's own cast, which in the interpreter is not PyTorch's: it loses a carry into the exponent."""
-    projection = _projection(k_scale=0.25, v_scale=0.5, cos_sin=_angles(DIM))
-    rows, slots = _random(32, WIDTH, seed=2), torch.randperm(64)[:32].to(DEVICE)
+    several = form == "several heads"
+    projection = (_even if several else _projection)(k_scale=0.25, v_scale=0.5, cos_sin=_angles(DIM))
+    rows, slots = _random(32, WIDTH, seed=2, dtype=projection.weight.dtype), torch.randperm(64)[:32].to(DEVICE)
     wide, narrow = _pool(projection, 64, torch.float32), _pool(projection, 64, pool_dtype)
     for pool in (wide, narrow):
-        project_kv(rows, projection, slots, slots, *pool, fused=FORMS[form])
+        project_kv(rows, projection, slots, slots, *pool, fused=HEADS if several else FORMS[form])
     for values, got in zip(wide, narrow, strict=True):
         expected = torch.empty_like(got)
         for head, out in zip(values.view(-1, DIM), expected.view(-1, DIM), strict=True):
