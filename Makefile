@@ -82,9 +82,9 @@ bench: setup ## all benches that need no GPU; an hour, on a quiet machine (BENCH
 
 gpu: setup ## all benches that need an NVIDIA GPU, correctness first; a quarter of an hour (BENCH_ARGS=--save, as above)
 	$(BIN)/python -m bench.gpu_restore --tiny
-	$(BIN)/python -m bench.kernels --json --tune $(BENCH_ARGS)
-	$(BIN)/python -m bench.codec --json $(BENCH_ARGS)
-	$(BIN)/python -m bench.gpu_restore --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.kernels --tune $(BENCH_ARGS)
+	$(BIN)/python -m bench.codec $(BENCH_ARGS)
+	$(BIN)/python -m bench.gpu_restore $(BENCH_ARGS)
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

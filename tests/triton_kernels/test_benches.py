@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import gpu_report, gpu_restore, gpu_run, kernels, report
+from bench import gpu_ceilings, gpu_report, gpu_restore, gpu_run, kernels, report, restore_rig
 from bench.gpu import DEVICE
 from bench.kernels import on_gpu, table
+from sglang_hcache import copy_engine, restore
+from sglang_hcache.restore import KernelCopier
 from sglang_hcache.triton_kernels.tuning import Shape
+from tests.triton_kernels.driver import batch
 
 TINY = Shape(width=64, k_heads=2, v_heads=2, head_dim=264)  # too large a head for the fused form
 
@@ -95,6 +102,65 @@ def test_the_restore_bench_runs_every_section_and_finds_nothing_wrong(tmp_path: 
     plot_gpu = pytest.importorskip("bench.plot_gpu")
     for file in plot_gpu.draw(json.loads(json.dumps(measured)), tmp_path / "figures"):
         assert file.stat().st_size > 1000
+
+
+class Streams:
+    """CUDA's, on a machine without: one for all."""
+
+    cuda_stream = 1
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's own test is the bench")
+@pytest.mark.parametrize("engine", [True, False])
+def test_what_only_a_gpu_measures_runs_with_a_stand_in_for_the_driver(
+    engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copiers by themselves, restores by each of them, the sweep: as on memory that CUDA has taken."""
+
+    class Taken:
+        pinned = True
+
+        def __init__(self, memory: torch.Tensor) -> None: ...
+
+        def release(self) -> None: ...
+
+    def driver() -> object:
+        if engine:
+            return batch
+        raise copy_engine.NoCopyEngine("CUDA's driver is older than 12.8")
+
+    monkeypatch.setattr(copy_engine, "_of_driver", driver)
+    monkeypatch.setattr(KernelCopier, "indexed_on", "cpu")
+    monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", 1)
+    monkeypatch.setattr(restore_rig, "PinnedMemory", Taken)
+    monkeypatch.setattr(torch.cuda, "Stream", Streams)
+    monkeypatch.setattr(torch.cuda, "current_stream", Streams)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for module in (gpu_ceilings, gpu_restore):
+        monkeypatch.setattr(module, "KERNELS", ((2, 4), (1, 16)))
+    monkeypatch.setattr(restore_rig, "WARM_UP", 0)
+    monkeypatch.setattr(restore_rig.Rig, "times", partialmethod(restore_rig.Rig.times, rounds=1))
+    monkeypatch.setattr(gpu_ceilings, "PAGE_BYTES", (4096,))
+    monkeypatch.setattr(gpu_ceilings, "STEP_BYTES", 16384)
+    arena = restore_rig.Arena(ONE_LENGTH.arena_bytes, ONE_LENGTH.dtype)
+    run = gpu_run.Run(ONE_LENGTH, arena, deadline=math.inf)
+    run.sections["copiers"] = found = gpu_ceilings.copiers(run)
+    kernels_used = ["kernel 2x4", "kernel 1x16"]
+    assert list(found["gb_s"][4096]) == ["engine", *kernels_used] if engine else kernels_used
+    assert ("no_engine" in found) is not engine
+    name = f"restore hidden, {ONE_LENGTH.models[0].name}"
+    run.sections[name] = section = gpu_restore.restores(run, ONE_LENGTH.models[0], kv=False)
+    assert ("by engine" in section) is engine
+    assert set(section["sweep"]["by_kernel_ms"]) == {"2x4", "1x16"}
+    for part in (section, section["by kernel"], section["by engine"] if engine else section):
+        (row,) = part["rows"]
+        assert row["unwritten"] == row["strayed"] == 0
+        assert row["error_ratio"] < 1.5
+    assert not gpu_report.failed({"sections": run.sections})
+    assert list(gpu_report.table({"sections": run.sections}))
 
 
 def test_what_both_copiers_did_is_in_the_table_and_in_a_figure() -> None:

@@ -11,32 +11,13 @@ import pytest
 import torch
 
 from sglang_hcache import copy_engine, restore
-from sglang_hcache.copy_engine import Attributes, BatchFunction, CopyEngine, NoCopyEngine
+from sglang_hcache.copy_engine import Attributes, CopyEngine, NoCopyEngine
 from sglang_hcache.lanes import ImmediateLane
 from sglang_hcache.restore import Copier, EngineCopier, HostPages, IndexCopier, KernelCopier, StoredLayer, copier_of
+from tests.triton_kernels.driver import batch
 
 PAGE_BYTES, DISTANCE, LAYERS, CHUNKS = 320, 512, 4, 9
 STREAM = 77
-
-
-def _words(address: int, count: int) -> list[int]:
-    return list((ctypes.c_uint64 * count).from_address(address)) if count else []
-
-
-@BatchFunction
-def _batch(targets, sources, sizes, count, attributes, firsts, attribute_count, failed, stream):
-    """As the driver's: refuses what it would, and copies in an order of its own."""
-    settings = attributes[0]
-    if not stream or attribute_count != 1 or firsts[0] != 0 or (settings.source_order, settings.flags) != (1, 1):
-        failed[0] = 2**64 - 1
-        return 1
-    arrays = (_words(array, count) for array in (targets, sources, sizes))
-    for number, (target, source, size) in reversed(list(enumerate(zip(*arrays, strict=True)))):
-        if not target or not source or not size:
-            failed[0] = number
-            return 1
-        ctypes.memmove(target, source, size)
-    return 0
 
 
 class Stream:
@@ -63,7 +44,7 @@ def host_pages() -> HostPages:
 COPIERS: dict[str, Callable[[], Copier]] = {
     "kernel": lambda: KernelCopier(programs=3),
     "large kernel": lambda: KernelCopier(programs=1, warps=1),
-    "engine": lambda: EngineCopier(CopyEngine(_batch)),
+    "engine": lambda: EngineCopier(CopyEngine(batch)),
 }
 
 
@@ -81,7 +62,7 @@ def test_every_copier_copies_what_torch_copies(copier: str, layers: range, strea
 
 def test_parts_of_the_places_copy_parts_of_the_chunks(stream: Stream) -> None:
     """And nothing is written beside the target."""
-    pages, copier = host_pages(), EngineCopier(CopyEngine(_batch))
+    pages, copier = host_pages(), EngineCopier(CopyEngine(batch))
     memory = torch.full((5, PAGE_BYTES), 7, dtype=torch.uint8)
     copier.copy(pages, range(3, 4), copier.places(pages, [4, 0, 6, 2, 5])[1:4], memory[1:4][None])
     expected = torch.full_like(memory, 7)
@@ -97,7 +78,7 @@ def test_attributes_lie_as_in_cudas_header() -> None:
 
 
 def test_a_refusal_says_which_copy(stream: Stream) -> None:
-    engine = CopyEngine(_batch)
+    engine = CopyEngine(batch)
     addresses = np.array([0], np.int64)
     with pytest.raises(NoCopyEngine, match="error 1 at copy 0 of 1"):
         engine.copy(addresses, addresses, 8, STREAM)
@@ -108,7 +89,7 @@ def test_a_refusal_says_which_copy(stream: Stream) -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_engine, "_of_driver", lambda: _batch)
+    monkeypatch.setattr(copy_engine, "_of_driver", lambda: batch)
 
 
 def test_large_pages_are_for_the_engine(driver: None, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +120,7 @@ class Driver:
         assert name == b"cuMemcpyBatchAsync"
         if version > self._version:
             return 1
-        found._obj.value = ctypes.cast(_batch, ctypes.c_void_p).value
+        found._obj.value = ctypes.cast(batch, ctypes.c_void_p).value
         return 0
 
     def cuDeviceGetAttribute(self, value, attribute, device):
