@@ -49,7 +49,7 @@ def _stage_rows(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor,
 def write_rows(target: torch.Tensor, source: torch.Tensor) -> None:
     """`target.copy_(source)`, on a GPU always by a kernel.
 
-    Contiguous memory torch copies by the copy engine, which in a CUDA graph is a node that takes longer than the rows
+    torch copies contiguous memory by the copy engine: in a CUDA graph that is a node which takes longer than the rows
     of a decode step do. OR with 0 leaves every bit as it is, those of a negative zero and of NaNs, too.
     """
     plain = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
