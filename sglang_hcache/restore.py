@@ -259,11 +259,11 @@ class Restorer:
         index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.chunks]
         try:
-            copies = self._copies(chunks)
-            first = list(itertools.islice(copies, 1))  # the bus is busy while positions and slots are made
             for lane in self._before:
                 self._projecting.wait(lane.mark())
             self._events.begin(index, self._projecting.mark(timed=True))
+            copies = self._copies(chunks)
+            first = list(itertools.islice(copies, 1))  # the bus is busy while positions and slots are made
             with self._projecting.active():
                 host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
                 positions = _to(self._device, torch.from_numpy(host_positions))

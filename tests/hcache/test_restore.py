@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -253,6 +254,24 @@ def test_the_bus_is_busy_before_positions_and_slots_are_made() -> None:
 
     restorer.run([Loaded("request", (3, 1), torch.empty(0))])
     assert len(copier.bytes_at_once) == 4
+
+
+def test_the_time_of_a_batch_counts_its_first_copy() -> None:
+    """Also where a copy is done when it is issued."""
+    lane, events, begun = ImmediateLane(), LayerEvents(ImmediateLane(), 4), []
+
+    class Copier(IndexCopier):
+        def copy(self, *arguments: Any) -> None:
+            begun.append(dict(events._begins))
+            super().copy(*arguments)
+
+    restorer = Restorer(
+        host_pages(Pool(4)), device="cpu", copier=Copier(), copying=lane, projecting=lane, before=[lane],
+        events=events, staging=Staging(1024, 0),
+    )  # fmt: skip
+    index = restorer.run([Load("request", (3, 1), torch.arange(2 * PAGE))])
+    assert all(index in begins for begins in begun)
+    assert len(begun) == 4
 
 
 def test_a_load_of_nothing_is_no_work() -> None:
