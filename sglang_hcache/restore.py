@@ -21,8 +21,8 @@ from sglang_hcache.lanes import Lane, Mark, current_lane, new_lane
 
 logger = logging.getLogger(__name__)
 
-# A copy of its own takes the engine a microsecond or two beside its bytes, as long as the bus for so many: smaller
-# pages are read by a kernel. `bench.gpu_restore` measures both.
+# Each copy of a batch takes the caller half a microsecond, and the engine as much or more, beside the 1.2 of so many
+# bytes on the bus: smaller pages are read by a kernel. `bench.gpu_restore` measures both.
 ENGINE_PAGE_BYTES = 64 << 10
 
 
