@@ -52,16 +52,16 @@ class LoadPlanner:
         self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
         self.plans = self.pages_left_out = 0
 
-    def pages(self, host_pages: int, prompt: Prompt, *, queued_pages: int = 0) -> int:
-        """How many leading pages to restore of a hit whose pages are all in host memory.
+    def pages(self, host_pages: int, prompt: Prompt, *, missing_pages: int = 0, queued_pages: int = 0) -> int:
+        """How many leading pages to restore of a hit in host memory.
 
-        queued_pages: of other loads, which the bus has to carry first.
+        missing_pages: after it, which are not there. queued_pages: of other loads, which the bus has to carry first.
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
         hit = Hit(
             self._page_tokens,
             host_pages,
-            new_tokens=prompt.new_tokens,
+            new_tokens=prompt.new_tokens + missing_pages * self._page_tokens,
             device_tokens=prompt.device_tokens,
             bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
         )

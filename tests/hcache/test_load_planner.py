@@ -59,6 +59,12 @@ def test_loads_that_the_bus_carries_first_count() -> None:
     assert planner().pages(8, PROMPT, queued_pages=10_000) == 0
 
 
+def test_before_pages_that_are_missing_there_is_time_to_restore_more() -> None:
+    slow = planner(replace(CPU, bus_bytes_per_s=1e7))
+    assert slow.pages(8, PROMPT) < 8
+    assert slow.pages(8, PROMPT, missing_pages=64) == 8
+
+
 def test_the_engine_is_expected_to_be_busy_with_what_is_missing() -> None:
     fast = planner()
     assert fast.pass_s(64, PROMPT, missing_pages=0) < fast.pass_s(32, PROMPT, missing_pages=32)
