@@ -10,7 +10,7 @@ import pytest
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.follow import PROBE_PAGES
-from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.machine import Machine, machine_of
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 
@@ -110,6 +110,18 @@ def test_a_slower_machine_restores_more() -> None:
         follows._costs_at = 0.0
         after = follows.pages(64, PROMPT)
         assert (after >= before and after == 64) if more else after < 64
+
+
+@pytest.mark.parametrize("times", [1 / 3, 3.0])
+def test_many_short_forwards_do_not_hide_what_long_ones_take(times: float) -> None:
+    """Behind a long hit a forward is little more than the reading of the weights."""
+    gpu = machine_of("H100")
+    slower = {name: getattr(gpu, name) / times for name in ("gemm_flop_per_s", "attention_flop_per_s")}
+    really = costs_of(SHAPE, replace(gpu, **slower))
+    follows = planner(gpu)
+    for tokens in [32, 48, 64, 32, 48, 64, 32, 4096] * 20:
+        follows.prefilled([tokens], [0], really.prefill_s(tokens))
+    assert follows.stats()["slower_prefill"] == pytest.approx(times, rel=0.2)
 
 
 def test_restoring_that_takes_longer_than_measured_is_seen() -> None:
