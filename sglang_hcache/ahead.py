@@ -55,7 +55,7 @@ class _Wait:
     since: float  # that time; monotonic
     enough: int  # pages
     pass_s: float  # of the engine, from then on
-    to_try: int  # of the last pages, which it does not wait for: to be read to see how fast that is
+    to_try: tuple[bytes, ...]  # pages that it does not wait for: to be read to see how fast that is
 
 
 @dataclass
@@ -260,9 +260,11 @@ class Ahead:
             start_s=sum(other.wait.pass_s for other in before.values() if other.wait is not None),
             queued_pages=sum(other.pages_awaited for rid, other in before.items() if rid in self._held),
         )
-        # The first pages are being read already when the request is let go: they would say nothing.
-        room = lower_pages - READ_THREADS
-        to_try = min(room, planner.pages_to_try()) if enough <= there and room > 0 else 0
+        # The next pages are being read already when the request is let go, and its last ones may be in memory, as
+        # they were stored last: neither would say anything.
+        first = there + READ_THREADS
+        tries = enough <= there and first < there + lower_pages
+        to_try = request.keys[first : first + planner.pages_to_try()] if tries else ()
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
         return _Wait(there, time.monotonic(), enough, pass_s, to_try)
 
@@ -270,8 +272,8 @@ class Ahead:
         """None beside other reads."""
         if request is None or request.wait is None or self._held or self._trial.pages:
             return
-        if pages := request.wait.to_try:
-            self._trial.begin(request.keys[-pages:])
+        if keys := request.wait.to_try:
+            self._trial.begin(keys)
 
     def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
         now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)

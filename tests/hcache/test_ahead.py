@@ -218,6 +218,21 @@ def test_what_is_tried_is_not_being_read_already(store: LocalStore, monkeypatch:
     requests.clear()
 
 
+def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event) -> None:
+    """The last pages of a prefix are there more often than the first: they were stored last."""
+    save(store, range(10, 30))
+    believes = planner(ssd_bytes_per_s=1e3)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    for _ in range(PROBE_EVERY):
+        requests.queued("a", keys_of(range(30)))
+        wait_until_let_go(requests, "a")
+        requests.admit(["a"])
+        requests.forget("a")
+    requests.let_go()
+    assert believes.stats()["slower_ssd"] == 1.0, "nothing has been read"
+    requests.clear()
+
+
 def test_the_shortest_is_read_first(
     store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
