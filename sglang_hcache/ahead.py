@@ -15,6 +15,7 @@ from sglang_hcache.storage.store import READ_THREADS
 
 LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
+ANSWERS_WAIT_S = 0.02  # likewise, for many requests one after the other
 NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others are held until the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
@@ -54,7 +55,7 @@ class _Wait:
     since: float  # that time; monotonic
     enough: int  # pages
     pass_s: float  # of the engine, from then on
-    to_try: int  # of the last pages, which it does not wait for: to be read to see how fast that is
+    to_try: tuple[bytes, ...]  # pages that it does not wait for: to be read to see how fast that is
 
 
 @dataclass
@@ -64,7 +65,12 @@ class _Request:
     prompt: Prompt
     asked_at: float
     let_go_at: float  # monotonic
+    there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
+
+    @property
+    def pages_awaited(self) -> int:
+        return 0 if self.wait is None else max(0, self.wait.enough - self.there)
 
 
 class _Trial:
@@ -122,6 +128,7 @@ class Ahead:
         self.held_s = 0.0
         self._trial = _Trial(store)
         self._looked_at = 0.0  # at held requests, before this time; monotonic
+        self._crowded_at = 0.0  # when more than one was held last; monotonic
         self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
@@ -131,11 +138,14 @@ class Ahead:
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
-        self._ask(rid, keys, prompt)
+        request = self._ask(rid, keys, prompt)
         if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
             return
         if self._alone and time.monotonic() >= self._next_wait_at:
-            if self._store.wait(rid, ANSWER_WAIT_S).done:
+            slots, done = self._store.wait(rid, ANSWER_WAIT_S)
+            if done:
+                if self._planner is not None:
+                    request.wait = self._plan_wait(self._planner, request, len(slots), done=True)
                 return
             self._next_wait_at = time.monotonic() + NO_WAIT_S
         self._held[rid] = time.monotonic()
@@ -152,6 +162,8 @@ class Ahead:
         if not self._held:
             return []
         now = time.monotonic()
+        if len(self._held) > 1:
+            self._crowded_at = now
         free = []
         for rid in self._held:
             request = self._requests.get(rid)
@@ -182,11 +194,13 @@ class Ahead:
         stale = request is None or time.monotonic() - request.asked_at > RETRY_S
         if not slots and (stale or (request is not None and keys[0] not in request.place)):
             self.lookups_late += 1
-            request = self._ask(rid, keys)
+            request = self._ask(rid, keys, None if request is None else self._prompt(request, keys))
             self._store.wait(rid, LOOKUP_WAIT_S)
             slots = self._known(request, rid, keys)
         if slots and request is not None and self._planner is not None:
-            return slots[: self._planner.pages(len(slots), request.prompt, queued_pages=queued_pages)]
+            prompt, missing = self._prompt(request, keys), len(keys) - len(slots)
+            pages = self._planner.pages(len(slots), prompt, missing_pages=missing, queued_pages=queued_pages)
+            return slots[:pages]
         return slots
 
     def forget(self, rid: str) -> None:
@@ -214,30 +228,43 @@ class Ahead:
         slots, done = self._store.progress(rid)
         if self._planner is None:
             return done
+        request.there = len(slots)
         if (wait := request.wait) is None:
-            wait = request.wait = self._plan_wait(self._planner, request, len(slots))
+            if not (slots or done or self._may_be_answered(request)):
+                return False
+            wait = request.wait = self._plan_wait(self._planner, request, len(slots), done=done)
         enough, read = done or len(slots) >= wait.enough, len(slots) - wait.there
         now = time.monotonic()
         timed = now - self._looked_at <= MEASURED_WITHIN * (now - wait.since)
-        if enough and timed and len(self._held) == 1 and read >= MEASURED_PAGES:
+        alone = wait.since > self._crowded_at
+        if enough and timed and alone and read >= MEASURED_PAGES:
             self._planner.read(read, now - wait.since)
         return enough
 
-    def _plan_wait(self, planner: LoadPlanner, request: _Request, there: int) -> _Wait:
-        """Behind the requests that were queued before it, and what is read for them."""
-        before = itertools.takewhile(lambda other: other is not request, self._requests.values())
-        waits = [other.wait for other in before if other.wait is not None]
-        pages = len(request.keys)
+    def _may_be_answered(self, request: _Request) -> bool:
+        """Whether pages of which nothing has been said are not in memory: requests are answered one by one."""
+        answered_s = min(ANSWERS_WAIT_S, len(self._held) * ANSWER_WAIT_S)
+        return time.monotonic() - request.asked_at > answered_s
+
+    def _plan_wait(self, planner: LoadPlanner, request: _Request, there: int, *, done: bool) -> _Wait:
+        """Behind the requests that were queued before it, and what is read for those that wait for it.
+
+        done: no more of its pages will come.
+        """
+        before = dict(itertools.takewhile(lambda item: item[1] is not request, self._requests.items()))
+        pages, lower_pages = len(request.keys), 0 if done else len(request.keys) - there
         enough = planner.worth_waiting_for(
             there,
-            pages - there,
+            lower_pages,
             request.prompt,
-            start_s=sum(wait.pass_s for wait in waits),
-            queued_pages=sum(max(0, wait.enough - wait.there) for wait in waits),
+            start_s=sum(other.wait.pass_s for other in before.values() if other.wait is not None),
+            queued_pages=sum(other.pages_awaited for rid, other in before.items() if rid in self._held),
         )
-        # The first pages are being read already when the request is let go: they would say nothing.
-        room = pages - there - READ_THREADS
-        to_try = min(room, planner.pages_to_try()) if enough <= there and room > 0 else 0
+        # The next pages are being read already when the request is let go, and its last ones may be in memory, as
+        # they were stored last: neither would say anything.
+        first = there + READ_THREADS
+        tries = enough <= there and first < there + lower_pages
+        to_try = request.keys[first : first + planner.pages_to_try()] if tries else ()
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
         return _Wait(there, time.monotonic(), enough, pass_s, to_try)
 
@@ -245,8 +272,8 @@ class Ahead:
         """None beside other reads."""
         if request is None or request.wait is None or self._held or self._trial.pages:
             return
-        if pages := request.wait.to_try:
-            self._trial.begin(request.keys[-pages:])
+        if keys := request.wait.to_try:
+            self._trial.begin(keys)
 
     def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
         now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)
@@ -262,6 +289,11 @@ class Ahead:
         arrival, page = (int(1e6 * seconds) for seconds in (AGEING * time.time(), read_s))
         self._store.prefetch(rid, keys, priority=arrival, page_priority=page, deadline_s=deadline_s)
         return request
+
+    def _prompt(self, request: _Request, keys: Sequence[bytes]) -> Prompt:
+        """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""
+        covered = request.prompt.device_tokens + len(request.keys) * self._page_tokens
+        return Prompt(request.prompt.new_tokens, max(0, covered - len(keys) * self._page_tokens))
 
     def _known(self, request: _Request, rid: str, keys: Sequence[bytes]) -> list[int]:
         start = request.place.get(keys[0])

@@ -52,16 +52,16 @@ class LoadPlanner:
         self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
         self.plans = self.pages_left_out = 0
 
-    def pages(self, host_pages: int, prompt: Prompt, *, queued_pages: int = 0) -> int:
-        """How many leading pages to restore of a hit whose pages are all in host memory.
+    def pages(self, host_pages: int, prompt: Prompt, *, missing_pages: int = 0, queued_pages: int = 0) -> int:
+        """How many leading pages to restore of a hit in host memory.
 
-        queued_pages: of other loads, which the bus has to carry first.
+        missing_pages: after it, which are not there. queued_pages: of other loads, which the bus has to carry first.
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
         hit = Hit(
             self._page_tokens,
             host_pages,
-            new_tokens=prompt.new_tokens,
+            new_tokens=prompt.new_tokens + missing_pages * self._page_tokens,
             device_tokens=prompt.device_tokens,
             bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
         )
@@ -114,17 +114,18 @@ class LoadPlanner:
     ) -> None:
         """A forward of some requests' next tokens, each after its context; `alone`: it waited for no load.
 
-        Else it says nothing, unless it was faster than it should have been even alone.
+        Else it says nothing, unless it was faster than it should have been even alone. Nor does one of so few tokens
+        that most of it is the reading of weights, whose rate is not followed.
         """
         if sum(tokens) < _LEAST_TOKENS:
             return
         costs = self._calibrated
-        together = costs.layer_s(0, 0) + sum(
-            costs.layer_s(m, c) - costs.layer_s(0, 0) for m, c in zip(tokens, contexts, strict=True)
-        )
-        expected_s = costs.layers * together + costs.head_s
-        if alone or seconds < expected_s * self._follower.factor(Resource.PREFILL):
-            self._follower.observe(Resource.PREFILL, expected_s, seconds)
+        weights_s = costs.layer_s(0, 0)
+        work_s = costs.layers * sum(costs.layer_s(m, c) - weights_s for m, c in zip(tokens, contexts, strict=True))
+        fixed_s = costs.layers * weights_s + costs.head_s
+        took_s = seconds - fixed_s
+        if work_s >= fixed_s and (alone or took_s < work_s * self._follower.factor(Resource.PREFILL)):
+            self._follower.observe(Resource.PREFILL, work_s, took_s)
 
     def restored(self, tokens: int, seconds: float) -> None:
         """A batch's loads, from host memory to the pool."""

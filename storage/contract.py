@@ -93,9 +93,10 @@ class ChunkStore(Protocol):
         """Get the longest leading run of `keys` that can be had into memory, and lease it to `owner`.
 
         Pages that are only on file are read and verified in the background, lower priority first: that is `priority`
-        and `page_priority` for each page to read. Where too much is leased already, it waits for its turn. A new
-        prefetch replaces the owner's former one; what is in both stays in place. After `deadline_s` (0: never) what
-        is not there yet is left out. Does not block on I/O.
+        and `page_priority` for each page to read. Where too much is leased already, it waits for its turn, and so do
+        those after it that are no more urgent and need slots. A new prefetch replaces the owner's former one; what is
+        in both stays in place. After `deadline_s` (0: never) what is not there yet is left out. Does not block on
+        I/O.
         """
         ...
 

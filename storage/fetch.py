@@ -6,8 +6,10 @@ import heapq
 import itertools
 import threading
 import time
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress
@@ -22,6 +24,7 @@ class Fetch:
     keys: Sequence[bytes]
     places: Mapping[bytes, Place]
     priority: int
+    came: int = 0  # so many others came before it, into the waiting room
     admitted: bool = False
     ready: int = 0
     began_at: float = field(default_factory=time.monotonic)
@@ -36,6 +39,15 @@ class Fetch:
         return Progress(tuple(self.slots[i] for i in range(self.ready)), self.done)
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a fetch would take beyond what is leased or being read already."""
+
+    fetch: Fetch
+    leases: int
+    missing: set[bytes]  # those of its pages that are not in memory
+
+
 @dataclass(eq=False)
 class Read:
     """A page on its way from a file into an open slot, for all who wait for it."""
@@ -47,6 +59,9 @@ class Read:
     waiting: list[tuple[Fetch, int]]
     started: bool = False
     dropped: bool = False
+
+
+_turn = attrgetter("priority", "came")
 
 
 class Fetches:
@@ -63,7 +78,8 @@ class Fetches:
         self._reads: dict[bytes, Read] = {}
         self._queue: list[tuple[int, int, Read]] = []
         self._order = itertools.count()
-        self._waiting_room: list[tuple[int, int, Fetch]] = []
+        self._waiting_room: list[Fetch] = []  # sorted by turn: exactly those that are not admitted
+        self._refused: Need | None = None  # of the first of them, as of when it did not fit: no more than it is now
         self._readable = threading.Condition(lock)
         self._closed = False
         self.changed: set[str] = set()
@@ -75,9 +91,10 @@ class Fetches:
         """Begin a fetch in place of the owner's former one. Keys that are nowhere must have been cut off."""
         former = self._by_owner.pop(fetch.owner, None)
         self._by_owner[fetch.owner] = fetch
-        if wait_for_room and self._must_wait(fetch):
+        if wait_for_room and self._must_queue(fetch):
             # Without leases of its own: two that wait for each other's would wait for ever.
-            heapq.heappush(self._waiting_room, (fetch.priority, next(self._order), fetch))
+            fetch.came = next(self._order)
+            insort(self._waiting_room, fetch, key=_turn)
             self.changed.add(fetch.owner)
         else:
             self._admit(fetch)
@@ -99,7 +116,7 @@ class Fetches:
     def cut(self, owner: str) -> None:
         """What is not there yet is not waited for any more."""
         if fetch := self._by_owner.get(owner):
-            fetch.admitted = True
+            self._leave_waiting_room(fetch)
             self._cut(fetch, fetch.ready)
             self.admit_waiting()
 
@@ -108,6 +125,12 @@ class Fetches:
             self._give_up(fetch)
             self.changed.discard(owner)
             self.admit_waiting()
+
+    def committed(self, key: bytes) -> None:
+        """A page has come into memory that was not read for anybody."""
+        if self._refused is not None:
+            self._refused.missing.discard(key)
+        self.admit_waiting()
 
     # ---- for readers ----
 
@@ -154,7 +177,7 @@ class Fetches:
 
     @property
     def waiting(self) -> int:
-        return sum(not fetch.admitted for _, _, fetch in self._waiting_room)
+        return len(self._waiting_room)
 
     def check(self) -> None:
         """Assert that leases are those of the fetches, and no more than allowed."""
@@ -166,6 +189,12 @@ class Fetches:
             assert read.key == key
             assert not read.dropped
             assert read.started or read.waiting
+        waiting = [fetch for fetch in self._by_owner.values() if not fetch.admitted]
+        assert self._waiting_room == sorted(waiting, key=_turn)
+        if self._waiting_room and self._refused is not None and self._refused.fetch is self._waiting_room[0]:
+            need = self._need(self._waiting_room[0])
+            assert self._refused.leases <= need.leases
+            assert self._refused.missing <= need.missing
         for fetch in self._by_owner.values():
             assert set(range(fetch.ready)) <= set(fetch.slots)
             assert fetch.ready not in fetch.slots
@@ -173,53 +202,49 @@ class Fetches:
     def _room(self) -> int:
         return self.limit - self.leased
 
-    def _needs(self, fetch: Fetch) -> int:
-        """Slots that it would lease beyond those that are leased or being read already."""
-        return sum(
-            key not in self._reads and (slot is None or not self._arena.is_leased(slot))
-            for key, slot in ((key, self._arena.slot_of(key)) for key in fetch.keys)
-        )
+    def _need(self, fetch: Fetch) -> Need:
+        slots = {key: self._arena.slot_of(key) for key in fetch.keys if key not in self._reads}
+        leases = sum(slot is None or not self._arena.is_leased(slot) for slot in slots.values())
+        return Need(fetch, leases, {key for key, slot in slots.items() if slot is None})
 
-    def _must_wait(self, fetch: Fetch) -> bool:
+    def _must_queue(self, fetch: Fetch) -> bool:
+        """Whether it does not fit now, or would take what somebody waits for who is no less urgent."""
+        need = self._need(fetch)
+        behind = self._waiting_room and self._waiting_room[0].priority <= fetch.priority
+        return self._must_wait(need) or bool(behind and need.leases)
+
+    def _must_wait(self, need: Need) -> bool:
         """Whether there will be more room, or more slots, than there are now, and the fetch needs them."""
-        if self.leased > 0 and self._needs(fetch) > self._room():
+        if self.leased > 0 and need.leases > self._room():
             return True
-        missing = sum(self._arena.slot_of(key) is None and key not in self._reads for key in fetch.keys)
-        enough = min(missing, self._room(), self._arena.slots // 2)  # more may never be free at once
+        enough = min(len(need.missing), self._room(), self._arena.slots // 2)  # more may never be free at once
         return self._arena.dirty > 0 and enough > self._arena.available
 
-    def _pin_cached(self, fetch: Fetch) -> None:
-        """Lease what is in memory, as far as room goes; pages still to be read keep theirs."""
-        room = self._room()
+    def _lease_cached(self, fetch: Fetch) -> list[int]:
+        """Lease what is in memory, as far as room goes, and end the run there; the pages of it still to be read."""
+        room, to_read = self._room(), list[int]()
         for index, key in enumerate(fetch.keys):
             slot = self._arena.slot_of(key)
             is_new = not self._arena.is_leased(slot) if slot is not None else key not in self._reads
             if is_new:
-                if room <= 0:
+                if not room:
+                    self._cut(fetch, index)
                     break
                 room -= 1
-            if slot is not None:
+                self._refused = None  # it may be one that the first of the waiting needs, too
+            if slot is None:
+                to_read.append(index)
+            else:
                 self._pin(fetch, index, slot)
                 self.hits_host += 1
+        return to_read
 
     def _admit(self, fetch: Fetch) -> None:
         """Lease, join or start a read for each page of the run, as far as room and slots go."""
         fetch.admitted = True
         self.changed.add(fetch.owner)
-        self._pin_cached(fetch)
-        for index, key in enumerate(fetch.keys):
-            if index in fetch.slots:
-                continue
-            slot, read = self._arena.slot_of(key), self._reads.get(key)
-            if slot is not None and (self._arena.is_leased(slot) or self._room() > 0):
-                self._pin(fetch, index, slot)
-                self.hits_host += 1
-                continue
-            if read is None and slot is None and self._room() > 0 and key in fetch.places:
-                open_slot = self._arena.reserve()
-                if open_slot is not None:
-                    read = self._reads[key] = Read(key, open_slot, fetch.places[key], fetch.priority, [])
-                    self._enqueue(read)
+        for index in self._lease_cached(fetch):
+            read = self._reads.get(fetch.keys[index]) or self._begin_read(fetch, fetch.keys[index])
             if read is None:
                 self._cut(fetch, index)
                 return
@@ -228,6 +253,13 @@ class Fetches:
                 self._enqueue(read)  # once more; whoever comes to its former place finds it started
             read.waiting.append((fetch, index))
 
+    def _begin_read(self, fetch: Fetch, key: bytes) -> Read | None:
+        if key not in fetch.places or (slot := self._arena.reserve()) is None:
+            return None
+        read = self._reads[key] = Read(key, slot, fetch.places[key], fetch.priority, [])
+        self._enqueue(read)
+        return read
+
     def _enqueue(self, read: Read) -> None:
         heapq.heappush(self._queue, (read.priority, next(self._order), read))
         self._readable.notify()
@@ -235,13 +267,18 @@ class Fetches:
     def admit_waiting(self) -> None:
         """In order of priority; the first that does not fit holds back the others, so that none starves."""
         while self._waiting_room:
-            fetch = self._waiting_room[0][2]
-            live = self._by_owner.get(fetch.owner) is fetch and not fetch.admitted
-            if live and self._must_wait(fetch):
+            first, need = self._waiting_room[0], self._refused
+            if need is None or need.fetch is not first or not self._must_wait(need):
+                need = self._refused = self._need(first)
+            if self._must_wait(need):
                 return
-            heapq.heappop(self._waiting_room)
-            if live:
-                self._admit(fetch)
+            self._waiting_room.pop(0)
+            self._admit(first)
+
+    def _leave_waiting_room(self, fetch: Fetch) -> None:
+        if not fetch.admitted:
+            fetch.admitted = True
+            del self._waiting_room[bisect_left(self._waiting_room, _turn(fetch), key=_turn)]
 
     def _pin(self, fetch: Fetch, index: int, slot: int) -> None:
         self._arena.lease(slot)
@@ -262,10 +299,11 @@ class Fetches:
         self.changed.add(fetch.owner)
 
     def _give_up(self, fetch: Fetch) -> None:
+        self._leave_waiting_room(fetch)
         self._arena.release(fetch.slots[i] for i in sorted(fetch.slots))
         fetch.slots.clear()
         self._leave_reads(fetch, fetch.keys)
-        fetch.admitted, fetch.keys, fetch.places, fetch.ready = True, (), {}, 0
+        fetch.keys, fetch.places, fetch.ready = (), {}, 0
 
     def _leave_reads(self, fetch: Fetch, keys: Iterable[bytes]) -> None:
         for key in keys:

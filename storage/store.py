@@ -145,7 +145,7 @@ class LocalStore:
                 self._writer.committed(key, slot, parent)
             else:
                 self._arena.cache(key, slot, Backing.UNBACKED)
-            self._fetches.admit_waiting()
+            self._fetches.committed(key)
         self._tell_progress()
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:

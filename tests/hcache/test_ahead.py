@@ -17,6 +17,7 @@ from sglang_hcache.planner.follow import PROBE_EVERY
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Place
@@ -160,7 +161,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalSto
     for _ in range(PROBE_EVERY):
         assert believes.stats()["slower_ssd"] == 1.0
         requests.queued("a", keys_of(range(10)))
-        assert requests.let_go() == ["a"]
+        wait_until_let_go(requests, "a")
         requests.admit(["a"])
         requests.forget("a")
     disk.set()
@@ -210,10 +211,25 @@ def test_what_is_tried_is_not_being_read_already(store: LocalStore, monkeypatch:
         for _ in range(PROBE_EVERY):
             assert "hcache-trial" not in asked
             requests.queued("a", keys_of(range(pages)))
-            assert requests.let_go() == ["a"]
+            wait_until_let_go(requests, "a")
             requests.admit(["a"])
             requests.forget("a")
     assert asked["hcache-trial"] == keys_of(range(READ_THREADS, 10))
+    requests.clear()
+
+
+def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event) -> None:
+    """The last pages of a prefix are there more often than the first: they were stored last."""
+    save(store, range(10, 30))
+    believes = planner(ssd_bytes_per_s=1e3)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    for _ in range(PROBE_EVERY):
+        requests.queued("a", keys_of(range(30)))
+        wait_until_let_go(requests, "a")
+        requests.admit(["a"])
+        requests.forget("a")
+    requests.let_go()
+    assert believes.stats()["slower_ssd"] == 1.0, "nothing has been read"
     requests.clear()
 
 
@@ -244,13 +260,117 @@ def test_the_shortest_is_read_first(
 def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, disk: threading.Event) -> None:
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("alone", keys_of(range(5)))
-    assert requests.let_go() == ["alone"], "the drive is not worth it"
+    assert wait_until_let_go(requests, "alone") < 0.5, "the drive is not worth it"
     requests.admit(["alone"])
     requests.forget("alone")
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
     requests.queued("behind", keys_of(range(5)))
     assert requests.let_go() == ["before"]
+    time.sleep(2 * ahead.ANSWERS_WAIT_S)
     assert requests.let_go() == ["before"]
+    requests.clear()
+
+
+def test_so_it_does_where_what_is_before_it_was_not_held(store: LocalStore, disk: threading.Event) -> None:
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e5))
+    requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
+    requests.queued("behind", keys_of(range(5)))
+    time.sleep(2 * ahead.ANSWERS_WAIT_S)
+    assert requests.let_go() == []
+    assert list(requests.held) == ["behind"]
+    requests.clear()
+
+
+def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many requests the last would be let go, as if all of their pages were on a drive that is not worth it."""
+    save(store, range(20, 30))
+    monkeypatch.setattr(ahead, "ANSWER_WAIT_S", 30.0)
+    monkeypatch.setattr(ahead, "ANSWERS_WAIT_S", 30.0)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
+    requests.queued("a", keys_of(range(20, 30)))
+    with monkeypatch.context() as unanswered:
+        unanswered.setattr(store, "progress", lambda owner: Progress((), False))
+        assert requests.let_go() == []
+    assert requests.let_go() == ["a"]
+    assert len(requests.ready("a", keys_of(range(20, 30)))) == 10
+    requests.clear()
+
+
+def test_what_is_read_for_others_is_what_they_still_wait_for(
+    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, reads, read = planner(ssd_bytes_per_s=1e10), threading.Semaphore(0), Place.read
+    worth, start_s, queued = plans.worth_waiting_for, list[float](), list[int]()
+
+    def recorded(*args: Any, **kwargs: Any) -> int:
+        start_s.append(kwargs["start_s"])
+        queued.append(kwargs["queued_pages"])
+        return worth(*args, **kwargs)
+
+    monkeypatch.setattr(plans, "worth_waiting_for", recorded)
+    monkeypatch.setattr(Place, "read", lambda *args: reads.acquire(timeout=30) and read(*args))
+    disk.set()
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans)
+    prompt = Prompt(new_tokens=8, device_tokens=0)
+    requests.queued("nowhere", keys_of(range(90, 95)), prompt)
+    wait_until_let_go(requests, "nowhere")
+    requests.admit(["nowhere"])
+
+    def behind(rid: str) -> int:
+        requests.queued(rid, keys_of(range(10)))
+        time.sleep(2 * ahead.ANSWERS_WAIT_S)
+        assert requests.let_go() == []
+        return queued[-1]
+
+    assert behind("read") == 0, "what is nowhere is not read"
+    assert start_s[-1] == pytest.approx(plans.pass_s(0, prompt, missing_pages=5)), "it is prefilled"
+    assert behind("also read") == 10
+    reads.release(READ_THREADS)
+    while len(store.progress("read").slots) < READ_THREADS:
+        time.sleep(0.01)
+    assert requests.let_go() == []
+    assert behind("read at last") == 2 * (10 - READ_THREADS)
+    requests.admit(["read", "also read", "read at last"])
+    assert behind("later") == 0, "they are still queued, but wait no more"
+    reads.release(10)
+    requests.clear()
+
+
+def test_reads_beside_others_are_not_timed(store: LocalStore, disk: threading.Event) -> None:
+    """Who waits last would take the time of all for its own."""
+    believes = planner(ssd_bytes_per_s=1e10)
+    requests = Ahead(store, HoldRule(PrefetchPolicy.WAIT_COMPLETE), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests.queued("a", keys_of(range(5)))
+    requests.queued("b", keys_of(range(5, 10)))
+    for _ in range(3):
+        time.sleep(2 * ahead.ANSWERS_WAIT_S)
+        assert requests.let_go() == []
+    requests.forget("a")
+    threading.Timer(0.5, disk.set).start()
+    wait_until_let_go(requests, "b")
+    assert believes.stats()["slower_ssd"] == 1.0
+    requests.clear()
+
+
+def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, range(20, 25))
+    plans, planned = planner(ssd_bytes_per_s=1e10), list[tuple[int, Prompt, int]]()
+
+    def pages(host_pages: int, prompt: Prompt, *, missing_pages: int, queued_pages: int) -> int:
+        planned.append((host_pages, prompt, missing_pages))
+        return host_pages
+
+    monkeypatch.setattr(plans, "pages", pages)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=plans)
+    tokens = LAYOUT.page_tokens
+    requests.queued("a", keys_of(range(21, 30)), Prompt(new_tokens=8, device_tokens=100 * tokens))
+    for first, device_pages in ((21, 100), (23, 102), (20, 99), (21, 100)):  # the device has more by now, or fewer
+        requests.ready("a", keys_of(range(first, 30)))
+        assert planned[-1] == (25 - first, Prompt(8, device_pages * tokens), 5)
     requests.clear()
 
 

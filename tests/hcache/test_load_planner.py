@@ -10,7 +10,7 @@ import pytest
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.follow import PROBE_PAGES
-from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.machine import Machine, machine_of
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 
@@ -59,6 +59,12 @@ def test_loads_that_the_bus_carries_first_count() -> None:
     assert planner().pages(8, PROMPT, queued_pages=10_000) == 0
 
 
+def test_before_pages_that_are_missing_there_is_time_to_restore_more() -> None:
+    slow = planner(replace(CPU, bus_bytes_per_s=1e7))
+    assert slow.pages(8, PROMPT) < 8
+    assert slow.pages(8, PROMPT, missing_pages=64) == 8
+
+
 def test_the_engine_is_expected_to_be_busy_with_what_is_missing() -> None:
     fast = planner()
     assert fast.pass_s(64, PROMPT, missing_pages=0) < fast.pass_s(32, PROMPT, missing_pages=32)
@@ -104,6 +110,18 @@ def test_a_slower_machine_restores_more() -> None:
         follows._costs_at = 0.0
         after = follows.pages(64, PROMPT)
         assert (after >= before and after == 64) if more else after < 64
+
+
+@pytest.mark.parametrize("times", [1 / 3, 3.0])
+def test_many_short_forwards_do_not_hide_what_long_ones_take(times: float) -> None:
+    """Behind a long hit a forward is little more than the reading of the weights."""
+    gpu = machine_of("H100")
+    slower = {name: getattr(gpu, name) / times for name in ("gemm_flop_per_s", "attention_flop_per_s")}
+    really = costs_of(SHAPE, replace(gpu, **slower))
+    follows = planner(gpu)
+    for tokens in [32, 48, 64, 32, 48, 64, 32, 4096] * 20:
+        follows.prefilled([tokens], [0], really.prefill_s(tokens))
+    assert follows.stats()["slower_prefill"] == pytest.approx(times, rel=0.2)
 
 
 def test_restoring_that_takes_longer_than_measured_is_seen() -> None:

@@ -54,6 +54,91 @@ def test_a_read_that_somebody_urgent_waits_for_is_urgent() -> None:
     assert order == [key_of(page) for page in (2, 3, 0, 1)], "each of them is read once"
 
 
+def test_who_comes_later_does_not_take_what_somebody_waits_for() -> None:
+    fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
+    fetches.start(fetch_of("first", [0, 1, 2]), wait_for_room=True)
+    fetches.start(fetch_of("large", [3, 4, 5, 6], priority=1), wait_for_room=True)
+    for owner, pages, priority in (("small", [7], 1), ("smaller", [8], 5)):
+        fetches.start(fetch_of(owner, pages, priority), wait_for_room=True)
+    assert fetches.waiting == 3, "there is room for either of them, but not for all"
+    fetches.release("first")
+    assert fetches.reading == 5, "the large one and the small one"
+    assert fetches.waiting == 1
+
+
+def test_who_is_more_urgent_passes_those_who_wait_and_so_does_who_takes_nothing_from_them() -> None:
+    fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
+    fetches.start(fetch_of("first", [0, 1, 2]), wait_for_room=True)
+    fetches.start(fetch_of("large", [3, 4, 5, 6], priority=1), wait_for_room=True)
+    fetches.start(fetch_of("urgent", [7], priority=0), wait_for_room=True)
+    fetches.start(fetch_of("the same", [0, 1], priority=5), wait_for_room=True)
+    assert fetches.waiting == 1
+    assert fetches.reading == 4
+
+
+def test_nobody_waits_behind_one_who_has_given_up() -> None:
+    for give_up in (Fetches.release, Fetches.cut):
+        fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
+        fetches.start(fetch_of("first", [0, 1, 2]), wait_for_room=True)
+        fetches.start(fetch_of("large", [3, 4, 5, 6]), wait_for_room=True)
+        fetches.start(fetch_of("small", [7]), wait_for_room=True)
+        give_up(fetches, "large")
+        assert fetches.waiting == 0
+
+
+def test_one_that_waits_needs_more_once_others_leave_what_it_shares_with_them() -> None:
+    fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
+    fetches.start(fetch_of("first", [0, 1]), wait_for_room=True)
+    fetches.start(fetch_of("shares", [2, 3]), wait_for_room=True)
+    fetches.start(fetch_of("large", [2, 3, 4, 5, 6]), wait_for_room=True)
+    fetches.release("shares")
+    assert fetches.waiting == 1, "for three pages there would be room"
+    fetches.release("first")
+    assert fetches.reading == 5
+
+
+class CountingArena(Arena):
+    looked_up = 0
+
+    def slot_of(self, key: bytes) -> int | None:
+        self.looked_up += 1
+        return super().slot_of(key)
+
+
+def test_what_others_do_costs_the_same_however_large_the_one_is_that_waits() -> None:
+    arena, pages = CountingArena(1000, 4096), 400
+    fetches = Fetches(arena, 450, held_lock())
+    fetches.start(fetch_of("first", list(range(100))), wait_for_room=True)
+    fetches.start(fetch_of("large", list(range(100, 100 + pages))), wait_for_room=True)
+    assert fetches.waiting == 1
+    arena.looked_up = 0
+    for page in range(50):
+        fetches.finish_read(readable(fetches), sound=True)  # type: ignore[arg-type]
+        fetches.start(fetch_of("the same", [page]), wait_for_room=True)
+        fetches.release("the same")
+        slot = arena.reserve()
+        assert slot is not None
+        arena.cache(key_of(1000 + page), slot, Backing.DIRTY)
+        fetches.committed(key_of(1000 + page))
+    assert fetches.waiting == 1
+    assert arena.looked_up <= 50 * 10
+
+
+def test_one_that_waits_for_slots_needs_none_for_pages_that_are_saved_meanwhile() -> None:
+    """Though the disk hangs, and what it waits for never comes."""
+    arena = Arena(SLOTS, 4096)
+    fetches = Fetches(arena, SLOTS, held_lock())
+    slots = [arena.reserve() for _ in range(SLOTS)]
+    assert None not in slots
+    for page in range(3):
+        if page == 1:
+            fetches.start(fetch_of("waits", [1, 2]), wait_for_room=True)
+        arena.cache(key_of(page), slots.pop(), Backing.DIRTY)  # type: ignore[arg-type]
+        fetches.committed(key_of(page))
+        assert fetches.waiting == (page == 1)
+    assert len(fetches.progress("waits").slots) == 2
+
+
 class Sharing(RuleBasedStateMachine):
     """Owners that fetch, cut and release, readers that fail or not, a writer that commits: in any order."""
 
@@ -110,7 +195,7 @@ class Sharing(RuleBasedStateMachine):
             self.arena.cache(key_of(page), slot, backing)
         else:
             self.arena.abandon(slot)
-        self.fetches.admit_waiting()
+        self.fetches.committed(key_of(page))
 
     @precondition(lambda self: self.open)
     @rule()
