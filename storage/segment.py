@@ -97,14 +97,14 @@ class SegmentReader:
         self._file = File(fd, io)
         self._record_bytes = record_bytes
 
-    def read(self, slot: int, out: Record, offset: int = 0) -> None:
-        """Fill `out`, uint8 [at most record_bytes], from a byte offset in a record.
+    def read(self, slot: int, out: Record) -> None:
+        """Fill `out`, uint8 [at most record_bytes], with a record from its start.
 
         Raises ChunkDamaged where the file ends before that; OSError where the disk says so, which proves nothing
         about the record.
         """
-        assert offset + out.size <= self._record_bytes
-        if self._file.read(slot * self._record_bytes + offset, out) < out.size:
+        assert out.size <= self._record_bytes
+        if self._file.read(slot * self._record_bytes, out) < out.size:
             raise ChunkDamaged("the file is too short")
 
 
