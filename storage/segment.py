@@ -10,12 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sglang_hcache.storage.direct import DirectIO, File
-from sglang_hcache.storage.files import punch, try_lock
+from sglang_hcache.storage.files import allocate, punch, try_lock
 from sglang_hcache.storage.layout import ChunkDamaged, Record
 
 RUN_BYTES = 1 << 20  # of records written at once: enough for a disk's full speed with a few in flight
-
-_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class SegmentWriter:
@@ -63,11 +61,7 @@ class SegmentWriter:
 
     def grow_to(self, records: int) -> None:
         """Take the disk space of so many records now, so that no later write can lack it."""
-        try:
-            os.posix_fallocate(self._fd, 0, records * self._record_bytes)
-        except OSError as error:
-            if error.errno not in _NO_FALLOCATE:
-                raise
+        if not allocate(self._fd, records * self._record_bytes):
             os.ftruncate(self._fd, records * self._record_bytes)
         self.records = records
 
