@@ -243,14 +243,20 @@ class Index:
         return deleted
 
     def touch(self, hits: Mapping[bytes, int], now: int) -> None:
-        """Add hits to those of the pages that have an entry, and set their last use, unix seconds."""
-        with self._in_use(), self._env.begin(write=True) as txn:
-            for key, more in hits.items():
-                name = self._fingerprint + key
-                value = txn.get(name)
-                if value is not None and (entry := decode(name, value)) is not None:
-                    total = min(entry.hits + more, _MOST_HITS)
-                    txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
+        """Add hits to those of the pages that have an entry, and set their last use, unix seconds.
+
+        As it is called now and then, it also forgets readers that were killed: none of the file's space that is freed
+        after such a one began would be used again.
+        """
+        with self._in_use():
+            self._env.reader_check()
+            with self._env.begin(write=True) as txn:
+                for key, more in hits.items():
+                    name = self._fingerprint + key
+                    value = txn.get(name)
+                    if value is not None and (entry := decode(name, value)) is not None:
+                        total = min(entry.hits + more, _MOST_HITS)
+                        txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
 
     def entries(self) -> list[tuple[bytes, Entry]]:
         """All sound entries of the fingerprint, by key."""

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import lmdb
@@ -43,6 +45,23 @@ def test_touching_adds_hits_to_what_is_there_and_to_nothing_else(tmp_path: Path)
     }
     assert index.delete_many([(key_of(1), entry_of(1))]) == 1, "a page is where it was, whoever used it since"
     assert index.delete_many([(key_of(0), Entry("0" * 16, 7))]) == 0
+    index.close()
+
+
+def test_readers_that_were_killed_do_not_make_the_index_grow(tmp_path: Path) -> None:
+    index = Index(tmp_path, FINGERPRINT)
+    keys = [key_of(page) for page in range(500)]
+    index.put_many((key, entry_of(page)) for page, key in enumerate(keys))
+    program = (
+        "import lmdb, os, signal, sys\n"
+        "begun = lmdb.open(sys.argv[1], readonly=True, max_readers=512).begin()\n"
+        "begun.stat(), os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    size = (tmp_path / "data.mdb").stat().st_size
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode < 0
+    for round_ in range(200):
+        index.touch(dict.fromkeys(keys[round_ : round_ + 50], 1), now=round_)
+    assert (tmp_path / "data.mdb").stat().st_size < 3 * size
     index.close()
 
 
