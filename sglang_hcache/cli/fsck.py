@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -200,9 +199,8 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
 def _check_pages(model: _Model, report: Report) -> None:
     """Read every record there is, and every one that should be."""
     size = model.layout.record_bytes
-    lengths = {
-        file.stem: file.stat().st_size // size for file in model.folder.glob("*.seg") if _SEGMENT.fullmatch(file.name)
-    }
+    found = {file.stem: file.stat() for file in model.folder.glob("*.seg") if _SEGMENT.fullmatch(file.name)}
+    lengths = {name: status.st_size // size for name, status in found.items()}
     places = {(name, slot) for name, records in lengths.items() for slot in range(records)} | model.listed.keys()
     progress = Progress(model.folder.name[:12], len(places))
     keys = set(model.listed.values())
@@ -213,7 +211,7 @@ def _check_pages(model: _Model, report: Report) -> None:
             if header is not None and header.key not in keys:
                 keys.add(header.key)
                 parent = header.parent[:PARENT_BYTES]
-                model.unlisted.append((header.key, Entry(name, slot, parent, 0, int(time.time()))))
+                model.unlisted.append((header.key, Entry(name, slot, parent, 0, int(found[name].st_mtime))))
         elif header is None or header.key != key:
             model.bad[key, Entry(name, slot)] = reason or "it is another page"
         else:
