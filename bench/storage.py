@@ -113,7 +113,7 @@ class Transfers:
         directory = _open(self.folder / "ours", LAYOUT)
         places = directory.locate(self.keys)
         assert len(places) == len(self.keys), "not every page that was written is in the index"
-        io = directory._segments._io
+        io = directory._segments.io
         readers = {name: SegmentReader(self._segment(name), LAYOUT.record_bytes, io) for name in self._names()}
         records = [(readers[entry.segment], entry.slot) for entry in places.values()]
         self._drop(readers)

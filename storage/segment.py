@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from sglang_hcache.storage.direct import DirectIO, File
 from sglang_hcache.storage.files import allocate, punch, try_lock
 from sglang_hcache.storage.layout import ChunkDamaged, Record
 
+FILE_NAME = re.compile(r"[0-9a-f]{16}\.seg")
 RUN_BYTES = 1 << 20  # of records written at once: enough for a disk's full speed with a few in flight
 
 
@@ -41,16 +43,19 @@ class SegmentWriter:
 
     @classmethod
     def adopt(cls, path: Path, record_bytes: int, io: DirectIO | None = None) -> SegmentWriter | None:
-        """A file that is there; None where another process is writing it."""
-        fd = _open_regular(path, os.O_RDWR)
+        """A file that is there; None where another process is writing it, or it is missing or no file."""
+        try:
+            fd = _open_regular(path, os.O_RDWR)
+        except ChunkDamaged:
+            return None
         if not try_lock(fd, exclusive=True):
             os.close(fd)
             return None
         return cls(fd, path, record_bytes, io)
 
-    def punch(self, slot: int) -> None:
-        """Give a record's disk space back, where the file system can."""
-        punch(self._fd, slot * self._record_bytes, self._record_bytes)
+    def punch(self, slot: int, records: int) -> None:
+        """Give the disk space of so many records back, where the file system can."""
+        punch(self._fd, slot * self._record_bytes, records * self._record_bytes)
 
     def disk_bytes(self) -> int:
         return os.fstat(self._fd).st_blocks * 512

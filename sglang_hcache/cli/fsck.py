@@ -38,8 +38,9 @@ from sglang_hcache.storage.files import remove
 from sglang_hcache.storage.index import Index, Size, prepare
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry, decode
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
-from sglang_hcache.storage.quota import give_back
+from sglang_hcache.storage.quota import census
 from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.sweep import sweep_folder
 
 REPAIRED, UNREPAIRED, FAILED = 1, 2, 3
 _SEGMENT = re.compile(r"[0-9a-f]{16}\.seg")
@@ -255,9 +256,7 @@ def _repair(model: _Model, report: Report) -> None:
             report.add(model.folder, f"{count(len(model.unlisted), 'whole page')} not listed", repaired=1)
             report.pages += len(model.unlisted)
         index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
-        used = {entry.segment for _, entry in index.entries()}
+        with census(model.folder):
+            sweep_folder(model.folder, index)
     finally:
         index.close()
-    for file in model.folder.glob("*.seg"):
-        if file.stem not in used:
-            give_back(file, model.layout.record_bytes, ())

@@ -48,6 +48,29 @@ def test_touching_adds_hits_to_what_is_there_and_to_nothing_else(tmp_path: Path)
     index.close()
 
 
+def test_what_is_named_is_read_again_only_after_a_change(tmp_path: Path) -> None:
+    index = Index(tmp_path, FINGERPRINT)
+    assert index.used(FINGERPRINT).slots == {}
+    index.mark(SIZE)
+    index.put_many((key_of(page), Entry(f"{page // 4:016x}", page)) for page in range(10))
+    used = index.used(FINGERPRINT)
+    assert {name: used.of(name) for name in used.slots} == {
+        f"{0:016x}": {0, 1, 2, 3},
+        f"{1:016x}": {4, 5, 6, 7},
+        f"{2:016x}": {8, 9},
+    }
+    assert (used.pages, used.count(f"{2:016x}"), used.count("none"), used.of("none")) == (10, 2, 0, set())
+    assert index.used(FINGERPRINT, used) is used
+    assert index.used(OTHER).pages == 0
+    other = Index(tmp_path, OTHER)
+    other.put_many([(key_of(1), entry_of(1))])
+    again = other.used(FINGERPRINT, used)
+    assert again is not used
+    assert again.slots == used.slots
+    other.close()
+    index.close()
+
+
 def test_readers_that_were_killed_do_not_make_the_index_grow(tmp_path: Path) -> None:
     index = Index(tmp_path, FINGERPRINT)
     keys = [key_of(page) for page in range(500)]
