@@ -5,15 +5,14 @@
 Method: pages of 16 layers of 64 KiB are written through Directory.write, 64 at a time, each batch made durable and
 indexed. fio writes as much beside it, with the same block size (a record), queue depth, direct I/O if ours is
 direct, and fdatasync after as many blocks. Then our reader and fio (libaio) take turns on the same segment files:
-every record from first to last, and every layer of every record, one layer after the other; the same blocks, the
-same queue depth, and as many buffers as I/Os are in flight, as fio has them; `read_spread` and what is compared
-with the file backend go to 64 records of memory, which costs cache misses. Our bytes over the wall-clock time
-around all of it, in Python; fio's as fio reports them. Reads through Directory.read, with every checksum verified,
-are stated apart. SGLang's file backend is played by files of one record, opened and read into memory one after
-another as HiCacheFile.get does, after fsync and POSIX_FADV_DONTNEED; ours are direct, or dropped from the page
-cache in the same way. Medians over the rounds, after one that warms up. The index is measured by itself: keys in
-random order, 128 a call, through Directory.locate; `reopen_s` is the opening of that directory, check included, by
-a process that has it alone.
+every record from first to last; the same blocks, the same queue depth, and as many buffers as I/Os are in flight, as
+fio has them; `read_spread` and what is compared with the file backend go to 64 records of memory, which costs cache
+misses. Our bytes over the wall-clock time around all of it, in Python; fio's as fio reports them. Reads through
+Directory.read, with every checksum verified, are stated apart. SGLang's file backend is played by files of one
+record, opened and read into memory one after another as HiCacheFile.get does, after fsync and POSIX_FADV_DONTNEED;
+ours are direct, or dropped from the page cache in the same way. Medians over the rounds, after one that warms up. The
+index is measured by itself: keys in random order, 128 a call, through Directory.locate; `reopen_s` is the opening of
+that directory, check included, by a process that has it alone.
 """
 
 from __future__ import annotations
@@ -107,14 +106,14 @@ class Transfers:
         path = self.folder / "fio"
         path.mkdir(exist_ok=True)
         options = ["--rw=write", f"--fdatasync={BATCH}", f"--directory={path}", f"--size={self.size}"]
-        self._fio("fio_write", WRITES_IN_FLIGHT, [["--name=w", f"--bs={LAYOUT.record_bytes}", *options]])
+        self._fio("fio_write", WRITES_IN_FLIGHT, ["--name=w", f"--bs={LAYOUT.record_bytes}", *options])
         shutil.rmtree(path)
 
     def read_ours(self) -> None:
         directory = _open(self.folder / "ours", LAYOUT)
         places = directory.locate(self.keys)
         assert len(places) == len(self.keys), "not every page that was written is in the index"
-        io = directory._segments._io
+        io = directory._segments.io
         readers = {name: SegmentReader(self._segment(name), LAYOUT.record_bytes, io) for name in self._names()}
         records = [(readers[entry.segment], entry.slot) for entry in places.values()]
         self._drop(readers)
@@ -122,15 +121,6 @@ class Transfers:
             whole = [partial(reader.read, slot, self.memory[i % buffers]) for i, (reader, slot) in enumerate(records)]
             self._measure(name, self.size, whole)
             self._drop(readers)
-        layers: list[Callable[[], object]] = []
-        for layer in range(LAYOUT.n_layers):
-            offset, length = LAYOUT.span(layer, layer + 1)
-            layers += [
-                partial(reader.read, slot, self.memory[i % READS_IN_FLIGHT, :length], offset)
-                for i, (reader, slot) in enumerate(records)
-            ]
-        self._measure("strided", len(records) * sum(LAYOUT.layer_bytes), layers)
-        self._drop(readers)
         checked = [
             partial(_read_sound, directory, key, entry, self.memory[i % BATCH])
             for i, (key, entry) in enumerate(places.items())
@@ -140,19 +130,8 @@ class Transfers:
 
     def read_fio(self) -> None:
         names = ":".join(str(self._segment(name)) for name in self._names())
-        common = [f"--filename={names}", "--file_service_type=sequential", "--rw=read", "--readonly"]
-        self._fio("fio_read", READS_IN_FLIGHT, [["--name=r", f"--bs={LAYOUT.record_bytes}", *common]])
-        jobs: list[list[str]] = []
-        for layer in range(LAYOUT.n_layers):
-            for name in self._names():
-                offset, length = LAYOUT.span(layer, layer + 1)
-                path = self._segment(name)
-                zones = ["--zonemode=strided", f"--zonesize={length}", f"--zonerange={LAYOUT.record_bytes}"]
-                io_size = path.stat().st_size // LAYOUT.record_bytes * length
-                options = [f"--name=r{len(jobs)}", "--stonewall", f"--filename={path}", "--rw=read", "--readonly"]
-                options += [f"--bs={length}", f"--offset={offset}", f"--io_size={io_size}", *zones]
-                jobs.append(options)
-        self._fio("fio_strided", READS_IN_FLIGHT, jobs)
+        options = [f"--filename={names}", "--file_service_type=sequential", "--rw=read", "--readonly"]
+        self._fio("fio_read", READS_IN_FLIGHT, ["--name=r", f"--bs={LAYOUT.record_bytes}", *options])
 
     def read_files(self) -> None:
         path = self.folder / "files"
@@ -173,16 +152,13 @@ class Transfers:
     def _measure(self, name: str, n_bytes: int, jobs: Sequence[Callable[[], object]]) -> None:
         self.rates.add(name, n_bytes, _timed(lambda: run_parallel(jobs, READS_IN_FLIGHT)))
 
-    def _fio(self, name: str, depth: int, jobs: Sequence[list[str]]) -> None:
+    def _fio(self, name: str, depth: int, job: Sequence[str]) -> None:
         common = ["--ioengine=libaio", f"--iodepth={depth}", f"--direct={int(self.direct)}", "--invalidate=1"]
-        command = ["fio", "--output-format=json"]
-        for job in jobs:
-            command += [job[0], *common, *job[1:]]
+        command = ["fio", "--output-format=json", job[0], *common, *job[1:]]
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         kind = "write" if "write" in name else "read"
-        done = [job[kind] for job in report["jobs"]]
-        n_bytes = sum(job["io_bytes"] for job in done)
-        self.rates.add(name, n_bytes, sum(job["runtime"] for job in done) / 1e3)
+        done = report["jobs"][0][kind]
+        self.rates.add(name, done["io_bytes"], done["runtime"] / 1e3)
 
     def _segment(self, name: str) -> Path:
         return self.folder / "ours" / "segments" / FINGERPRINT.hex() / f"{name}.seg"
@@ -209,7 +185,6 @@ def measure_transfers(folder: Path, records: int, rounds: int) -> dict[str, Any]
     return {
         "direct": transfers.direct,
         "read_ratio": rates.ratio("read", "fio_read"),
-        "strided_ratio": rates.ratio("strided", "fio_strided"),
         "write_ratio": rates.ratio("write", "fio_write"),
         "file_backend_ratio": rates.ratio("read_spread", "file_backend"),
         "file_backend_verified_ratio": rates.ratio("verified", "file_backend"),
@@ -217,7 +192,6 @@ def measure_transfers(folder: Path, records: int, rounds: int) -> dict[str, Any]
         "gb_s": {name: rates.median(name) for name in rates.of},
         "gb_s_rounds": rates.of,
         "record_bytes": LAYOUT.record_bytes,
-        "layer_bytes": LAYOUT.layer_bytes[0],
         "file_bytes": transfers.size,
         "reads_in_flight": READS_IN_FLIGHT,
         "writes_in_flight": WRITES_IN_FLIGHT,

@@ -33,6 +33,7 @@ from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
+from sglang_hcache.storage.sweep import sweep_folder
 
 LOCK_WAIT_S = 30.0
 WRITES_IN_FLIGHT = 4
@@ -181,17 +182,17 @@ class Directory:
         if self._writable and self._evictor is not None:
             self._evictor.shrink()
         with self._segments.census():
-            used = self._index.used()
+            used = self._index.used(self._fingerprint)
+            self._pages = used.pages
             if self._writable:
                 self._segments.lock_unfilled(used)
-                used = self._index.used()  # what another process wrote before we held the segments counts
-                self._segments.reclaim(used)
-            self._pages = sum(map(len, used.values()))
+                sweep_folder(self._segments.path, self._index, self._segments)
 
     def _drop_lost(self) -> None:
         """Drop entries of records that are not there."""
         lengths = self._segments.lengths()
-        if all(max(slots) < lengths.get(segment, 0) for segment, slots in self._index.used().items()):
+        used = self._index.used(self._fingerprint)
+        if all(max(used.of(segment)) < lengths.get(segment, 0) for segment in used.slots):
             return
         entries = self._index.entries()
         lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]

@@ -70,13 +70,27 @@ def lock_within(fd: int, exclusive: bool, timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
+def allocate(fd: int, length: int) -> bool:
+    """Take the disk space of a file's first bytes and make it as long; False where the file system has no such call.
+
+    Not os.posix_fallocate: it would then write a byte to each block, which fails with O_DIRECT. Raises OSError.
+    """
+    return _fallocate(fd, 0, 0, length)
+
+
 def punch(fd: int, offset: int, length: int) -> None:
     """Give a part of a file back to the disk, where the file system can; it reads as zeros then. Raises OSError."""
-    mode = ctypes.c_int(_KEEP_SIZE | _PUNCH_HOLE)
-    if _libc.fallocate(ctypes.c_int(fd), mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+    _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    while _libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(length)):
         code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -8,13 +8,13 @@ version it is rebuilt from the segments.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +47,7 @@ VALUE = np.dtype(
     [("segment", "S16"), ("slot", "<u4"), ("parent", ">u8"), ("hits", "<u4"), ("last_use", "<u4"), ("sum", "<u8")]
 )
 
+_SEGMENT, _SLOT = slice(0, 16), slice(16, 20)  # of a value
 _MARKED = "all pages listed"
 _SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
 _MOST_HITS = (1 << 32) - 1
@@ -54,6 +55,23 @@ _SEAL = "closed.xxh3"
 _SEALED = struct.Struct("<16sQ")  # digest of the file, number of its last transaction
 _BLOCK_BYTES = 16 << 20
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
+
+
+class Used(NamedTuple):
+    """The records that are named, by segment, as of a transaction."""
+
+    slots: dict[str, list[bytes]]  # as they stand in the entries
+    transaction: int = -1
+
+    @property
+    def pages(self) -> int:
+        return sum(map(len, self.slots.values()))
+
+    def count(self, segment: str) -> int:
+        return len(self.slots.get(segment, ()))
+
+    def of(self, segment: str) -> set[int]:
+        return set(np.frombuffer(b"".join(self.slots.get(segment, ())), "<u4").tolist())
 
 
 class Size(NamedTuple):
@@ -243,14 +261,20 @@ class Index:
         return deleted
 
     def touch(self, hits: Mapping[bytes, int], now: int) -> None:
-        """Add hits to those of the pages that have an entry, and set their last use, unix seconds."""
-        with self._in_use(), self._env.begin(write=True) as txn:
-            for key, more in hits.items():
-                name = self._fingerprint + key
-                value = txn.get(name)
-                if value is not None and (entry := decode(name, value)) is not None:
-                    total = min(entry.hits + more, _MOST_HITS)
-                    txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
+        """Add hits to those of the pages that have an entry, and set their last use, unix seconds.
+
+        As it is called now and then, it also forgets readers that were killed: none of the file's space that is freed
+        after such a one began would be used again.
+        """
+        with self._in_use():
+            self._env.reader_check()
+            with self._env.begin(write=True) as txn:
+                for key, more in hits.items():
+                    name = self._fingerprint + key
+                    value = txn.get(name)
+                    if value is not None and (entry := decode(name, value)) is not None:
+                        total = min(entry.hits + more, _MOST_HITS)
+                        txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
 
     def entries(self) -> list[tuple[bytes, Entry]]:
         """All sound entries of the fingerprint, by key."""
@@ -265,17 +289,23 @@ class Index:
                 more = cursor.next()
         return found
 
-    def used(self) -> dict[str, set[int]]:
-        """The records of each segment that entries of the fingerprint name; entries are not checked."""
+    def used(self, fingerprint: bytes, former: Used | None = None) -> Used:
+        """The records that a fingerprint's entries name; `former` where nothing has changed since.
+
+        Entries are not checked.
+        """
         with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
-            cursor.set_range(self._fingerprint)
-            own = itertools.takewhile(lambda entry: entry[0].startswith(self._fingerprint), cursor.iternext())
-            values = [value for name, value in own if len(name) == NAME_BYTES and len(value) == ENTRY.size]
-        table = np.frombuffer(b"".join(values), VALUE)
-        by_segment = table[np.argsort(table["segment"], kind="stable")]
-        names, starts = np.unique(by_segment["segment"], return_index=True)
-        slots = np.split(by_segment["slot"], starts[1:])
-        return {name.decode("ascii", "replace"): set(of.tolist()) for name, of in zip(names, slots, strict=False)}
+            transaction = txn.id()
+            if former is not None and former.transaction == transaction:
+                return former
+            found = defaultdict[bytes, list[bytes]](list)
+            cursor.set_range(fingerprint)
+            for name, value in cursor.iternext():
+                if not name.startswith(fingerprint):
+                    break
+                if len(name) == NAME_BYTES and len(value) == ENTRY.size:
+                    found[value[_SEGMENT]].append(value[_SLOT])
+        return Used({segment.decode("ascii", "replace"): slots for segment, slots in found.items()}, transaction)
 
     def raw(self) -> tuple[list[bytes], list[bytes]]:
         """Names and values of the pages of all fingerprints, by name; nothing of them is checked but their size."""

@@ -84,11 +84,6 @@ class ChunkLayout:
         start = self._offsets[layer]
         return record[start : start + self.layer_bytes[layer]]
 
-    def span(self, first: int, last: int) -> tuple[int, int]:
-        """Offset in the record, and length, of the payloads of layers [first, last): both multiples of ALIGNMENT."""
-        assert 0 <= first <= last <= self.n_layers
-        return self._offsets[first], self._offsets[last] - self._offsets[first]
-
     @cached_property
     def sums_at(self) -> int:
         return _round_up(_FIXED.size + 4 * self.page_tokens, 8)
@@ -156,28 +151,11 @@ def read_header(record: Record, layout: ChunkLayout) -> Header:
 
 def verify(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes) -> None:
     """Raise ChunkDamaged unless the record is this page, whole."""
-    verify_header(record, layout, fingerprint, key)
-    verify_layers(record, record[layout.header_bytes :], layout, 0, layout.n_layers)
-
-
-def verify_header(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes) -> None:
-    """Raise ChunkDamaged unless the first `header_bytes` of a record are this page's header."""
     header = read_header(record, layout)
     if (header.fingerprint, header.key) != (fingerprint, key):
         raise ChunkDamaged("the record is another page")
-
-
-def verify_layers(header: Record, payloads: Record, layout: ChunkLayout, first: int, last: int) -> None:
-    """Raise ChunkDamaged unless the payloads of layers [first, last) are those a verified header names.
-
-    `header`: at least the first `header_bytes` of the record. `payloads`: the bytes of `layout.span(first, last)`.
-    """
-    start, length = layout.span(first, last)
-    assert payloads.shape == (length,)
-    sums = _layer_sums(header, layout).tolist()
-    for layer in range(first, last):
-        at = layout.layer_offset(layer) - start
-        if _sum(payloads[at : at + layout.layer_bytes[layer]]) != sums[layer]:
+    for layer, expected in enumerate(_layer_sums(record, layout).tolist()):
+        if _sum(layout.payload(record, layer)) != expected:
             raise ChunkDamaged(f"the checksum of layer {layer} is wrong")
 
 

@@ -1,16 +1,15 @@
-"""How much of the disk one directory may take, and giving it back."""
+"""How much of the disk one directory may take."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sglang_hcache.storage.files import lock_within, make_private
-from sglang_hcache.storage.layout import ChunkDamaged
 from sglang_hcache.storage.segment import SegmentWriter
 
 LOCK_WAIT_S = 30.0
@@ -106,41 +105,11 @@ def bytes_below(folder: Path) -> int:
 
 def is_busy(file: Path) -> bool:
     """Whether some process writes the segment, or it is none."""
-    try:
-        writer = SegmentWriter.adopt(file, 1)
-    except ChunkDamaged:
-        return True
+    writer = SegmentWriter.adopt(file, 1)
     if writer is None:
         return True
     writer.close()
     return False
-
-
-def give_back(file: Path, record_bytes: int, in_use: Collection[int]) -> bool:
-    """Under `census`: return the disk space of the records not in use; False where another process writes the file.
-
-    `in_use` must come from an index in which what is to be freed is deleted. Raises OSError.
-    """
-    try:
-        writer = SegmentWriter.adopt(file, record_bytes)
-    except ChunkDamaged:
-        return False
-    if writer is None:
-        return False
-    try:
-        if not in_use:
-            writer.truncate_to(0)  # others may have it open, to read
-            file.unlink()
-            return True
-        end = max(in_use) + 1
-        if end < writer.records:
-            writer.truncate_to(end)
-        for slot in range(end):
-            if slot not in in_use:
-                writer.punch(slot)
-        return True
-    finally:
-        writer.close()
 
 
 @contextmanager

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sglang_hcache.storage.direct import DirectIO, File
-from sglang_hcache.storage.files import punch, try_lock
+from sglang_hcache.storage.files import allocate, punch, try_lock
 from sglang_hcache.storage.layout import ChunkDamaged, Record
 
+FILE_NAME = re.compile(r"[0-9a-f]{16}\.seg")
 RUN_BYTES = 1 << 20  # of records written at once: enough for a disk's full speed with a few in flight
-
-_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class SegmentWriter:
@@ -43,16 +43,19 @@ class SegmentWriter:
 
     @classmethod
     def adopt(cls, path: Path, record_bytes: int, io: DirectIO | None = None) -> SegmentWriter | None:
-        """A file that is there; None where another process is writing it."""
-        fd = _open_regular(path, os.O_RDWR)
+        """A file that is there; None where another process is writing it, or it is missing or no file."""
+        try:
+            fd = _open_regular(path, os.O_RDWR)
+        except ChunkDamaged:
+            return None
         if not try_lock(fd, exclusive=True):
             os.close(fd)
             return None
         return cls(fd, path, record_bytes, io)
 
-    def punch(self, slot: int) -> None:
-        """Give a record's disk space back, where the file system can."""
-        punch(self._fd, slot * self._record_bytes, self._record_bytes)
+    def punch(self, slot: int, records: int) -> None:
+        """Give the disk space of so many records back, where the file system can."""
+        punch(self._fd, slot * self._record_bytes, records * self._record_bytes)
 
     def disk_bytes(self) -> int:
         return os.fstat(self._fd).st_blocks * 512
@@ -63,11 +66,7 @@ class SegmentWriter:
 
     def grow_to(self, records: int) -> None:
         """Take the disk space of so many records now, so that no later write can lack it."""
-        try:
-            os.posix_fallocate(self._fd, 0, records * self._record_bytes)
-        except OSError as error:
-            if error.errno not in _NO_FALLOCATE:
-                raise
+        if not allocate(self._fd, records * self._record_bytes):
             os.ftruncate(self._fd, records * self._record_bytes)
         self.records = records
 
@@ -97,14 +96,14 @@ class SegmentReader:
         self._file = File(fd, io)
         self._record_bytes = record_bytes
 
-    def read(self, slot: int, out: Record, offset: int = 0) -> None:
-        """Fill `out`, uint8 [at most record_bytes], from a byte offset in a record.
+    def read(self, slot: int, out: Record) -> None:
+        """Fill `out`, uint8 [at most record_bytes], with a record from its start.
 
         Raises ChunkDamaged where the file ends before that; OSError where the disk says so, which proves nothing
         about the record.
         """
-        assert offset + out.size <= self._record_bytes
-        if self._file.read(slot * self._record_bytes + offset, out) < out.size:
+        assert out.size <= self._record_bytes
+        if self._file.read(slot * self._record_bytes, out) < out.size:
             raise ChunkDamaged("the file is too short")
 
 

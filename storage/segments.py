@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_hcache.storage.direct import DirectIO
 from sglang_hcache.storage.files import make_private, sync_directory
-from sglang_hcache.storage.layout import ChunkDamaged
+from sglang_hcache.storage.index import Used
 from sglang_hcache.storage.quota import census
-from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
+from sglang_hcache.storage.segment import FILE_NAME, SegmentReader, SegmentWriter
 
 OPEN_READERS = 128  # files kept open for reading
 ADOPT_AT_MOST = 64  # files with free records kept open for writing
 
-_FILE_NAME = re.compile(r"[0-9a-f]{16}\.seg")
-
-log = logging.getLogger(__name__)
-
 
 @dataclass
 class _Held:
-    """A segment this process writes: its unused records, lowest last, and the end of the used ones.
+    """A segment this process writes, and its unused records, lowest last.
 
-    `sparse`: unused records that have lost their disk space.
+    `sparse`: some of it has lost its disk space; nothing is written to it until it has that again.
     """
 
     writer: SegmentWriter
-    free: list[int]
-    end: int
-    sparse: list[int] = field(default_factory=list)
+    unused: list[int]
+    sparse: bool = False
+
+    def look_up(self, used: set[int]) -> None:
+        self.unused = [slot for slot in range(self.writer.records - 1, -1, -1) if slot not in used]
+        self.sparse = self.writer.is_sparse()
+
+    @property
+    def free(self) -> int:
+        """How many pages can be placed in it."""
+        return 0 if self.sparse else len(self.unused)
+
+    @property
+    def end(self) -> int:
+        """Where its last used record ends."""
+        end = self.writer.records
+        for slot in self.unused:
+            if slot < end - 1:
+                break
+            end = slot
+        return end
 
 
 class Segments:
@@ -53,7 +65,7 @@ class Segments:
         self._readers: OrderedDict[str, SegmentReader] = OrderedDict()
         self._readers_lock = threading.Lock()
         make_private(path)
-        self._io = DirectIO(path)
+        self.io = DirectIO(path)
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.seg"
@@ -68,62 +80,32 @@ class Segments:
         """How many whole records each segment has room for, by name."""
         found = {}
         for entry in os.scandir(self.path):
-            if _FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            if FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 name = entry.name.removesuffix(".seg")
                 found[name] = entry.stat(follow_symlinks=False).st_size // self._record_bytes
         return found
 
-    def lock_unfilled(self, used: Mapping[str, set[int]]) -> None:
-        """Under `census`: take the segments that may have room and that no other process writes."""
-        for name in self.lengths():
+    def lock_unfilled(self, used: Used) -> None:
+        """Under `census`: take the segments that may have room and that no other process writes; then `look_up`."""
+        for name, records in self.lengths().items():
             if len(self._held) >= ADOPT_AT_MOST:
                 return
-            if len(used.get(name, ())) < self.segment_records:
-                try:
-                    writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self._io)
-                except ChunkDamaged as damaged:
-                    log.debug("%s is left alone: %s", self.file(name), damaged)
-                    continue
+            if 0 < used.count(name) < max(records, self.segment_records):
+                writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self.io)
                 if writer is not None:
-                    self._held.append(_Held(writer, [], writer.records))
+                    self.take(writer)
 
-    def reclaim(self, used: Mapping[str, set[int]]) -> None:
-        """Under `census`, after `lock_unfilled`: delete taken segments without a used record, reuse gaps in the rest.
-
-        `used` must have been looked up after the segments were taken.
-        """
-        for held in list(self._held):
-            in_use = used.get(held.writer.name, set())
-            if in_use:
-                held.end = max(in_use) + 1
-                unused = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
-                held.free, held.sparse = ([], unused) if held.writer.is_sparse() else (unused, [])
-            else:
-                held.writer.path.unlink()
-                self._held.remove(held)
-                held.writer.close()
-
-    def adopt(self, name: str, in_use: set[int]) -> bool:
-        """Under `census`: take a segment whose other records are to be used again; False where that cannot be."""
+    def take(self, writer: SegmentWriter) -> bool:
+        """Take a segment that the caller has locked, unless there are enough of them; then `look_up`."""
         if len(self._held) >= ADOPT_AT_MOST:
             return False
-        try:
-            writer = SegmentWriter.adopt(self.file(name), self._record_bytes, self._io)
-        except ChunkDamaged:
-            return False
-        if writer is None:
-            return False
-        self._held.append(_Held(writer, [], max(in_use) + 1))
-        self.reuse({name: in_use})
+        self._held.append(_Held(writer, []))
         return True
 
-    def reuse(self, used: Mapping[str, set[int]]) -> None:
-        """Take up what others have freed in the held segments named; never between `place` and naming the page."""
+    def look_up(self, used: Used) -> None:
+        """See which records are free. `used` is as of a time since the segments were taken, and no page is placed."""
         for held in self._held:
-            in_use = used.get(held.writer.name)
-            if in_use is not None:
-                unused = [slot for slot in range(held.writer.records - 1, -1, -1) if slot not in in_use]
-                held.free, held.sparse = ([], unused) if held.writer.is_sparse() else (unused, [])
+            held.look_up(used.of(held.writer.name))
 
     def held(self) -> set[str]:
         """The segments this process writes."""
@@ -131,7 +113,7 @@ class Segments:
 
     def free_records(self) -> int:
         """How many pages can be placed without taking more of the disk."""
-        return sum(len(held.free) for held in self._held if held.writer.name not in self._retired)
+        return sum(held.free for held in self._held if held.writer.name not in self._retired)
 
     def growth_bytes(self) -> int:
         """What the next `grow` takes of the disk."""
@@ -152,9 +134,7 @@ class Segments:
     def place(self) -> tuple[SegmentWriter, int]:
         """A segment and an unused record in it, for one page; makes room where there is none."""
         held = self._with_room()
-        slot = held.free.pop()
-        held.end = max(held.end, slot + 1)
-        return held.writer, slot
+        return held.writer, held.unused.pop()
 
     def make_room(self) -> None:
         """See to it that the next `place` needs nothing of the disk."""
@@ -163,7 +143,7 @@ class Segments:
     def let_go_full(self) -> None:
         """Close segments that can take no more; only after their records are committed."""
         for held in list(self._held):
-            full = not held.free and not held.sparse and held.writer.records >= self.segment_records
+            full = not held.unused and held.writer.records >= self.segment_records
             if full or held.writer.name in self._retired:
                 self._held.remove(held)
                 held.writer.close()
@@ -183,7 +163,7 @@ class Segments:
         with self._readers_lock:
             reader = self._readers.get(name)
             if reader is None:
-                reader = self._readers[name] = SegmentReader(self.file(name), self._record_bytes, self._io)
+                reader = self._readers[name] = SegmentReader(self.file(name), self._record_bytes, self.io)
             self._readers.move_to_end(name)
             if len(self._readers) > OPEN_READERS:
                 self._readers.popitem(last=False)
@@ -215,20 +195,21 @@ class Segments:
 
     def _growable(self) -> _Held | None:
         for held in self._held:
-            if held.writer.name not in self._retired and (held.sparse or held.writer.records < self.segment_records):
+            may_grow = held.writer.records < self.segment_records or (held.sparse and held.unused)
+            if may_grow and held.writer.name not in self._retired:
                 return held
         return None
 
     def _grow(self, held: _Held) -> None:
         start = held.writer.records
         held.writer.grow_to(max(self.segment_records, start))
-        held.free = [*range(held.writer.records - 1, start - 1, -1), *held.sparse, *held.free]
-        held.sparse = []
+        held.unused = [*range(held.writer.records - 1, start - 1, -1), *held.unused]
+        held.sparse = False
 
     def _create(self) -> _Held:
         with self.census():
-            writer = SegmentWriter.create(self.file(secrets.token_hex(8)), self._record_bytes, self._io)
-        held = _Held(writer, [], 0)
+            writer = SegmentWriter.create(self.file(secrets.token_hex(8)), self._record_bytes, self.io)
+        held = _Held(writer, [])
         try:
             self._grow(held)
             sync_directory(self.path)

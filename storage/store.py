@@ -292,6 +292,11 @@ class LocalStore:
             reader.join()
         self._files.close()
 
+    @property
+    def ended(self) -> bool:
+        """Whether its memory is not written to files any more; not so where `close` gave up on a write that hangs."""
+        return self._writer.join(0)
+
     def _seal(self, record: Record, key: bytes, parent: bytes) -> None:
         seal(record, self.layout, self._fingerprint, key, parent)
 

@@ -132,13 +132,3 @@ class Table:
             if entry is not None:
                 found.append((self.names[page], entry.place))
         return found
-
-    def slots_in_use(self, kept: Mask, volume: int) -> dict[tuple[bytes, str], set[int]]:
-        """The records of each segment of one index that hold a kept page; segments without one are not there."""
-        used: dict[tuple[bytes, str], set[int]] = {}
-        pages = np.flatnonzero(kept & (self.volume == volume))
-        pages = pages[np.argsort(self.segment_number[pages], kind="stable")]
-        numbers = self.segment_number[pages]
-        for part in np.split(pages, np.flatnonzero(np.diff(numbers)) + 1) if len(pages) else []:
-            used[self.segment(int(part[0]))] = set(self.value["slot"][part].tolist())
-        return used

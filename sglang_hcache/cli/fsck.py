@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,8 +38,9 @@ from sglang_hcache.storage.files import remove
 from sglang_hcache.storage.index import Index, Size, prepare
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry, decode
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
-from sglang_hcache.storage.quota import give_back
+from sglang_hcache.storage.quota import census
 from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.sweep import sweep_folder
 
 REPAIRED, UNREPAIRED, FAILED = 1, 2, 3
 _SEGMENT = re.compile(r"[0-9a-f]{16}\.seg")
@@ -200,9 +200,8 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
 def _check_pages(model: _Model, report: Report) -> None:
     """Read every record there is, and every one that should be."""
     size = model.layout.record_bytes
-    lengths = {
-        file.stem: file.stat().st_size // size for file in model.folder.glob("*.seg") if _SEGMENT.fullmatch(file.name)
-    }
+    found = {file.stem: file.stat() for file in model.folder.glob("*.seg") if _SEGMENT.fullmatch(file.name)}
+    lengths = {name: status.st_size // size for name, status in found.items()}
     places = {(name, slot) for name, records in lengths.items() for slot in range(records)} | model.listed.keys()
     progress = Progress(model.folder.name[:12], len(places))
     keys = set(model.listed.values())
@@ -213,7 +212,7 @@ def _check_pages(model: _Model, report: Report) -> None:
             if header is not None and header.key not in keys:
                 keys.add(header.key)
                 parent = header.parent[:PARENT_BYTES]
-                model.unlisted.append((header.key, Entry(name, slot, parent, 0, int(time.time()))))
+                model.unlisted.append((header.key, Entry(name, slot, parent, 0, int(found[name].st_mtime))))
         elif header is None or header.key != key:
             model.bad[key, Entry(name, slot)] = reason or "it is another page"
         else:
@@ -257,9 +256,7 @@ def _repair(model: _Model, report: Report) -> None:
             report.add(model.folder, f"{count(len(model.unlisted), 'whole page')} not listed", repaired=1)
             report.pages += len(model.unlisted)
         index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
-        used = {entry.segment for _, entry in index.entries()}
+        with census(model.folder):
+            sweep_folder(model.folder, index)
     finally:
         index.close()
-    for file in model.folder.glob("*.seg"):
-        if file.stem not in used:
-            give_back(file, model.layout.record_bytes, ())

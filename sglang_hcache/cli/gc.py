@@ -34,9 +34,10 @@ from sglang_hcache.cli.common import (
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import open_shared
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
-from sglang_hcache.storage.evictor import ROUNDS, drop, freeable, release
+from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import Quota, bytes_below, bytes_on_disk
+from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table
 
 T = TypeVar("T")
@@ -124,27 +125,34 @@ def _collect(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             opened.callback(os.close, open_shared(path, damages[-1]))
             indexes.append(Index(path / "index", b""))
             opened.callback(indexes[-1].close)
-        return [
-            _collect_one(_first(i, arguments.dir), _first(i, indexes), arguments, damage)
-            for i, damage in enumerate(damages)
+        before = [bytes_on_disk(path) for path in arguments.dir]
+        done = [
+            _collect_one(_first(i, arguments.dir), _first(i, indexes), arguments) for i in range(len(arguments.dir))
         ]
+        after = [bytes_on_disk(path) for path in arguments.dir]  # what goes in one may take pages of all along
+    return [
+        _result(path, pages, first, was - now, now, arguments, damage)
+        for path, (pages, first), was, now, damage in zip(arguments.dir, done, before, after, damages, strict=True)
+    ]
 
 
 def _collect_one(
-    paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse.Namespace, damage: Damage
-) -> dict[str, Any]:
-    """Delete in the first of the directories; the others hold pages of the same prefixes."""
+    paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse.Namespace
+) -> tuple[int, Choice]:
+    """Delete in the first of the directories; the others hold pages of the same prefixes.
+
+    How many pages were deleted, and what was chosen first.
+    """
     path = paths[0]
     with Quota(path, 1 << 62, 0).locked():
-        before = bytes_on_disk(path)
+        sweep(path, indexes[0])
         first = _delete(paths, indexes, arguments)
         pages = first.pages
         for _ in range(ROUNDS if arguments.to_size is not None else 0):
             if bytes_on_disk(path) <= arguments.to_size:
                 break
             pages += _delete(paths, indexes, arguments).pages  # the index may have grown by what was deleted
-        after = bytes_on_disk(path)
-    return _result(path, pages, first, before - after, after, arguments, damage)
+    return pages, first
 
 
 def _result(
@@ -163,11 +171,10 @@ def _result(
 
 def _delete(paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse.Namespace) -> Choice:
     choice = _choose(paths, [Table.read([index]) for index in indexes], arguments)
-    table, victims = choice.table, choice.victims
-    if victims.any():
-        drop(indexes, table, victims)
-        for volume, path in enumerate(paths):
-            release(path, table, victims, table.slots_in_use(~victims, volume), volume=volume)
+    if choice.victims.any():
+        drop(indexes, choice.table, choice.victims)
+        for path, index in zip(paths, indexes, strict=True):
+            sweep(path, index)
     return choice
 
 

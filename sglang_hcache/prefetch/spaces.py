@@ -173,7 +173,8 @@ class Spaces:
     def _close(self, space: Space) -> None:
         try:
             space.store.close()
-            space.region.free()
+            if space.store.ended:  # a write that hangs would put zeroes on the disk
+                space.region.free()
             space.region.close()
         except Exception:
             log.exception("hcache: pages were not closed properly; the next opening tidies up.")

@@ -83,7 +83,12 @@ def test_fsck_lists_whole_pages_that_no_index_names(tmp_path: Path, capsys: pyte
     index = Index(tmp_path / "index", FINGERPRINT)
     index.delete_many(index.get_many([key_of(4)]).items())
     index.close()
+    for file in segment_files(tmp_path):
+        os.utime(file, (1_500_000_000, 1_500_000_000))
     assert run(capsys, "fsck", "--dir", tmp_path, "--repair")[0] == 1
+    index = Index(tmp_path / "index", FINGERPRINT)
+    assert index.get_many([key_of(4)])[key_of(4)].last_use == 1_500_000_000, "it may have been evicted for its worth"
+    index.close()
     assert found(tmp_path) == list(range(10))
 
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sglang_hcache.cli import gc
 from sglang_hcache.cli.main import main
+from sglang_hcache.storage import evictor
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
 from tests.cli.stores import found, make, run
-from tests.storage.pages import FINGERPRINT, key_of, keys_of, segment_files
+from tests.storage.pages import (
+    FINGERPRINT,
+    LAYOUT,
+    counters,
+    key_of,
+    keys_of,
+    open_store,
+    segment_files,
+    served,
+)
+from tests.storage.test_quota import save_prefix
 
 
 @pytest.fixture
@@ -29,6 +42,10 @@ def grow_old(path: Path) -> None:
     index = Index(path / "index", FINGERPRINT)
     index.touch(dict.fromkeys(keys_of(range(40)), 0), now=int(time.time()) - 3600)
     index.close()
+
+
+def taken(path: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in segment_files(path))
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -134,3 +151,55 @@ def test_a_size_below_that_of_the_index_deletes_nothing(tmp_path: Path, capsys: 
     assert found(tmp_path) == list(range(10))
     assert run(capsys, "gc", "--to-size", f"{bytes_on_disk(tmp_path)}B", "--dir", tmp_path)[0] == 0
     assert found(tmp_path) == list(range(10))
+
+
+def test_what_goes_is_freed_in_all_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directories = [tmp_path / "a", tmp_path / "b"]
+    options = ["gc", "--dir", ",".join(map(str, directories))]
+    make(*directories, pages=range(40))
+    before = [taken(directory) for directory in directories]
+    target = max(map(bytes_on_disk, directories)) - 8 * LAYOUT.record_bytes
+    report = run(capsys, *options, "--to-size", f"{target}B")[1]["directories"]
+    assert report[0]["pages"] >= 16
+    for directory, was, one in zip(directories, before, report, strict=True):
+        assert taken(directory) <= was - 8 * LAYOUT.record_bytes
+        assert one["freed_bytes"] >= 8 * LAYOUT.record_bytes
+    for directory in directories:
+        index = Index(directory / "index", FINGERPRINT)
+        index.touch(dict.fromkeys(keys_of(range(40)), 0), now=1_000_000_000)
+        index.close()
+    assert run(capsys, *options, "--older-than", "1d")[0] == 0
+    assert [segment_files(directory) for directory in directories] == [[], []]
+
+
+def test_records_that_nobody_names_are_freed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, pages=range(20))
+    index = Index(tmp_path / "index", FINGERPRINT)
+    index.delete_many(index.get_many(keys_of(range(4, 20))).items())
+    index.close()
+    (segment_files(tmp_path)[0].parent / "00000000000000aa.seg").write_bytes(bytes(8 * LAYOUT.record_bytes))
+    assert run(capsys, "gc", "--dir", tmp_path, "--dry-run")[1]["directories"][0]["freed_bytes"] == 0
+    assert run(capsys, "gc", "--dir", tmp_path)[1]["directories"][0]["freed_bytes"] >= 24 * LAYOUT.record_bytes
+    assert taken(tmp_path) == 4 * LAYOUT.record_bytes
+    assert found(tmp_path, pages=range(20)) == list(range(4))
+
+
+def test_what_a_server_commits_meanwhile_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = open_store(tmp_path)
+    save_prefix(server, range(4))  # of eight records; the server holds the segment
+    index = Index(tmp_path / "index", FINGERPRINT)
+    index.touch(dict.fromkeys(keys_of(range(4)), 0), now=1_000_000_000)
+    index.close()
+
+    def drop(*arguments: Any) -> int:
+        save_prefix(server, range(100, 104))  # it fills the segment and lets go of it
+        return evictor.drop(*arguments)
+
+    monkeypatch.setattr(gc, "drop", drop)
+    assert run(capsys, "gc", "--dir", tmp_path, "--older-than", "1d")[1]["directories"][0]["pages"] == 4
+    server.drop_host()
+    assert served(server, [*range(4), *range(100, 104)]) == list(range(100, 104))
+    assert counters(server)["pages_damaged"] == 0
+    server.close()

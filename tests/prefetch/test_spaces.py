@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.spaces import Space, Spaces
+from sglang_hcache.storage import store
 from tests.prefetch.clients import SLOTS, hello, until
 from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, counters, save, served
 
@@ -103,3 +105,25 @@ def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
     keeper.spaces.close(space)
     assert keeper.opened(hello()) is not space
     assert not memory.any(), "although somebody still refers to it"
+
+
+def test_memory_that_a_hung_write_still_reads_is_not_given_back(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CLOSE_WAIT_S", 0.1)
+    space, go, hangs = keeper.opened(hello()), threading.Event(), threading.Event()
+
+    def hang(*_: object) -> set[bytes]:
+        hangs.set()
+        assert go.wait(30)
+        return set()
+
+    monkeypatch.setattr(space.store._files, "write", hang)
+    save(space.store, range(4))
+    assert hangs.wait(10)
+    memory = space.store.memory
+    keeper.spaces._hurry.set()
+    keeper.spaces.close(space)
+    assert keeper.opened(hello()) is not space
+    assert memory.any()
+    go.set()

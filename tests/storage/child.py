@@ -6,11 +6,14 @@ Usage: `python -m tests.storage.child ROLE DIRECTORY [ARGUMENT]` in the reposito
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import platform
 import random
 import resource
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -18,6 +21,7 @@ from pathlib import Path
 from sglang_hcache.storage.store import LocalStore
 from tests.storage.pages import LAYOUT, counters, open_store, save, served, states
 
+PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
@@ -61,6 +65,25 @@ def write_unwritable(directory: Path, _: str) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "tests.storage.child", *sys.argv[1:]])
     directory.chmod(0o500)
     report_failure_and_recovery(open_store(directory, retry_s=0.2), lambda: directory.chmod(0o700))
+
+
+def write_without_fallocate(directory: Path, _: str) -> None:
+    """As on a file system that cannot preallocate: a filter of system calls has that one fail."""
+    number = {"x86_64": 285, "aarch64": 47}.get(platform.machine())
+    refused, allowed = 0x00050000 | errno.EOPNOTSUPP, 0x7FFF0000
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, refused), (0x06, 0, 0, allowed)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps) if number else b"")
+    libc, address = ctypes.CDLL(None), ctypes.c_uint64(ctypes.addressof(program))
+    filter_ = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), address.value))
+    if not number or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, filter_):
+        print("cannot filter system calls", flush=True)
+        return
+    store = open_store(directory, retry_s=0.2)
+    save(store, range(20))
+    assert store.flush(30)
+    store.drop_host()
+    print(states(store)[0], len(served(store, range(20))), flush=True)
+    store.close()
 
 
 def survive_errors(directory: Path, arguments: str) -> None:

@@ -118,11 +118,7 @@ ssize_t writev(int fd, const struct iovec *iov, int n) {
 SYNC(fdatasync)
 SYNC(fsync)
 
-#define ALLOCATE(name)                                                                      \
-    int name(int fd, off_t at, off_t size) {                                                \
-        if (drawn(fd) < 0) return REAL(name)(fd, at, size);                                 \
-        injected[ALLOCATE_ERROR]++;                                                         \
-        return ENOSPC;                                                                      \
-    }
-ALLOCATE(posix_fallocate)
-ALLOCATE(posix_fallocate64)
+int fallocate(int fd, int mode, off_t at, off_t size) {
+    double now = mode ? -1.0 : drawn(fd);
+    return now < 0 ? REAL(fallocate)(fd, mode, at, size) : fail(ALLOCATE_ERROR, ENOSPC);
+}

@@ -73,16 +73,16 @@ def test_direct_and_buffered_give_equal_bytes(
 @given(
     slot=st.integers(0, RECORDS - 1),
     skew=st.sampled_from([0, 1, 512]),
-    ends=st.lists(st.integers(0, RECORD_BYTES), min_size=2, max_size=2).map(sorted),
+    length=st.integers(0, RECORD_BYTES),
 )
-def test_any_part_of_a_record_can_be_read(tmp_path: Path, slot: int, skew: int, ends: list[int]) -> None:
+def test_the_start_of_a_record_can_be_read(tmp_path: Path, slot: int, skew: int, length: int) -> None:
     io, records, path = needs_direct(tmp_path), content(), tmp_path / "a.seg"
     if not path.exists():
         write(path, io, records)
     for access in (io, None):
-        out = array_at(ends[1] - ends[0], skew)
-        SegmentReader(path, RECORD_BYTES, access).read(slot, out, ends[0])
-        assert np.array_equal(out, records[slot, ends[0] : ends[1]])
+        out = array_at(length, skew)
+        SegmentReader(path, RECORD_BYTES, access).read(slot, out)
+        assert np.array_equal(out, records[slot, :length])
 
 
 def test_a_file_is_direct_where_it_can_be(tmp_path: Path) -> None:

@@ -289,6 +289,13 @@ def test_two_processes_use_one_directory(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path: Path) -> None:
+    out = start("write_without_fallocate", tmp_path).communicate(timeout=60)[0]
+    if out == "cannot filter system calls\n":
+        pytest.skip(out)
+    assert out == "ok 20\n"
+
+
 @pytest.mark.parametrize(
     ("role", "reason"), [("write_on_full_disk", "file size limit"), ("write_unwritable", "permissions")]
 )

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import lmdb
@@ -43,6 +45,46 @@ def test_touching_adds_hits_to_what_is_there_and_to_nothing_else(tmp_path: Path)
     }
     assert index.delete_many([(key_of(1), entry_of(1))]) == 1, "a page is where it was, whoever used it since"
     assert index.delete_many([(key_of(0), Entry("0" * 16, 7))]) == 0
+    index.close()
+
+
+def test_what_is_named_is_read_again_only_after_a_change(tmp_path: Path) -> None:
+    index = Index(tmp_path, FINGERPRINT)
+    assert index.used(FINGERPRINT).slots == {}
+    index.mark(SIZE)
+    index.put_many((key_of(page), Entry(f"{page // 4:016x}", page)) for page in range(10))
+    used = index.used(FINGERPRINT)
+    assert {name: used.of(name) for name in used.slots} == {
+        f"{0:016x}": {0, 1, 2, 3},
+        f"{1:016x}": {4, 5, 6, 7},
+        f"{2:016x}": {8, 9},
+    }
+    assert (used.pages, used.count(f"{2:016x}"), used.count("none"), used.of("none")) == (10, 2, 0, set())
+    assert index.used(FINGERPRINT, used) is used
+    assert index.used(OTHER).pages == 0
+    other = Index(tmp_path, OTHER)
+    other.put_many([(key_of(1), entry_of(1))])
+    again = other.used(FINGERPRINT, used)
+    assert again is not used
+    assert again.slots == used.slots
+    other.close()
+    index.close()
+
+
+def test_readers_that_were_killed_do_not_make_the_index_grow(tmp_path: Path) -> None:
+    index = Index(tmp_path, FINGERPRINT)
+    keys = [key_of(page) for page in range(500)]
+    index.put_many((key, entry_of(page)) for page, key in enumerate(keys))
+    program = (
+        "import lmdb, os, signal, sys\n"
+        "begun = lmdb.open(sys.argv[1], readonly=True, max_readers=512).begin()\n"
+        "begun.stat(), os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    size = (tmp_path / "data.mdb").stat().st_size
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode < 0
+    for round_ in range(200):
+        index.touch(dict.fromkeys(keys[round_ : round_ + 50], 1), now=round_)
+    assert (tmp_path / "data.mdb").stat().st_size < 3 * size
     index.close()
 
 

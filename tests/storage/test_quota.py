@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sglang_hcache.storage import segment
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.files import allocate
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.layout import ROOT, seal
 from sglang_hcache.storage.quota import Quota, bytes_on_disk
@@ -204,23 +206,22 @@ class Disk:
         self.directories = directories
         self.others = 0  # bytes that are not ours
         self.ran_full = 0
-        self._allocate = os.posix_fallocate
 
     @property
     def free(self) -> int:
         return max(0, self.size - self.others - sum(map(bytes_on_disk, self.directories)))
 
-    def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
-        if offset + length - os.fstat(fd).st_blocks * 512 > self.free:
+    def allocate(self, fd: int, length: int) -> bool:
+        if length - os.fstat(fd).st_blocks * 512 > self.free:
             self.ran_full += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._allocate(fd, offset, length)
+        return allocate(fd, length)
 
     def statvfs(self, _: Path) -> SimpleNamespace:
         return SimpleNamespace(f_bavail=self.free // 4096, f_frsize=4096)
 
     def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "posix_fallocate", self.posix_fallocate)
+        monkeypatch.setattr(segment, "allocate", self.allocate)
         monkeypatch.setattr(os, "statvfs", self.statvfs)
 
 
