@@ -11,6 +11,7 @@ from pathlib import Path
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
 from sglang_hcache.storage.deadlines import Deadlines
+from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
@@ -77,16 +78,13 @@ class LocalStore:
         self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
+        contents = Contents(layout, fingerprint, segment_bytes, writable, dict(about or {}))
         self._files = files or Stripe(
             [
                 Volume(
                     Path(directory),
-                    layout,
-                    fingerprint,
-                    writable=writable,
-                    segment_bytes=segment_bytes,
+                    contents,
                     quota=Quota(Path(directory), quota_bytes, layout.record_bytes, sharers) if writable else None,
-                    about=about,
                     retry_s=retry_s,
                 )
                 for directory, sharers in zip(directories, _sharers(directories), strict=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sglang_hcache.cli.bundle import BundleDamaged, Model, read_header_of, read_records
 from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, require_siblings
+from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.store import SEGMENT_BYTES
 from sglang_hcache.storage.stripe import Stripe
 from sglang_hcache.storage.volume import Volume
@@ -49,20 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _store(path: Path, start: int, model: Model, directories: list[Path]) -> tuple[int, int]:
     """How many pages were added, and how many were there."""
-    stripe = Stripe(
-        [
-            Volume(
-                directory,
-                model.layout,
-                bytes.fromhex(model.fingerprint),
-                writable=True,
-                segment_bytes=SEGMENT_BYTES,
-                retry_s=3600,
-                about=model.about,
-            )
-            for directory in directories
-        ]
-    )
+    contents = Contents(model.layout, bytes.fromhex(model.fingerprint), SEGMENT_BYTES, about=model.about)
+    stripe = Stripe([Volume(directory, contents, retry_s=3600) for directory in directories])
     stored = present = 0
     try:
         records = read_records(path, start, [model])
