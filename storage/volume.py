@@ -139,7 +139,7 @@ class Volume:
     def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
         """Write sealed records; True once they are durable, False where none of them counts as written.
 
-        `keep`: keys of pages that are not evicted for them.
+        `keep`: keys of pages that are not evicted for them; may grow meanwhile.
         """
         directory = self._directory
         if directory is None or not self.healthy:
@@ -261,6 +261,12 @@ class Volume:
                 reason,
                 self._retry_s,
             )
+
+
+def belong_together(volumes: Sequence[Volume]) -> None:
+    """They hold pages of the same prefixes."""
+    for volume in volumes:
+        volume.stripe_with([other for other in volumes if other is not volume])
 
 
 def _explain(error: Exception) -> str:

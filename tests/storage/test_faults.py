@@ -330,14 +330,14 @@ def test_an_index_that_is_broken_is_opened_anew_by_all_who_use_it(
         save(each, range(3))
         assert each.flush(30)
         each.drop_host()
-    former = idle._files.volumes[0]._directory
+    former = idle._volumes[0]._directory
     with monkeypatch.context() as patch:
         broken = Mock(side_effect=lmdb.CorruptedError("something broke"))
         patch.setattr(index, "encode", broken)
         save(store, [3])
         assert store.flush(30)
     deadline = time.monotonic() + 10
-    while states(store) + states(idle) != ["ok", "ok"] or idle._files.volumes[0]._directory is former:
+    while states(store) + states(idle) != ["ok", "ok"] or idle._volumes[0]._directory is former:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for each in (store, idle):
@@ -373,7 +373,7 @@ def test_a_full_disk_for_one_index_write_costs_nobody_else_anything(
         save(each, range(3))
         assert each.flush(30)
         each.drop_host()
-    directories = [each._files.volumes[0]._directory for each in (store, other)]
+    directories = [each._volumes[0]._directory for each in (store, other)]
     with monkeypatch.context() as patch:
         error = lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.ENOSPC)}")
         patch.setattr(index, "encode", Mock(side_effect=error))
@@ -381,7 +381,7 @@ def test_a_full_disk_for_one_index_write_costs_nobody_else_anything(
         assert store.flush(30)
         assert "the disk is full" in states(store)[0]
     wait_until_ok(store)
-    assert [each._files.volumes[0]._directory for each in (store, other)] == directories, "nothing was opened anew"
+    assert [each._volumes[0]._directory for each in (store, other)] == directories, "nothing was opened anew"
     for each in (store, other):
         assert served(each, range(3)) == [0, 1, 2]
         each.close()
@@ -396,8 +396,8 @@ def test_files_are_read_as_long_as_they_cannot_be_written(
     save(store, range(PAGES))
     assert store.flush(30)
     store.drop_host()
-    retried = Mock(wraps=store._files.volumes[0]._revive)
-    monkeypatch.setattr(store._files.volumes[0], "_revive", retried)
+    retried = Mock(wraps=store._volumes[0]._revive)
+    monkeypatch.setattr(store._volumes[0], "_revive", retried)
 
     def refuse(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
         if str(path).startswith(str(tmp_path)) and flags & (os.O_RDWR | os.O_CREAT):
@@ -446,7 +446,7 @@ def test_records_that_a_failed_write_was_to_fill_are_used_again(
 
 def test_a_directory_that_is_put_back_is_opened_anew_by_all_who_use_it(tmp_path: Path) -> None:
     stores = [open_store(tmp_path / "volume", fingerprint=name * 16, retry_s=0.1) for name in (b"f", b"g")]
-    idle = stores[1]._files.volumes[0]
+    idle = stores[1]._volumes[0]
     former = idle._directory
     shutil.rmtree(tmp_path / "volume")
     (tmp_path / "volume").write_text("in its place")
