@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.spaces import Space, Spaces
+from sglang_hcache.storage import store
+from sglang_hcache.storage.segment import SegmentWriter
 from tests.prefetch.clients import SLOTS, hello, until
-from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, counters, save, served
+from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, counters, open_store, save, served
 
 
 class Keeper:
@@ -103,3 +107,27 @@ def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
     keeper.spaces.close(space)
     assert keeper.opened(hello()) is not space
     assert not memory.any(), "although somebody still refers to it"
+
+
+def test_memory_that_a_write_may_still_use_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drive that hangs, and goes on, would store zeros under pages that the index then calls good."""
+    monkeypatch.setattr(store, "CLOSE_WAIT_S", 0.2)
+    go_on, write = threading.Event(), SegmentWriter.write
+
+    def hang(*arguments: Any) -> None:
+        assert go_on.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(SegmentWriter, "write", hang)
+    keeper = Keeper(tmp_path)
+    space = keeper.opened(hello())
+    save(space.store, range(3))
+    keeper.spaces.close_all()
+    go_on.set()
+    assert until(space.store.close), "the write has ended"
+    again = open_store(tmp_path)
+    found = served(again, range(3))
+    assert found == list(range(len(found)))
+    assert len(found) == counters(again)["pages_file"] > 0
+    assert counters(again)["pages_damaged"] == 0
+    again.close()
