@@ -109,13 +109,18 @@ class Ahead:
         *,
         alone: bool,
         planner: LoadPlanner | None = None,
+        reads_at_once: int = READ_THREADS,
     ) -> None:
-        """`alone`: there is no other rank to agree with. Without a planner all of a hit is waited for, and loaded."""
+        """`alone`: there is no other rank to agree with. Without a planner all of a hit is waited for, and loaded.
+
+        `reads_at_once`: pages that are read at the same time, on all drives.
+        """
         self._store = store
         self._planner = planner
         self._alone = alone
         self._rule = rule
         self._page_tokens = page_tokens
+        self._reads_at_once = reads_at_once
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
         self.requests_held = self.requests_late = self.lookups_late = 0
@@ -236,7 +241,7 @@ class Ahead:
             queued_pages=sum(max(0, wait.enough - wait.there) for wait in waits),
         )
         # The first pages are being read already when the request is let go: they would say nothing.
-        room = pages - there - READ_THREADS
+        room = pages - there - self._reads_at_once
         to_try = min(room, planner.pages_to_try()) if enough <= there and room > 0 else 0
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
         return _Wait(there, time.monotonic(), enough, pass_s, to_try)
