@@ -41,7 +41,7 @@ from bench.report import about, arguments_of, progress, save
 from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import refusal, run_parallel
-from sglang_hcache.storage.directory import WRITES_IN_FLIGHT, Directory
+from sglang_hcache.storage.directory import WRITES_IN_FLIGHT, Contents, Directory
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, seal
@@ -236,7 +236,7 @@ def _lookups_per_s(directory: Directory, keys: list[bytes]) -> float:
 
 
 def _open(path: Path, layout: ChunkLayout) -> Directory:
-    return Directory(path, layout, FINGERPRINT, writable=True, segment_bytes=SEGMENT_BYTES, damage=Damage())
+    return Directory(path, Contents(layout, FINGERPRINT, SEGMENT_BYTES), damage=Damage())
 
 
 def _read_sound(directory: Directory, key: bytes, entry: Entry, out: Any) -> None:

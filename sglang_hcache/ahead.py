@@ -115,13 +115,18 @@ class Ahead:
         *,
         alone: bool,
         planner: LoadPlanner | None = None,
+        reads_at_once: int = READ_THREADS,
     ) -> None:
-        """`alone`: there is no other rank to agree with. Without a planner all of a hit is waited for, and loaded."""
+        """`alone`: there is no other rank to agree with. Without a planner all of a hit is waited for, and loaded.
+
+        `reads_at_once`: pages that are read at the same time, on all drives.
+        """
         self._store = store
         self._planner = planner
         self._alone = alone
         self._rule = rule
         self._page_tokens = page_tokens
+        self._reads_at_once = reads_at_once
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
         self.requests_held = self.requests_late = self.lookups_late = 0
@@ -262,7 +267,7 @@ class Ahead:
         )
         # The next pages are being read already when the request is let go, and its last ones may be in memory, as
         # they were stored last: neither would say anything.
-        first = there + READ_THREADS
+        first = there + self._reads_at_once
         tries = enough <= there and first < there + lower_pages
         to_try = request.keys[first : first + planner.pages_to_try()] if tries else ()
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)

@@ -33,6 +33,7 @@ from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, Stored
 from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
 from sglang_hcache.storage.layout import ROOT, positions
+from sglang_hcache.storage.store import READ_THREADS
 from sglang_hcache.trial import most_tokens
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._page_tokens,
             alone=get_parallel().tp_size == 1,
             planner=self._planner,
+            reads_at_once=READ_THREADS * (1 if self._config.prefetcher else len(self._config.directories)),
         )
         serving.linker = self
         self._log_start()

@@ -133,6 +133,10 @@ class Arena:
     def backing(self, slot: int) -> Backing:
         return self._backing[slot]
 
+    def backed_by(self, backing: Backing) -> list[tuple[int, bytes]]:
+        """Slot and key of each page that has this behind it, in the order they came."""
+        return [(slot, key) for slot, key in self._key_of.items() if self._backing[slot] is backing]
+
     def is_leased(self, slot: int) -> bool:
         return slot in self._leases
 

@@ -132,6 +132,9 @@ class ChunkStore(Protocol):
         """Counters since the start, gauges of now, and `volumes`: path, state, pages and bytes of each directory."""
         ...
 
-    def close(self) -> None:
-        """Write what is waiting, within a bounded time, and close everything. A second call does nothing."""
+    def close(self) -> bool | None:
+        """Write what is waiting, and close everything, within a bounded time. A second call does nothing.
+
+        False where something hangs that may still touch `memory`: who gave that memory must leave it.
+        """
         ...

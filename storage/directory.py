@@ -16,7 +16,8 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -41,41 +42,50 @@ WRITES_IN_FLIGHT = 4
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What is kept in a directory, and how."""
+
+    layout: ChunkLayout
+    fingerprint: bytes
+    segment_bytes: int  # of a segment file, at most
+    writable: bool = True  # False: files are read only
+    about: Mapping[str, str] = field(default_factory=dict)  # what the fingerprint stands for, for people
+
+
 class Directory:
     """`locate`, `read` from any thread; everything else from one. Methods raise OSError or lmdb.Error."""
 
     def __init__(
         self,
         path: Path,
-        layout: ChunkLayout,
-        fingerprint: bytes,
+        contents: Contents,
         *,
-        writable: bool,
-        segment_bytes: int,
         damage: Damage,
         quota: Quota | None = None,
-        about: Mapping[str, str] | None = None,
         siblings: Callable[[], Sequence[Index] | None] = list,
     ) -> None:
         """`siblings`: indexes of the directories that hold other pages of the same prefixes; None where unknown."""
-        self._layout = layout
-        self._fingerprint = fingerprint
-        self._writable = writable
+        self._path = path
+        self._layout = layout = contents.layout
+        self._fingerprint = contents.fingerprint
+        self._writable = contents.writable
+        self._segment_bytes = contents.segment_bytes
         self._damage = damage
+        self._quota = quota
         self._size = Size(layout.record_bytes, layout.page_tokens)
         self._pages = 0
         make_private(path)
-        folder = path / "segments" / fingerprint.hex()
-        if quota is not None:
-            segment_bytes = quota.segment_bytes(segment_bytes)
+        folder = path / "segments" / self._fingerprint.hex()
         with ExitStack() as opened:
-            lock = open_shared(path, damage)
-            opened.callback(_close_shared, path, lock)
-            self._index = Index(path / "index", fingerprint)
+            self._lock = open_shared(path, damage)
+            opened.callback(os.close, self._lock)
+            self._index = Index(path / "index", self._fingerprint)
+            opened.callback(self._seal_if_last)
             opened.callback(self._index.close)
-            self._segments = Segments(folder, layout.record_bytes, segment_bytes)
+            self._segments = Segments(folder, layout.record_bytes, self._at_most())
             opened.callback(self._segments.close)
-            write_about(folder, layout, about or {})
+            write_about(folder, layout, contents.about)
             self._evictor = Evictor(path, self._index, self._segments, quota, siblings) if quota is not None else None
             self._recover()
             self._opened = opened.pop_all()
@@ -140,6 +150,20 @@ class Directory:
         """Note that pages were used now, so many times each."""
         self._index.touch(hits, int(time.time()))
 
+    def is_lost(self) -> bool:
+        """Whether it has to be opened anew: its index is broken, or other files lie there now. Raises OSError."""
+        if not _is_still(self._path / "hcache.lock", self._lock):
+            self._index.condemn()
+        return self._index.condemned
+
+    def recover(self) -> None:
+        """After a failure: use again what failed writes have left, and what was put back by whoever mended it."""
+        with suppress(OSError):  # whether the disk works is found out below
+            self._segments.let_go()
+        make_private(self._segments.path)
+        self._segments.limit_to(self._at_most())
+        self._recover()
+
     def probe(self) -> None:
         """Raise unless the next write can be expected to succeed: there is room, and the index takes entries."""
         self._index.mark(self._size)
@@ -148,11 +172,18 @@ class Directory:
         elif self._writable:
             self._segments.make_room()
 
-    def close(self, *, index_failed: bool = False) -> None:
-        """Everything is closed also where it raises OSError. `index_failed`: nobody in this process can use it."""
-        if index_failed:
-            self._index.condemn()
+    def close(self) -> None:
+        """Everything is closed also where it raises OSError."""
         self._opened.close()
+
+    def _at_most(self) -> int:
+        """Bytes of a segment file, as the quota is now."""
+        return self._segment_bytes if self._quota is None else self._quota.segment_bytes(self._segment_bytes)
+
+    def _seal_if_last(self) -> None:
+        """Whoever is the last to let go of the directory's lock spares the next one the check of a good index."""
+        if self._index.sound and try_lock(self._lock, exclusive=True):
+            seal_closed(self._path / "index")
 
     def _try_read(self, key: bytes, entry: Entry, out: Record) -> ChunkDamaged | None:
         try:
@@ -246,15 +277,6 @@ def open_shared(path: Path, damage: Damage) -> int:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)
-
-
-def _close_shared(path: Path, lock: int) -> None:
-    """Let go of the directory's lock; whoever is the last to do so spares the next one the check of the index."""
-    try:
-        if try_lock(lock, exclusive=True):
-            seal_closed(path / "index")
-    finally:
         os.close(lock)
 
 

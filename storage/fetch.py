@@ -7,13 +7,14 @@ import itertools
 import threading
 import time
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress
-from sglang_hcache.storage.stripe import Place
+from sglang_hcache.storage.stripe import Files, Place
 
 
 @dataclass(eq=False)
@@ -64,6 +65,14 @@ class Read:
 _turn = attrgetter("priority", "came")
 
 
+@dataclass(eq=False)
+class _Queue:
+    """What is to be read of one volume, the most urgent first."""
+
+    readable: threading.Condition
+    reads: list[tuple[int, int, Read]] = field(default_factory=list)
+
+
 class Fetches:
     """The leases of one arena. Not thread-safe: the store's lock guards it.
 
@@ -76,11 +85,10 @@ class Fetches:
         self.limit = limit
         self._by_owner: dict[str, Fetch] = {}
         self._reads: dict[bytes, Read] = {}
-        self._queue: list[tuple[int, int, Read]] = []
+        self._queues = defaultdict[Files, _Queue](lambda: _Queue(threading.Condition(lock)))
         self._order = itertools.count()
         self._waiting_room: list[Fetch] = []  # sorted by turn: exactly those that are not admitted
         self._refused: Need | None = None  # of the first of them, as of when it did not fit: no more than it is now
-        self._readable = threading.Condition(lock)
         self._closed = False
         self.changed: set[str] = set()
         self.hits_host = 0
@@ -134,13 +142,14 @@ class Fetches:
 
     # ---- for readers ----
 
-    def next_read(self) -> Read | None:
-        """The most urgent page to read; waits for one, under the lock. None once closed."""
+    def next_read(self, volume: Files) -> Read | None:
+        """The most urgent page to read of a volume; waits for one, under the lock. None once closed."""
+        queue = self._queues[volume]
         while True:
-            self._readable.wait_for(lambda: self._queue or self._closed)
+            queue.readable.wait_for(lambda: queue.reads or self._closed)
             if self._closed:
                 return None
-            read = heapq.heappop(self._queue)[2]
+            read = heapq.heappop(queue.reads)[2]
             if not (read.dropped or read.started):
                 read.started = True
                 return read
@@ -162,7 +171,8 @@ class Fetches:
 
     def close(self) -> None:
         self._closed = True
-        self._readable.notify_all()
+        for queue in self._queues.values():
+            queue.readable.notify_all()
 
     # ---- figures ----
 
@@ -261,8 +271,9 @@ class Fetches:
         return read
 
     def _enqueue(self, read: Read) -> None:
-        heapq.heappush(self._queue, (read.priority, next(self._order), read))
-        self._readable.notify()
+        queue = self._queues[read.place.volume]
+        heapq.heappush(queue.reads, (read.priority, next(self._order), read))
+        queue.readable.notify()
 
     def admit_waiting(self) -> None:
         """In order of priority; the first that does not fit holds back the others, so that none starves."""

@@ -54,6 +54,13 @@ _MOST_HITS = (1 << 32) - 1
 _SEAL = "closed.xxh3"
 _SEALED = struct.Struct("<16sQ")  # digest of the file, number of its last transaction
 _BLOCK_BYTES = 16 << 20
+_BROKEN = (  # what LMDB says of the file itself, not of the disk or of one call
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageFullError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+)
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 
 
@@ -72,6 +79,10 @@ class Used(NamedTuple):
 
     def of(self, segment: str) -> set[int]:
         return set(np.frombuffer(b"".join(self.slots.get(segment, ())), "<u4").tolist())
+
+
+class IndexStillOpen(lmdb.Error):
+    """A condemned index that others in this process have not closed yet; it can be opened once they have."""
 
 
 class Size(NamedTuple):
@@ -184,6 +195,7 @@ class _Environment:
         self.path = path
         self.users = 0
         self.condemned = False
+        self.sound = True
         if writable and remove(path / _SEAL):
             sync_directory(path)
         self.env = lmdb.open(
@@ -200,7 +212,7 @@ class _Environment:
             if shared is None:
                 shared = cls._open[path] = cls(path, writable)
             elif shared.condemned:
-                raise lmdb.Error("it is still open for others, who have to open it anew, too")
+                raise IndexStillOpen("it is still open for others, who have to open it anew, too")
             shared.users += 1
             return shared
 
@@ -216,7 +228,8 @@ class Index:
     """The entries of one fingerprint. Thread-safe; several processes may have it open.
 
     Only to be opened after `prepare` by this or another process that had the directory to itself. One transaction a
-    call. Every method raises lmdb.Error where the file, the disk or the map fails, also when it has been closed.
+    call. Every method raises lmdb.Error where the file, the disk or the map fails, also when it has been closed. A
+    file that is found broken is condemned.
     """
 
     def __init__(self, path: Path, fingerprint: bytes, *, writable: bool = True) -> None:
@@ -341,20 +354,34 @@ class Index:
             self._idle.wait_for(lambda: not self._calls)
         self._shared.put_back()
 
-    def condemn(self) -> None:
+    @property
+    def condemned(self) -> bool:
         """The file is not fit for use any more: all who have it open in this process must open it anew."""
-        self._shared.condemned = True
+        return self._shared.condemned
+
+    @property
+    def sound(self) -> bool:
+        """False where the file has to be checked before it is used again."""
+        return self._shared.sound
+
+    def condemn(self) -> None:
+        """The file is not what it was, or not sound."""
+        self._shared.condemned, self._shared.sound = True, False
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         with self._idle:
             if self._closed:
                 raise lmdb.Error("the index is closed")
-            if self._shared.condemned:
-                raise lmdb.Error("the index has to be opened anew")
             self._calls += 1
         try:
             yield
+        except lmdb.PanicError:  # a write has failed half-way, for which LMDB keeps a copy
+            self._shared.condemned = True
+            raise
+        except _BROKEN:
+            self.condemn()
+            raise
         finally:
             with self._idle:
                 self._calls -= 1

@@ -59,13 +59,17 @@ class Segments:
         self.path = path
         self.fingerprint = bytes.fromhex(path.name)
         self._record_bytes = record_bytes
-        self.segment_records = max(1, segment_bytes // record_bytes)
+        self.limit_to(segment_bytes)
         self._held: list[_Held] = []
         self._retired: set[str] = set()
         self._readers: OrderedDict[str, SegmentReader] = OrderedDict()
         self._readers_lock = threading.Lock()
         make_private(path)
         self.io = DirectIO(path)
+
+    def limit_to(self, segment_bytes: int) -> None:
+        """Segments grow no further than this, or one record."""
+        self.segment_records = max(1, segment_bytes // self._record_bytes)
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.seg"
@@ -170,9 +174,12 @@ class Segments:
         return reader
 
     def close(self) -> None:
-        """Give preallocated space back, and all files. A segment without a record is deleted."""
         with self._readers_lock:
             self._readers.clear()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Write no segment any more, and give preallocated space back. A segment without a record is deleted."""
         taken, self._held = self._held, []
         try:
             if taken:

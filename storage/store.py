@@ -5,31 +5,33 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sglang_hcache.storage.arena import Arena, Backing
+from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
 from sglang_hcache.storage.deadlines import Deadlines
+from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.rate import RateLimit
-from sglang_hcache.storage.stripe import Stripe
-from sglang_hcache.storage.volume import Volume
+from sglang_hcache.storage.stripe import Files, Stripe
+from sglang_hcache.storage.volume import Volume, belong_together
 from sglang_hcache.storage.writer import Writer
 
 SEGMENT_BYTES = 256 << 20
 RETRY_S = 30.0
 CLOSE_WAIT_S = 5.0  # twice at most: who stops a prefetcher, or a scheduler, gives it 15 s
-READ_THREADS = 8
+READ_THREADS = 8  # for each volume
 
 log = logging.getLogger(__name__)
 
 
 class LocalStore:
-    """A ChunkStore in this process: an arena, volumes, one thread that writes and a few that read.
+    """A ChunkStore in this process: an arena, and volumes, each with a thread that writes and a few that read.
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
     `directories`: striped; none for host memory only. `files`: used instead of these. `writable`: False reads files,
@@ -48,7 +50,7 @@ class LocalStore:
         host_bytes: int,
         directories: Sequence[Path],
         *,
-        files: Stripe | None = None,
+        files: Files | None = None,
         region: mmap.mmap | None = None,
         writable: bool = True,
         write_policy: WritePolicy = WritePolicy.WRITE_THROUGH,
@@ -77,34 +79,23 @@ class LocalStore:
         self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
-        self._files = files or Stripe(
-            [
-                Volume(
-                    Path(directory),
-                    layout,
-                    fingerprint,
-                    writable=writable,
-                    segment_bytes=segment_bytes,
-                    quota=Quota(Path(directory), quota_bytes, layout.record_bytes, sharers) if writable else None,
-                    about=about,
-                    retry_s=retry_s,
-                )
-                for directory, sharers in zip(directories, _sharers(directories), strict=True)
-            ]
-        )
-        self._writes = writable and (bool(directories) or files is not None)
+        contents = Contents(layout, fingerprint, segment_bytes, writable, dict(about or {}))
+        self._volumes = [] if files is not None else _open_volumes(directories, contents, quota_bytes, retry_s)
+        self._files = Stripe(self._volumes if files is None else [files])
         self._writer = Writer(
             self._arena,
             self._files,
             self._lock,
             self._seal,
             policy=write_policy,
+            writable=writable,
             tick_s=min(1.0, retry_s),
             settled=self._admit_waiting,
         )
         self._deadlines = Deadlines(self._cut_late)
         self._readers = [
-            threading.Thread(target=self._read_forever, name=f"hcache-read-{i}", daemon=True)
+            threading.Thread(target=self._read_forever, args=(volume,), name=f"hcache-read-{i}", daemon=True)
+            for volume in self._files.volumes
             for i in range(READ_THREADS)
         ]
         for reader in self._readers:
@@ -141,10 +132,8 @@ class LocalStore:
             if cached is not None:
                 self._arena.abandon(slot)
                 self._writer.used(key, cached)
-            elif self._writes:
-                self._writer.committed(key, slot, parent)
             else:
-                self._arena.cache(key, slot, Backing.UNBACKED)
+                self._writer.committed(key, slot, parent)
             self._fetches.committed(key)
         self._tell_progress()
 
@@ -235,7 +224,7 @@ class LocalStore:
             assert self._arena.opened >= self._fetches.reading
 
     def stats(self) -> Stats:
-        volumes = self._files.volumes
+        volumes = self._volumes
         with self._lock:
             arena, writer, fetches = self._arena, self._writer, self._fetches
             stats: Stats = {
@@ -274,9 +263,11 @@ class LocalStore:
         ]
         return stats
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """False where a drive hangs: then a thread of ours may still come to write to `memory`, or read from it."""
+        threads = [*self._writer.threads, *self._readers]
         if self._closed:
-            return
+            return not any(thread.is_alive() for thread in threads)
         flushed = self.flush(CLOSE_WAIT_S)
         with self._lock:
             self._closed = True
@@ -285,17 +276,10 @@ class LocalStore:
         self._deadlines.close()
         if not flushed:
             log.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
-        if not self._writer.join(CLOSE_WAIT_S):
-            log.warning("hcache: a write hangs; files are left as they are, and tidied up by the next opening.")
-            return
-        for reader in self._readers:
-            reader.join()
-        self._files.close()
-
-    @property
-    def ended(self) -> bool:
-        """Whether its memory is not written to files any more; not so where `close` gave up on a write that hangs."""
-        return self._writer.join(0)
+        ended = _join(threads, CLOSE_WAIT_S)
+        if not ended:
+            log.warning("hcache: a drive hangs; its files are left as they are, and tidied up by the next opening.")
+        return ended
 
     def _seal(self, record: Record, key: bytes, parent: bytes) -> None:
         seal(record, self.layout, self._fingerprint, key, parent)
@@ -305,10 +289,10 @@ class LocalStore:
             self._fetches.admit_waiting()
         self._tell_progress()
 
-    def _read_forever(self) -> None:
+    def _read_forever(self, volume: Files) -> None:
         while True:
             with self._lock:
-                read = self._fetches.next_read()
+                read = self._fetches.next_read(volume)
             if read is None:
                 return
             try:
@@ -339,6 +323,25 @@ class LocalStore:
         if self._on_progress is not None:
             for owner in changed:
                 self._on_progress(owner)
+
+
+def _open_volumes(
+    directories: Sequence[Path], contents: Contents, quota_bytes: int | None, retry_s: float
+) -> list[Volume]:
+    volumes = []
+    for path, sharers in zip(map(Path, directories), _sharers(directories), strict=True):
+        quota = Quota(path, quota_bytes, contents.layout.record_bytes, sharers) if contents.writable else None
+        volumes.append(Volume(path, contents, retry_s=retry_s, quota=quota))
+    belong_together(volumes)
+    return volumes
+
+
+def _join(threads: Sequence[threading.Thread], timeout_s: float) -> bool:
+    """Wait for all, so long in all; whether they have ended."""
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def _sharers(directories: Sequence[Path]) -> list[int]:

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from sglang_hcache.storage.index_check import Entry
-from sglang_hcache.storage.layout import Record, parent_of
-from sglang_hcache.storage.volume import Volume
+from sglang_hcache.storage.layout import Record
+
+
+class Files(Protocol):
+    """Where pages are written to and read from: a `Volume`, or a prefetcher on another host.
+
+    `locate` and `read` from any thread; everything else from one. Nothing raises for what a disk does.
+    """
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it takes pages."""
+        ...
+
+    def locate(self, keys: Sequence[bytes]) -> Mapping[bytes, Entry]: ...
+
+    def read(self, key: bytes, entry: Entry, out: Record) -> bool: ...
+
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
+        """False where none of the pages counts as written."""
+        ...
+
+    def touch(self, hits: Mapping[bytes, int]) -> None: ...
+
+    def retry(self) -> bool:
+        """To be called often; True where it has just become healthy again."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a page lies."""
 
-    volume: Volume
+    volume: Files
     entry: Entry
 
     def read(self, key: bytes, out: Record) -> bool:
@@ -22,13 +50,16 @@ class Place:
 
 
 class Stripe:
-    """`locate` from any thread; everything else from one. Nothing raises for what a disk does."""
+    """Which page lies on which volume (from any thread), and which volume gets the next (from one at a time)."""
 
-    def __init__(self, volumes: Sequence[Volume]) -> None:
+    def __init__(self, volumes: Sequence[Files]) -> None:
         self.volumes = tuple(volumes)
-        for volume in self.volumes:
-            volume.stripe_with([other for other in self.volumes if other is not volume])
         self._turn = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether any volume takes pages."""
+        return any(volume.healthy for volume in self.volumes)
 
     def locate(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
         """Where those of the pages lie that are on file."""
@@ -39,29 +70,17 @@ class Stripe:
             missing = [key for key in missing if key not in places]
         return places
 
-    def write(self, pages: Sequence[tuple[bytes, Record]]) -> set[bytes]:
-        """Write sealed records to healthy volumes in turn; the keys of those that none could take."""
-        left = list(pages)
-        keep = {key for key, _ in pages} | {parent_of(record) for _, record in pages}
-        while left and (healthy := [volume for volume in self.volumes if volume.healthy]):
-            refused = []
-            for i, volume in enumerate(healthy):
-                share = left[(i - self._turn) % len(healthy) :: len(healthy)]
-                if share and not volume.write(share, keep):
-                    refused += share
-            self._turn += len(left)
-            left = refused
-        return {key for key, _ in left}
+    def next(self, behind: Callable[[Files], int] = lambda _volume: 0, most_behind: int = 0) -> Files | None:
+        """The volume for the next page: the healthy ones in turn; None where there is none.
 
-    def touch(self, keys: Mapping[bytes, int]) -> None:
-        """Note that pages were used now, so many times each; those that are not on file are ignored."""
-        for volume in self.volumes:
-            volume.touch(keys)
-
-    def retry(self) -> None:
-        for volume in self.volumes:
-            volume.retry()
-
-    def close(self) -> None:
-        for volume in self.volumes:
-            volume.close()
+        `behind`: pages that a volume has not written yet. One that has over `most_behind` more of them than another
+        gets none, so that one that hangs does not collect them all.
+        """
+        healthy = [volume.healthy for volume in self.volumes]
+        least = min((behind(volume) for volume, works in zip(self.volumes, healthy, strict=True) if works), default=0)
+        for step in range(len(self.volumes)):
+            i = (self._turn + step) % len(self.volumes)
+            if healthy[i] and behind(self.volumes[i]) <= least + most_behind:
+                self._turn = i + 1
+                return self.volumes[i]
+        return None

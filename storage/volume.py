@@ -7,21 +7,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
 
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.directory import Contents, Directory
 from sglang_hcache.storage.files import make_private
-from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.index import Index, IndexStillOpen
 from sglang_hcache.storage.index_check import Entry
-from sglang_hcache.storage.layout import ChunkLayout, Record
+from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.siblings import write_siblings
 
 UNREADABLE_S = 600.0  # a record that the disk could not read is not tried again; a page may be stored anew meanwhile
+SLOW_S = 2.0  # a call that takes longer may hang: who evicts elsewhere then leaves this directory's index alone
 
 log = logging.getLogger(__name__)
 
@@ -39,40 +41,33 @@ _ADVICE = {
 
 
 class Volume:
-    """`quota`: bounds what the directory takes of the disk. `about`: what the fingerprint stands for.
+    """`quota`: bounds what the directory takes of the disk. `retry_s`: how often it is tried again after a failure.
 
     No method raises for what a disk does: it fails the volume, which then takes no writes until a retry succeeds.
 
-    A failed volume still reads what can be read. `write`, `retry` and `close` are for one thread, the rest for any.
+    A failed volume still reads what can be read. `write`, `touch`, `retry` and `close` are for one thread, the rest
+    for any.
     """
 
     def __init__(
         self,
         path: Path,
-        layout: ChunkLayout,
-        fingerprint: bytes,
+        contents: Contents,
         *,
-        writable: bool,
-        segment_bytes: int,
         retry_s: float,
         quota: Quota | None = None,
-        about: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.damage = Damage()
-        self._layout = layout
-        self._fingerprint = fingerprint
-        self._writable = writable
-        self._segment_bytes = segment_bytes
-        self._retry_s = retry_s
         self.quota = quota
+        self._contents = contents
+        self._retry_s = retry_s
         self._full = False
-        self._about = dict(about or {})
         self._siblings: Sequence[Volume] | None = None
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._index_failed = False
         self._retry_at = 0.0
+        self._busy_since: float | None = None  # monotonic
         self.reads_failed = 0
         self._unreadable: dict[tuple[bytes, tuple[str, int]], float] = {}  # key and place → when to try it again
         self._directory: Directory | None = None
@@ -131,6 +126,8 @@ class Volume:
         try:
             return directory.read(key, entry, out)
         except (OSError, lmdb.Error) as error:
+            if directory is not self._directory:
+                return False  # it has been closed meanwhile
             with self._lock:
                 self.reads_failed += 1
                 now = time.monotonic()
@@ -142,13 +139,14 @@ class Volume:
     def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
         """Write sealed records; True once they are durable, False where none of them counts as written.
 
-        `keep`: keys of pages that are not evicted for them.
+        `keep`: keys of pages that are not evicted for them; may grow meanwhile.
         """
         directory = self._directory
         if directory is None or not self.healthy:
             return False
         try:
-            directory.write(pages, keep)
+            with self._busy():
+                directory.write(pages, keep)
         except (OSError, lmdb.Error) as error:
             self._fail(error, directory)
             return False
@@ -160,61 +158,90 @@ class Volume:
         if directory is None or not self.healthy or not hits:
             return
         try:
-            directory.touch(hits)
+            with self._busy():
+                directory.touch(hits)
         except (OSError, lmdb.Error) as error:
             self._fail(error, directory)
 
-    def retry(self) -> None:
-        """Open a failed volume anew, if it is time."""
+    def retry(self) -> bool:
+        """To be called often: if it is time, see whether a failed volume works again; True where it has come back.
+
+        It stays open meanwhile, so that it can be read. Only a directory that is lost is closed and opened anew.
+        """
+        directory = self._directory
+        if directory is not None and directory.index.condemned:  # by whoever uses it in this process
+            self._fail(lmdb.Error("its index has to be opened anew"), directory)
+            self._retry_at = 0.0
         if self.healthy or time.monotonic() < self._retry_at:
-            return
-        self.close()
+            return False
         try:
-            self._directory = self._open()
-            self._directory.probe()
+            with self._busy():
+                self._revive(directory)
+        except IndexStillOpen:
+            return False
         except (OSError, lmdb.Error) as error:
             self._fail(error)
             self._retry_at = time.monotonic() + self._retry_s
-            return
-        self._failure, self._index_failed, self._full = None, False, False
+            return False
+        self._failure, self._full = None, False
         self._note_siblings()
         log.info("hcache: %s works again; pages are written to it.", self.path)
+        return True
 
     def close(self) -> None:
         directory, self._directory = self._directory, None
         if directory is None:
             return
         try:
-            directory.close(index_failed=self._index_failed)
+            directory.close()
         except (OSError, lmdb.Error) as error:
             log.warning(
                 "hcache: %s could not be tidied up on closing; the next opening does it. (%s)", self.path, error
             )
 
+    def _revive(self, directory: Directory | None) -> None:
+        if directory is not None and directory.is_lost():
+            self.close()
+            directory = None
+        if directory is None:
+            directory = self._directory = self._open()
+        else:
+            self._settle()
+            directory.recover()
+        directory.probe()
+
     def _open(self) -> Directory:
+        self._settle()
+        siblings = self._sibling_indexes
+        return Directory(self.path, self._contents, damage=self.damage, quota=self.quota, siblings=siblings)
+
+    def _settle(self) -> None:
         if self.quota is not None:
             make_private(self.path)
             self.quota.settle(full=self._full)
-        return Directory(
-            self.path,
-            self._layout,
-            self._fingerprint,
-            writable=self._writable,
-            segment_bytes=self._segment_bytes,
-            damage=self.damage,
-            quota=self.quota,
-            about=self._about,
-            siblings=self._sibling_indexes,
-        )
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """While it lasts a disk may take its time."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
+
+    @property
+    def _hangs(self) -> bool:
+        since = self._busy_since
+        return since is not None and time.monotonic() - since > SLOW_S
 
     def _note_siblings(self) -> None:
-        if self._siblings is not None and self._writable and self.healthy:
+        if self._siblings is not None and self._contents.writable and self.healthy:
             write_siblings(self.path, [volume.path for volume in self._siblings])
 
     def _sibling_indexes(self) -> list[Index] | None:
         if self._siblings is None:
             return None
-        directories = [volume._directory for volume in self._siblings if volume.healthy]
+        directories = [volume._directory for volume in self._siblings if volume.healthy and not volume._hangs]
         indexes = [directory.index for directory in directories if directory is not None]
         return indexes if len(indexes) == len(self._siblings) else None
 
@@ -223,10 +250,9 @@ class Volume:
         with self._lock:
             if directory is not self._directory and directory is not None:
                 return  # an error of a directory that has been closed since
-            if self._failure is None:
-                self._retry_at = time.monotonic() + self._retry_s
+            if self._failure is None:  # others let go of an index soon
+                self._retry_at = 0.0 if isinstance(error, IndexStillOpen) else time.monotonic() + self._retry_s
             changed, self._failure = self._failure != reason, reason
-            self._index_failed = isinstance(error, lmdb.Error)
             self._full |= _is(error, errno.ENOSPC)
         if changed:
             log.warning(
@@ -235,6 +261,12 @@ class Volume:
                 reason,
                 self._retry_s,
             )
+
+
+def belong_together(volumes: Sequence[Volume]) -> None:
+    """They hold pages of the same prefixes."""
+    for volume in volumes:
+        volume.stripe_with([other for other in volumes if other is not volume])
 
 
 def _explain(error: Exception) -> str:

@@ -6,15 +6,18 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import Record
-from sglang_hcache.storage.stripe import Stripe
+from sglang_hcache.storage.stripe import Files, Stripe
 
 BATCH_PAGES = 64
 BATCH_BYTES = 64 << 20
+MOST_KEPT = 1 << 17  # pages that are not evicted while a batch is written
+MOST_BEHIND = 2  # batches that one volume may have waiting more than another
 SELECTIVE_USES = 2  # SGLang's threshold for the policy of that name
 SHORT_OF_SLOTS = 0.25  # write_back begins when fewer slots than this fraction can be reserved
 TOUCH_EVERY_S = 5.0
@@ -24,10 +27,28 @@ log = logging.getLogger(__name__)
 Seal = Callable[[Record, bytes, bytes], None]  # record, key, parent
 
 
-class Writer:
-    """One thread, and the queue of pages it writes. `lock` guards everything but the writing itself.
+@dataclass(eq=False)
+class _Lane:
+    """What is to be written to one volume."""
 
-    `seal` completes a record before it is written; `settled` is called, without the lock, once pages can be evicted.
+    work: threading.Condition
+    queue: OrderedDict[int, bytes] = field(default_factory=OrderedDict)  # slot → key
+    batch: dict[int, bytes] = field(default_factory=dict)  # being written; slot → key
+    former: dict[int, bytes] = field(default_factory=dict)  # the batch before it
+    keep: list[bytes] = field(default_factory=list)  # what others follow, or may; grows during a batch
+    touched: Counter[bytes] = field(default_factory=Counter)
+    touch_at: float = 0.0
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue) + len(self.batch)
+
+
+class Writer:
+    """A thread for each volume, and the queue of pages it writes. `lock` guards everything but the writing itself.
+
+    `writable`: False writes nothing. `seal` completes a record before it is written; `settled` is called, without the
+    lock, once pages can be evicted.
     """
 
     def __init__(
@@ -38,69 +59,71 @@ class Writer:
         seal: Seal,
         *,
         policy: WritePolicy,
+        writable: bool,
         tick_s: float,
         settled: Callable[[], None],
     ) -> None:
         self._arena = arena
         self._files = files
         self._lock = lock
-        self._changed = threading.Condition(lock)
+        self._written = threading.Condition(lock)
         self._seal = seal
         self._policy = policy
+        self._writes = writable and bool(files.volumes)
         self._tick_s = tick_s
         self._settled = settled
-        self._queue: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written now
-        self._backlog: OrderedDict[int, bytes] = OrderedDict()  # to be written when slots get short
-        self._refused: OrderedDict[int, bytes] = OrderedDict()  # to be written when a directory works again
+        self._at_once = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
+        self._lanes = {volume: _Lane(threading.Condition(lock)) for volume in files.volumes}
+        self._most_behind = min(MOST_BEHIND * self._at_once, arena.slots // (2 * max(1, len(self._lanes))))
+        self._backlog: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written when slots get short
         self._parents: dict[int, bytes] = {}  # by slot, as of its last commit
         self._uses: dict[int, int] = {}
-        self._touched: Counter[bytes] = Counter()
-        self._touch_at = 0.0
         self._draining = 0
         self._room_wanted = False
         self._closing = False
         self.written = self.failed = 0
-        self.writing = 0
-        self._thread = threading.Thread(target=self._run, name="hcache-write", daemon=True)
-        self._thread.start()
+        self.threads = [
+            threading.Thread(target=self._run, args=(volume, lane), name="hcache-write", daemon=True)
+            for volume, lane in self._lanes.items()
+        ]
+        for thread in self.threads:
+            thread.start()
 
     # ---- under the lock ----
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
-        """A page that is in no file yet has been put into an open slot."""
+        """A page has been put into an open slot."""
         self._parents[slot] = parent
         self._uses[slot] = 1
-        at_once, later = self._policy is WritePolicy.WRITE_THROUGH, self._policy is WritePolicy.WRITE_BACK
-        self._arena.cache(key, slot, Backing.DIRTY if at_once or later else Backing.UNBACKED)
-        if at_once:
-            self._queue[slot] = key
-        elif later:
+        self._arena.cache(key, slot, Backing.UNBACKED)
+        if self._policy is WritePolicy.WRITE_THROUGH:
+            self._enqueue(slot, key)
+        elif self._policy is WritePolicy.WRITE_BACK and self._writes:
+            self._arena.mark(slot, Backing.DIRTY)
             self._backlog[slot] = key
-        self._changed.notify_all()
 
     def used(self, key: bytes, slot: int) -> None:
         """A page has been asked for, or computed, once more."""
-        self._touched[key] += 1
+        for lane in self._lanes.values():
+            lane.touched[key] += 1
         if self._policy is WritePolicy.SELECTIVE and self._arena.backing(slot) is Backing.UNBACKED:
             self._uses[slot] += 1
-            if self._uses[slot] >= SELECTIVE_USES and slot not in self._refused:
-                self._arena.mark(slot, Backing.DIRTY)
-                self._queue[slot] = key
-                self._changed.notify_all()
+            if self._uses[slot] == SELECTIVE_USES:
+                self._enqueue(slot, key)
 
     def reserved(self) -> None:
         """A slot has been taken: there may be too few left."""
-        if self._backlog and self._arena.available < SHORT_OF_SLOTS * self._arena.slots:
-            self._changed.notify_all()
+        if self._must_write_back():
+            self._wake()
 
     def make_room(self) -> None:
         """Somebody waits for slots: write the backlog."""
         self._room_wanted = True
-        self._changed.notify_all()
+        self._wake()
 
     @property
     def waiting(self) -> int:
-        return len(self._queue) + self.writing
+        return sum(lane.waiting for lane in self._lanes.values())
 
     def drain(self) -> int:
         """Write the backlog, too; how many pages are to be written yet."""
@@ -111,94 +134,140 @@ class Writer:
     def flush(self, timeout_s: float) -> bool:
         """Write the backlog, too, and wait; False where that takes longer. Releases the lock meanwhile."""
         self._draining += 1
-        self._changed.notify_all()
+        self._wake()
         try:
-            return self._changed.wait_for(lambda: not (self._queue or self._backlog or self.writing), timeout_s)
+            return self._written.wait_for(lambda: not (self._backlog or self.waiting), timeout_s)
         finally:
             self._draining -= 1
 
     def stop(self) -> int:
-        """Write no more; how many pages are given up."""
-        given_up = len(self._queue) + len(self._backlog)
-        self._queue.clear()
+        """Write no more, and close the volumes; how many pages are given up."""
+        given_up = len(self._backlog) + sum(len(lane.queue) for lane in self._lanes.values())
         self._backlog.clear()
+        for lane in self._lanes.values():
+            lane.queue.clear()
         self._closing = True
-        self._changed.notify_all()
+        self._wake()
+        self._written.notify_all()
         return given_up
 
-    # ---- without it ----
+    def _wake(self) -> None:
+        for lane in self._lanes.values():
+            lane.work.notify()
 
-    def join(self, timeout_s: float) -> bool:
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+    def _enqueue(self, slot: int, key: bytes) -> None:
+        """Have a cached page written by the volume whose turn it is."""
+        if not self._writes:
+            return
+        volume = self._files.next(lambda volume: self._lanes[volume].waiting, self._most_behind)
+        if volume is None:
+            self._give_up(slot, key)
+        else:
+            self._arena.mark(slot, Backing.DIRTY)
+            self._lanes[volume].queue[slot] = key
+            self._lanes[volume].work.notify()
+            for lane in self._lanes.values():
+                if lane.batch and len(lane.keep) < MOST_KEPT:
+                    lane.keep += (key, self._parents[slot])
 
-    def _run(self) -> None:
-        at_once = max(1, min(BATCH_PAGES, BATCH_BYTES // self._arena.memory.shape[1]))
-        while True:
-            with self._lock:
-                self._changed.wait_for(lambda: self._queue or self._closing or self._must_write_back(), self._tick_s)
-                if self._closing:
-                    break
-                batch = self._next_batch(at_once)
-                self.writing = len(batch)
-            failed = [volume for volume in self._files.volumes if not volume.healthy]
-            self._files.retry()
-            if any(volume.healthy for volume in failed):
-                self._requeue()
-            if batch:
-                self._write(batch)
-            self._touch()
-        self._touch(now=True)
+    def _give_up(self, slot: int, key: bytes) -> None:
+        """For now the page is in memory only, and may be lost."""
+        self._arena.mark(slot, Backing.UNBACKED)
+        self.failed += 1
+
+    def _pass_on(self, lane: _Lane) -> None:
+        """Have others write what waits for a volume that takes no pages."""
+        pages, lane.queue = lane.queue, OrderedDict()
+        for slot, key in pages.items():
+            self._enqueue(slot, key)
+        self._written.notify_all()
+
+    def _under_way(self) -> list[bytes]:
+        """What is written, what it follows, and what was written last: what is committed next may follow that."""
+        kept: list[bytes] = []
+        for lane in self._lanes.values():
+            kept += lane.former.values()
+            for pages in (lane.batch, lane.queue):
+                kept += [*pages.values(), *(self._parents[slot] for slot in pages)]
+        return kept
 
     def _must_write_back(self) -> bool:
         short = self._arena.available < SHORT_OF_SLOTS * self._arena.slots
         self._room_wanted &= bool(self._backlog)
         return bool(self._backlog) and (short or self._room_wanted or self._draining > 0)
 
-    def _next_batch(self, at_most: int) -> list[tuple[bytes, int, bytes]]:
-        """(key, slot, parent) of the pages to write next."""
-        source = self._queue or (self._backlog if self._must_write_back() else None)
-        batch: list[tuple[bytes, int, bytes]] = []
-        while source and len(batch) < at_most:
-            slot, key = source.popitem(last=False)
-            batch.append((key, slot, self._parents[slot]))
-        return batch
+    def _has_work(self, volume: Files, lane: _Lane) -> bool:
+        takes_backlog = volume.healthy or not self._files.healthy
+        return bool(lane.queue) or (takes_backlog and self._must_write_back())
 
-    def _write(self, batch: Sequence[tuple[bytes, int, bytes]]) -> None:
-        on_file = self._files.locate(key for key, _, _ in batch)
-        pages = [(key, self._arena.memory[slot], parent) for key, slot, parent in batch if key not in on_file]
+    def _write_back(self) -> None:
+        """Queue a batch of the backlog, for all volumes."""
+        for _ in range(min(self._at_once, len(self._backlog))):
+            self._enqueue(*self._backlog.popitem(last=False))
+        self._written.notify_all()
+
+    # ---- without it ----
+
+    def _run(self, volume: Files, lane: _Lane) -> None:
+        while True:
+            with self._lock:
+                lane.work.wait_for(lambda: self._closing or self._has_work(volume, lane), self._tick_s)
+                if self._closing:
+                    break
+                if not lane.queue and self._has_work(volume, lane):
+                    self._write_back()
+                if not volume.healthy:
+                    self._pass_on(lane)
+                while lane.queue and len(lane.batch) < self._at_once:
+                    slot, key = lane.queue.popitem(last=False)
+                    lane.batch[slot] = key
+                lane.keep = self._under_way() if lane.batch else []
+            if volume.retry():
+                self._requeue()
+            if lane.batch:
+                self._write(volume, lane)
+            self._settled()
+            self._touch(volume, lane)
+        self._touch(volume, lane, now=True)
+        volume.close()
+
+    def _write(self, volume: Files, lane: _Lane) -> None:
+        batch = lane.batch
+        on_file = self._files.locate(batch.values())
+        pages = {slot: key for slot, key in batch.items() if key not in on_file}
+        memory = self._arena.memory
+        otherwise: Callable[[int, bytes], None] = self._enqueue
         try:
-            for key, record, parent in pages:
-                self._seal(record, key, parent)
-            refused = self._files.write([(key, record) for key, record, _ in pages])
+            for slot, key in pages.items():
+                self._seal(memory[slot], key, self._parents[slot])
+            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], lane.keep)
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
             log.exception("hcache: %d pages could not be written.", len(pages))
-            refused = {key for key, _, _ in pages}
+            written, otherwise = False, self._give_up
         with self._lock:
-            for key, slot, _ in reversed(batch):  # later pages are worth nothing without the earlier: they go first
-                self._arena.mark(slot, Backing.UNBACKED if key in refused else Backing.CLEAN)
-                if key in refused:
-                    self._refused[slot] = key
-            self.written += len(pages) - len(refused)
-            self.failed += len(refused)
-            self.writing = 0
-            self._changed.notify_all()
-        self._settled()
+            lane.batch, lane.former = {}, batch
+            for slot, key in reversed(batch.items()):  # later pages are worth nothing without the earlier: go first
+                if written or key in on_file:
+                    self._arena.mark(slot, Backing.CLEAN)
+            if written:
+                self.written += len(pages)
+            else:
+                for slot, key in pages.items():
+                    otherwise(slot, key)
+            self._written.notify_all()
 
     def _requeue(self) -> None:
-        """Pages that no directory could take, and that are still in memory, get another chance."""
+        """Pages that no volume could take, and that are still in memory, get another chance."""
         with self._lock:
-            while self._refused:
-                slot, key = self._refused.popitem(last=False)
-                if self._arena.slot_of(key) == slot and self._arena.backing(slot) is Backing.UNBACKED:
-                    self._arena.mark(slot, Backing.DIRTY)
-                    self._queue[slot] = key
+            for slot, key in self._arena.backed_by(Backing.UNBACKED):
+                if self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES:
+                    self._enqueue(slot, key)
 
-    def _touch(self, *, now: bool = False) -> None:
-        if not now and time.monotonic() < self._touch_at:
+    def _touch(self, volume: Files, lane: _Lane, *, now: bool = False) -> None:
+        if not now and time.monotonic() < lane.touch_at:
             return
-        self._touch_at = time.monotonic() + TOUCH_EVERY_S
+        lane.touch_at = time.monotonic() + TOUCH_EVERY_S
         with self._lock:
-            touched, self._touched = self._touched, Counter()
+            touched, lane.touched = lane.touched, Counter()
         if touched:
-            self._files.touch(touched)
+            volume.touch(touched)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_hcache.cli.bundle import BundleDamaged, Model, read_header_of, read_records
 from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, require_siblings
+from sglang_hcache.storage.directory import Contents
+from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import SEGMENT_BYTES
-from sglang_hcache.storage.stripe import Stripe
-from sglang_hcache.storage.volume import Volume
+from sglang_hcache.storage.stripe import Files, Stripe
+from sglang_hcache.storage.volume import Volume, belong_together
 
 BATCH_PAGES = 16
 
@@ -49,29 +53,32 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _store(path: Path, start: int, model: Model, directories: list[Path]) -> tuple[int, int]:
     """How many pages were added, and how many were there."""
-    stripe = Stripe(
-        [
-            Volume(
-                directory,
-                model.layout,
-                bytes.fromhex(model.fingerprint),
-                writable=True,
-                segment_bytes=SEGMENT_BYTES,
-                retry_s=3600,
-                about=model.about,
-            )
-            for directory in directories
-        ]
-    )
+    contents = Contents(model.layout, bytes.fromhex(model.fingerprint), SEGMENT_BYTES, about=model.about)
+    volumes = [Volume(directory, contents, retry_s=3600) for directory in directories]
+    belong_together(volumes)
+    stripe = Stripe(volumes)
     stored = present = 0
     try:
         records = read_records(path, start, [model])
         while batch := [(key, record) for _, key, record in itertools.islice(records, BATCH_PAGES)]:
             there = stripe.locate(key for key, _ in batch)
             pages = [(key, record) for key, record in batch if key not in there]
-            if stripe.write(pages):
-                raise CommandFailed("; ".join(f"{volume.path}: {volume.state}" for volume in stripe.volumes))
+            if not _write(stripe, pages):
+                raise CommandFailed("; ".join(f"{volume.path}: {volume.state}" for volume in volumes))
             stored, present = stored + len(pages), present + len(there)
     finally:
-        stripe.close()
+        for volume in volumes:
+            volume.close()
     return stored, present
+
+
+def _write(stripe: Stripe, pages: Sequence[tuple[bytes, Record]]) -> bool:
+    """False where no directory could take all of them."""
+    while pages:
+        shares = defaultdict[Files, list[tuple[bytes, Record]]](list)
+        for page in pages:
+            if (volume := stripe.next()) is None:
+                return False
+            shares[volume].append(page)
+        pages = [page for volume, share in shares.items() if not volume.write(share) for page in share]
+    return True

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,15 @@ from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import ASK_S
 from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
+from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
-from sglang_hcache.storage.stripe import Stripe
 
 READ_S = 30.0  # the longest a page is waited for
 POLL_S = 0.5
 CLOSE_FLUSH_S = 5.0
 MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
+SOMEWHERE = Entry("", 0)  # the prefetcher knows where
 
 # What is said of files, and of the prefetcher, is known there.
 FIGURES_OF_PREFETCHER = (
@@ -52,23 +53,12 @@ class _Read:
     ended: bool = False
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Says that the prefetcher has the page."""
-
-    files: RemoteFiles
-
-    def read(self, key: bytes, out: Record) -> bool:
-        return self.files.read(key, out)
-
-
-class RemoteFiles(Stripe):
+class RemoteFiles:
     """The prefetcher as a store's files: `locate`, `read` and `write` are questions to it. Any thread may ask."""
 
     def __init__(
         self, address: str, hello: m.Hello, *, timeout_s: float, keys: Path | None, gone: Callable[[], None]
     ) -> None:
-        super().__init__([])
         self._fingerprint = hello.fingerprint
         self._layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._lock = threading.Lock()
@@ -90,17 +80,20 @@ class RemoteFiles(Stripe):
         self.connection.start()
         self.connection.send(m.Credit(pages=READ_THREADS))
 
-    def locate(self, keys: Iterable[bytes]) -> dict[bytes, _Place]:  # type: ignore[override]  # read like a Place
-        wanted = list(keys)
-        if not wanted:
+    @property
+    def healthy(self) -> bool:
+        return self.connection.alive
+
+    def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
+        if not keys:
             return {}
         try:
-            present = self.connection.ask(m.Lookup(keys=wanted[: m.MAX_KEYS]), m.Found, ASK_S).present
+            present = self.connection.ask(m.Lookup(keys=list(keys[: m.MAX_KEYS])), m.Found, ASK_S).present
         except Unavailable:
             return {}
-        return {key: _Place(self) for key, there in zip(wanted, present, strict=False) if there}
+        return {key: SOMEWHERE for key, there in zip(keys, present, strict=False) if there}
 
-    def read(self, key: bytes, out: Record) -> bool:
+    def read(self, key: bytes, entry: Entry, out: Record) -> bool:
         """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
         owner, read = str(next(self._numbers)), _Read()
         with self._lock:
@@ -128,7 +121,7 @@ class RemoteFiles(Stripe):
             return False
         return True
 
-    def write(self, pages: Sequence[tuple[bytes, Record]]) -> set[bytes]:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
         """Send sealed records; once this returns their memory can be used again, as the prefetcher verifies them."""
         trackers = []
         for key, record in pages:
@@ -141,10 +134,14 @@ class RemoteFiles(Stripe):
             while self.connection.alive and not tracker.done:
                 with contextlib.suppress(zmq.NotDone):
                     tracker.wait(POLL_S)
-        return {key for (key, _), tracker in zip(pages, trackers, strict=True) if not tracker.done}
+        return all(tracker.done for tracker in trackers)
 
-    def touch(self, keys: Mapping[bytes, int]) -> None:
+    def touch(self, hits: Mapping[bytes, int]) -> None:
         """The prefetcher sees by itself what is asked for."""
+
+    def retry(self) -> bool:
+        """It is gone for good."""
+        return False
 
     def close(self) -> None:
         if not self._closed:

@@ -172,9 +172,8 @@ class Spaces:
 
     def _close(self, space: Space) -> None:
         try:
-            space.store.close()
-            if space.store.ended:  # a write that hangs would put zeroes on the disk
-                space.region.free()
+            if space.store.close():
+                space.region.free()  # else a write that hangs would store zeros, if it ever went on
             space.region.close()
         except Exception:
             log.exception("hcache: pages were not closed properly; the next opening tidies up.")

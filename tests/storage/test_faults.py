@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import lmdb
 import pytest
 
-from sglang_hcache.storage import volume
+from sglang_hcache.storage import index, volume
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
@@ -328,19 +328,151 @@ def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path) -> None:
     store.close()
 
 
-def test_an_index_that_fails_for_one_is_opened_anew_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, other = (open_store(tmp_path, fingerprint=name * 16, retry_s=0.2) for name in (b"f", b"g"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Index, "put_many", Mock(side_effect=lmdb.Error("something broke")))
-        save(store, [0])
-        assert store.flush(30)
-    assert states(store) == ["failed: something broke"]
-    deadline = time.monotonic() + 10
-    while states(store) + states(other) != ["ok", "ok"] and time.monotonic() < deadline:
-        other.contains([bytes(32)])
-        time.sleep(0.05)
-    for each in (store, other):
+def test_an_index_that_is_broken_is_opened_anew_by_all_who_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by one that asks it nothing."""
+    store, idle = (open_store(tmp_path, fingerprint=name * 16, retry_s=0.2) for name in (b"f", b"g"))
+    for each in (store, idle):
         save(each, range(3))
+        assert each.flush(30)
+        each.drop_host()
+    former = idle._volumes[0]._directory
+    with monkeypatch.context() as patch:
+        broken = Mock(side_effect=lmdb.CorruptedError("something broke"))
+        patch.setattr(index, "encode", broken)
+        save(store, [3])
+        assert store.flush(30)
+    deadline = time.monotonic() + 10
+    while states(store) + states(idle) != ["ok", "ok"] or idle._volumes[0]._directory is former:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for each in (store, idle):
+        assert served(each, range(3)) == [0, 1, 2]
+        save(each, range(3, 6))
         assert each.flush(30)
         assert states(each) == ["ok"]
         each.close()
+
+
+def test_an_index_that_is_broken_is_checked_before_it_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path, retry_s=0.1)
+    save(store, range(3))
+    assert store.flush(30)
+    prepared = Mock(side_effect=index.copy_checked)
+    monkeypatch.setattr(index, "copy_checked", prepared)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "encode", Mock(side_effect=lmdb.CorruptedError("something broke")))
+        save(store, [3])
+        assert store.flush(30)
+    wait_until_ok(store)
+    assert prepared.called
+    store.close()
+
+
+def test_a_full_disk_for_one_index_write_costs_nobody_else_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = (open_store(tmp_path, fingerprint=name * 16, retry_s=0.2) for name in (b"f", b"g"))
+    for each in (store, other):
+        save(each, range(3))
+        assert each.flush(30)
+        each.drop_host()
+    directories = [each._volumes[0]._directory for each in (store, other)]
+    with monkeypatch.context() as patch:
+        error = lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.ENOSPC)}")
+        patch.setattr(index, "encode", Mock(side_effect=error))
+        save(store, [3])
+        assert store.flush(30)
+        assert "the disk is full" in states(store)[0]
+    wait_until_ok(store)
+    assert [each._volumes[0]._directory for each in (store, other)] == directories, "nothing was opened anew"
+    for each in (store, other):
+        assert served(each, range(3)) == [0, 1, 2]
+        each.close()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EMFILE], ids=errno.errorcode.get)
+def test_files_are_read_as_long_as_they_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """After the file system has been remounted, or this process has run out of files."""
+    store, real = open_store(tmp_path, retry_s=0.1), os.open
+    save(store, range(PAGES))
+    assert store.flush(30)
+    store.drop_host()
+    retried = Mock(wraps=store._volumes[0]._revive)
+    monkeypatch.setattr(store._volumes[0], "_revive", retried)
+
+    def refuse(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if str(path).startswith(str(tmp_path)) and flags & (os.O_RDWR | os.O_CREAT):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, flags, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        patch.setattr(os, "fdatasync", Mock(side_effect=OSError(code, os.strerror(code))))
+        save(store, [50])
+        assert store.flush(30)
+        for _ in range(3):
+            retried.reset_mock()
+            while retried.call_count < 2:
+                time.sleep(0.02)
+            store.drop_host()
+            assert served(store, range(PAGES)) == list(range(PAGES))
+            assert states(store)[0].startswith("failed")
+        save(store, [51])
+        assert store.flush(30)
+    wait_until_ok(store)
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, [50, 51]) == [51], "it was in memory all the time"
+    store.close()
+
+
+def test_records_that_a_failed_write_was_to_fill_are_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path, retry_s=0.05)
+    save(store, range(3))
+    assert store.flush(30)
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+            save(store, [3, 4])
+            assert store.flush(30)
+            store.drop_host()
+        wait_until_ok(store)
+        assert store.flush(30)
+    assert len(segment_files(tmp_path)) == 1, "they are eight"
+    assert served(store, range(3)) == [0, 1, 2]
+    store.close()
+
+
+def test_a_directory_that_is_put_back_is_opened_anew_by_all_who_use_it(tmp_path: Path) -> None:
+    stores = [open_store(tmp_path / "volume", fingerprint=name * 16, retry_s=0.1) for name in (b"f", b"g")]
+    idle = stores[1]._volumes[0]
+    former = idle._directory
+    shutil.rmtree(tmp_path / "volume")
+    (tmp_path / "volume").write_text("in its place")
+    for page in range(20):  # some of them to a file that is gone
+        save(stores[0], [page])
+        assert stores[0].flush(30)
+    assert states(stores[0])[0].startswith("failed")
+    (tmp_path / "volume").unlink()
+    deadline = time.monotonic() + 10
+    while states(stores[0]) + states(stores[1]) != ["ok", "ok"] or idle._directory is former:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for store in stores:
+        save(store, range(100, 110))
+        assert store.flush(30)
+        store.drop_host()
+        assert served(store, range(100, 110)) == list(range(100, 110))
+        store.close()
+    store = open_store(tmp_path / "volume")
+    assert counters(store)["index_rebuilt"] == 0
+    assert served(store, range(100, 110)) == list(range(100, 110))
+    store.close()

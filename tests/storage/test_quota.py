@@ -15,7 +15,7 @@ import pytest
 
 from sglang_hcache.storage import segment
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.directory import Contents, Directory
 from sglang_hcache.storage.files import allocate
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.layout import ROOT, seal
@@ -169,9 +169,7 @@ def test_a_striped_prefix_is_one_prefix(tmp_path: Path) -> None:
 def test_a_page_that_was_evicted_since_it_was_located_is_missed_without_damage(tmp_path: Path, pages: int) -> None:
     damage = Damage()
     quota = Quota(tmp_path, 20 * LAYOUT.record_bytes, LAYOUT.record_bytes)
-    directory = Directory(
-        tmp_path, LAYOUT, FINGERPRINT, writable=True, segment_bytes=1 << 30, damage=damage, quota=quota
-    )
+    directory = Directory(tmp_path, Contents(LAYOUT, FINGERPRINT, 1 << 30), damage=damage, quota=quota)
 
     def write(page: int) -> None:
         record = np.zeros(LAYOUT.record_bytes, np.uint8)

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_hcache.storage import evictor, sweep
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.directory import Directory
+from sglang_hcache.storage.directory import Contents, Directory
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.layout import ROOT, seal
 from sglang_hcache.storage.quota import Quota, bytes_on_disk
@@ -38,9 +38,7 @@ SEGMENT = 8 * R
 
 
 def open_directory(path: Path, fingerprint: bytes = FINGERPRINT, **options: Any) -> Directory:
-    defaults: dict[str, Any] = {"segment_bytes": SEGMENT, "writable": True, "damage": Damage()}
-    options = defaults | options
-    return Directory(path, LAYOUT, fingerprint, **options)
+    return Directory(path, Contents(LAYOUT, fingerprint, SEGMENT), **({"damage": Damage()} | options))
 
 
 def write(directory: Directory, fingerprint: bytes, pages: Sequence[int]) -> None:
@@ -88,7 +86,7 @@ def test_striped_directories_keep_most_of_their_quota_in_use(tmp_path: Path) -> 
         written = pages.stop
         if written < 2 * quota * len(directories):
             continue
-        for volume in store._files.volumes:
+        for volume in store._volumes:
             directory = volume._directory
             assert directory is not None
             used = directory.index.used(FINGERPRINT)

@@ -1,0 +1,274 @@
+"""Several drives at once: one that hangs, or is slow, is no other's loss."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from sglang_hcache.storage import store as store_module
+from sglang_hcache.storage.arena import Arena, Backing
+from sglang_hcache.storage.contract import WritePolicy
+from sglang_hcache.storage.layout import ROOT
+from sglang_hcache.storage.segment import SegmentWriter
+from sglang_hcache.storage.store import READ_THREADS, LocalStore
+from sglang_hcache.storage.stripe import Stripe
+from sglang_hcache.storage.volume import Volume
+from tests.storage.pages import LAYOUT, counters, fill, key_of, keys_of, open_store, save, served, states
+
+SHARE = 40  # of 64 slots: what may wait for one of two drives, however many pages come at once
+
+
+class Hang:
+    """Has methods wait, for objects below a path, until `end`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._over = threading.Event()
+        self._patch = monkeypatch
+        self.end = self._over.set
+
+    def __call__(self, owner: type, name: str, below: Path) -> None:
+        original = getattr(owner, name)
+
+        def wait(of: Any, *arguments: Any) -> Any:
+            if of.path.is_relative_to(below):
+                self._over.wait(60)
+            return original(of, *arguments)
+
+        self._patch.setattr(owner, name, wait)
+
+
+@pytest.fixture
+def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hang]:
+    hang = Hang(monkeypatch)
+    yield hang
+    hang.end()
+
+
+def lies_in(store: LocalStore, page: int) -> Path:
+    place = store._files.locate([key_of(page)])[key_of(page)]
+    assert isinstance(place.volume, Volume)
+    return place.volume.path
+
+
+def save_what_fits(store: LocalStore, pages: range) -> list[int]:
+    saved = []
+    for page in pages:
+        if (slot := store.reserve()) is not None:
+            fill(store.memory[slot], page)
+            store.commit(key_of(page), slot, ROOT)
+            saved.append(page)
+        time.sleep(0.001)
+    return saved
+
+
+def test_a_drive_whose_reads_hang_does_not_keep_others_from_being_read(tmp_path: Path, hang: Hang) -> None:
+    store = open_store(tmp_path / "a", tmp_path / "b", slots=128)
+    save(store, range(60))
+    assert store.flush(30)
+    store.drop_host()
+    in_a = [page for page in range(60) if lies_in(store, page) == tmp_path / "a"]
+    in_b = [page for page in range(60) if lies_in(store, page) == tmp_path / "b"]
+    hang(Volume, "read", tmp_path / "a")
+    for page in in_a[: READ_THREADS + 2]:
+        store.prefetch(f"hangs {page}", keys_of([page]))
+    assert served(store, in_b) == in_b
+    assert not store.progress(f"hangs {in_a[0]}").done
+    hang.end()
+    assert store.wait(f"hangs {in_a[0]}", 10).slots
+    assert store.close()
+
+
+@pytest.mark.parametrize("policy", [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK])
+def test_a_drive_whose_writes_hang_does_not_keep_others_from_being_written(
+    tmp_path: Path, hang: Hang, policy: WritePolicy
+) -> None:
+    store = open_store(tmp_path / "a", tmp_path / "b", write_policy=policy)
+    hang(SegmentWriter, "write", tmp_path / "a")
+    saved = save_what_fits(store, range(600))
+    assert len(saved) > 400, "memory is full of pages for the drive that hangs"
+    deadline = time.monotonic() + 10
+    while (stuck := store.unwritten()) > SHARE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    a, b = store._volumes
+    assert stuck == counters(store)["pages_dirty"] <= SHARE
+    assert (a.pages, b.pages) == (0, len(saved) - stuck)
+    hang.end()
+    assert store.flush(30)
+    assert counters(store)["pages_file"] == len(saved)
+    assert store.close()
+
+
+def test_a_drive_that_hangs_does_not_keep_others_from_evicting(tmp_path: Path, hang: Hang) -> None:
+    store = open_store(tmp_path / "a", tmp_path / "b", slots=256, quota_bytes=40 * LAYOUT.record_bytes)
+    save(store, range(60))
+    assert store.flush(30)
+    hang(SegmentWriter, "write", tmp_path / "a")
+    save(store, [60, 61])
+    time.sleep(2.2)  # a call may take so long
+    with store._volumes[0]._directory.index._env.begin(write=True):  # type: ignore[union-attr]  # as in a commit
+        saved = save_what_fits(store, range(100, 400))
+        deadline = time.monotonic() + 10
+        while counters(store)["pages_written"] < 60 + len(saved) // 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert counters(store)["pages_written"] >= 60 + len(saved) // 2
+        assert counters(store)["pages_evicted"] > 0
+    hang.end()
+    assert store.close()
+
+
+def test_drives_are_written_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, write = threading.Barrier(2), Volume.write
+
+    def meet(volume: Volume, *arguments: Any) -> bool:
+        both.wait(10)  # raises where only one comes
+        return write(volume, *arguments)
+
+    monkeypatch.setattr(Volume, "write", meet)
+    store = open_store(tmp_path / "a", tmp_path / "b")
+    save(store, range(2))
+    assert store.flush(30)
+    assert counters(store)["pages_written"] == 2
+    monkeypatch.setattr(Volume, "write", write)
+    assert store.close()
+
+
+@pytest.mark.parametrize("hanging", [(Volume, "read"), (SegmentWriter, "write"), (Volume, "retry")], ids=str)
+def test_closing_does_not_wait_for_a_drive_that_hangs(
+    tmp_path: Path, hang: Hang, hanging: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "CLOSE_WAIT_S", 0.5)
+    store = open_store(tmp_path / "a", tmp_path / "b")
+    save(store, range(10))
+    assert store.flush(30)
+    store.drop_host()
+    hang(*hanging, tmp_path / "a")
+    for page in range(10):
+        store.prefetch(f"reads {page}", keys_of([page]))
+    save(store, range(10, 12))
+    begun_at = time.monotonic()
+    assert not store.close(), "a thread may still use its memory"
+    assert time.monotonic() - begun_at < 3
+    assert not store.close()
+    assert (tmp_path / "b" / "index" / "closed.xxh3").exists(), "the other is closed as always"
+    hang.end()
+    deadline = time.monotonic() + 10
+    while not store.close():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (tmp_path / "a" / "index" / "closed.xxh3").exists()
+
+
+def test_what_a_failed_drive_was_to_write_is_written_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, write = open_store(tmp_path / "a", tmp_path / "b", retry_s=60.0), SegmentWriter.write
+    refused = threading.Event()
+
+    def refuse(writer: SegmentWriter, *arguments: Any) -> None:
+        if writer.path.is_relative_to(tmp_path / "a"):
+            refused.wait(10)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write(writer, *arguments)
+
+    monkeypatch.setattr(SegmentWriter, "write", refuse)
+    save(store, range(20))
+    time.sleep(0.1)
+    refused.set()
+    assert store.flush(30)
+    assert [state.split(":")[0] for state in states(store)] == ["failed", "ok"]
+    assert (counters(store)["pages_written"], counters(store)["pages_write_failed"]) == (20, 0)
+    store.drop_host()
+    assert served(store, range(20)) == list(range(20))
+    store.check()
+    store.close()
+
+
+def test_selective_queues_a_new_page_in_the_slot_of_one_that_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path, write_policy=WritePolicy.SELECTIVE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Volume, "write", Mock(side_effect=RuntimeError("a bug of ours")))
+        save(store, [0, 0])
+        assert store.flush(30)
+    assert counters(store)["pages_write_failed"] == 1
+    store.drop_host()
+    save(store, [1])
+    assert store.flush(30)
+    assert counters(store)["pages_file"] == 0, "it has been used once"
+    save(store, [1])
+    assert store.flush(30)
+    assert counters(store)["pages_file"] == 1
+    store.check()
+    store.close()
+
+
+def test_selective_writes_what_was_used_twice_once_a_directory_works_again(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_text("not a directory yet")
+    store = open_store(tmp_path / "bad", retry_s=0.05, write_policy=WritePolicy.SELECTIVE)
+    save(store, [0, 0, 1])
+    (tmp_path / "bad").unlink()
+    deadline = time.monotonic() + 10
+    while counters(store)["pages_file"] < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, [0, 1]) == [0]
+    store.close()
+
+
+def test_selective_works_without_directories() -> None:
+    store = open_store(write_policy=WritePolicy.SELECTIVE)
+    save(store, [0, 0, 0])
+    assert served(store, [0]) == [0]
+    assert store.flush(1)
+    assert counters(store)["pages_write_failed"] == 0
+    store.close()
+
+
+class Drive:
+    """As much of a volume as placement asks for."""
+
+    def __init__(self) -> None:
+        self.healthy, self.behind = True, 0
+
+
+def test_pages_go_round_the_drives_that_work_and_do_not_lag() -> None:
+    drives = [Drive() for _ in range(3)]
+    stripe = Stripe(drives)  # type: ignore[arg-type]
+
+    def take(pages: int) -> list[int]:
+        chosen = [stripe.next(lambda drive: drive.behind, most_behind=4) for _ in range(pages)]  # type: ignore[attr-defined]
+        return [drives.index(drive) for drive in chosen]  # type: ignore[arg-type]
+
+    assert take(6) == [0, 1, 2, 0, 1, 2]
+    drives[1].healthy = False
+    assert take(4) == [0, 2, 0, 2]
+    drives[1].healthy, drives[0].behind = True, 4
+    assert take(3) == [0, 1, 2]
+    drives[0].behind = 5
+    assert take(3) == [1, 2, 1]
+    drives[1].behind = drives[2].behind = 1
+    assert take(3) == [2, 0, 1]
+    for drive in drives:
+        drive.healthy = False
+    assert stripe.next() is None
+    assert Stripe([]).next() is None
+
+
+def test_pages_are_found_by_what_is_behind_them() -> None:
+    arena = Arena(4, 4096)
+    for page, backing in enumerate((Backing.CLEAN, Backing.UNBACKED, Backing.DIRTY, Backing.UNBACKED)):
+        slot = arena.reserve()
+        assert slot is not None
+        arena.cache(key_of(page), slot, backing)
+    assert arena.backed_by(Backing.UNBACKED) == [(1, key_of(1)), (3, key_of(3))]
