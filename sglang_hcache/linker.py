@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import select
@@ -71,14 +70,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)), self._pool.layer_num)
         self._work: HostWork = _host_work(str(self._pool.device))
         self._queued: list[Load] = []
-        self._started: dict[int, list[Load]] = {}
-        self._promised: dict[str, list[int]] = {}
+        self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
         self._completed_offloads = 0
         self._offload_follows = ROOT
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
-        self._failed_batches: set[int] = set()
         self._introduction = Introduction(
             self._config,
             server_args,
@@ -135,7 +132,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """Called between batches: leave a store that is gone, once nothing reads its memory, and take the next."""
         if self._store.alive:
             return
-        if not self._renewing and not self._queued and not self._started:
+        if not self._renewing and not self._under_way:
             self._leave_store()
             self._renewing = True
             self._supervisor.replace(self._store)
@@ -145,14 +142,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _leave_store(self) -> None:
         """Nothing here looks at its memory any more: there may be no room for another beside it."""
-        self._work.drain()
-        self._saver.clear()
+        self._forget_all()
         self._saver = NoSaver()
         if serving.capture is not None:
             serving.capture.sink = None
-        self._promised.clear()
-        self._restored.clear()
-        self._ahead.clear()
         if self._memory is not None:
             self._memory.release()
         self._memory = self._restorer = None
@@ -161,20 +154,19 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        loads = [*self._queued, *itertools.chain(*self._started.values())]
-        queued_pages = sum(len(load.chunks) for load in loads)
-        self._promised[rid] = self._ahead.ready(rid, keys, queued_pages=queued_pages)
-        return list(range(1, len(self._promised[rid]) + 1))
+        queued_pages = sum(len(load.chunks) for load in self._under_way)
+        return list(range(1, self._ahead.ready(rid, keys, queued_pages=queued_pages) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer = transfers[0]
-        chunks = self._promised.get(rid, [])[: len(transfer.keys)]
-        if len(chunks) < len(transfer.keys):
+        keys = [bytes.fromhex(key) for key in transfer.keys]
+        chunks = self._ahead.leased(rid, keys)
+        if len(chunks) < len(keys):
             self._loads["refused"] += 1
             self.forget_request(rid)
             return False
         self._saver.overwrite(transfer.device_indices)
-        self._restored.add(map(bytes.fromhex, transfer.keys))
+        self._restored.add(keys)
         self._queued.append(Load(rid, tuple(chunks), transfer.device_indices))
         self._loads["accepted"] += 1
         return True
@@ -185,28 +177,36 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         loads, self._queued = self._queued, []
         try:
             assert self._restorer is not None, "what is promised is in a store"
-            index = self._restorer.run(loads)
+            index, landed = self._restorer.run(loads), True
         except Exception:
             # SGLang aborts the requests of a failed load; the server must live on for all others.
             logger.exception("hcache: restoring failed; %d request(s) will be aborted by SGLang", len(loads))
-            index = self.layer_done_counter.new_batch()
-            self._failed_batches.add(index)
+            index, landed = self.layer_done_counter.new_batch(), False
             self._loads["failed"] += len(loads)
-        self._started[index] = loads
+        self._started[index] = loads, landed
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        if counter_index not in self._started:
+            return self._drop_what_was_never_started()
         seconds = self.layer_done_counter.synchronize(counter_index)
-        landed = counter_index not in self._failed_batches
-        self._failed_batches.discard(counter_index)
-        tokens = 0
-        for load in self._started.pop(counter_index, []):
+        loads, landed = self._started.pop(counter_index)
+        for load in loads:
             self.forget_request(load.rid)
-            tokens += len(load.chunks) * self._page_tokens
+        tokens = sum(len(load.chunks) for load in loads) * self._page_tokens
         self._tokens_restored += tokens * landed
         if landed and seconds is not None and self._planner is not None:
             self._planner.restored(tokens, seconds)
         return landed
+
+    def _drop_what_was_never_started(self) -> bool:
+        """A forward has run without these loads: SGLang aborts their requests, and frees the slots they are for."""
+        loads, self._queued = self._queued, []
+        logger.error("hcache: %d load(s) were not started before their forward", len(loads))
+        self._loads["failed"] += len(loads)
+        for load in loads:
+            self.forget_request(load.rid)
+        return False
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued."""
@@ -230,10 +230,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
-        under_way = [*self._queued, *(load for loads in self._started.values() for load in loads)]
-        if all(load.rid != rid for load in under_way):
-            self._promised.pop(rid, None)
+        if all(load.rid != rid for load in self._under_way):
             self._ahead.forget(rid)
+
+    @property
+    def _under_way(self) -> list[Load]:
+        return [*self._queued, *(load for loads, _ in self._started.values() for load in loads)]
 
     # ---- offload ----
 
@@ -264,14 +266,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def reset(self) -> None:
         """`/flush_cache`: empties the host tier; files stay, as HiCache's storage does."""
         self._forget_all()
+        self._started.clear()
         self._completed_offloads = 0
         self._store.drop_host()
 
     def _forget_all(self) -> None:
-        for index in list(self._started):
-            self.finish_layer_wise_loading(index)
+        """What the store has promised, and what is on its way into it. Loads under way come to their end."""
+        for index in self._started:
+            self.layer_done_counter.synchronize(index)
         self._queued.clear()
-        self._promised.clear()
         self._restored.clear()
         self._ahead.clear()
         self._saver.clear()
