@@ -36,7 +36,7 @@ _CHOICES = {
 }
 _OURS = (*_LOCAL, *_CHOICES, "hcache_prefetch_timeout", "hcache_prefetcher", "hcache_keys")
 
-# field → (value without a conflict, why it excludes the tier, what to do). Booleans conflict when true.
+# field → (value without a conflict, why it excludes the tier, what to do). None is no conflict either.
 _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_hierarchical_cache": (False, "SGLang's own HiCache and this tier replace each other", "drop one"),
     "hicache_storage_backend": (None, "it belongs to SGLang's own HiCache", "use --hcache-dir instead"),
@@ -45,6 +45,9 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_lmcache": (False, "only one cache tier can serve the radix cache", "drop one"),
     "enable_flexkv": (False, "only one cache tier can serve the radix cache", "drop one"),
     "speculative_algorithm": (None, "the draft model's cache is not captured yet", "drop it"),
+    "dllm_algorithm": (None, "batches of a diffusion model start no loads", "drop it"),
+    "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
+    "hicache_mem_layout": ("page_first", "the tier has a layout of its own", "drop it"),
     "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported yet", "drop it"),
     "enable_pdmux": (False, "layers of one batch run interleaved with another's", "drop it"),
     "enable_two_batch_overlap": (False, "layers of one batch run interleaved with another's", "drop it"),

@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+from sglang.srt.server_args import ServerArgs
 
 from sglang_hcache import server_kwargs
 from sglang_hcache.config import HCacheConfig, names_our_linker
-from sglang_hcache.flags import FlagError, add_cli_args, translate
+from sglang_hcache.flags import _CONFLICTS, FlagError, add_cli_args, translate
 
 
 def switched_on(tmp_path: Path, **values: Any) -> dict[str, Any]:
@@ -76,6 +78,9 @@ def test_without_the_backend_nothing_changes() -> None:
         ("disable_radix_cache", True),
         ("radix_cache_backend", "other"),
         ("speculative_algorithm", "EAGLE"),
+        ("dllm_algorithm", "LowConfidence"),
+        ("hicache_io_backend", "direct"),
+        ("hicache_mem_layout", "layer_first"),
         ("disaggregation_mode", "prefill"),
         ("pp_size", 2),
         ("enable_dp_attention", True),
@@ -95,6 +100,12 @@ def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object
 )
 def test_a_default_is_no_contradiction(harmless: dict[str, Any], tmp_path: Path) -> None:
     assert switched_on(tmp_path, **harmless)["enable_unified_cache_external_linker"]
+
+
+def test_sglangs_defaults_are_no_contradiction(tmp_path: Path) -> None:
+    fields = {field.name: field.default for field in msgspec.structs.fields(ServerArgs)}
+    values = {name: fields[name] for name in _CONFLICTS}
+    assert switched_on(tmp_path, **values)["enable_unified_cache_external_linker"]
 
 
 def test_more_memory_than_there_is(tmp_path: Path) -> None:
