@@ -8,11 +8,13 @@ keyword arguments of `sglang.Engine`.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sglang_hcache.config import (
     CODEC_CHOICES,
@@ -193,14 +195,11 @@ def translate(values: MutableMapping[str, Any]) -> None:
         raise FlagError("--hcache-codec is for hidden states: drop it, or --hcache-representation kv")
     if codec is not None:
         representation = str(Representation.HIDDEN)
-    directory_gb, read_gb = ours["hcache_dir_size"], ours["hcache_read_limit"]
+    directory_bytes = _gigabytes("--hcache-dir-size", ours["hcache_dir_size"], "gigabytes")
+    read_bytes_per_s = _gigabytes("--hcache-read-limit", ours["hcache_read_limit"], "gigabytes a second")
     prefetcher, keys = ours["hcache_prefetcher"], ours["hcache_keys"]
     _refuse_conflicts(values)
     _check_host_size(values)
-    if directory_gb is not None and not directory_gb > 0:
-        raise FlagError(f"--hcache-dir-size {directory_gb} leaves no room for files: give gigabytes, or drop it")
-    if read_gb is not None and not read_gb > 0:
-        raise FlagError(f"--hcache-read-limit {read_gb} lets nothing be read: give gigabytes a second, or drop it")
     _check_prefetcher(prefetcher, keys, {name: ours[name] for name in _LOCAL})
     base_s, per_ki_token_s = _prefetch_timeout(ours["hcache_prefetch_timeout"])
     config = HCacheConfig(
@@ -208,8 +207,8 @@ def translate(values: MutableMapping[str, Any]) -> None:
         representation=representation or "auto",
         plan=ours["hcache_plan"] or "auto",
         codec=codec,
-        directory_bytes=None if directory_gb is None else int(directory_gb * GB),
-        read_bytes_per_s=None if read_gb is None else read_gb * GB,
+        directory_bytes=None if directory_bytes is None else int(directory_bytes),
+        read_bytes_per_s=read_bytes_per_s,
         prefetcher=prefetcher,
         keys=str(Path(keys).expanduser().absolute()) if keys else None,
         prefetch_timeout_base_s=base_s,
@@ -235,7 +234,7 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
         if keys is not None:
             raise FlagError("--hcache-keys does nothing without --hcache-prefetcher: add that, or drop this")
         return
-    if not address.startswith("tcp://") or not address.rpartition(":")[2].isdigit():
+    if not _is_tcp(address):
         raise FlagError(f"--hcache-prefetcher {address!r} is not tcp://HOST:PORT")
     if keys is not None and not Path(keys).expanduser().is_dir():
         raise FlagError(
@@ -246,6 +245,23 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
             raise FlagError(
                 f"{_flag(name)} excludes --hcache-prefetcher: files are on the prefetcher's host; drop one"
             )
+
+
+def _is_tcp(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname and parts.port) and address == f"tcp://{parts.netloc}"
+    except ValueError:  # such as a port beyond 65535
+        return False
+
+
+def _gigabytes(flag: str, value: object, unit: str) -> float | None:
+    """In bytes."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise FlagError(f"{flag} {value!r} is no positive number of {unit}: give one, such as 500, or drop it")
+    return value * GB
 
 
 def _prefetch_timeout(flag: object) -> tuple[float, float]:

@@ -49,9 +49,32 @@ def test_limits_in_gigabytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["hcache_dir_size", "hcache_read_limit"])
-def test_a_limit_that_leaves_nothing(flag: str, tmp_path: Path) -> None:
-    with pytest.raises(FlagError, match=f"--{flag.replace('_', '-')} 0"):
-        switched_on(tmp_path, **{flag: 0})
+@pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan"), "500GB"])
+def test_a_limit_that_is_none(flag: str, limit: object, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match=f"--{flag.replace('_', '-')} {limit!r} is no positive number of gigabytes"):
+        switched_on(tmp_path, **{flag: limit})
+
+
+@pytest.mark.parametrize("timeout", ["1,nan", "-1", "1,2,3", "soon"])
+def test_a_timeout_that_is_none(timeout: str, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match=r"--hcache-prefetch-timeout .* is not BASE"):
+        switched_on(tmp_path, hcache_prefetch_timeout=timeout)
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1:7400", "tcp://host.name:1", "tcp://[::1]:65535"])
+def test_a_prefetcher_of_another_host(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    linker = server_kwargs(hcache_prefetcher=address)["unified_cache_external_linker_config"]
+    assert linker["linker_extra_config"]["prefetcher"] == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://:7400", "tcp://host:99999", "tcp://host:0", "tcp://host", "tcp://host:7400/x", "host:7400", "udp://h:1"],
+)
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(FlagError, match="is not tcp://HOST:PORT"):
+        server_kwargs(hcache_prefetcher=address)
 
 
 def test_default_directory_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
