@@ -407,13 +407,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return saver
 
     def _log_start(self) -> None:
+        config = self._config
         logger.info(
-            "hcache: storing %s (%s); host tier %d pages of %d tokens; files in %s",
+            "hcache: storing %s (%s); host tier %d pages of %d tokens; files %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
             self._stored.reason,
             len(self._store.memory),
             self._page_tokens,
-            ", ".join(self._config.directories),
+            f"in {', '.join(config.directories)}" if config.prefetcher is None else f"at {config.prefetcher}",
         )
 
 
