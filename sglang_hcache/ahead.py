@@ -65,6 +65,8 @@ class _Request:
     asked_at: float
     let_go_at: float  # monotonic
     wait: _Wait | None = None
+    looked_up: int = 0  # pages, by the last lookup
+    found: int = 0  # of these
 
 
 class _Trial:
@@ -119,7 +121,7 @@ class Ahead:
         self._page_tokens = page_tokens
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
-        self.requests_held = self.requests_late = self.lookups_late = 0
+        self.requests_held = self.requests_late = self.lookups_late = self.pages_looked_up = self.pages_found = 0
         self.held_s = 0.0
         self._trial = _Trial(store)
         self._looked_at = 0.0  # at held requests, before this time; monotonic
@@ -182,8 +184,10 @@ class Ahead:
             self._ask(rid, keys, former.prompt if former is not None else None)
             self._wait(rid, LOOKUP_WAIT_S)
             found = len(self.leased(rid, keys))
+        request = self._requests[rid]
+        request.looked_up, request.found = len(keys), found
         if found and self._planner is not None:
-            return self._planner.pages(found, self._requests[rid].prompt, queued_pages=queued_pages)
+            return self._planner.pages(found, request.prompt, queued_pages=queued_pages)
         return found
 
     def leased(self, rid: str, keys: Sequence[bytes]) -> list[int]:
@@ -196,7 +200,9 @@ class Ahead:
     def forget(self, rid: str) -> None:
         """The request has been served, or is gone."""
         self._held.pop(rid, None)
-        if self._requests.pop(rid, None) is not None:
+        if (request := self._requests.pop(rid, None)) is not None:
+            self.pages_looked_up += request.looked_up
+            self.pages_found += request.found
             self._store.release(rid)
 
     def clear(self) -> None:
@@ -213,6 +219,8 @@ class Ahead:
             "requests_let_go_late": self.requests_late,
             "requests_held_s": round(self.held_s, 3),
             "lookups_not_ahead": self.lookups_late,
+            "tokens_looked_up": self.pages_looked_up * self._page_tokens,
+            "tokens_found": self.pages_found * self._page_tokens,
         }
 
     def _has_enough(self, rid: str, request: _Request) -> bool:

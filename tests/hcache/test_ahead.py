@@ -332,6 +332,25 @@ def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, di
     requests.clear()
 
 
+def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: threading.Event) -> None:
+    """The scheduler looks again in each step in which the request waits."""
+    disk.set()
+    believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests.queued("a", keys_of(range(12)))
+    store.wait("a", 10)
+    for _ in range(3):
+        assert requests.ready("a", keys_of(range(12))) == 0, "to restore them is not worth it"
+    assert requests.stats()["tokens_looked_up"] == 0
+    requests.forget("a")
+    requests.forget("a")
+    stats = requests.stats()
+    assert (stats["tokens_looked_up"], stats["tokens_found"]) == (12 * LAYOUT.page_tokens, 10 * LAYOUT.page_tokens)
+    requests.queued("never looked up", keys_of(range(12)))
+    requests.forget("never looked up")
+    assert requests.stats()["tokens_looked_up"] == stats["tokens_looked_up"]
+
+
 def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
     store.prefetch("warm", keys_of(range(10)))
