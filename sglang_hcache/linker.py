@@ -11,28 +11,24 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_memory, get_parallel
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_hcache import serving
-from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
-from sglang_hcache.calibration import calibrate
-from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.ahead import Ahead
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.introduction import Introduction
 from sglang_hcache.lanes import current_lane, new_lane
-from sglang_hcache.load_planner import ForwardTimer, LoadPlanner, Prompt
+from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.remote import RemoteClient
-from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
-from sglang_hcache.representation import Stored, ways_of
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
-from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
+from sglang_hcache.start import hold_rule, keeper, plan
 from sglang_hcache.storage.layout import ROOT, positions
-from sglang_hcache.trial import most_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +59,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
-            self._stored, self._planner = self._plan()
+            self._stored, self._planner = plan(
+                self._config, serving.runner, serving.capture, self._pool, self._page_tokens
+            )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
@@ -85,7 +83,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             page_tokens=self._page_tokens,
             rows_of_a_forward=serving.most_rows_of_a_forward(),
         )
-        self._supervisor = self._make_supervisor()
+        self._supervisor = keeper(self._config, self._introduction.hello)
         try:
             store = self._supervisor.open()
         except (Unavailable, OSError) as error:
@@ -98,7 +96,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
         self._ahead = Ahead(
             store,
-            self._hold_rule(),
+            hold_rule(self._config),
             self._page_tokens,
             alone=get_parallel().tp_size == 1,
             planner=self._planner,
@@ -320,50 +318,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             **self._store.stats(),
         }
 
-    # ---- start ----
-
-    def _plan(self) -> tuple[Stored, LoadPlanner | None]:
-        """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
-        config, runner, pool = self._config, serving.runner, self._pool
-        hidden_wanted = config.representation != Representation.KV
-        ways = ways_of(
-            runner, serving.capture, pool, self._page_tokens, hidden_wanted=hidden_wanted, codec=config.codec
-        )
-        stored = choose_by_flag(config.representation, ways, pool.layer_num)
-        if config.plan != "auto":
-            return stored, None
-        rates = calibrate(
-            config, runner, ways, page_tokens=self._page_tokens, layers=pool.layer_num, device=str(pool.device)
-        )
-        if rates is None:
-            return stored, None
-        shape, kept = rates
-        # Ranks, and hosts with a common prefetcher, share pages: they must all come to the same.
-        by_itself = get_parallel().tp_size == 1 and config.prefetcher is None
-        if config.representation == "auto" and ways.hidden is not None and by_itself:
-            most = most_tokens(runner, self._page_tokens)
-            stored = choose_by_plan(
-                config, ways, shape, kept.machine, page_tokens=self._page_tokens, most_tokens=most
-            )
-        return stored, LoadPlanner(shape, kept.machine, stored.layout, self._page_tokens, learned=kept.learned)
-
-    def _make_supervisor(self) -> Keeper[Any]:
-        config = self._config
-        if config.prefetcher is not None:
-            return RemoteSupervisor(config.prefetcher, config.keys, self._introduction.hello)
-        return Supervisor(
-            config.directories,
-            config.directory_bytes,
-            self._introduction.hello,
-            read_bytes_per_s=config.read_bytes_per_s,
-        )
-
-    def _hold_rule(self) -> HoldRule:
-        return HoldRule(
-            PrefetchPolicy(get_memory().hicache_storage_prefetch_policy),
-            base_s=self._config.prefetch_timeout_base_s,
-            per_ki_token_s=self._config.prefetch_timeout_per_ki_token_s,
-        )
+    # ---- the store ----
 
     def _attach(self, store: PrefetchClient | RemoteClient) -> None:
         """Save to, and restore from, this store, in the place of the former one."""

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
-from sglang_hcache import introduction, linker, ranks, representation, serving
+from sglang_hcache import introduction, linker, ranks, representation, serving, start
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
@@ -47,7 +47,7 @@ def tier(tmp_path: Path, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
         ),
     }
     for name, value in context.items():
-        for module in (introduction, linker, ranks, representation):
+        for module in (introduction, linker, ranks, representation, start):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, partial(copy, value))
     model = SimpleNamespace(model_path="m", dtype=torch.float32, quantization=None)
