@@ -141,7 +141,7 @@ class Introduction:
         memory = get_memory()
         if memory.hicache_size > 0:
             return int(memory.hicache_size * GB)
-        ratio: float = self._server_args.hicache_ratio
+        ratio: float = memory.hicache_ratio
         wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
         available = available_bytes() // _ranks_of_a_node(self._server_args)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
