@@ -160,6 +160,13 @@ class Client:
             if not answer["success"]:
                 raise RequestFailed(f"/update_weights_from_disk: {answer['message']}")
 
+    def hold_weight_session(self, timeout_s: float = 60.0) -> None:
+        """One in which nothing is loaded: as if the weights were written where they are, by RDMA."""
+        for path in ("/begin_weight_update", "/end_weight_update"):
+            for answer in self._post(path, {}, False, timeout_s):
+                if not answer["success"]:
+                    raise RequestFailed(f"{path}: {answer['message']}")
+
     def healthy(self) -> bool:
         """Whether a one-token request comes through; takes a second by SGLang's own design."""
         try:

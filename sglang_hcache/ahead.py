@@ -16,7 +16,7 @@ from sglang_hcache.storage.store import READ_THREADS
 LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
 ANSWERS_WAIT_S = 0.02  # likewise, for many requests one after the other
-NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others are held until the next step
+NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
 MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
@@ -67,6 +67,8 @@ class _Request:
     let_go_at: float  # monotonic
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
+    looked_up: int = 0  # pages, by the last lookup
+    found: int = 0  # of these
 
     @property
     def pages_awaited(self) -> int:
@@ -104,7 +106,8 @@ class Ahead:
     """What requests have asked for, by request id; for the scheduler's thread.
 
     Which requests are held is decided by one rank (`let_go`) and carried out by all (`admit`), so that all ranks
-    build the same batches; `queued` holds the same requests everywhere, as all ranks queue the same ones.
+    build the same batches. `queued` holds the same requests everywhere, as all ranks queue the same ones, whatever
+    their stores answer; only what all ranks do at once (`admit`, `forget`) ends a hold, never the loss of a store.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class Ahead:
         self._reads_at_once = reads_at_once
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
-        self.requests_held = self.requests_late = self.lookups_late = 0
+        self.requests_held = self.requests_late = self.lookups_late = self.pages_looked_up = self.pages_found = 0
         self.held_s = 0.0
         self._trial = _Trial(store)
         self._looked_at = 0.0  # at held requests, before this time; monotonic
@@ -137,7 +140,7 @@ class Ahead:
         self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
-        """The store has been replaced: everything asked of the former one is void, and nothing is waited for."""
+        """The store has been replaced: what was asked of the former one is void, and not waited for."""
         self._store, self._trial = store, _Trial(store)
         self._requests.clear()
 
@@ -146,13 +149,11 @@ class Ahead:
         request = self._ask(rid, keys, prompt)
         if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
             return
-        if self._alone and time.monotonic() >= self._next_wait_at:
-            slots, done = self._store.wait(rid, ANSWER_WAIT_S)
-            if done:
-                if self._planner is not None:
-                    request.wait = self._plan_wait(self._planner, request, len(slots), done=True)
-                return
-            self._next_wait_at = time.monotonic() + NO_WAIT_S
+        if self._alone and self._wait(rid, ANSWER_WAIT_S):
+            if self._planner is not None:
+                there = len(self._store.progress(rid).slots)
+                request.wait = self._plan_wait(self._planner, request, there, done=True)
+            return
         self._held[rid] = time.monotonic()
         self.requests_held += 1
 
@@ -189,34 +190,44 @@ class Ahead:
                     self._store.cut(rid)
                     self._try_reading(self._requests.get(rid))
 
-    def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> list[int]:
-        """Slots of the leading pages of `keys` to load, all in memory, and leased until `forget`.
+    def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> int:
+        """How many leading pages of `keys` to load, all in memory, and `leased` until `forget`.
 
         queued_pages: of loads that the bus carries first.
         """
-        request = self._requests.get(rid)
-        slots = self._known(request, rid, keys) if request is not None else []
-        stale = request is None or time.monotonic() - request.asked_at > RETRY_S
-        if not slots and (stale or (request is not None and keys[0] not in request.place)):
+        if not (found := len(self.leased(rid, keys))) and self._worth_asking_again(rid, keys[0]):
             self.lookups_late += 1
-            request = self._ask(rid, keys, None if request is None else self._prompt(request, keys))
-            self._store.wait(rid, LOOKUP_WAIT_S)
-            slots = self._known(request, rid, keys)
-        if slots and request is not None and self._planner is not None:
-            prompt, missing = self._prompt(request, keys), len(keys) - len(slots)
-            pages = self._planner.pages(len(slots), prompt, missing_pages=missing, queued_pages=queued_pages)
-            return slots[:pages]
-        return slots
+            former = self._requests.get(rid)
+            self._ask(rid, keys, None if former is None else self._prompt(former, keys))
+            self._wait(rid, LOOKUP_WAIT_S)
+            found = len(self.leased(rid, keys))
+        request = self._requests[rid]
+        request.looked_up, request.found = len(keys), found
+        if found and self._planner is not None:
+            prompt, missing = self._prompt(request, keys), len(keys) - found
+            return self._planner.pages(found, prompt, missing_pages=missing, queued_pages=queued_pages)
+        return found
+
+    def leased(self, rid: str, keys: Sequence[bytes]) -> list[int]:
+        """Slots of the leading pages of `keys`; of no fewer than `ready` said, unless it was asked again since."""
+        request = self._requests.get(rid)
+        if request is None or (start := request.place.get(keys[0])) is None:
+            return []
+        return list(self._store.progress(rid).slots[start : start + len(keys)])
 
     def forget(self, rid: str) -> None:
         """The request has been served, or is gone."""
         self._held.pop(rid, None)
-        if self._requests.pop(rid, None) is not None:
+        if (request := self._requests.pop(rid, None)) is not None:
+            self.pages_looked_up += request.looked_up
+            self.pages_found += request.found
             self._store.release(rid)
 
     def clear(self) -> None:
-        for rid in list(self._requests):
-            self.forget(rid)
+        """Give back all that is leased; what is held is let go for want of something to wait for."""
+        for rid in self._requests:
+            self._store.release(rid)
+        self._requests.clear()
         self._trial.end()
 
     def stats(self) -> dict[str, int | float]:
@@ -226,6 +237,8 @@ class Ahead:
             "requests_let_go_late": self.requests_late,
             "requests_held_s": round(self.held_s, 3),
             "lookups_not_ahead": self.lookups_late,
+            "tokens_looked_up": self.pages_looked_up * self._page_tokens,
+            "tokens_found": self.pages_found * self._page_tokens,
         }
 
     def _has_enough(self, rid: str, request: _Request) -> bool:
@@ -300,8 +313,18 @@ class Ahead:
         covered = request.prompt.device_tokens + len(request.keys) * self._page_tokens
         return Prompt(request.prompt.new_tokens, max(0, covered - len(keys) * self._page_tokens))
 
-    def _known(self, request: _Request, rid: str, keys: Sequence[bytes]) -> list[int]:
-        start = request.place.get(keys[0])
-        if start is None:
-            return []
-        return list(self._store.progress(rid).slots[start : start + len(keys)])
+    def _wait(self, rid: str, timeout_s: float) -> bool:
+        """Whether all is there, or known not to come; of many requests in one step, one is waited for in vain."""
+        if time.monotonic() < self._next_wait_at:
+            return self._store.progress(rid).done
+        if done := self._store.wait(rid, timeout_s).done:
+            return done
+        self._next_wait_at = time.monotonic() + NO_WAIT_S
+        return False
+
+    def _worth_asking_again(self, rid: str, first: bytes) -> bool:
+        """For pages from `first` on, of which none is there."""
+        request = self._requests.get(rid)
+        if request is None or first not in request.place:
+            return True
+        return time.monotonic() - request.asked_at > RETRY_S

@@ -15,7 +15,6 @@ LINKER_CLASS = "HCacheLinker"
 LINKER_MODULE = "sglang_hcache.linker"
 
 DEFAULT_PAGE_SIZE = 64  # tokens
-DEFAULT_HOST_RATIO = 2.0  # host tier's bytes over the device pool's, SGLang's own default for HiCache
 
 
 # Folders in the first directory, one file a model each, as `kept_file` names it.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import xxhash
 from huggingface_hub import constants
 
 from sglang_hcache.storage.layout import SCHEMA_VERSION
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -28,7 +32,7 @@ def fingerprint(parts: Iterable[tuple[str, object]]) -> bytes:
 
 
 def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = None, cache: str | None = None) -> str:
-    """A digest of a model's or an adapter's configuration and every byte of its weights, whatever it is called.
+    """A digest of a model's or an adapter's configuration, code and every byte of its weights, whatever it is called.
 
     model_path: a local folder or file, or a hub id: what SGLang has loaded for it lies in a cache of the hub, at
     `revision`; in `cache`, or else where huggingface_hub keeps its own. Weights are read once at memory or disk
@@ -36,23 +40,33 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
     start does not read them. Raises OSError when there are no weights to read, or they cannot be read.
     """
     roots = _local(model_path, revision, cache)
-    files = next(filter(None, map(_weights, roots)), [])
+    files = next(filter(None, (_files(root, _WEIGHT_SUFFIXES) for root in roots)), [])
     if not files:
         raise FileNotFoundError(f"no weight files in {' or '.join(map(str, roots))}")
     known = _read_memo(memo)
     stats = {path: _stat_key(path) for path in files}
     unknown = [path for path in files if stats[path] not in known]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        known.update(zip((stats[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
     if unknown:
+        known.update(zip((stats[path] for path in unknown), _digests(unknown), strict=True))
         _write_memo(memo, known)
     digest = xxhash.xxh3_128()
     for configuration in (root / name for root in roots for name in _CONFIGURATIONS):
         if configuration.is_file():
             digest.update(configuration.read_bytes())
+    for code in (path for root in roots for path in _files(root, {".py"})):  # which --trust-remote-code runs
+        digest.update(f"{code.name}:{file_digest(code)}".encode())
     for path in files:
         digest.update(f"{path.name}:{known[stats[path]]}".encode())
     return digest.hexdigest()
+
+
+def _digests(weights: Sequence[Path]) -> list[str]:
+    size_gb, began = sum(path.stat().st_size for path in weights) / 1e9, time.monotonic()
+    logger.info("hcache: reading %.1f GB of weights, to know them again at the next start", size_gb)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        digests = list(pool.map(file_digest, weights))
+    logger.info("hcache: the weights are read, in %.1f s", time.monotonic() - began)
+    return digests
 
 
 def _local(model_path: str, revision: str | None, cache: str | None) -> list[Path]:
@@ -68,9 +82,9 @@ def _local(model_path: str, revision: str | None, cache: str | None) -> list[Pat
     return roots
 
 
-def _weights(root: Path) -> list[Path]:
+def _files(root: Path, suffixes: set[str]) -> list[Path]:
     found = root.iterdir() if root.is_dir() else [root] if root.is_file() else []
-    return sorted(path for path in found if path.suffix in _WEIGHT_SUFFIXES)
+    return sorted(path for path in found if path.suffix in suffixes)
 
 
 def process_identity() -> str:

@@ -8,11 +8,13 @@ keyword arguments of `sglang.Engine`.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sglang_hcache.config import (
     CODEC_CHOICES,
@@ -36,7 +38,7 @@ _CHOICES = {
 }
 _OURS = (*_LOCAL, *_CHOICES, "hcache_prefetch_timeout", "hcache_prefetcher", "hcache_keys")
 
-# field → (value without a conflict, why it excludes the tier, what to do). Booleans conflict when true.
+# field → (value without a conflict, why it excludes the tier, what to do). None is no conflict either.
 _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_hierarchical_cache": (False, "SGLang's own HiCache and this tier replace each other", "drop one"),
     "hicache_storage_backend": (None, "it belongs to SGLang's own HiCache", "use --hcache-dir instead"),
@@ -45,6 +47,9 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_lmcache": (False, "only one cache tier can serve the radix cache", "drop one"),
     "enable_flexkv": (False, "only one cache tier can serve the radix cache", "drop one"),
     "speculative_algorithm": (None, "the draft model's cache is not captured yet", "drop it"),
+    "dllm_algorithm": (None, "batches of a diffusion model start no loads", "drop it"),
+    "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
+    "hicache_mem_layout": ("page_first", "the tier has a layout of its own", "drop it"),
     "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported yet", "drop it"),
     "enable_pdmux": (False, "layers of one batch run interleaved with another's", "drop it"),
     "enable_two_batch_overlap": (False, "layers of one batch run interleaved with another's", "drop it"),
@@ -190,14 +195,11 @@ def translate(values: MutableMapping[str, Any]) -> None:
         raise FlagError("--hcache-codec is for hidden states: drop it, or --hcache-representation kv")
     if codec is not None:
         representation = str(Representation.HIDDEN)
-    directory_gb, read_gb = ours["hcache_dir_size"], ours["hcache_read_limit"]
+    directory_bytes = _gigabytes("--hcache-dir-size", ours["hcache_dir_size"], "gigabytes")
+    read_bytes_per_s = _gigabytes("--hcache-read-limit", ours["hcache_read_limit"], "gigabytes a second")
     prefetcher, keys = ours["hcache_prefetcher"], ours["hcache_keys"]
     _refuse_conflicts(values)
     _check_host_size(values)
-    if directory_gb is not None and not directory_gb > 0:
-        raise FlagError(f"--hcache-dir-size {directory_gb} leaves no room for files: give gigabytes, or drop it")
-    if read_gb is not None and not read_gb > 0:
-        raise FlagError(f"--hcache-read-limit {read_gb} lets nothing be read: give gigabytes a second, or drop it")
     _check_prefetcher(prefetcher, keys, {name: ours[name] for name in _LOCAL})
     base_s, per_ki_token_s = _prefetch_timeout(ours["hcache_prefetch_timeout"])
     config = HCacheConfig(
@@ -205,8 +207,8 @@ def translate(values: MutableMapping[str, Any]) -> None:
         representation=representation or "auto",
         plan=ours["hcache_plan"] or "auto",
         codec=codec,
-        directory_bytes=None if directory_gb is None else int(directory_gb * GB),
-        read_bytes_per_s=None if read_gb is None else read_gb * GB,
+        directory_bytes=None if directory_bytes is None else int(directory_bytes),
+        read_bytes_per_s=read_bytes_per_s,
         prefetcher=prefetcher,
         keys=str(Path(keys).expanduser().absolute()) if keys else None,
         prefetch_timeout_base_s=base_s,
@@ -232,7 +234,7 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
         if keys is not None:
             raise FlagError("--hcache-keys does nothing without --hcache-prefetcher: add that, or drop this")
         return
-    if not address.startswith("tcp://") or not address.rpartition(":")[2].isdigit():
+    if not _is_tcp(address):
         raise FlagError(f"--hcache-prefetcher {address!r} is not tcp://HOST:PORT")
     if keys is not None and not Path(keys).expanduser().is_dir():
         raise FlagError(
@@ -243,6 +245,23 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
             raise FlagError(
                 f"{_flag(name)} excludes --hcache-prefetcher: files are on the prefetcher's host; drop one"
             )
+
+
+def _is_tcp(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname and parts.port) and address == f"tcp://{parts.netloc}"
+    except ValueError:  # such as a port beyond 65535
+        return False
+
+
+def _gigabytes(flag: str, value: object, unit: str) -> float | None:
+    """In bytes."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise FlagError(f"{flag} {value!r} is no positive number of {unit}: give one, such as 500, or drop it")
+    return value * GB
 
 
 def _prefetch_timeout(flag: object) -> tuple[float, float]:

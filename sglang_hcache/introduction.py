@@ -13,7 +13,7 @@ import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
-from sglang_hcache.config import DEFAULT_HOST_RATIO, HCacheConfig
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
 from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
@@ -49,22 +49,21 @@ class Introduction:
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
         self._host_bytes = self._wanted_host_bytes() * self.ranks_sharing_pages
+        scales = server_args.quantization_param_path
+        self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
-        weights = of_nodes_first_rank(
+        self._weights = of_nodes_first_rank(
             lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"),
             _ranks_of_a_node(server_args),
         )
-        self._identity = self._fingerprint(weights or self._this_server)
-        self._on_file = weights is not None
         if get_parallel().tp_rank % _ranks_of_a_node(server_args) == 0:
             warn_of_limits_that_do_not_hold(config)
 
     def weights_changed(self) -> None:
         """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
         self._weights_changes += 1
-        self._identity = self._fingerprint(f"{self._this_server}, change {self._weights_changes}")
-        self._on_file = False
+        self._weights = None
 
     @property
     def ranks_sharing_pages(self) -> int:
@@ -75,12 +74,12 @@ class Introduction:
         return Hello(
             pid=os.getpid(),
             name=f"{Path(self._model.model_path).name} rank {get_parallel().tp_rank}",
-            fingerprint=self._identity,
+            fingerprint=self._fingerprint(),
             page_tokens=self._layout.page_tokens,
             layer_bytes=list(self._layout.layer_bytes),
             host_bytes=self._host_bytes,
             grant=self._pages_of_a_forward(),
-            on_file=self._on_file,
+            on_file=self._weights is not None,
             write_policy=get_memory().hicache_write_policy,
             about={
                 "model": self._model.model_path,
@@ -120,14 +119,13 @@ class Introduction:
             )
             return None
 
-    def _fingerprint(self, model_identity: str) -> bytes:
-        scales = self._server_args.quantization_param_path
+    def _fingerprint(self) -> bytes:
         parts: list[tuple[str, object]] = [
-            ("model", model_identity),
+            ("model", self._weights or f"{self._this_server}, change {self._weights_changes}"),
             ("override", self._server_args.json_model_override_args),
             ("dtype", str(self._model.dtype)),
             ("kv_dtype", str(self._pool.dtype)),
-            ("kv_scales", file_digest(Path(scales)) if scales else None),
+            ("kv_scales", self._scales),
             ("quantization", self._model.quantization),
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
@@ -143,7 +141,7 @@ class Introduction:
         memory = get_memory()
         if memory.hicache_size > 0:
             return int(memory.hicache_size * GB)
-        ratio = self._server_args.hicache_ratio or DEFAULT_HOST_RATIO
+        ratio: float = memory.hicache_ratio
         wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
         available = available_bytes() // _ranks_of_a_node(self._server_args)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import select
@@ -12,29 +11,25 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_memory, get_parallel
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_hcache import serving
-from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
-from sglang_hcache.calibration import calibrate
-from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.ahead import Ahead
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
 from sglang_hcache.introduction import Introduction
 from sglang_hcache.lanes import current_lane, new_lane
-from sglang_hcache.load_planner import ForwardTimer, LoadPlanner, Prompt
+from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.remote import RemoteClient
-from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
-from sglang_hcache.representation import Stored, ways_of
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
-from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
+from sglang_hcache.start import hold_rule, keeper, plan
 from sglang_hcache.storage.layout import ROOT, positions
 from sglang_hcache.storage.store import READ_THREADS
-from sglang_hcache.trial import most_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -65,21 +60,21 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
-            self._stored, self._planner = self._plan()
+            self._stored, self._planner = plan(
+                self._config, serving.runner, serving.capture, self._pool, self._page_tokens
+            )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
         self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)), self._pool.layer_num)
         self._work: HostWork = _host_work(str(self._pool.device))
         self._queued: list[Load] = []
-        self._started: dict[int, list[Load]] = {}
-        self._promised: dict[str, list[int]] = {}
+        self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
         self._completed_offloads = 0
         self._offload_follows = ROOT
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
-        self._failed_batches: set[int] = set()
         self._introduction = Introduction(
             self._config,
             server_args,
@@ -89,7 +84,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             page_tokens=self._page_tokens,
             rows_of_a_forward=serving.most_rows_of_a_forward(),
         )
-        self._supervisor = self._make_supervisor()
+        self._supervisor = keeper(self._config, self._introduction.hello)
         try:
             store = self._supervisor.open()
         except (Unavailable, OSError) as error:
@@ -102,7 +97,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
         self._ahead = Ahead(
             store,
-            self._hold_rule(),
+            hold_rule(self._config),
             self._page_tokens,
             alone=get_parallel().tp_size == 1,
             planner=self._planner,
@@ -137,7 +132,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """Called between batches: leave a store that is gone, once nothing reads its memory, and take the next."""
         if self._store.alive:
             return
-        if not self._renewing and not self._queued and not self._started:
+        if not self._renewing and not self._under_way:
             self._leave_store()
             self._renewing = True
             self._supervisor.replace(self._store)
@@ -147,14 +142,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _leave_store(self) -> None:
         """Nothing here looks at its memory any more: there may be no room for another beside it."""
-        self._work.drain()
-        self._saver.clear()
+        self._forget_all()
         self._saver = NoSaver()
         if serving.capture is not None:
             serving.capture.sink = None
-        self._promised.clear()
-        self._restored.clear()
-        self._ahead.clear()
         if self._memory is not None:
             self._memory.release()
         self._memory = self._restorer = None
@@ -163,20 +154,19 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        loads = [*self._queued, *itertools.chain(*self._started.values())]
-        queued_pages = sum(len(load.chunks) for load in loads)
-        self._promised[rid] = self._ahead.ready(rid, keys, queued_pages=queued_pages)
-        return list(range(1, len(self._promised[rid]) + 1))
+        queued_pages = sum(len(load.chunks) for load in self._under_way)
+        return list(range(1, self._ahead.ready(rid, keys, queued_pages=queued_pages) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer = transfers[0]
-        chunks = self._promised.get(rid, [])[: len(transfer.keys)]
-        if len(chunks) < len(transfer.keys):
+        keys = [bytes.fromhex(key) for key in transfer.keys]
+        chunks = self._ahead.leased(rid, keys)
+        if len(chunks) < len(keys):
             self._loads["refused"] += 1
             self.forget_request(rid)
             return False
         self._saver.overwrite(transfer.device_indices)
-        self._restored.add(map(bytes.fromhex, transfer.keys))
+        self._restored.add(keys)
         self._queued.append(Load(rid, tuple(chunks), transfer.device_indices))
         self._loads["accepted"] += 1
         return True
@@ -187,28 +177,36 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         loads, self._queued = self._queued, []
         try:
             assert self._restorer is not None, "what is promised is in a store"
-            index = self._restorer.run(loads)
+            index, landed = self._restorer.run(loads), True
         except Exception:
             # SGLang aborts the requests of a failed load; the server must live on for all others.
             logger.exception("hcache: restoring failed; %d request(s) will be aborted by SGLang", len(loads))
-            index = self.layer_done_counter.new_batch()
-            self._failed_batches.add(index)
+            index, landed = self.layer_done_counter.new_batch(), False
             self._loads["failed"] += len(loads)
-        self._started[index] = loads
+        self._started[index] = loads, landed
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        if counter_index not in self._started:
+            return self._drop_what_was_never_started()
         seconds = self.layer_done_counter.synchronize(counter_index)
-        landed = counter_index not in self._failed_batches
-        self._failed_batches.discard(counter_index)
-        tokens = 0
-        for load in self._started.pop(counter_index, []):
+        loads, landed = self._started.pop(counter_index)
+        for load in loads:
             self.forget_request(load.rid)
-            tokens += len(load.chunks) * self._page_tokens
+        tokens = sum(len(load.chunks) for load in loads) * self._page_tokens
         self._tokens_restored += tokens * landed
         if landed and seconds is not None and self._planner is not None:
             self._planner.restored(tokens, seconds)
         return landed
+
+    def _drop_what_was_never_started(self) -> bool:
+        """A forward has run without these loads: SGLang aborts their requests, and frees the slots they are for."""
+        loads, self._queued = self._queued, []
+        logger.error("hcache: %d load(s) were not started before their forward", len(loads))
+        self._loads["failed"] += len(loads)
+        for load in loads:
+            self.forget_request(load.rid)
+        return False
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued."""
@@ -232,10 +230,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
-        under_way = [*self._queued, *(load for loads in self._started.values() for load in loads)]
-        if all(load.rid != rid for load in under_way):
-            self._promised.pop(rid, None)
+        if all(load.rid != rid for load in self._under_way):
             self._ahead.forget(rid)
+
+    @property
+    def _under_way(self) -> list[Load]:
+        return [*self._queued, *(load for loads, _ in self._started.values() for load in loads)]
 
     # ---- offload ----
 
@@ -266,14 +266,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def reset(self) -> None:
         """`/flush_cache`: empties the host tier; files stay, as HiCache's storage does."""
         self._forget_all()
+        self._started.clear()
         self._completed_offloads = 0
         self._store.drop_host()
 
     def _forget_all(self) -> None:
-        for index in list(self._started):
-            self.finish_layer_wise_loading(index)
+        """What the store has promised, and what is on its way into it. Loads under way come to their end."""
+        for index in self._started:
+            self.layer_done_counter.synchronize(index)
         self._queued.clear()
-        self._promised.clear()
         self._restored.clear()
         self._ahead.clear()
         self._saver.clear()
@@ -319,50 +320,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             **self._store.stats(),
         }
 
-    # ---- start ----
-
-    def _plan(self) -> tuple[Stored, LoadPlanner | None]:
-        """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
-        config, runner, pool = self._config, serving.runner, self._pool
-        hidden_wanted = config.representation != Representation.KV
-        ways = ways_of(
-            runner, serving.capture, pool, self._page_tokens, hidden_wanted=hidden_wanted, codec=config.codec
-        )
-        stored = choose_by_flag(config.representation, ways, pool.layer_num)
-        if config.plan != "auto":
-            return stored, None
-        rates = calibrate(
-            config, runner, ways, page_tokens=self._page_tokens, layers=pool.layer_num, device=str(pool.device)
-        )
-        if rates is None:
-            return stored, None
-        shape, kept = rates
-        # Ranks, and hosts with a common prefetcher, share pages: they must all come to the same.
-        by_itself = get_parallel().tp_size == 1 and config.prefetcher is None
-        if config.representation == "auto" and ways.hidden is not None and by_itself:
-            most = most_tokens(runner, self._page_tokens)
-            stored = choose_by_plan(
-                config, ways, shape, kept.machine, page_tokens=self._page_tokens, most_tokens=most
-            )
-        return stored, LoadPlanner(shape, kept.machine, stored.layout, self._page_tokens, learned=kept.learned)
-
-    def _make_supervisor(self) -> Keeper[Any]:
-        config = self._config
-        if config.prefetcher is not None:
-            return RemoteSupervisor(config.prefetcher, config.keys, self._introduction.hello)
-        return Supervisor(
-            config.directories,
-            config.directory_bytes,
-            self._introduction.hello,
-            read_bytes_per_s=config.read_bytes_per_s,
-        )
-
-    def _hold_rule(self) -> HoldRule:
-        return HoldRule(
-            PrefetchPolicy(get_memory().hicache_storage_prefetch_policy),
-            base_s=self._config.prefetch_timeout_base_s,
-            per_ki_token_s=self._config.prefetch_timeout_per_ki_token_s,
-        )
+    # ---- the store ----
 
     def _attach(self, store: PrefetchClient | RemoteClient) -> None:
         """Save to, and restore from, this store, in the place of the former one."""
@@ -406,13 +364,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return saver
 
     def _log_start(self) -> None:
+        config = self._config
         logger.info(
-            "hcache: storing %s (%s); host tier %d pages of %d tokens; files in %s",
+            "hcache: storing %s (%s); host tier %d pages of %d tokens; files %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
             self._stored.reason,
             len(self._store.memory),
             self._page_tokens,
-            ", ".join(self._config.directories),
+            f"in {', '.join(config.directories)}" if config.prefetcher is None else f"at {config.prefetcher}",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding.rope_variant import Phi3LongRoPEScaledRotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 _REPLAYED = {"hidden_states", "positions", "forward_batch"}
@@ -30,6 +31,11 @@ class AttentionSite:
     @cached_property
     def _place(self) -> int:
         return list(self.signature.parameters).index("hidden_states")
+
+    @property
+    def rotates_by_forward(self) -> bool:
+        """Whether a token's K depends on the other tokens of its forward: by the largest position, here."""
+        return any(isinstance(part, Phi3LongRoPEScaledRotaryEmbedding) for part in self.module.modules())
 
     def hidden_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The attention's input, `[tokens, width]`, among the arguments of a call of the module."""

@@ -77,6 +77,8 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         *(
             (f"{_WEIGHTS}.{method}", serving.after_weights_changed, HookType.AFTER)
             for method in (
+                "begin_weight_update",  # RDMA may write from now on, and tells nobody
+                "end_weight_update",
                 "load_weights_from_distributed",
                 "update_weights_from_tensor",
                 "update_weights_from_ipc",

@@ -114,24 +114,50 @@ def _hidden_projector(
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
         return None, "hidden states are larger than K and V, or the attention modules cannot be replayed"
-    if len(capture.sites) != pool.layer_num:
-        return None, f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool"
-    if get_lora().enable_lora:  # which --lora-paths sets, too, but not in what was given
-        return None, "with LoRA the projection depends on the request"
-    if runner.model_config.model_is_mrope:
-        return None, "positions of several dimensions (M-RoPE) are not stored"
+    if obstacle := _obstacle(runner, capture, pool):
+        return None, obstacle
     deterministic = runner.server_args.enable_deterministic_inference
     for projector in _candidates(capture.sites, pool, deterministic=deterministic):
-        result = run_self_test(runner, capture, projector, pool, page_tokens, code)
-        verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
-        passed = "passed" if result.passed else "FAILED"
-        logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
-        if code is not None and result.not_encoded:
-            share = f"{result.not_encoded:.1%} of a test prompt's tokens, nor the pages they are in"
-            logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", code.name, share)
-        if all_ranks(result.passed):
+        passed, verdict = _try(projector, runner, capture, pool, page_tokens, code)
+        if all_ranks(passed):
             return projector, ""
     return None, f"the self-test failed ({verdict})"
+
+
+def _obstacle(runner: Any, capture: Capture, pool: MHATokenToKVPool) -> str | None:
+    """What the self-test, of one short prompt, would not show."""
+    if len(capture.sites) != pool.layer_num:
+        return f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool"
+    if get_lora().enable_lora:  # which --lora-paths sets, too, but not in what was given
+        return "with LoRA the projection depends on the request"
+    if runner.model_config.model_is_mrope:
+        return "positions of several dimensions (M-RoPE) are not stored"
+    if any(site.rotates_by_forward for site in capture.sites):
+        return "with LongRoPE a token's K depends on the longest prompt of its forward"
+    return None
+
+
+def _try(
+    projector: KernelProjector | ReplayProjector,
+    runner: Any,
+    capture: Capture,
+    pool: MHATokenToKVPool,
+    page_tokens: int,
+    code: RowCode | None,
+) -> tuple[bool, str]:
+    """Whether it passes the self-test on this rank, and why; other ranks may see it otherwise."""
+    try:
+        result = run_self_test(runner, capture, projector, pool, page_tokens, code)
+    except Exception as error:  # of the model's own code, as a rule: the tier can do without
+        logger.warning("hcache: self-test of hidden states by %s FAILED", projector.name, exc_info=True)
+        return False, type(error).__name__
+    verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
+    passed = "passed" if result.passed else "FAILED"
+    logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
+    if code is not None and result.not_encoded:
+        share = f"{result.not_encoded:.1%} of a test prompt's tokens, nor the pages they are in"
+        logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", code.name, share)
+    return result.passed, verdict
 
 
 def _candidates(

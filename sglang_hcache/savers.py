@@ -104,7 +104,7 @@ class PageSaver:
         self._kv = kv
         self._code = code
         self._counts = dict.fromkeys(
-            ("tokens_captured", "tokens_not_captured", "tokens_not_encoded", "pages_incomplete"), 0
+            ("tokens_captured", "tokens_not_captured", "tokens_not_encoded", "pages_saved", "pages_incomplete"), 0
         )
 
     # ---- capture's sink ----
@@ -165,10 +165,8 @@ class PageSaver:
         before = [parent, *keys]
         for index, chunk in whole:
             self._store.commit(keys[index], chunk, before[index])
+        self._counts["pages_saved"] += len(whole)
         self._counts["pages_incomplete"] += len(keys) - len(whole)
-        if self._open is None:
-            self._counts["tokens_captured"] += len(whole) * self._page_tokens
-            self._counts["tokens_not_captured"] += (len(keys) - len(whole)) * self._page_tokens
 
     def _chunk_of(self, device_page: int) -> int | None:
         return self._store.reserve() if self._open is None else self._open.take(device_page)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _IDLE_WAIT_S = 0.005  # with nothing to do but to wait for pages; new requests a
 runner: Any = None
 capture: Capture | None = None
 linker: HCacheLinker | None = None
+_held_meanwhile: list[Any] | None = None  # requests that were queued, and are held, while a batch is made
 
 
 def after_load_model(_result: None, model_runner: Any) -> None:
@@ -104,13 +106,18 @@ class Admit:
 
 
 def after_request_queued(_result: None, scheduler: Any, req: Any, *_args: object, **_kwargs: object) -> None:
-    """The pages of a new request that are not on the device are asked for at once."""
+    """The pages of a new request that are not on the device are asked for at once.
+
+    SGLang queues some while it makes a batch (their grammar is ready): if they are held, they are not for that one.
+    """
     queue = scheduler.waiting_queue
     if linker is None or not queue or queue[-1] is not req:
         return
     keys, prompt = _missing_pages(scheduler.tree_cache, req)
     if keys:
         linker.queued(req.rid, keys, prompt)
+        if _held_meanwhile is not None and req.rid in linker.held:
+            _held_meanwhile.append(queue.pop())
 
 
 def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
@@ -119,7 +126,7 @@ def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
     from sglang.srt.mem_cache.common import _req_radix_key
 
     tokens = req.origin_input_ids + req.output_ids
-    if req.positional_embed_overrides is not None:
+    if req.positional_embed_overrides is not None or tree_cache.session.will_lend_record(req):
         return [], Prompt(len(tokens), 0)
     key = _req_radix_key(tree_cache, req, tokens, req._compute_max_prefix_len(len(tokens)))
     match = tree_cache.match_prefix(MatchPrefixParams(key=key))
@@ -150,21 +157,34 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
     if linker is None:
         return original(scheduler, *args, **kwargs)
     linker.renew_store()
-    before, held = scheduler.waiting_queue, linker.held
-    if any(req.rid in held for req in before):
+    before, held = scheduler.waiting_queue, set(linker.held)
+    if held:
         scheduler.waiting_queue = [req for req in before if req.rid not in held]
         if not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None:
             linker.wait_for_news(_IDLE_WAIT_S)
+    with _out_of_sight() as held_meanwhile:
         result = original(scheduler, *args, **kwargs)
+    if held:
         left = scheduler.waiting_queue
         still_there, known = {id(req) for req in left}, {id(req) for req in before}
         scheduler.waiting_queue = [req for req in before if id(req) in still_there or req.rid in held]
         scheduler.waiting_queue += [req for req in left if id(req) not in known]
-    else:
-        result = original(scheduler, *args, **kwargs)
+    scheduler.waiting_queue += held_meanwhile
     if (batch := result[0]) is not None:
         linker.scheduled([req.rid for req in batch.reqs])
     return result
+
+
+@contextlib.contextmanager
+def _out_of_sight() -> Iterator[list[Any]]:
+    """Meanwhile, requests that are queued and held are put in the list instead."""
+    global _held_meanwhile
+    requests: list[Any] = []
+    _held_meanwhile = requests
+    try:
+        yield requests
+    finally:
+        _held_meanwhile = None
 
 
 def after_weights_changed(_result: object, _updater: object, *_args: object, **_kwargs: object) -> None:

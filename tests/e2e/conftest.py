@@ -108,6 +108,11 @@ def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
 def update_weights(server: Server, model: Path) -> None:
     """And wait until there is a store for the new ones; what is asked for before is not kept."""
     server.update_weights(model)
+    wait_for_stores(server)
+
+
+def wait_for_stores(server: Server) -> None:
+    """Of all ranks, each with one for the weights that it has now."""
     ranks = len(server.server_info()["internal_states"])
     wait_until(lambda: all(tier_state(server, rank)["prefetcher"] == "ok" for rank in range(ranks)), 30)
 

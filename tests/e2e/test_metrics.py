@@ -39,7 +39,8 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
 
         wait_until(figures_agree, 2 * EVERY_S + 10)
         found = scraped(server)
-        assert found["hcache_restored_tokens_total"][1] == restored
+        assert found["hcache_restored_tokens_total"][1] == found["hcache_found_tokens_total"][1] == restored
+        assert found["hcache_looked_up_tokens_total"][1] > 4 * restored
         labels, value = found["hcache_prefetcher_up"]
         assert value == 1
         assert 'tp_rank="0"' in labels

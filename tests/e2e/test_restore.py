@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, RequestFailed, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights
+from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights, wait_for_stores
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     LLAMA,
@@ -99,6 +99,15 @@ def test_weights_that_cannot_be_loaded_change_nothing(server: Server, restored: 
     state = tier_state(server)
     assert state["prefetcher"] == "ok"
     assert state["volumes"] != []
+
+
+def test_weights_that_are_written_where_they_are(server: Server, restored: Reference) -> None:
+    """SGLang sees no more of RDMA than the session it comes in; what is on file is not for what it wrote."""
+    server.hold_weight_session()
+    wait_for_stores(server)
+    server.flush_cache()
+    assert server.generate(random_prompt(1200, seed=1), 1).cached_tokens == 0
+    assert tier_state(server)["volumes"] == []
 
 
 def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Server, restored: Reference) -> None:

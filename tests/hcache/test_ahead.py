@@ -63,7 +63,8 @@ def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: th
     wait_until_let_go(requests, "a")
     requests.admit(["a"])
     assert "a" not in requests.held
-    slots = requests.ready("a", keys_of(range(10)))
+    assert requests.ready("a", keys_of(range(10))) == 10
+    slots = requests.leased("a", keys_of(range(10)))
     assert [holds(store.memory[slot], page) for page, slot in enumerate(slots)] == [True] * 10
     assert requests.stats()["lookups_not_ahead"] == 0
     requests.forget("a")
@@ -74,7 +75,7 @@ def test_never_longer_than_the_timeout(store: LocalStore) -> None:
     requests = Ahead(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(10)))
     assert 0.2 < wait_until_let_go(requests, "a") < 0.3 + ahead.LATE_S + 0.2
-    assert requests.ready("a", keys_of(range(10))) == []
+    assert requests.ready("a", keys_of(range(10))) == 0
     requests.forget("a")
 
 
@@ -82,10 +83,10 @@ def test_best_effort_holds_nothing_and_takes_what_is_there(store: LocalStore, di
     requests = Ahead(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(10)))
     assert not requests.held
-    assert requests.ready("a", keys_of(range(10))) == []
+    assert requests.ready("a", keys_of(range(10))) == 0
     disk.set()
     assert store.wait("a", 10).done
-    assert len(requests.ready("a", keys_of(range(10)))) == 10
+    assert requests.ready("a", keys_of(range(10))) == 10
     requests.forget("a")
 
 
@@ -95,13 +96,14 @@ def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: t
     requests.queued("memory", keys_of(range(20, 25)))
     requests.queued("nowhere", keys_of(range(90, 95)))
     assert not requests.held
-    assert len(requests.ready("memory", keys_of(range(20, 25)))) == 5
-    assert requests.ready("nowhere", keys_of(range(90, 95))) == []
+    assert requests.ready("memory", keys_of(range(20, 25))) == 5
+    assert requests.ready("nowhere", keys_of(range(90, 95))) == 0
     requests.clear()
 
 
-def test_of_many_requests_at_once_one_is_waited_for(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler goes on, and decides on the others in its next step."""
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Owners that were waited for; after one wait in vain comes no other."""
     waits, wait = list[str](), LocalStore.wait
 
     def counted(store: LocalStore, owner: str, timeout_s: float) -> Any:
@@ -110,11 +112,32 @@ def test_of_many_requests_at_once_one_is_waited_for(store: LocalStore, monkeypat
 
     monkeypatch.setattr(LocalStore, "wait", counted)
     monkeypatch.setattr(ahead, "NO_WAIT_S", 30.0)
+    return waits
+
+
+def test_of_many_requests_at_once_one_is_waited_for(store: LocalStore, waits: list[str]) -> None:
+    """The scheduler goes on, and decides on the others in its next step."""
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     for number in range(50):
         requests.queued(str(number), keys_of(range(10)))
     assert waits == ["0"]
     assert len(requests.held) == 50
+    requests.clear()
+
+
+def test_of_many_lookups_in_one_step_one_is_waited_for(
+    store: LocalStore, disk: threading.Event, waits: list[str]
+) -> None:
+    """Those that ask without a wait find their pages at the next lookup."""
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    rids = list(map(str, range(5)))
+    assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [0] * len(rids)
+    assert waits == ["0"]
+    disk.set()
+    for rid in rids:
+        assert store.wait(rid, 10).done
+    assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [10] * len(rids)
+    assert requests.stats()["lookups_not_ahead"] == len(rids)
     requests.clear()
 
 
@@ -126,18 +149,73 @@ def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalSt
     requests.clear()
 
 
+def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalStore) -> None:
+    """A rank that lets go for itself builds other batches than the rest: they wait for each other for good."""
+
+    def step() -> list[str]:
+        let_go = ranks[0].let_go()
+        for rank in ranks:
+            rank.admit(let_go)
+        assert list(ranks[0].held) == list(ranks[1].held)
+        return let_go
+
+    for loser in (0, 1):
+        other = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
+        ranks = [Ahead(mine, HoldRule(), LAYOUT.page_tokens, alone=False) for mine in (store, store)]
+        ranks[loser] = Ahead(other, HoldRule(), LAYOUT.page_tokens, alone=False)
+        for rank in ranks:
+            rank.queued("before", keys_of(range(10)))
+        ranks[loser].clear()
+        for rank in ranks:
+            rank.queued("behind", keys_of(range(10)))
+        assert list(ranks[0].held) == list(ranks[1].held) == ["before", "behind"]
+        if loser == 0:
+            assert step() == ["before", "behind"], "there is nothing to wait for"
+        else:
+            assert step() == []
+            for rank in ranks:
+                rank.forget("before")
+            step()
+        ranks[loser].attach(other)
+        for rank in ranks:
+            rank.clear()
+        step()
+        assert not ranks[0].held
+        other.close()
+
+
 def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(4, 10)))
     assert store.wait("a", 10).done
-    assert len(requests.ready("a", keys_of(range(6, 10)))) == 4, "the device has more by now"
+    assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
     assert requests.stats()["lookups_not_ahead"] == 0
     assert requests.ready("a", keys_of(range(0, 10))) or store.wait("a", 10).done, "the device has lost some"
-    assert len(requests.ready("a", keys_of(range(0, 10)))) == 10
+    assert requests.ready("a", keys_of(range(0, 10))) == 10
     assert requests.stats()["lookups_not_ahead"] == 1
     requests.forget("a")
     assert store.stats()["pages_leased"] == 0
+
+
+def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
+    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, believes, prompt = set[Prompt](), planner(ssd_bytes_per_s=1e10), Prompt(new_tokens=999, device_tokens=7)
+
+    def planned(pages: int, prompt: Prompt, **_: object) -> int:
+        prompts.add(prompt)
+        return pages
+
+    monkeypatch.setattr(believes, "pages", planned)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests.queued("a", keys_of(range(4, 10)), prompt)
+    disk.set()
+    assert store.wait("a", 10).done
+    assert requests.ready("a", keys_of(range(10))) or store.wait("a", 10).done, "the device has lost some"
+    assert requests.ready("a", keys_of(range(10))) == 10
+    assert prompts == {prompt}
+    requests.clear()
 
 
 def planner(ssd_bytes_per_s: float, bus_bytes_per_s: float = 1e10) -> LoadPlanner:
@@ -177,7 +255,7 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
     assert requests.let_go() == []
     disk.set()
     wait_until_let_go(requests, "a")
-    assert len(requests.ready("a", keys_of(range(10)))) == 10
+    assert requests.ready("a", keys_of(range(10))) == 10
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -294,7 +372,7 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
         unanswered.setattr(store, "progress", lambda owner: Progress((), False))
         assert requests.let_go() == []
     assert requests.let_go() == ["a"]
-    assert len(requests.ready("a", keys_of(range(20, 30)))) == 10
+    assert requests.ready("a", keys_of(range(20, 30))) == 10
     requests.clear()
 
 
@@ -374,6 +452,25 @@ def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(
     requests.clear()
 
 
+def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: threading.Event) -> None:
+    """The scheduler looks again in each step in which the request waits."""
+    disk.set()
+    believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests.queued("a", keys_of(range(12)))
+    store.wait("a", 10)
+    for _ in range(3):
+        assert requests.ready("a", keys_of(range(12))) == 0, "to restore them is not worth it"
+    assert requests.stats()["tokens_looked_up"] == 0
+    requests.forget("a")
+    requests.forget("a")
+    stats = requests.stats()
+    assert (stats["tokens_looked_up"], stats["tokens_found"]) == (12 * LAYOUT.page_tokens, 10 * LAYOUT.page_tokens)
+    requests.queued("never looked up", keys_of(range(12)))
+    requests.forget("never looked up")
+    assert requests.stats()["tokens_looked_up"] == stats["tokens_looked_up"]
+
+
 def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
     store.prefetch("warm", keys_of(range(10)))
@@ -381,6 +478,6 @@ def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: th
     for bus, expected in ((1e10, 10), (1e3, 0)):
         requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10, bus))
         requests.queued("a", keys_of(range(10)), Prompt(new_tokens=8, device_tokens=0))
-        assert len(requests.ready("a", keys_of(range(10)))) == expected
+        assert requests.ready("a", keys_of(range(10))) == expected
         requests.clear()
     store.release("warm")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"hidden_size": 8}')
+    (folder / "modeling.py").write_text("SCALE = 1")
     (folder / "model-1.safetensors").write_bytes(os.urandom(50_000))
     (folder / "model-2.safetensors").write_bytes(os.urandom(50_000))
     return folder
@@ -35,7 +37,13 @@ def drop_a_file(folder: Path) -> None:
     (folder / "model-2.safetensors").unlink()
 
 
-@pytest.mark.parametrize("change", [flip_one_bit_of_the_weights, change_the_configuration, drop_a_file])
+def change_the_code(folder: Path) -> None:
+    (folder / "modeling.py").write_text("SCALE = 2")
+
+
+@pytest.mark.parametrize(
+    "change", [flip_one_bit_of_the_weights, change_the_configuration, change_the_code, drop_a_file]
+)
 def test_any_change_is_another_model(change: Callable[[Path], None], checkpoint: Path, tmp_path: Path) -> None:
     memo = tmp_path / "memo.json"
     before = checkpoint_identity(str(checkpoint), memo)
@@ -49,15 +57,24 @@ def test_a_copy_elsewhere_is_the_same_model(checkpoint: Path, tmp_path: Path) ->
     assert checkpoint_identity(str(copy), memo) == checkpoint_identity(str(checkpoint), memo)
 
 
-def test_the_memo_saves_reading(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memo_saves_reading(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which may take minutes: the log says so."""
     memo = tmp_path / "memo.json"
+    caplog.set_level(logging.INFO)
     identity = checkpoint_identity(str(checkpoint), memo)
     assert memo.stat().st_mode & 0o777 == 0o600
 
-    def refuse(_path: Path) -> str:
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "hcache: reading 0.0 GB of weights",
+        "hcache: the weights are read",
+    ]
+
+    def refuse(_weights: object) -> list[str]:
         raise AssertionError("weights are read again")
 
-    monkeypatch.setattr("sglang_hcache.fingerprint.file_digest", refuse)
+    monkeypatch.setattr("sglang_hcache.fingerprint._digests", refuse)
     assert checkpoint_identity(str(checkpoint), memo) == identity
 
 

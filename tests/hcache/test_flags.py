@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+from sglang.srt.server_args import ServerArgs
 
 from sglang_hcache import server_kwargs
 from sglang_hcache.config import HCacheConfig, names_our_linker
-from sglang_hcache.flags import FlagError, add_cli_args, translate
+from sglang_hcache.flags import _CONFLICTS, FlagError, add_cli_args, translate
 
 
 def switched_on(tmp_path: Path, **values: Any) -> dict[str, Any]:
@@ -47,9 +49,32 @@ def test_limits_in_gigabytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["hcache_dir_size", "hcache_read_limit"])
-def test_a_limit_that_leaves_nothing(flag: str, tmp_path: Path) -> None:
-    with pytest.raises(FlagError, match=f"--{flag.replace('_', '-')} 0"):
-        switched_on(tmp_path, **{flag: 0})
+@pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan"), "500GB"])
+def test_a_limit_that_is_none(flag: str, limit: object, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match=f"--{flag.replace('_', '-')} {limit!r} is no positive number of gigabytes"):
+        switched_on(tmp_path, **{flag: limit})
+
+
+@pytest.mark.parametrize("timeout", ["1,nan", "-1", "1,2,3", "soon"])
+def test_a_timeout_that_is_none(timeout: str, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match=r"--hcache-prefetch-timeout .* is not BASE"):
+        switched_on(tmp_path, hcache_prefetch_timeout=timeout)
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1:7400", "tcp://host.name:1", "tcp://[::1]:65535"])
+def test_a_prefetcher_of_another_host(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    linker = server_kwargs(hcache_prefetcher=address)["unified_cache_external_linker_config"]
+    assert linker["linker_extra_config"]["prefetcher"] == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://:7400", "tcp://host:99999", "tcp://host:0", "tcp://host", "tcp://host:7400/x", "host:7400", "udp://h:1"],
+)
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(FlagError, match="is not tcp://HOST:PORT"):
+        server_kwargs(hcache_prefetcher=address)
 
 
 def test_default_directory_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +101,9 @@ def test_without_the_backend_nothing_changes() -> None:
         ("disable_radix_cache", True),
         ("radix_cache_backend", "other"),
         ("speculative_algorithm", "EAGLE"),
+        ("dllm_algorithm", "LowConfidence"),
+        ("hicache_io_backend", "direct"),
+        ("hicache_mem_layout", "layer_first"),
         ("disaggregation_mode", "prefill"),
         ("pp_size", 2),
         ("enable_dp_attention", True),
@@ -95,6 +123,12 @@ def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object
 )
 def test_a_default_is_no_contradiction(harmless: dict[str, Any], tmp_path: Path) -> None:
     assert switched_on(tmp_path, **harmless)["enable_unified_cache_external_linker"]
+
+
+def test_sglangs_defaults_are_no_contradiction(tmp_path: Path) -> None:
+    fields = {field.name: field.default for field in msgspec.structs.fields(ServerArgs)}
+    values = {name: fields[name] for name in _CONFLICTS}
+    assert switched_on(tmp_path, **values)["enable_unified_cache_external_linker"]
 
 
 def test_more_memory_than_there_is(tmp_path: Path) -> None:

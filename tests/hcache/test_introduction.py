@@ -24,7 +24,7 @@ Say = Callable[..., Hello]
 
 MODEL = {"load_format": "auto", "revision": None, "download_dir": None}
 LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
-SERVER = {"hicache_ratio": 2.0, "quantization_param_path": None, "json_model_override_args": "{}", "nnodes": 1}
+SERVER = {"quantization_param_path": None, "json_model_override_args": "{}", "nnodes": 1}
 
 
 def checkpoint(folder: Path, weights: bytes, configuration: str = "config.json") -> Path:
@@ -45,9 +45,14 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     halves = [torch.empty(500, dtype=torch.uint8)] * 2
     pool: Any = SimpleNamespace(dtype=torch.float32, k_buffer=halves, v_buffer=halves)
 
-    def said(model: Path | str, *, size: int = 1, fraction: float | None = None, **arguments: object) -> Hello:
+    def said(
+        model: Path | str, *, size: int = 1, ratio: float = 2.0, fraction: float | None = None, **arguments: object
+    ) -> Hello:
         memory = SimpleNamespace(
-            hicache_size=size, hicache_host_memory_fraction=fraction, hicache_write_policy="write_through"
+            hicache_size=size,
+            hicache_ratio=ratio,
+            hicache_host_memory_fraction=fraction,
+            hicache_write_policy="write_through",
         )
         monkeypatch.setattr(introduction, "get_memory", lambda: memory)
         monkeypatch.setattr(introduction, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
@@ -131,10 +136,10 @@ def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monke
     model = checkpoint(tmp_path / "model", b"weights")
     monkeypatch.setattr(introduction, "available_bytes", lambda: 3000)
     assert say(model, size=0, fraction=0.8).host_bytes == 2400, "the default ratio is reduced, as SGLang does"
-    assert say(model, size=0, fraction=0.8, hicache_ratio=1.0).host_bytes == 2000
-    assert say(model, size=0, hicache_ratio=1.4).host_bytes == 2800
+    assert say(model, size=0, fraction=0.8, ratio=1.0).host_bytes == 2000
+    assert say(model, size=0, ratio=1.4).host_bytes == 2800
     with pytest.raises(RuntimeError, match=r"--hicache-ratio 1\.6 does not fit"):
-        say(model, size=0, hicache_ratio=1.6)
+        say(model, size=0, ratio=1.6)
 
 
 def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,148 @@
+"""The linker as SGLang calls it, with a real pool and a real prefetcher; K and V are stored: no model has to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+from sglang_hcache import introduction, linker, ranks, representation, serving, start
+from sglang_hcache.config import HCacheConfig
+from sglang_hcache.linker import HCacheLinker
+from sglang_hcache.load_planner import Prompt
+from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.storage.contract import Progress
+from tests.e2e.conftest import wait_until
+from tests.storage.pages import key_of, keys_of
+
+PAGE = 16
+PAGES = 8  # of the pool
+
+
+@pytest.fixture
+def pool() -> MHATokenToKVPool:
+    pool = MHATokenToKVPool(PAGES * PAGE, PAGE, torch.float32, 2, 4, 2, "cpu", enable_memory_saver=False)
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        buffer.normal_()
+    return pool
+
+
+@pytest.fixture
+def tier(tmp_path: Path, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[HCacheLinker]:
+    context = {
+        "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1),
+        "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
+        "get_model": SimpleNamespace(load_format="dummy"),
+        "get_lora": SimpleNamespace(enable_lora=False),
+        "get_memory": SimpleNamespace(
+            hicache_size=0.01, hicache_write_policy="write_through", hicache_storage_prefetch_policy="timeout"
+        ),
+    }
+    for name, value in context.items():
+        for module in (introduction, linker, ranks, representation, start):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, partial(copy, value))
+    model = SimpleNamespace(model_path="m", dtype=torch.float32, quantization=None)
+    monkeypatch.setattr(serving, "runner", SimpleNamespace(model_config=model))
+    monkeypatch.setattr(serving, "most_rows_of_a_forward", lambda: 4 * PAGE)
+    monkeypatch.setattr(serving, "linker", None)
+    config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
+    made = HCacheLinker(
+        SimpleNamespace(nnodes=1, quantization_param_path=None, json_model_override_args="{}"),
+        SimpleNamespace(page_size=PAGE, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool)),
+        components={ComponentType.FULL},
+        extra_config=config.to_linker_config()["linker_extra_config"],
+    )
+    yield made
+    made.close()
+
+
+def slots_of(*device_pages: int) -> torch.Tensor:
+    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in device_pages])
+
+
+def transfer(pages: range, device_pages: tuple[int, ...] = ()) -> list[PoolTransfer]:
+    slots = slots_of(*device_pages) if device_pages else None
+    return [PoolTransfer(name=PoolName.KV, keys=[key.hex() for key in keys_of(pages)], device_indices=slots)]
+
+
+@pytest.fixture
+def stored(tier: HCacheLinker) -> HCacheLinker:
+    """Pages 0 and 1 are in the store, from device pages 1 and 2."""
+    wait_until(lambda: tier.stats()["pages_granted"] > 0, 10)
+    assert tier.offload(transfer(range(2), (1, 2)))
+    wait_until(lambda: tier.stats()["pages_host"] == 2, 10)
+    return tier
+
+
+def promise(tier: HCacheLinker, rid: str = "a") -> None:
+    tier.queued(rid, [key_of(0), key_of(1)], Prompt(PAGE, 0))
+    wait_until(lambda: tier.lookup(rid, transfer(range(2))) == [1, 2], 10)
+
+
+def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: MHATokenToKVPool) -> None:
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    assert index >= 0
+    assert stored.finish_layer_wise_loading(index)
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        assert torch.equal(buffer[slots_of(5, 6)], buffer[slots_of(1, 2)])
+    stats = stored.stats()
+    assert (stats["tokens_restored"], stats["loads_accepted"], stats["pages_leased"]) == (2 * PAGE, 1, 0)
+
+
+def test_what_was_not_promised_is_refused(stored: HCacheLinker) -> None:
+    assert not stored.load("a", transfer(range(2), (5, 6)))
+    promise(stored)
+    assert not stored.load("a", transfer(range(3), (5, 6, 7)))
+    assert stored.start_layer_wise_loading() == -1
+    assert stored.stats()["loads_refused"] == 2
+
+
+def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: MHATokenToKVPool) -> None:
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    before = pool.k_buffer[0].clone()
+    assert not stored.finish_layer_wise_loading(-1)
+    assert stored.start_layer_wise_loading() == -1, "the slots are somebody else's by now"
+    assert torch.equal(pool.k_buffer[0], before)
+    assert not stored.finish_layer_wise_loading(7)
+    stats = stored.stats()
+    assert (stats["loads_failed"], stats["tokens_restored"], stats["pages_leased"]) == (1, 0, 0)
+
+
+def test_loads_under_way_land_though_the_weights_are_changed(stored: HCacheLinker) -> None:
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    stored.weights_changed()
+    stored.renew_store()
+    assert stored.finish_layer_wise_loading(index)
+
+    def served_again() -> bool:
+        stored.renew_store()
+        return bool(stored.stats()["prefetcher"] == "ok")
+
+    wait_until(served_again, 30)
+    assert stored.lookup("b", transfer(range(2))) == []
+
+
+def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks hold them, too, and may not have lost theirs."""
+    monkeypatch.setattr(PrefetchClient, "wait", lambda *_: Progress((), False))
+    tier.queued("a", [key_of(90)], Prompt(PAGE, 0))
+    tier._store.give_up("a test")
+    tier.renew_store()
+    assert list(tier.held) == ["a"]
+    assert tier.let_go() == ["a"]
+    tier.admit(["a"])
+    assert not tier.held

@@ -1,0 +1,84 @@
+"""When hidden states are not offered as a way to store a layer, and why."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from sglang_hcache import ranks, representation, selftest
+from sglang_hcache.model import AttentionSite
+from sglang_hcache.representation import Ways, ways_of
+
+PAGE, WIDTH, HEADS, HEAD = 16, 8, 2, 32
+
+
+class Attention(torch.nn.Module):
+    """Cannot be replayed."""
+
+    def __init__(self, rotary: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, hidden_states: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+
+def ways(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> tuple[Ways, Any]:
+    """Of a model with one layer, whose forward hands rows over, and the capture that takes them."""
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1)
+    for where in (representation, ranks):
+        monkeypatch.setattr(where, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(representation, "get_lora", lambda: SimpleNamespace(enable_lora=False))
+    site = AttentionSite(module, SimpleNamespace(layer_id=0), inspect.signature(module.forward))
+    capture: Any = SimpleNamespace(sites=[site], sink=None)
+
+    def prefill(*_: object) -> None:
+        capture.sink.write(torch.arange(PAGE, 2 * PAGE), torch.arange(PAGE), torch.ones(1, PAGE, WIDTH))
+
+    monkeypatch.setattr(selftest, "prefill_random_prompt", prefill)
+    pool = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 1, "cpu", enable_memory_saver=False)
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=False, context_len=99),
+        server_args=SimpleNamespace(enable_deterministic_inference=False),
+        max_total_num_tokens=4 * PAGE,
+        req_to_token_pool=set(),
+        token_to_kv_pool_allocator=set(),
+    )
+    return ways_of(runner, capture, pool, PAGE, hidden_wanted=True, codec=None), capture
+
+
+def test_a_model_whose_replay_raises_is_served_as_k_and_v(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found, capture = ways(monkeypatch, Attention())
+    assert found.hidden is None
+    assert found.obstacle == "the self-test failed (ZeroDivisionError)"
+    assert capture.sink is None
+    (record,) = (record for record in caplog.records if "by replay FAILED" in record.message)
+    assert record.exc_info is not None, "the log says where"
+
+
+def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are restored in other company than they were computed in."""
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * (HEAD // 2),
+        "long_factor": [1.0 + 0.5 * i for i in range(HEAD // 2)],
+        "original_max_position_embeddings": 128,
+    }
+    rotary = get_rope(HEAD, HEAD, 1024, 10000, True, scaling, dtype=torch.float32)
+    positions, keys = torch.arange(256), torch.randn(256, HEADS * HEAD)
+    _, together = rotary(positions, keys.clone(), keys.clone())
+    _, alone = rotary(positions[:64], keys[:64].clone(), keys[:64].clone())
+    assert not torch.allclose(together[:64], alone)
+    found, _ = ways(monkeypatch, Attention(rotary))
+    assert found.hidden is None
+    assert "LongRoPE" in found.obstacle

@@ -1,0 +1,137 @@
+"""Which requests the scheduler gets to see; it, its queue and its requests are stand-ins."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
+
+from sglang_hcache import serving
+from sglang_hcache.load_planner import Prompt
+
+PROMPT = Prompt(1, 0)
+
+
+class Linker:
+    """Holds requests whose id begins with `h`."""
+
+    def __init__(self) -> None:
+        self.held = dict[str, None]()
+        self.waited = 0
+
+    def queued(self, rid: str, _keys: object, _prompt: object) -> None:
+        if rid.startswith("h"):
+            self.held[rid] = None
+
+    def wait_for_news(self, _timeout_s: float) -> None:
+        self.waited += 1
+
+    def renew_store(self) -> None:
+        pass
+
+    def scheduled(self, _rids: object) -> None:
+        pass
+
+
+class Scheduler:
+    """Runs all it sees but the first one, and queues `late` on its way, as SGLang does with grammars."""
+
+    def __init__(self, *rids: str) -> None:
+        self.waiting_queue: list[Any] = []
+        self.running_batch = SimpleNamespace(is_empty=lambda: True)
+        self.chunked_req = self.tree_cache = None
+        self.late = list[str]()
+        self.saw = list[str]()
+        for rid in rids:
+            self.add(rid)
+
+    def add(self, rid: str) -> None:
+        req = SimpleNamespace(rid=rid)
+        self.waiting_queue.append(req)
+        serving.after_request_queued(None, self, req)
+
+    def make_batch(self) -> tuple[Any, None]:
+        for rid in self.late:
+            self.add(rid)
+        self.late = []
+        self.saw = self.queue
+        batch, self.waiting_queue = self.waiting_queue[1:], self.waiting_queue[:1]
+        return SimpleNamespace(reqs=batch) if batch else None, None
+
+    def step(self) -> None:
+        serving.around_new_batch(Scheduler.make_batch, self)
+
+    @property
+    def queue(self) -> list[str]:
+        return [req.rid for req in self.waiting_queue]
+
+
+@pytest.fixture
+def linker(monkeypatch: pytest.MonkeyPatch) -> Linker:
+    linker = Linker()
+    monkeypatch.setattr(serving, "linker", linker)
+    monkeypatch.setattr(serving, "_missing_pages", lambda _tree, _req: ([b"key"], PROMPT))
+    return linker
+
+
+def test_held_requests_keep_their_place_out_of_sight(linker: Linker) -> None:
+    scheduler = Scheduler("a", "h1", "b", "h2", "c")
+    scheduler.step()
+    assert scheduler.saw == ["a", "b", "c"]
+    assert scheduler.queue == ["a", "h1", "h2"]
+    linker.held.clear()
+    scheduler.step()
+    assert scheduler.saw == ["a", "h1", "h2"]
+    assert scheduler.queue == ["a"]
+    assert linker.waited == 0
+
+
+@pytest.mark.parametrize("before", [(), ("a",), ("h1",), ("a", "h1")])
+def test_what_is_queued_while_a_batch_is_made_is_held_for_the_next(linker: Linker, before: tuple[str, ...]) -> None:
+    scheduler = Scheduler(*before)
+    scheduler.late = ["late", "h late"]
+    scheduler.step()
+    assert scheduler.saw == [rid for rid in (*before, "late") if not rid.startswith("h")]
+    assert scheduler.queue[-1] == "h late"
+    assert [rid for rid in scheduler.queue if rid.startswith("h")] == [*linker.held]
+    linker.held.clear()
+    scheduler.step()
+    assert "h late" in scheduler.saw
+    scheduler.add("h again")
+    assert scheduler.queue[-1] == "h again", "outside of a step it is queued as usual"
+
+
+def test_with_nothing_to_do_but_to_hold_it_waits_for_news(linker: Linker) -> None:
+    scheduler = Scheduler("h1")
+    scheduler.step()
+    assert linker.waited == 1
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None:
+    sessions: Any = StreamingSession(None)
+    if turn == 2:
+        sessions.slots["s"] = SessionSlot(kv=ReqKvInfo(req_pool_idx=0))
+    tree = SimpleNamespace(
+        session=sessions,
+        page_size=2,
+        swa_reprefill_tail_tokens=lambda _req: 0,
+        match_prefix=lambda _params: SimpleNamespace(device_prefix_len=0),
+        linker=SimpleNamespace(_tail_hashes=lambda *_: ["01"]),
+    )
+    req = SimpleNamespace(
+        origin_input_ids=array("q", [1, 2]),
+        output_ids=array("q"),
+        positional_embed_overrides=None,
+        to_finish=None,
+        session=SimpleNamespace(session_id="s", streaming=True),
+        extra_key=None,
+        cache_salt=None,
+        _compute_max_prefix_len=lambda tokens: tokens,
+    )
+    keys, _ = serving._missing_pages(tree, req)
+    assert keys == ([b"\x01"] if turn == 1 else [])
