@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 
 @dataclass(eq=False)
 class _Wanted:
-    ticket: int
+    number: int  # of the message that asks for it; 0 where nobody is asked
     slots: list[int] = field(default_factory=list)
     done: bool = False
     began_at: float = field(default_factory=time.monotonic)
@@ -50,8 +49,8 @@ class PrefetchClient:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._granted: deque[int] = deque()
-        self._wanted: dict[str, _Wanted] = {}
-        self._tickets = itertools.count(1)
+        self._wanted: dict[str, _Wanted] = {}  # by owner: what these are called is nothing to the prefetcher
+        self._asked: dict[int, _Wanted] = {}  # the same, by number
         self._reserve_failed = 0
         self._figures: Stats = {}
         self._connection = Connection(
@@ -120,18 +119,18 @@ class PrefetchClient:
         page_priority: int = 0,
         deadline_s: float = 0.0,
     ) -> None:
-        with self._lock:
-            wanted = self._wanted[owner] = _Wanted(next(self._tickets), done=not self.alive)
-        self._connection.send(
-            m.Prefetch(
-                owner=owner,
-                ticket=wanted.ticket,
-                keys=list(keys[: m.MAX_KEYS]),
-                priority=priority,
-                page_priority=page_priority,
-                deadline_s=deadline_s,
-            )
+        message = m.Prefetch(
+            keys=list(keys[: m.MAX_KEYS]),
+            priority=priority,
+            page_priority=page_priority,
+            deadline_s=min(deadline_s, m.MAX_SECONDS),
         )
+        with self._lock:
+            former = self._wanted.get(owner)
+            wanted = self._wanted[owner] = _Wanted(self._connection.send(message), done=not self.alive)
+            self._asked[wanted.number] = wanted
+            if former is not None:  # only now: what is in both stays in place
+                self._let_go(former)
 
     def progress(self, owner: str) -> Progress:
         with self._lock:
@@ -148,13 +147,14 @@ class PrefetchClient:
             return max(0.0, wanted.ended_at - wanted.began_at) if wanted else 0.0
 
     def cut(self, owner: str) -> None:
-        self._connection.send(m.Cancel(owner=owner))
+        with self._lock:
+            if wanted := self._wanted.get(owner):
+                self._connection.send(m.Cancel(prefetch=wanted.number))
 
     def release(self, owner: str) -> None:
         with self._lock:
-            known = self._wanted.pop(owner, None)
-        if known is not None:
-            self._connection.send(m.Release(owner=owner))
+            if wanted := self._wanted.pop(owner, None):
+                self._let_go(wanted)
 
     def flush(self, timeout_s: float) -> bool:
         try:
@@ -190,6 +190,10 @@ class PrefetchClient:
         self._connection.close()
         self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
+    def _let_go(self, wanted: _Wanted) -> None:
+        self._asked.pop(wanted.number, None)
+        self._connection.send(m.Release(prefetch=wanted.number))
+
     def _progress(self, owner: str) -> Progress:
         wanted = self._wanted.get(owner)
         return Progress(tuple(wanted.slots), wanted.done) if wanted else Progress((), True)
@@ -199,8 +203,7 @@ class PrefetchClient:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)
             elif isinstance(message, m.Ready):
-                wanted = self._wanted.get(message.owner)
-                if wanted is None or wanted.ticket != message.ticket:
+                if (wanted := self._asked.get(message.answers)) is None:
                     return
                 assert message.first == len(wanted.slots), "pages are announced in order"
                 wanted.slots.extend(message.slots)

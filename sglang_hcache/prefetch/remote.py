@@ -73,8 +73,7 @@ class RemoteFiles(Stripe):
         self._layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._reads: dict[str, _Read] = {}
-        self._numbers = itertools.count(1)
+        self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
         self._gone = gone
         self._closed = False
         self.damaged = 0
@@ -102,16 +101,12 @@ class RemoteFiles(Stripe):
 
     def read(self, key: bytes, out: Record) -> bool:
         """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
-        owner, read = str(next(self._numbers)), _Read()
         with self._lock:
-            self._reads[owner] = read
-        self.connection.send(
-            m.Prefetch(owner=owner, ticket=0, keys=[key], priority=0, page_priority=0, deadline_s=0.0)
-        )
-        with self._lock:
+            number = self.connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0, deadline_s=0.0))
+            read = self._reads[number] = _Read()
             self._changed.wait_for(lambda: read.ended or not self.connection.alive, READ_S)
-            del self._reads[owner]
-        self.connection.send(m.Release(owner=owner))
+            self._reads.pop(number, None)
+        self.connection.send(m.Release(prefetch=number))
         if read.frame is None:
             return False
         data = np.frombuffer(read.frame, np.uint8)
@@ -155,7 +150,7 @@ class RemoteFiles(Stripe):
         if not isinstance(message, m.Ready):
             return
         with self._lock:
-            read = self._reads.get(message.owner)
+            read = self._reads.get(message.answers)
             if read is not None:
                 read.frame = payload[0] if payload else None
                 read.ended = True

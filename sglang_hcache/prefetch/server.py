@@ -186,13 +186,13 @@ class Server:
         while self._progress:
             seen.add(self._progress.popleft())
         for fingerprint, store_owner in seen:
-            number, owner = split_owner(store_owner)
+            number, prefetch = split_owner(store_owner)
             session = self._by_number.get(number)
             if session is not None and session.space.fingerprint == fingerprint:
-                self._announce(session, owner)
+                self._announce(session, prefetch)
 
-    def _announce(self, session: Session, owner: str) -> None:
-        asked = session.asked.get(owner)
+    def _announce(self, session: Session, prefetch: int) -> None:
+        asked = session.asked.get(prefetch)
         if asked is None or asked.done:
             return
         slots, done = session.space.store.progress(asked.store_owner)
@@ -209,9 +209,7 @@ class Server:
             session.credit -= len(payload)
             self.counts["pages_sent"] += len(payload)
         places = range(len(fresh)) if session.remote else fresh
-        self._send(
-            session, m.Ready(owner=owner, ticket=asked.ticket, first=first, slots=list(places), done=done), payload
-        )
+        self._send(session, m.Ready(answers=prefetch, first=first, slots=list(places), done=done), payload)
 
     def _serve_waiting(self) -> None:
         """What memory, or a full queue, did not allow before."""
@@ -270,11 +268,8 @@ class Server:
         self._send(session, m.Found(answers=message.seq, present=present))
 
     def _prefetch(self, session: Session, message: m.Prefetch) -> None:
-        if session.remote:
-            self._let_go(session, message.owner)
-        asked = session.ask(message.owner, message.ticket, message.keys)
         session.space.store.prefetch(
-            asked.store_owner,
+            session.ask(message).store_owner,
             message.keys,
             priority=message.priority,
             page_priority=message.page_priority,
@@ -282,14 +277,11 @@ class Server:
         )
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:
-        if asked := session.asked.get(message.owner):
+        if asked := session.asked.get(message.prefetch):
             session.space.store.cut(asked.store_owner)
 
     def _release(self, session: Session, message: m.Release) -> None:
-        self._let_go(session, message.owner)
-
-    def _let_go(self, session: Session, owner: str) -> None:
-        if parting := session.let_go(owner):
+        if parting := session.let_go(message.prefetch):
             self._partings.append(parting)
 
     def _commit(self, session: Session, message: m.Commit) -> None:
@@ -306,8 +298,8 @@ class Server:
 
     def _credit(self, session: Session, message: m.Credit) -> None:
         session.credit = min(session.credit + message.pages, session.space.store.memory.shape[0])
-        for owner in list(session.asked):
-            self._announce(session, owner)
+        for prefetch in list(session.asked):
+            self._announce(session, prefetch)
 
     def _abandon(self, session: Session, message: m.Abandon) -> None:
         for slot in message.slots:
@@ -372,8 +364,7 @@ class Server:
 
     def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> bool:
         """False where nobody is there to hear it."""
-        session.sent += 1
-        head = m.encode(msgspec.structs.replace(message, session=session.number, seq=session.sent))
+        head = m.encode(msgspec.structs.replace(message, session=session.number))
         frames = [head, *payload]
         put = Put.FULL if session.outbox else session.peer.put(frames)
         if put is Put.FULL and not session.keep(frames) and not session.broken:

@@ -231,7 +231,7 @@ def test_who_gives_no_credit_gets_no_pages_and_holds_up_nobody(open_prefetcher: 
     save(a, range(20))
     a.drop_host()
     raw = RawClient(open_prefetcher.address)
-    raw.send(m.Prefetch(owner="x", ticket=1, keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
+    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
     assert raw.pages(0.5) == 0
     raw.send(m.Credit(pages=3))
     assert raw.pages(0.5) == 3
@@ -245,7 +245,7 @@ def test_a_silent_client_expires(open_prefetcher: Prefetcher) -> None:
     a = open_prefetcher.remote()
     save(a, range(20))
     raw = RawClient(open_prefetcher.address)
-    raw.send(m.Prefetch(owner="x", ticket=1, keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
+    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
     raw.send(m.Credit(pages=2))
     assert raw.pages(0.5) == 2
     assert a.stats()["prefetcher_clients"] == 2

@@ -54,12 +54,12 @@ def test_what_a_session_does_not_allow_is_refused(
     assert_nothing_held(client)
 
 
-def test_releases_and_cancels_of_owners_nobody_knows_are_nothing(directory: Path, join: Join) -> None:
+def test_releases_and_cancels_of_prefetches_nobody_knows_are_nothing(directory: Path, join: Join) -> None:
     client = join()
     with Raw(directory) as raw:
         raw.open()
-        raw.say(m.Release(owner="nobody"))
-        raw.say(m.Cancel(owner="nobody"))
+        raw.say(m.Release(prefetch=7))
+        raw.say(m.Cancel(prefetch=7))
         raw.say(m.Health())
         raw.hear(m.Alive)
     assert figures(client)["messages_refused"] == 0
@@ -181,12 +181,12 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
     client.drop_host()
     with Raw(directory) as raw:
         raw.open(grant=1)
-        raw.say(m.Prefetch(owner="a", ticket=7, keys=keys_of(range(30)), priority=0, page_priority=0, deadline_s=0))
+        asked = raw.say(m.Prefetch(keys=keys_of(range(30)), priority=0, page_priority=0, deadline_s=0))
         slots: list[int] = []
         done = False
         while not done:
             ready = raw.hear(m.Ready)
-            assert (ready.owner, ready.ticket, ready.first) == ("a", 7, len(slots))
+            assert (ready.answers, ready.first) == (asked, len(slots))
             assert ready.done or ready.slots
             slots += ready.slots
             done = ready.done
