@@ -105,11 +105,11 @@ class Keeper(ABC, Generic[Client]):
         """Before a store that is gone is closed."""
 
     def _reopen(self, gone: Client, unwanted: threading.Event) -> None:
-        self._give_up(gone)
-        gone.close()
         pause = BACK_OFF_S[0]
         while not self._closed.is_set() and not unwanted.is_set():
             try:
+                self._give_up(gone)
+                gone.close()
                 store = self.open()
             except (Unavailable, OSError, subprocess.SubprocessError) as error:
                 log.warning("hcache: no prefetcher can be had (%s); trying again in %g s", error, pause)
