@@ -32,7 +32,7 @@ class PrefetchClient:
     """A ChunkStore in the memory of another process on this host, for as long as that process lives.
 
     `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone. Raises Unavailable
-    where there is no prefetcher that serves `hello` within `timeout_s`.
+    where there is no prefetcher that serves `hello` within `timeout_s`, or `go_on` says not to wait any more.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PrefetchClient:
         *,
         news: int,
         timeout_s: float,
-        is_there: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self.layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._news = news
@@ -54,7 +54,7 @@ class PrefetchClient:
         self._reserve_failed = 0
         self._figures: Stats = {}
         self._connection = Connection(
-            address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, is_there=is_there
+            address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, go_on=go_on
         )
         welcome = self._connection.welcome
         try:
@@ -81,9 +81,9 @@ class PrefetchClient:
         return self._connection.ending is Ending.SILENT
 
     @property
-    def given_up(self) -> bool:
-        """Whether it is gone because its user had no more use for it."""
-        return self._connection.ending is Ending.GIVEN_UP
+    def lost(self) -> bool:
+        """Whether it is gone although its user had use for it."""
+        return not self.alive and self._connection.ending is not Ending.GIVEN_UP
 
     @property
     def prefetcher_pid(self) -> int:

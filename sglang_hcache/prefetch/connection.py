@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.keys import client_keys
+from sglang_hcache.prefetch.keys import KeyFileError, client_keys
 
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
@@ -39,6 +39,10 @@ class Unavailable(Exception):
     """No session with a prefetcher can be had, or the session is over."""
 
 
+class Hopeless(Unavailable):
+    """None can be had, and another try does not help."""
+
+
 class Ending(Enum):
     """What ended a session."""
 
@@ -56,7 +60,7 @@ class Connection:
     keys it is spoken to; without, only where it needs none.
 
     Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`, or
-    `is_there` says that there is none any more.
+    `go_on` says that it is not waited for any more.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class Connection:
         timeout_s: float,
         record_bytes: int = 0,
         keys: Path | None = None,
-        is_there: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self._remote = hello.pid == 0
         self._receive = receive
@@ -93,12 +97,12 @@ class Connection:
         self._socket.set(zmq.MAXMSGSIZE, max(4 * m.MAX_MESSAGE_BYTES, record_bytes))
         try:
             self._connect(address, keys)
-            self.welcome = self._introduce(hello, timeout_s, is_there)
+            self.welcome = self._introduce(hello, timeout_s, go_on)
             self._pidfd = -1 if self._remote else os.pidfd_open(self.welcome.pid)
         except (Unavailable, OSError, zmq.ZMQError) as error:
             self._socket.close(0)
             self._context.term()
-            raise Unavailable(str(error)) from None
+            raise (Hopeless if isinstance(error, KeyFileError) else Unavailable)(str(error)) from None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="hcache-prefetch", daemon=True)
 
@@ -157,11 +161,11 @@ class Connection:
             self._socket.curve_serverkey = server
         self._socket.connect(address)
 
-    def _introduce(self, hello: m.Hello, timeout_s: float, is_there: Callable[[], bool]) -> m.Welcome:
+    def _introduce(self, hello: m.Hello, timeout_s: float, go_on: Callable[[], bool]) -> m.Welcome:
         self._socket.send(m.encode(hello))
         deadline = time.monotonic() + timeout_s
         while not self._socket.poll(int(1000 * LOOK_S)):
-            if not is_there():  # it was about to end, and has not read what we sent
+            if not go_on():  # it was about to end, and has not read what we sent
                 raise Unavailable("the prefetcher has ended")
             if time.monotonic() > deadline:
                 raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import os
 import queue
 import threading
@@ -66,7 +67,14 @@ class RemoteFiles(Stripe):
     """The prefetcher as a store's files: `locate`, `read` and `write` are questions to it. Any thread may ask."""
 
     def __init__(
-        self, address: str, hello: m.Hello, *, timeout_s: float, keys: Path | None, gone: Callable[[], None]
+        self,
+        address: str,
+        hello: m.Hello,
+        *,
+        timeout_s: float,
+        keys: Path | None,
+        gone: Callable[[], None],
+        go_on: Callable[[], bool],
     ) -> None:
         super().__init__([])
         self._fingerprint = hello.fingerprint
@@ -75,7 +83,6 @@ class RemoteFiles(Stripe):
         self._changed = threading.Condition(self._lock)
         self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
         self._gone = gone
-        self._closed = False
         self.damaged = 0
         self.connection = Connection(
             address,
@@ -85,6 +92,7 @@ class RemoteFiles(Stripe):
             timeout_s=timeout_s,
             record_bytes=self._layout.record_bytes + MARGIN_BYTES,
             keys=keys,
+            go_on=go_on,
         )
         self.connection.start()
         self.connection.send(m.Credit(pages=READ_THREADS))
@@ -142,9 +150,7 @@ class RemoteFiles(Stripe):
         """The prefetcher sees by itself what is asked for."""
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.connection.close()
+        self.connection.close()
 
     def _receive(self, message: m.FromServer, payload: Sequence[memoryview]) -> None:
         if not isinstance(message, m.Ready):
@@ -169,11 +175,19 @@ class RemoteClient:
 
     `hello`: its `pid` is set to 0, and `host_bytes` bounds the arena of this process. `keys`: the folder with this
     client's keys, None where the prefetcher listens on loopback without. `news`: as for PrefetchClient. Raises
-    Unavailable where no prefetcher takes `hello` within `timeout_s`; ValueError for bad values.
+    Unavailable where no prefetcher takes `hello` within `timeout_s`, or `go_on` says not to wait any more; ValueError
+    for bad values.
     """
 
     def __init__(
-        self, address: str, hello: m.Hello, *, news: int, timeout_s: float, keys: Path | None = None
+        self,
+        address: str,
+        hello: m.Hello,
+        *,
+        news: int,
+        timeout_s: float,
+        keys: Path | None = None,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         hello = msgspec.structs.replace(hello, pid=0, grant=0)
         layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
@@ -185,13 +199,16 @@ class RemoteClient:
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._files = RemoteFiles(address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring)
+        slots = max(1, hello.host_bytes // layout.record_bytes)
+        self._region = mmap.mmap(-1, slots * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._files = RemoteFiles(address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring, go_on=go_on)
         self._store = LocalStore(
             layout,
             hello.fingerprint,
             hello.host_bytes,
             [],
             files=self._files,
+            region=self._region,
             on_progress=self._progressed,
         )
         self._worker = threading.Thread(target=self._work, name="hcache-remote", daemon=True)
@@ -206,9 +223,9 @@ class RemoteClient:
         return self._files.connection.why_ended
 
     @property
-    def given_up(self) -> bool:
-        """Whether it is gone because its user had no more use for it."""
-        return self._files.connection.ending is Ending.GIVEN_UP
+    def lost(self) -> bool:
+        """Whether it is gone although its user had use for it."""
+        return not self.alive and self._files.connection.ending is not Ending.GIVEN_UP
 
     @property
     def prefetcher_pid(self) -> int:
@@ -327,6 +344,7 @@ class RemoteClient:
         self._files.close()  # first: the store's threads may be waiting for it
         self._worker.join()
         self._store.close()
+        self._region.madvise(mmap.MADV_DONTNEED)  # whoever still refers to it: there may be no room for another
 
     def _work(self) -> None:
         """Looking up waits for the prefetcher, and nobody may wait for that."""

@@ -17,6 +17,7 @@ from sglang_hcache.planner.follow import PROBE_EVERY
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Place
@@ -275,3 +276,11 @@ def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, dis
     requests._trial.begin([key_of(7)])
     assert int(str(store.stats()["pages_leased"])) >= len(slots) == 5
     requests.clear()
+
+
+def test_nothing_is_held_while_there_is_no_store() -> None:
+    requests = Ahead(NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(3)))
+    assert not requests.held
+    assert requests.ready("a", keys_of(range(3))) == []
+    requests.forget("a")

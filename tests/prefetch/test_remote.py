@@ -20,8 +20,10 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import endpoint_for
 from sglang_hcache.prefetch.keys import KeyFileError, client_keys, make_keys
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import EXPIRE_S
+from sglang_hcache.prefetch.supervisor import RemoteSupervisor
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
@@ -31,13 +33,13 @@ SLOTS = 64
 class Prefetcher:
     """A prefetcher's process that listens on TCP; `keys`: made for the clients `a` and `b`."""
 
-    def __init__(self, folder: Path, *, secure: bool = True) -> None:
+    def __init__(self, folder: Path, *, secure: bool = True, address: str = "") -> None:
         self.directory, self.keys = folder / "pages", folder / "keys"
         self.directory.mkdir()
         make_keys(self.keys, ("a", "b"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            self.address = address or f"tcp://127.0.0.1:{free.getsockname()[1]}"
         self.local = endpoint_for([str(self.directory)]).address
         config = {"address": self.local, "directories": [str(self.directory)], "ends_when_unused": False}
         config |= {"listen": self.address, "keys": str(self.keys) if secure else ""}
@@ -304,3 +306,38 @@ def test_large_records(prefetcher: Prefetcher, capsys: pytest.CaptureFixture[str
         print(f" fetched {gigabytes / fetched:.2f} GB/s")
     a.close()
     b.close()
+
+
+def test_memory_of_a_closed_client_is_given_back_at_once(open_prefetcher: Prefetcher) -> None:
+    client = open_prefetcher.remote()
+    save(client, range(5))
+    memory = client.memory
+    assert memory.any()
+    client.close()
+    assert not memory.any(), "although somebody still refers to it"
+
+
+def test_a_server_starts_before_its_prefetcher_and_finds_it_later(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    early = RemoteSupervisor(address, None, hello)
+    assert isinstance(early.start(0.5), NoStore)
+    running = Prefetcher(tmp_path, secure=False, address=address)
+    deadline = time.monotonic() + 20
+    while (found := early.taken()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    save(found, range(3))
+    found.close()
+    early.close()
+    running.close()
+
+
+def test_keys_that_cannot_be_read_end_the_start_at_once(tmp_path: Path) -> None:
+    supervisor = RemoteSupervisor("tcp://127.0.0.1:9", str(tmp_path / "nowhere"), hello)
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="hcache keygen"):
+        supervisor.start()
+    assert time.monotonic() - began < 5
+    supervisor.close()
