@@ -374,6 +374,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _connect(self, store: PrefetchClient | RemoteClient) -> None:
         self._store = store
+        self._introduction.welcomed(store.welcome)
         self._saver = self._make_saver(store)
         memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
         if self._memory is not None:

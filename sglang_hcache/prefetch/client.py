@@ -56,7 +56,7 @@ class PrefetchClient:
         self._connection = Connection(
             address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, go_on=go_on
         )
-        welcome = self._connection.welcome
+        welcome = self.welcome
         try:
             region = Region.attach(welcome.region, welcome.slots * self.layout.record_bytes)
         except OSError as error:
@@ -86,8 +86,12 @@ class PrefetchClient:
         return not self.alive and self._connection.ending is not Ending.GIVEN_UP
 
     @property
+    def welcome(self) -> m.Welcome:
+        return self._connection.welcome
+
+    @property
     def prefetcher_pid(self) -> int:
-        return self._connection.welcome.pid
+        return self.welcome.pid
 
     def reserve(self) -> int | None:
         with self._lock:

@@ -133,7 +133,8 @@ class Welcome(Message):
     pid: Count
     region: str  # path of the shared memory; empty between hosts
     slots: Count
-    lease_limit: Count  # slots all clients may lease at once
+    quota_bytes: Count | None  # of each directory; None where none was given
+    read_bytes_per_s: float | None  # the most that is read from files; likewise
 
 
 class Refused(Message):

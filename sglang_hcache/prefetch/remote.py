@@ -230,7 +230,11 @@ class RemoteClient:
     @property
     def prefetcher_pid(self) -> int:
         """On its own host."""
-        return self._files.connection.welcome.pid
+        return self.welcome.pid
+
+    @property
+    def welcome(self) -> m.Welcome:
+        return self._files.connection.welcome
 
     @property
     def layout(self) -> ChunkLayout:

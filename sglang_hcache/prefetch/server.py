@@ -256,7 +256,8 @@ class Server:
             pid=os.getpid(),
             region="" if session.remote else space.region.path,
             slots=space.store.memory.shape[0],
-            lease_limit=space.store.lease_limit,
+            quota_bytes=self.config.quota_bytes,
+            read_bytes_per_s=self.config.read_bytes_per_s,
         )
         if self._send(session, welcome):
             self._grant(session)

@@ -204,6 +204,14 @@ def test_only_those_with_a_key_get_in(prefetcher: Prefetcher, tmp_path: Path) ->
     client.close()
 
 
+def test_a_key_that_cannot_be_read_keeps_nobody_else_out(prefetcher: Prefetcher) -> None:
+    clients = prefetcher.keys / "clients"
+    (clients / "Zero.key").write_text("")
+    (clients / "0.key").symlink_to(clients / "nowhere")
+    prefetcher.remote("a").close()
+    assert "0.key cannot be read" in prefetcher.log()
+
+
 def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys", ("a",))
     secret = tmp_path / "keys" / "a" / "client.key_secret"

@@ -18,7 +18,7 @@ from sglang_hcache.prefetch import connection, process
 from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Hopeless, Unavailable
-from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.supervisor import Supervisor
 from tests.prefetch.clients import (
@@ -486,3 +486,39 @@ def test_a_search_is_ended_at_once(directory: Path, join: Join) -> None:
     supervisor.close()
     assert time.monotonic() - began < 1.0
     kill(client, signal.SIGCONT)
+
+
+def test_a_prefetcher_whose_lock_was_removed_takes_nothing_from_the_next_one(directory: Path, runtime: Path) -> None:
+    """As when /run/user is removed at logout, or /tmp tidied up."""
+    first = supervisor_of(directory).open()
+    endpoint = endpoint_for([str(directory)])
+    endpoint.lock.unlink()
+    second = supervisor_of(directory).open()
+    assert second.prefetcher_pid != first.prefetcher_pid
+    save(first, range(5))
+    assert first.flush(30)
+    assert fetched(second, range(10)) == 5
+    first.close()
+    assert until(lambda: [process.pid for process in prefetchers(directory)] == [second.prefetcher_pid])
+    assert endpoint.socket.exists()
+    assert is_running(endpoint)
+    third = supervisor_of(directory).open()
+    assert third.prefetcher_pid == second.prefetcher_pid
+    second.close()
+    third.close()
+    assert until(lambda: not prefetchers(directory))
+    assert list(runtime.iterdir()) == []
+
+
+def test_the_lock_of_a_running_prefetcher_does_not_look_forgotten(
+    directory: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = endpoint_for([str(directory)])
+    lock = InstanceLock.acquire(endpoint)
+    assert lock is not None
+    os.utime(endpoint.lock, (0, 0))
+    monkeypatch.setattr(process, "TOUCH_S", 0.05)
+    with process._kept_fresh(lock):
+        assert until(lambda: endpoint.lock.stat().st_mtime > 0)
+    lock.release()
+    assert list(runtime.iterdir()) == []
