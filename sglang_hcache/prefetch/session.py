@@ -57,6 +57,7 @@ class Session:
     credit: int = 0  # pages that a client on another host can take
     broken: bool = False
     granted: set[int] = field(default_factory=set)
+    flushes: deque[tuple[int, float]] = field(default_factory=deque)  # `seq` of each that waits, and how long it may
     asked: dict[int, Asked] = field(default_factory=dict)  # by `seq` of the message
     outbox: deque[Frames] = field(default_factory=deque)  # what its socket could not take yet
     outbox_bytes: int = 0  # without payload, which lies in the arena

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from tests.prefetch.clients import assert_nothing_held, child, fetched, figures, hello, line_of, save, until
 from tests.prefetch.conftest import Join
 from tests.prefetch.raw import Raw
@@ -193,3 +194,20 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
         assert len(slots) == 30
         assert all(holds(client.memory[slot], page) for page, slot in enumerate(slots))
     assert_nothing_held(client)
+
+
+def test_who_waits_for_a_slow_disk_keeps_nobody_from_joining(directory: Path, join: Join) -> None:
+    """More of them than there are threads that open stores."""
+    process = child("write_slowly", directory, 1.0)
+    assert until(lambda: is_running(endpoint_for([str(directory)])))
+    client = join()
+    assert client.prefetcher_pid == process.pid
+    save(client, range(20))
+    asked = [client._connection.send(m.Flush()) for _ in range(8)]
+    assert all(asked)
+    began = time.monotonic()
+    join(fingerprint=OTHER_FINGERPRINT)
+    assert time.monotonic() - began < 2
+    assert client.flush(30)
+    assert time.monotonic() - began > 2
+    assert figures(client)["pages_file"] == 20
