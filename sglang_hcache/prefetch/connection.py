@@ -192,11 +192,11 @@ class Connection:
 
     def _run(self) -> None:
         try:
-            self._talk()
-        except Exception:
-            log.exception("hcache: a session with the prefetcher failed.")
-            self._end(Ending.FAILED, "a defect: see the log")
-        try:
+            try:
+                self._talk()
+            except Exception:
+                log.exception("hcache: a session with the prefetcher failed.")
+                self._end(Ending.FAILED, "a defect: see the log")
             self._say_goodbye()
         finally:
             self._end(Ending.GIVEN_UP, "it was closed")

@@ -184,6 +184,7 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     other = supervisor.open()
     assert until(lambda: figures(other)["prefetcher_clients"] == 1, 20), "no session is left behind"
     assert supervisor.taken() is None
+    assert until(lambda: len(prefetchers(directory)) == 1), "what was started beside it sees that it is not needed"
     supervisor.replace(other)
     next_one = replaced(supervisor)
     assert next_one.alive
@@ -492,8 +493,12 @@ def test_a_prefetcher_whose_lock_was_removed_takes_nothing_from_the_next_one(dir
     """As when /run/user is removed at logout, or /tmp tidied up."""
     first = supervisor_of(directory).open()
     endpoint = endpoint_for([str(directory)])
+    former = endpoint.socket.stat().st_ino
     endpoint.lock.unlink()
-    second = supervisor_of(directory).open()
+    supervisor = supervisor_of(directory)
+    supervisor._launch()
+    assert until(lambda: endpoint.socket.exists() and endpoint.socket.stat().st_ino != former)
+    second = supervisor.open()
     assert second.prefetcher_pid != first.prefetcher_pid
     save(first, range(5))
     assert first.flush(30)
