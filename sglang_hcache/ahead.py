@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -78,28 +79,27 @@ class _Request:
 class _Trial:
     """Pages that are read though nobody waits for them, to see how fast that is; one trial at a time."""
 
-    _OWNER = "hcache-trial"
-
     def __init__(self, store: ChunkStore) -> None:
         self._store = store
+        self._owner = f"trial {uuid.uuid4()}"  # beside requests, whose ids their senders may choose
         self.pages = 0  # that are being read
 
     def begin(self, keys: Sequence[bytes]) -> None:
         self.pages = len(keys)
-        self._store.prefetch(self._OWNER, keys, deadline_s=NO_DEADLINE_S)
+        self._store.prefetch(self._owner, keys, deadline_s=NO_DEADLINE_S)
 
     def look(self, planner: LoadPlanner) -> None:
         """Tell the planner, if it is over."""
-        if not self.pages or not (found := self._store.progress(self._OWNER)).done:
+        if not self.pages or not (found := self._store.progress(self._owner)).done:
             return
         if len(found.slots) == self.pages:
-            planner.read(self.pages, self._store.took_s(self._OWNER))
+            planner.read(self.pages, self._store.took_s(self._owner))
         self.end()
 
     def end(self) -> None:
         if self.pages:
             self.pages = 0
-            self._store.release(self._OWNER)
+            self._store.release(self._owner)
 
 
 class Ahead:

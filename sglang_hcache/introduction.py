@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import psutil
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
-from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
 from sglang_hcache.prefetch.host_memory import available_bytes
-from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.prefetch.server import ServerConfig
+from sglang_hcache.prefetch.messages import Hello, Welcome
 from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
 from sglang_hcache.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
@@ -41,11 +36,11 @@ class Introduction:
         page_tokens: int,
         rows_of_a_forward: int,
     ) -> None:
+        self._config = config
         self._server_args = server_args
         self._model = model_config
         self._pool = pool
         self._stored = stored
-        self._codec = config.codec
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
         self._host_bytes = self._wanted_host_bytes() * self.ranks_sharing_pages
@@ -57,8 +52,11 @@ class Introduction:
             lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"),
             _ranks_of_a_node(server_args),
         )
-        if get_parallel().tp_rank % _ranks_of_a_node(server_args) == 0:
-            warn_of_limits_that_do_not_hold(config)
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """A session has begun: one rank of a node says what is different from what this server asks for."""
+        if get_parallel().tp_rank % _ranks_of_a_node(self._server_args) == 0:
+            warn_of_limits_that_do_not_hold(self._config, welcome)
 
     def weights_changed(self) -> None:
         """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
@@ -84,7 +82,7 @@ class Introduction:
             about={
                 "model": self._model.model_path,
                 "dtype": str(self._model.dtype).removeprefix("torch."),
-                "representation": ", ".join(filter(None, (self._stored.name, self._codec))),
+                "representation": ", ".join(filter(None, (self._stored.name, self._config.codec))),
             },
         )
 
@@ -130,7 +128,7 @@ class Introduction:
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
             ("hidden_layers", self._stored.layout.hidden),
-            ("codec", self._codec),
+            ("codec", self._config.codec),
         ]
         if self._stored.layout.kv:
             parallel = get_parallel()
@@ -158,35 +156,18 @@ def _ranks_of_a_node(server_args: Any) -> int:
     return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
 
 
-def warn_of_limits_that_do_not_hold(config: HCacheConfig) -> None:
-    """A prefetcher that runs already keeps those it was started with, whatever this server's flags say."""
-    endpoint = endpoint_for(config.directories)
-    given = (
-        ("--hcache-dir-size", config.directory_bytes, "quota_bytes"),
-        ("--hcache-read-limit", config.read_bytes_per_s, "read_bytes_per_s"),
+def warn_of_limits_that_do_not_hold(config: HCacheConfig, welcome: Welcome) -> None:
+    """A prefetcher that ran already keeps those it was started with, whatever this server's flags say."""
+    limits = (
+        ("--hcache-dir-size", config.directory_bytes, welcome.quota_bytes),
+        ("--hcache-read-limit", config.read_bytes_per_s, welcome.read_bytes_per_s),
     )
-    if not any(wanted for _, wanted, _ in given) or not is_running(endpoint):
-        return
-    running = _running(endpoint)
-    for flag, wanted, name in given:
-        held = getattr(running, name, None)
-        if wanted is not None and (running is None or held != wanted):
+    for flag, wanted, held in limits:
+        if wanted is not None and held != wanted:
             logger.warning(
                 "hcache: %s %g is not in force: the prefetcher of %s runs already, with %s",
                 flag,
                 wanted / GB,
                 ",".join(config.directories),
-                "limits given by hand" if running is None else f"{held / GB:g}" if held else "no limit",
+                f"{held / GB:g}" if held is not None else "no limit",
             )
-
-
-def _running(endpoint: Endpoint) -> ServerConfig | None:
-    """What the prefetcher was started with, if a server started it: its only argument."""
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or [""]
-        with contextlib.suppress(msgspec.MsgspecError):
-            if "sglang_hcache.prefetch" in command:
-                found = msgspec.json.decode(command[-1], type=ServerConfig)
-                if found.address == endpoint.address:
-                    return found
-    return None

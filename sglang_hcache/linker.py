@@ -24,6 +24,7 @@ from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
@@ -84,16 +85,18 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             page_tokens=self._page_tokens,
             rows_of_a_forward=serving.most_rows_of_a_forward(),
         )
-        self._supervisor = keeper(self._config, self._introduction.hello)
         try:
-            store = self._supervisor.open()
+            self._supervisor = keeper(self._config, self._introduction.hello)
+            store = self._supervisor.start()
         except (Unavailable, OSError) as error:
-            raise RuntimeError(f"--hicache-backend hcache: no prefetcher can be had: {error}") from None
-        self._renewing = False
+            raise RuntimeError(f"--hicache-backend hcache cannot reach or start a prefetcher: {error}") from None
+        self._renewing = not store.alive
         self._memory: PinnedMemory | None = None
         self._restorer: Restorer | None = None
         self._saver: Saver = NoSaver()
-        self._connect(store)
+        self._store: PrefetchClient | RemoteClient | NoStore = store
+        if not isinstance(store, NoStore):
+            self._connect(store)
         self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
         self._ahead = Ahead(
             store,
@@ -133,15 +136,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if self._store.alive:
             return
         if not self._renewing and not self._under_way:
-            self._leave_store()
             self._renewing = True
-            self._supervisor.replace(self._store)
+            self._leave_store()
         if store := self._supervisor.taken():
             self._renewing = False
             self._attach(store)
 
     def _leave_store(self) -> None:
-        """Nothing here looks at its memory any more: there may be no room for another beside it."""
+        """Nothing here looks at its memory any more, as there may be no room for another beside it; get another."""
         self._forget_all()
         self._saver = NoSaver()
         if serving.capture is not None:
@@ -149,6 +151,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if self._memory is not None:
             self._memory.release()
         self._memory = self._restorer = None
+        gone, self._store = self._store, NoStore(self._store.layout, self._store.why_ended, lost=self._store.lost)
+        self._ahead.attach(self._store)
+        self._supervisor.replace(gone)
 
     # ---- lookup and load ----
 
@@ -329,6 +334,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _connect(self, store: PrefetchClient | RemoteClient) -> None:
         self._store = store
+        self._introduction.welcomed(store.welcome)
         self._saver = self._make_saver(store)
         memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
         if self._memory is not None:

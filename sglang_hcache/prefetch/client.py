@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 
 @dataclass(eq=False)
 class _Wanted:
-    ticket: int
+    number: int  # of the message that asks for it; 0 where nobody is asked
     slots: list[int] = field(default_factory=list)
     done: bool = False
     began_at: float = field(default_factory=time.monotonic)
@@ -33,7 +32,7 @@ class PrefetchClient:
     """A ChunkStore in the memory of another process on this host, for as long as that process lives.
 
     `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone. Raises Unavailable
-    where there is no prefetcher that serves `hello` within `timeout_s`.
+    where there is no prefetcher that serves `hello` within `timeout_s`, or `go_on` says not to wait any more.
     """
 
     def __init__(
@@ -43,21 +42,21 @@ class PrefetchClient:
         *,
         news: int,
         timeout_s: float,
-        is_there: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self.layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._news = news
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._granted: deque[int] = deque()
-        self._wanted: dict[str, _Wanted] = {}
-        self._tickets = itertools.count(1)
+        self._wanted: dict[str, _Wanted] = {}  # by owner: what these are called is nothing to the prefetcher
+        self._asked: dict[int, _Wanted] = {}  # the same, by number
         self._reserve_failed = 0
         self._figures: Stats = {}
         self._connection = Connection(
-            address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, is_there=is_there
+            address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, go_on=go_on
         )
-        welcome = self._connection.welcome
+        welcome = self.welcome
         try:
             region = Region.attach(welcome.region, welcome.slots * self.layout.record_bytes)
         except OSError as error:
@@ -82,13 +81,17 @@ class PrefetchClient:
         return self._connection.ending is Ending.SILENT
 
     @property
-    def given_up(self) -> bool:
-        """Whether it is gone because its user had no more use for it."""
-        return self._connection.ending is Ending.GIVEN_UP
+    def lost(self) -> bool:
+        """Whether it is gone although its user had use for it."""
+        return not self.alive and self._connection.ending is not Ending.GIVEN_UP
+
+    @property
+    def welcome(self) -> m.Welcome:
+        return self._connection.welcome
 
     @property
     def prefetcher_pid(self) -> int:
-        return self._connection.welcome.pid
+        return self.welcome.pid
 
     def reserve(self) -> int | None:
         with self._lock:
@@ -120,18 +123,18 @@ class PrefetchClient:
         page_priority: int = 0,
         deadline_s: float = 0.0,
     ) -> None:
-        with self._lock:
-            wanted = self._wanted[owner] = _Wanted(next(self._tickets), done=not self.alive)
-        self._connection.send(
-            m.Prefetch(
-                owner=owner,
-                ticket=wanted.ticket,
-                keys=list(keys[: m.MAX_KEYS]),
-                priority=priority,
-                page_priority=page_priority,
-                deadline_s=deadline_s,
-            )
+        message = m.Prefetch(
+            keys=list(keys[: m.MAX_KEYS]),
+            priority=priority,
+            page_priority=page_priority,
+            deadline_s=min(deadline_s, m.MAX_SECONDS),
         )
+        with self._lock:
+            former = self._wanted.get(owner)
+            wanted = self._wanted[owner] = _Wanted(self._connection.send(message), done=not self.alive)
+            self._asked[wanted.number] = wanted
+            if former is not None:  # only now: what is in both stays in place
+                self._let_go(former)
 
     def progress(self, owner: str) -> Progress:
         with self._lock:
@@ -148,13 +151,14 @@ class PrefetchClient:
             return max(0.0, wanted.ended_at - wanted.began_at) if wanted else 0.0
 
     def cut(self, owner: str) -> None:
-        self._connection.send(m.Cancel(owner=owner))
+        with self._lock:
+            if wanted := self._wanted.get(owner):
+                self._connection.send(m.Cancel(prefetch=wanted.number))
 
     def release(self, owner: str) -> None:
         with self._lock:
-            known = self._wanted.pop(owner, None)
-        if known is not None:
-            self._connection.send(m.Release(owner=owner))
+            if wanted := self._wanted.pop(owner, None):
+                self._let_go(wanted)
 
     def flush(self, timeout_s: float) -> bool:
         try:
@@ -190,6 +194,10 @@ class PrefetchClient:
         self._connection.close()
         self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
+    def _let_go(self, wanted: _Wanted) -> None:
+        self._asked.pop(wanted.number, None)
+        self._connection.send(m.Release(prefetch=wanted.number))
+
     def _progress(self, owner: str) -> Progress:
         wanted = self._wanted.get(owner)
         return Progress(tuple(wanted.slots), wanted.done) if wanted else Progress((), True)
@@ -199,8 +207,7 @@ class PrefetchClient:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)
             elif isinstance(message, m.Ready):
-                wanted = self._wanted.get(message.owner)
-                if wanted is None or wanted.ticket != message.ticket:
+                if (wanted := self._asked.get(message.answers)) is None:
                     return
                 assert message.first == len(wanted.slots), "pages are announced in order"
                 wanted.slots.extend(message.slots)

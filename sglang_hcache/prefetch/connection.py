@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.keys import client_keys
+from sglang_hcache.prefetch.keys import KeyFileError, client_keys
 
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
@@ -39,6 +39,10 @@ class Unavailable(Exception):
     """No session with a prefetcher can be had, or the session is over."""
 
 
+class Hopeless(Unavailable):
+    """None can be had, and another try does not help."""
+
+
 class Ending(Enum):
     """What ended a session."""
 
@@ -46,6 +50,7 @@ class Ending(Enum):
     SILENT = "it did not answer, and hangs"
     REFUSED = "it refused to go on, or could not be understood"
     GIVEN_UP = "we have no more use for it"
+    FAILED = "a defect of ours"
 
 
 class Connection:
@@ -55,7 +60,7 @@ class Connection:
     keys it is spoken to; without, only where it needs none.
 
     Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`, or
-    `is_there` says that there is none any more.
+    `go_on` says that it is not waited for any more.
     """
 
     def __init__(
@@ -68,13 +73,13 @@ class Connection:
         timeout_s: float,
         record_bytes: int = 0,
         keys: Path | None = None,
-        is_there: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self._remote = hello.pid == 0
         self._receive = receive
         self._ended = ended
         self._lock = threading.Lock()
-        self._answered = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._asked: set[int] = set()
         self._answers: dict[int, m.FromServer] = {}
         self._outbox: deque[tuple[m.Message, Payload]] = deque()
@@ -92,12 +97,12 @@ class Connection:
         self._socket.set(zmq.MAXMSGSIZE, max(4 * m.MAX_MESSAGE_BYTES, record_bytes))
         try:
             self._connect(address, keys)
-            self.welcome = self._introduce(hello, timeout_s, is_there)
+            self.welcome = self._introduce(hello, timeout_s, go_on)
             self._pidfd = -1 if self._remote else os.pidfd_open(self.welcome.pid)
         except (Unavailable, OSError, zmq.ZMQError) as error:
             self._socket.close(0)
             self._context.term()
-            raise Unavailable(str(error)) from None
+            raise (Hopeless if isinstance(error, KeyFileError) else Unavailable)(str(error)) from None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="hcache-prefetch", daemon=True)
 
@@ -106,7 +111,7 @@ class Connection:
         self._thread.start()
 
     def send(self, message: m.Message, payload: Payload = ()) -> int:
-        """Queue a message; its `seq`. Nothing is sent once the session is over, or after the goodbye."""
+        """Queue a message; its `seq`, or 0 where nothing is sent any more: the session is over, or being closed."""
         with self._lock:
             return self._enqueue(message, payload)
 
@@ -115,8 +120,8 @@ class Connection:
         with self._lock:
             seq = self._enqueue(message)
             self._asked.add(seq)
-            self._answered.wait_for(lambda: seq in self._answers or not self.alive, timeout_s)
-            self._asked.remove(seq)
+            self._changed.wait_for(lambda: seq in self._answers or not self.alive, timeout_s)
+            self._asked.discard(seq)
             answer = self._answers.pop(seq, None)
         if not isinstance(answer, kind):
             raise Unavailable(self.why_ended or f"no answer in {timeout_s:g} s")
@@ -127,9 +132,10 @@ class Connection:
         self._end(Ending.GIVEN_UP, why)
 
     def kill(self) -> None:
-        """Kill the prefetcher on this host that the session was with, and no other process; before `close`."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        """Kill the prefetcher on this host that the session was with, and no other process; nothing after `close`."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if not self._closing:  # its number may name another process by now
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Say goodbye. What the session held must not be used any more."""
@@ -137,7 +143,8 @@ class Connection:
             if self._closing:
                 return
             self._closing = True
-            self._enqueue(m.Bye())
+            self._changed.notify_all()
+            os.eventfd_write(self._wake, 1)
         if self._thread.is_alive():
             self._thread.join()
         if not self._remote:
@@ -154,11 +161,11 @@ class Connection:
             self._socket.curve_serverkey = server
         self._socket.connect(address)
 
-    def _introduce(self, hello: m.Hello, timeout_s: float, is_there: Callable[[], bool]) -> m.Welcome:
+    def _introduce(self, hello: m.Hello, timeout_s: float, go_on: Callable[[], bool]) -> m.Welcome:
         self._socket.send(m.encode(hello))
         deadline = time.monotonic() + timeout_s
         while not self._socket.poll(int(1000 * LOOK_S)):
-            if not is_there():  # it was about to end, and has not read what we sent
+            if not go_on():  # it was about to end, and has not read what we sent
                 raise Unavailable("the prefetcher has ended")
             if time.monotonic() > deadline:
                 raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
@@ -172,19 +179,37 @@ class Connection:
         return answer
 
     def _enqueue(self, message: m.Message, payload: Payload = ()) -> int:
-        if (self.alive and not self._closing) or isinstance(message, m.Bye):
-            self._enqueued += 1
-            numbered = msgspec.structs.replace(message, session=self.welcome.session, seq=self._enqueued)
-            self._outbox.append((numbered, payload))
-            os.eventfd_write(self._wake, 1)
+        if self._closing or not self.alive:
+            return 0
+        os.eventfd_write(self._wake, 1)
+        return self._append(message, payload)
+
+    def _append(self, message: m.Message, payload: Payload = ()) -> int:
+        self._enqueued += 1
+        numbered = msgspec.structs.replace(message, session=self.welcome.session, seq=self._enqueued)
+        self._outbox.append((numbered, payload))
         return self._enqueued
 
     def _run(self) -> None:
+        try:
+            try:
+                self._talk()
+            except Exception:
+                log.exception("hcache: a session with the prefetcher failed.")
+                self._end(Ending.FAILED, "a defect: see the log")
+            self._say_goodbye()
+        finally:
+            self._end(Ending.GIVEN_UP, "it was closed")
+            self._socket.close()
+            self._context.term()
+
+    def _talk(self) -> None:
+        """Until the session is over, or to be closed."""
         poller = zmq.Poller()
         for source in (self._socket, self._wake, *([] if self._remote else [self._pidfd])):
             poller.register(source, zmq.POLLIN)
         beat_at, looked_at = 0.0, time.monotonic()
-        while True:
+        while self.alive and not self._closing:
             ready = dict(poller.poll(int(1000 * BEAT_S)))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
@@ -196,33 +221,27 @@ class Connection:
             if self._silent_s is not None:
                 self._silent_s += min(now - looked_at, BEAT_S)  # more is a pause of our own process
             looked_at = now
-            if self.alive and (self._silent_s or 0.0) > HUNG_S:
+            if (self._silent_s or 0.0) > HUNG_S:
                 self._end(Ending.SILENT, f"it has not answered for {HUNG_S:g} s")
-            if self.alive and now >= beat_at:
+            if now >= beat_at:
                 beat_at = now + BEAT_S
                 self.send(m.Health())
                 self._silent_s = self._silent_s or 0.0
             full = not self._send_queued()
-            if self._closing:
-                self._wait_for_farewell()
-                break
-            if self._remote and self.alive:
-                poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if full else 0))
-            if not self.alive and self._socket in poller:
-                poller.unregister(self._socket)  # only the goodbye is left to do
-                if not self._remote:
-                    poller.unregister(self._pidfd)
-        self._end(Ending.GIVEN_UP, "it was closed")
-        self._socket.close()
-        self._context.term()
+            poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if full else 0))
 
-    def _wait_for_farewell(self) -> None:
-        """A socket that is closed with something left to read resets the connection, and the goodbye is lost."""
-        deadline = time.monotonic() + FAREWELL_S
-        while self.alive and not self._farewell and (left := deadline - time.monotonic()) > 0:
-            self._send_queued()
+    def _say_goodbye(self) -> None:
+        """When it is time. A socket that is closed with something left to read loses it, so its answer is awaited."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._closing)
+            self._append(m.Bye())
+        unheard = self.ending in (Ending.DIED, Ending.SILENT)
+        deadline = time.monotonic() + (0.0 if unheard else FAREWELL_S)
+        self._send_queued()
+        while not self._farewell and (left := deadline - time.monotonic()) > 0:
             if self._socket.poll(int(1000 * min(left, LOOK_S))):
                 self._drain_socket()
+            self._send_queued()
 
     def _drain_socket(self) -> None:
         while True:
@@ -244,10 +263,10 @@ class Connection:
                 with self._lock:
                     if message.answers in self._asked:
                         self._answers[message.answers] = message
-                        self._answered.notify_all()
+                        self._changed.notify_all()
             elif isinstance(message, m.Alive):
                 self._farewell = self._closing and message.answers == self._enqueued
-            else:
+            elif self.alive:
                 self._receive(message, payload)
 
     def _next_frames(self) -> list[memoryview]:
@@ -257,14 +276,16 @@ class Connection:
 
     def _send_queued(self) -> bool:
         """False where ZeroMQ's queue is full."""
-        while self._outbox:
-            message, payload = self._outbox[0]
-            try:
-                self._socket.send_multipart([m.encode(message), *payload], zmq.NOBLOCK, copy=not payload)
-            except zmq.Again:
-                return False
-            self._outbox.popleft()
-        return True
+        while True:
+            with self._lock:  # the end of the session, from any thread, empties the queue
+                if not self._outbox:
+                    return True
+                message, payload = self._outbox[0]
+                try:
+                    self._socket.send_multipart([m.encode(message), *payload], zmq.NOBLOCK, copy=not payload)
+                except zmq.Again:
+                    return False
+                self._outbox.popleft()
 
     def _end(self, ending: Ending, why: str) -> None:
         with self._lock:
@@ -273,5 +294,5 @@ class Connection:
             self.alive = False
             self.ending, self.why_ended = ending, why
             self._outbox.clear()
-            self._answered.notify_all()
+            self._changed.notify_all()
         self._ended()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
@@ -16,7 +17,7 @@ import zmq.utils.monitor
 from zmq.utils import z85
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.keys import KeyFileError, is_let_in, server_keys
+from sglang_hcache.prefetch.keys import is_let_in, server_keys
 
 # ZeroMQ's limits, chosen so that no client can fill memory or hold up another. A local client has at most a few
 # messages a request under way; beyond HIGH_WATER they wait in the client, in its own memory.
@@ -55,7 +56,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Door:
-    """A ROUTER socket. `remote`: its clients share no memory with us. Raises ZMQError, KeyFileError, ValueError."""
+    """A ROUTER socket. `remote`: its clients share no memory with us. Raises ZMQError, OSError, ValueError."""
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], address: str, *, remote: bool, keys: str = ""
@@ -83,8 +84,10 @@ class Door:
             self.socket.zap_domain = ZAP_DOMAIN
             self.socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         try:
+            if not remote:
+                self.socket.set(zmq.USE_FD, _listener(address.removeprefix("ipc://")))
             self.socket.bind(address)
-        except zmq.ZMQError:
+        except (OSError, zmq.ZMQError):
             self.socket.close(0)
             raise
 
@@ -101,6 +104,15 @@ class Door:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def _listener(path: str) -> int:
+    """A socket that listens at `path`. One of ZeroMQ's own would, closed, remove whatever is there by then."""
+    Path(path).unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+        listener.bind(path)
+        listener.listen()
+        return listener.detach()
 
 
 class Put(Enum):
@@ -155,11 +167,7 @@ class Porter:
         frames = self.questions.recv_multipart()
         version, request, domain, address = [*frames, b"", b"", b"", b""][:4]
         public = z85.encode(frames[6]) if frames[5:6] == [b"CURVE"] and len(frames) == 7 else b""
-        try:
-            welcome = bool(public) and domain == ZAP_DOMAIN and is_let_in(self._keys, public)
-        except KeyFileError as error:
-            log.error("hcache: nobody is let in: %s", error)
-            welcome = False
+        welcome = bool(public) and domain == ZAP_DOMAIN and is_let_in(self._keys, public)
         if not welcome:
             self._refused["unauthorised"] += 1
             log.warning("hcache: %s was not let in: its key is not in clients/.", address.decode(errors="replace"))

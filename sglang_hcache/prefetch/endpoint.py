@@ -1,4 +1,4 @@
-"""Where a node's prefetcher is found: a socket and a lock named after the directories it serves."""
+"""Where a node's prefetcher is found: a socket and a lock named after the directories it serves, and its protocol."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_hcache.prefetch import messages
 from sglang_hcache.storage.files import try_lock
 
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
@@ -21,7 +22,10 @@ class InsecureDirectory(OSError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Socket and lock of the one prefetcher for a set of directories, on this node and for this user."""
+    """Socket and lock of the one prefetcher for a set of directories, on this node and for this user.
+
+    One for each version of the protocol: servers of two versions have one each, which share the directories' files.
+    """
 
     socket: Path
     lock: Path
@@ -36,7 +40,7 @@ def endpoint_for(directories: Sequence[str]) -> Endpoint:
     names = "\0".join(sorted(str(Path(directory).resolve()) for directory in directories))
     name = hashlib.sha256(names.encode()).hexdigest()[:16]
     folder = _runtime_directory()
-    return Endpoint(folder / f"{name}.sock", folder / f"{name}.lock")
+    return Endpoint(folder / f"{name}.{messages.VERSION}.sock", folder / f"{name}.{messages.VERSION}.lock")
 
 
 def _runtime_directory() -> Path:
@@ -52,32 +56,43 @@ def _runtime_directory() -> Path:
 class InstanceLock:
     """Held by the one prefetcher of an endpoint, as long as it lives; the system releases it, whatever ends it."""
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self._path = path
+    def __init__(self, endpoint: Endpoint, fd: int) -> None:
+        self._endpoint = endpoint
         self._fd = fd
 
     @classmethod
-    def acquire(cls, path: Path) -> InstanceLock | None:
+    def acquire(cls, endpoint: Endpoint) -> InstanceLock | None:
         """None where another process has it."""
         deadline = time.monotonic() + LOOK_S
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = os.open(endpoint.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             if not try_lock(fd, exclusive=True):
                 os.close(fd)
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(LOOK_S / 10)
                 continue
-            try:
-                if os.path.samestat(path.stat(), os.fstat(fd)):
-                    return cls(path, fd)
-            except FileNotFoundError:
-                pass  # its former owner has just removed it
-            os.close(fd)
+            lock = cls(endpoint, fd)
+            if lock._is_in_place():
+                return lock
+            os.close(fd)  # its former owner has just removed it
+
+    def touch(self) -> None:
+        """Who tidies up /tmp goes by a file's times."""
+        os.utime(self._fd)
 
     def release(self) -> None:
-        self._path.unlink(missing_ok=True)
+        """Remove socket and lock, unless the lock's file was removed already: then they are another prefetcher's."""
+        if self._is_in_place():
+            self._endpoint.socket.unlink(missing_ok=True)
+            self._endpoint.lock.unlink(missing_ok=True)
         os.close(self._fd)
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(self._endpoint.lock.stat(), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
 
 
 def is_running(endpoint: Endpoint) -> bool:

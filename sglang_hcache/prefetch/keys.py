@@ -12,6 +12,7 @@ The folder that `hcache keygen DIR` makes, and that a prefetcher is given:
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ import zmq.auth
 
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"
 _NO_NAMES = (CLIENTS, f"{SERVER}.key", f"{SERVER}.key_secret", "", ".", "..")  # of clients' folders
+
+log = logging.getLogger(__name__)
 
 Pair = tuple[bytes, bytes]  # public and secret key, Z85
 
@@ -70,8 +73,14 @@ def client_keys(directory: Path) -> tuple[Pair, bytes]:
 
 
 def is_let_in(directory: Path, public: bytes) -> bool:
-    """Whether the key (Z85) is one of `clients/`. Raises KeyFileError where these cannot be read."""
-    return any(_load_public(path) == public for path in sorted((directory / CLIENTS).glob("*.key")))
+    """Whether the key (Z85) is one of `clients/`."""
+    for path in sorted((directory / CLIENTS).glob("*.key")):
+        try:
+            if _load_public(path) == public:
+                return True
+        except KeyFileError as error:
+            log.error("hcache: one client less is let in: %s", error)
+    return False
 
 
 def _make_pair(directory: Path, name: str) -> Path:

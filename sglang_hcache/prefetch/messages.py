@@ -1,8 +1,8 @@
 """What the prefetcher and its clients say to each other.
 
 A message is one ZeroMQ frame: the bytes `HC`, the protocol's version, a zero byte, then a msgpack array whose first
-element names the type. Between hosts, `Ready` and `Commit` are followed by one frame of payload a page. Each side
-counts its messages, per session, in `seq`; a message that is not the next one is refused.
+element names the type. Between hosts, `Ready` and `Commit` are followed by one frame of payload a page. A client
+counts its messages, per session, in `seq`; a message that is not the next one is refused, and answers name it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
+MAX_SECONDS = 86_400.0
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=MAX_KEYS)]
-Owner = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
 Parameter = dict[str, str]
 FigureTable = dict[str, int | float | str | list[dict[str, int | str]]]
@@ -30,7 +30,7 @@ class Message(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     """Base of all."""
 
     session: Count = 0  # given by the prefetcher in `Welcome`; 0 before that
-    seq: Count = 0  # 1, 2, 3 … within a session
+    seq: Count = 0  # of a client's: 1, 2, 3 … within a session
 
 
 # ---- from a client ----
@@ -40,7 +40,7 @@ class Hello(Message):
     """The first message of a session: who is there, and which pages it means."""
 
     pid: Count  # of a process on this host whose death ends the session; 0 from another host
-    name: Owner  # for logs
+    name: Annotated[str, msgspec.Meta(max_length=256)]  # for logs
     fingerprint: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
@@ -58,10 +58,8 @@ class Lookup(Message):
 
 
 class Prefetch(Message):
-    """Get the longest leading run of `keys` into memory and keep it there for `owner`; answered by `Ready`s."""
+    """Get the longest leading run of `keys` into memory and keep it there until `Release`; answered by `Ready`s."""
 
-    owner: Owner
-    ticket: Count  # comes back in every `Ready` to this request
     keys: Keys
     priority: int  # lower is earlier; equal ones in order of arrival
     page_priority: int  # added to it for each page that has to be read
@@ -71,13 +69,13 @@ class Prefetch(Message):
 class Cancel(Message):
     """Leave out what is not in memory yet; what is, stays leased. Answered by a last `Ready`."""
 
-    owner: Owner
+    prefetch: Count  # its `seq`
 
 
 class Release(Message):
-    """The owner needs its pages no more, nor those it still waits for."""
+    """The pages of a prefetch are not needed any more, nor those it still waits for."""
 
-    owner: Owner
+    prefetch: Count  # its `seq`
 
 
 class Page(msgspec.Struct, array_like=True):
@@ -135,7 +133,8 @@ class Welcome(Message):
     pid: Count
     region: str  # path of the shared memory; empty between hosts
     slots: Count
-    lease_limit: Count  # slots all clients may lease at once
+    quota_bytes: Count | None  # of each directory; None where none was given
+    read_bytes_per_s: float | None  # the most that is read from files; likewise
 
 
 class Refused(Message):
@@ -153,8 +152,7 @@ class Granted(Message):
 class Ready(Message):
     """Pages `first`, `first + 1`, … of a `Prefetch` are in these slots; `done`: no more will come."""
 
-    owner: Owner
-    ticket: Count
+    answers: Count  # `seq` of the `Prefetch`
     first: Count
     slots: Slots
     done: bool

@@ -24,6 +24,7 @@ from sglang_hcache.storage.files import make_private
 log = logging.getLogger(__name__)
 
 FAILED = 1
+TOUCH_S = 3600.0  # systemd removes what has been left alone in /tmp for ten days
 LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
 LOG_WAIT_S = 2.0  # for what is still to be written to it when the prefetcher ends
@@ -38,7 +39,7 @@ def serve(config: ServerConfig) -> int:
     logging.raiseExceptions = False  # whoever started us may be gone, and our stderr with him
     try:
         endpoint = endpoint_for(config.directories)
-        lock = InstanceLock.acquire(endpoint.lock)
+        lock = InstanceLock.acquire(endpoint)
     except OSError as error:
         log.error("hcache: no prefetcher can run: %s", error)
         return FAILED
@@ -46,10 +47,9 @@ def serve(config: ServerConfig) -> int:
         log.info("hcache: another prefetcher serves %s", ", ".join(config.directories))
         return 0 if config.ends_when_unused else FAILED
     try:
-        with logging_to(Path(config.directories[0]) / LOG_NAME):
+        with logging_to(Path(config.directories[0]) / LOG_NAME), _kept_fresh(lock):
             return _run(config)
     finally:
-        endpoint.socket.unlink(missing_ok=True)
         lock.release()
 
 
@@ -70,6 +70,23 @@ def _run(config: ServerConfig) -> int:
         log.exception("hcache: the prefetcher failed.")
         return FAILED
     return 0
+
+
+@contextlib.contextmanager
+def _kept_fresh(lock: InstanceLock) -> Iterator[None]:
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(TOUCH_S):
+            lock.touch()
+
+    thread = threading.Thread(target=keep, name="hcache-lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _PrivateFile(RotatingFileHandler):

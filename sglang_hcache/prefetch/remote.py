@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import os
 import queue
 import threading
@@ -57,16 +58,21 @@ class RemoteFiles:
     """The prefetcher as a store's files: `locate`, `read` and `write` are questions to it. Any thread may ask."""
 
     def __init__(
-        self, address: str, hello: m.Hello, *, timeout_s: float, keys: Path | None, gone: Callable[[], None]
+        self,
+        address: str,
+        hello: m.Hello,
+        *,
+        timeout_s: float,
+        keys: Path | None,
+        gone: Callable[[], None],
+        go_on: Callable[[], bool],
     ) -> None:
         self._fingerprint = hello.fingerprint
         self._layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._reads: dict[str, _Read] = {}
-        self._numbers = itertools.count(1)
+        self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
         self._gone = gone
-        self._closed = False
         self.damaged = 0
         self.connection = Connection(
             address,
@@ -76,6 +82,7 @@ class RemoteFiles:
             timeout_s=timeout_s,
             record_bytes=self._layout.record_bytes + MARGIN_BYTES,
             keys=keys,
+            go_on=go_on,
         )
         self.connection.start()
         self.connection.send(m.Credit(pages=READ_THREADS))
@@ -95,16 +102,12 @@ class RemoteFiles:
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
         """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
-        owner, read = str(next(self._numbers)), _Read()
         with self._lock:
-            self._reads[owner] = read
-        self.connection.send(
-            m.Prefetch(owner=owner, ticket=0, keys=[key], priority=0, page_priority=0, deadline_s=0.0)
-        )
-        with self._lock:
+            number = self.connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0, deadline_s=0.0))
+            read = self._reads[number] = _Read()
             self._changed.wait_for(lambda: read.ended or not self.connection.alive, READ_S)
-            del self._reads[owner]
-        self.connection.send(m.Release(owner=owner))
+            self._reads.pop(number, None)
+        self.connection.send(m.Release(prefetch=number))
         if read.frame is None:
             return False
         data = np.frombuffer(read.frame, np.uint8)
@@ -144,15 +147,13 @@ class RemoteFiles:
         return False
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.connection.close()
+        self.connection.close()
 
     def _receive(self, message: m.FromServer, payload: Sequence[memoryview]) -> None:
         if not isinstance(message, m.Ready):
             return
         with self._lock:
-            read = self._reads.get(message.owner)
+            read = self._reads.get(message.answers)
             if read is not None:
                 read.frame = payload[0] if payload else None
                 read.ended = True
@@ -171,11 +172,19 @@ class RemoteClient:
 
     `hello`: its `pid` is set to 0, and `host_bytes` bounds the arena of this process. `keys`: the folder with this
     client's keys, None where the prefetcher listens on loopback without. `news`: as for PrefetchClient. Raises
-    Unavailable where no prefetcher takes `hello` within `timeout_s`; ValueError for bad values.
+    Unavailable where no prefetcher takes `hello` within `timeout_s`, or `go_on` says not to wait any more; ValueError
+    for bad values.
     """
 
     def __init__(
-        self, address: str, hello: m.Hello, *, news: int, timeout_s: float, keys: Path | None = None
+        self,
+        address: str,
+        hello: m.Hello,
+        *,
+        news: int,
+        timeout_s: float,
+        keys: Path | None = None,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         hello = msgspec.structs.replace(hello, pid=0, grant=0)
         layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
@@ -187,13 +196,16 @@ class RemoteClient:
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._files = RemoteFiles(address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring)
+        slots = max(1, hello.host_bytes // layout.record_bytes)
+        self._region = mmap.mmap(-1, slots * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._files = RemoteFiles(address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring, go_on=go_on)
         self._store = LocalStore(
             layout,
             hello.fingerprint,
             hello.host_bytes,
             [],
             files=self._files,
+            region=self._region,
             on_progress=self._progressed,
         )
         self._worker = threading.Thread(target=self._work, name="hcache-remote", daemon=True)
@@ -208,14 +220,18 @@ class RemoteClient:
         return self._files.connection.why_ended
 
     @property
-    def given_up(self) -> bool:
-        """Whether it is gone because its user had no more use for it."""
-        return self._files.connection.ending is Ending.GIVEN_UP
+    def lost(self) -> bool:
+        """Whether it is gone although its user had use for it."""
+        return not self.alive and self._files.connection.ending is not Ending.GIVEN_UP
 
     @property
     def prefetcher_pid(self) -> int:
         """On its own host."""
-        return self._files.connection.welcome.pid
+        return self.welcome.pid
+
+    @property
+    def welcome(self) -> m.Welcome:
+        return self._files.connection.welcome
 
     @property
     def layout(self) -> ChunkLayout:
@@ -329,6 +345,7 @@ class RemoteClient:
         self._files.close()  # first: the store's threads may be waiting for it
         self._worker.join()
         self._store.close()
+        self._region.madvise(mmap.MADV_DONTNEED)  # whoever still refers to it: there may be no room for another
 
     def _work(self) -> None:
         """Looking up waits for the prefetcher, and nobody may wait for that."""

@@ -23,7 +23,7 @@ from sglang_hcache.prefetch.spaces import Space, Spaces
 from sglang_hcache.storage.rate import RateLimit
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
-SENDING_MS = 5  # while records are on their way: how soon a slot can be used again
+SOON_MS = 5  # while records are on their way, or pages being written for those who wait for that
 EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
@@ -97,7 +97,8 @@ class Server:
     def run(self) -> None:
         try:
             while not self._stopping and not self._unused():
-                events = self._poller.poll(SENDING_MS if self._partings else TICK_MS)
+                soon = self._partings or any(session.flushes for session in self._by_number.values())
+                events = self._poller.poll(SOON_MS if soon else TICK_MS)
                 # Ended processes first: a goodbye read before would close, or hand on, a descriptor named here.
                 for ready, _ in sorted(events, key=lambda event: not isinstance(event[0], int)):
                     self._attend(ready)
@@ -186,13 +187,13 @@ class Server:
         while self._progress:
             seen.add(self._progress.popleft())
         for fingerprint, store_owner in seen:
-            number, owner = split_owner(store_owner)
+            number, prefetch = split_owner(store_owner)
             session = self._by_number.get(number)
             if session is not None and session.space.fingerprint == fingerprint:
-                self._announce(session, owner)
+                self._announce(session, prefetch)
 
-    def _announce(self, session: Session, owner: str) -> None:
-        asked = session.asked.get(owner)
+    def _announce(self, session: Session, prefetch: int) -> None:
+        asked = session.asked.get(prefetch)
         if asked is None or asked.done:
             return
         slots, done = session.space.store.progress(asked.store_owner)
@@ -209,15 +210,19 @@ class Server:
             session.credit -= len(payload)
             self.counts["pages_sent"] += len(payload)
         places = range(len(fresh)) if session.remote else fresh
-        self._send(
-            session, m.Ready(owner=owner, ticket=asked.ticket, first=first, slots=list(places), done=done), payload
-        )
+        self._send(session, m.Ready(answers=prefetch, first=first, slots=list(places), done=done), payload)
 
     def _serve_waiting(self) -> None:
-        """What memory, or a full queue, did not allow before."""
+        """What memory, files, or a full queue, did not allow before."""
         for session in list(self._by_number.values()):
             self._grant(session)
+            self._answer_flushes(session)
             session.send_kept()
+
+    def _answer_flushes(self, session: Session) -> None:
+        complete = bool(session.flushes) and not session.space.store.unwritten()
+        while session.flushes and (complete or session.flushes[0][1] < time.monotonic()):
+            self._send(session, m.Flushed(answers=session.flushes.popleft()[0], complete=complete))
 
     # ---- messages ----
 
@@ -258,7 +263,8 @@ class Server:
             pid=os.getpid(),
             region="" if session.remote else space.region.path,
             slots=space.store.memory.shape[0],
-            lease_limit=space.store.lease_limit,
+            quota_bytes=self.config.quota_bytes,
+            read_bytes_per_s=self.config.read_bytes_per_s,
         )
         if self._send(session, welcome):
             self._grant(session)
@@ -270,11 +276,8 @@ class Server:
         self._send(session, m.Found(answers=message.seq, present=present))
 
     def _prefetch(self, session: Session, message: m.Prefetch) -> None:
-        if session.remote:
-            self._let_go(session, message.owner)
-        asked = session.ask(message.owner, message.ticket, message.keys)
         session.space.store.prefetch(
-            asked.store_owner,
+            session.ask(message).store_owner,
             message.keys,
             priority=message.priority,
             page_priority=message.page_priority,
@@ -282,14 +285,11 @@ class Server:
         )
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:
-        if asked := session.asked.get(message.owner):
+        if asked := session.asked.get(message.prefetch):
             session.space.store.cut(asked.store_owner)
 
     def _release(self, session: Session, message: m.Release) -> None:
-        self._let_go(session, message.owner)
-
-    def _let_go(self, session: Session, owner: str) -> None:
-        if parting := session.let_go(owner):
+        if parting := session.let_go(message.prefetch):
             self._partings.append(parting)
 
     def _commit(self, session: Session, message: m.Commit) -> None:
@@ -306,8 +306,8 @@ class Server:
 
     def _credit(self, session: Session, message: m.Credit) -> None:
         session.credit = min(session.credit + message.pages, session.space.store.memory.shape[0])
-        for owner in list(session.asked):
-            self._announce(session, owner)
+        for prefetch in list(session.asked):
+            self._announce(session, prefetch)
 
     def _abandon(self, session: Session, message: m.Abandon) -> None:
         for slot in message.slots:
@@ -315,13 +315,7 @@ class Server:
             session.space.store.abandon(slot)
 
     def _flush(self, session: Session, message: m.Flush) -> None:
-        store, number, seq = session.space.store, session.number, message.seq
-
-        def answer(complete: bool) -> None:
-            if waiting := self._by_number.get(number):
-                self._send(waiting, m.Flushed(answers=seq, complete=complete))
-
-        self._spaces.in_background(lambda: store.flush(FLUSH_S), answer)
+        session.flushes.append((message.seq, time.monotonic() + FLUSH_S))
 
     def _drop_host(self, session: Session, message: m.DropHost) -> None:
         session.space.store.drop_host()
@@ -372,13 +366,12 @@ class Server:
 
     def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> bool:
         """False where nobody is there to hear it."""
-        session.sent += 1
-        head = m.encode(msgspec.structs.replace(message, session=session.number, seq=session.sent))
+        head = m.encode(msgspec.structs.replace(message, session=session.number))
         frames = [head, *payload]
         put = Put.FULL if session.outbox else session.peer.put(frames)
         if put is Put.FULL and not session.keep(frames) and not session.broken:
             session.broken = True
-            log.warning("hcache: %s does not take its messages and is given up.", session.name)
+            log.warning("hcache: %s does not take its messages: session closed.", session.name)
         return put is not Put.GONE
 
     def _reply(self, peer: Peer, session: Session | None, message: m.Message) -> None:
@@ -394,7 +387,7 @@ class Server:
         long_ago = time.monotonic() - EXPIRE_S
         for session in list(self._by_number.values()):
             if session.remote and session.heard_at < long_ago:
-                log.info("hcache: %s has not been heard of for %g s and is given up.", session.name, EXPIRE_S)
+                log.info("hcache: %s has not been heard of for %g s: session closed.", session.name, EXPIRE_S)
                 self._end(session, "it was not heard of")
 
     def _close_unused(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from sglang_hcache.prefetch.door import Frames, Peer, Put
-from sglang_hcache.prefetch.messages import Bye, FromClient, Hello
+from sglang_hcache.prefetch.messages import Bye, FromClient, Hello, Prefetch
 from sglang_hcache.prefetch.payload import Parting
 from sglang_hcache.prefetch.spaces import Space
 
@@ -32,7 +32,6 @@ class Refusal(Exception):
 class Asked:
     """A prefetch of the session: what its `Ready`s say so far."""
 
-    ticket: int
     store_owner: str  # its name in the store, which knows nothing of sessions
     keys: Sequence[bytes] = ()  # without repetitions; between hosts only
     announced: int = 0
@@ -55,11 +54,11 @@ class Session:
     pidfd: int  # -1 for a client on another host
     heard_at: float
     received: int = 0  # seq of the last message from it
-    sent: int = 0
     credit: int = 0  # pages that a client on another host can take
     broken: bool = False
     granted: set[int] = field(default_factory=set)
-    asked: dict[str, Asked] = field(default_factory=dict)
+    flushes: deque[tuple[int, float]] = field(default_factory=deque)  # `seq` of each that waits, and how long it may
+    asked: dict[int, Asked] = field(default_factory=dict)  # by `seq` of the message
     outbox: deque[Frames] = field(default_factory=deque)  # what its socket could not take yet
     outbox_bytes: int = 0  # without payload, which lies in the arena
 
@@ -98,16 +97,15 @@ class Session:
             raise Refusal("not_granted", f"slot {slot} was not granted to this client", fatal=True)
         self.granted.remove(slot)
 
-    def ask(self, owner: str, ticket: int, keys: Sequence[bytes]) -> Asked:
-        """Note a prefetch. On this host it takes the place of the owner's former one, in the store, too."""
-        name = f"{self.number} {ticket if self.remote else 0} {owner}"
-        asked = Asked(ticket, name, list(dict.fromkeys(keys)) if self.remote else ())
-        self.asked[owner] = asked
+    def ask(self, message: Prefetch) -> Asked:
+        """Note a prefetch."""
+        keys = list(dict.fromkeys(message.keys)) if self.remote else ()
+        asked = self.asked[message.seq] = Asked(f"{self.number} {message.seq}", keys)
         return asked
 
-    def let_go(self, owner: str) -> Parting | None:
-        """End a prefetch of the owner's; what is left to do where its records are still being sent."""
-        asked = self.asked.pop(owner, None)
+    def let_go(self, prefetch: int) -> Parting | None:
+        """End a prefetch; what is left to do where its records are still being sent."""
+        asked = self.asked.pop(prefetch, None)
         if asked is None:
             return None
         parting = Parting(self.space.store, asked.store_owner, asked.sending)
@@ -117,7 +115,7 @@ class Session:
         """Give back all it holds; what must wait until it is sent."""
         self.outbox.clear()
         self.outbox_bytes = 0
-        partings = [parting for owner in list(self.asked) if (parting := self.let_go(owner))]
+        partings = [parting for prefetch in list(self.asked) if (parting := self.let_go(prefetch))]
         for slot in self.granted:
             self.space.store.abandon(slot)
         self.space.sessions.discard(self.number)
@@ -126,7 +124,7 @@ class Session:
         return partings
 
 
-def split_owner(store_owner: str) -> tuple[int, str]:
-    """Number of the session, and owner, of an `Asked.store_owner`."""
-    number, _, owner = store_owner.split(" ", 2)
-    return int(number), owner
+def split_owner(store_owner: str) -> tuple[int, int]:
+    """Numbers of the session and the prefetch of an `Asked.store_owner`."""
+    session, prefetch = map(int, store_owner.split())
+    return session, prefetch

@@ -102,15 +102,6 @@ class Spaces:
         self._retire(space)
         self._threads.submit(self._unmake, space)
 
-    def in_background(self, work: Callable[[], bool], done: Callable[[bool], None]) -> None:
-        """Do what may take long, and then `done` with its result, in the loop."""
-
-        def run() -> None:
-            result = work()
-            self._later(lambda: done(result))
-
-        self._threads.submit(run)
-
     def close_all(self) -> None:
         """Close everything and wait for it; what cannot be written soon is given up."""
         self._hurry.set()

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from sglang_hcache.prefetch.client import PrefetchClient
-from sglang_hcache.prefetch.connection import Unavailable
+from sglang_hcache.prefetch.connection import Hopeless, Unavailable
 from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import ServerConfig
+from sglang_hcache.storage.layout import ChunkLayout
 
 START_S = 60.0  # for a prefetcher to start and open its directories
 LOCKED_S = 10.0  # for it to start, up to the point where it holds its lock
@@ -45,9 +47,12 @@ class Keeper(ABC, Generic[Client]):
 
     A store that is gone is replaced in two steps, as somebody may still be reading its memory: the owner of the
     store calls `replace` once that has ended, and finds the next store in `taken` some time later.
+
+    `hello` is asked for anew for each session.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hello: Callable[[], Hello]) -> None:
+        self._hello = hello
         self.news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.restarts = 0
         self._next: Client | None = None
@@ -55,6 +60,24 @@ class Keeper(ABC, Generic[Client]):
         self._unwanted = threading.Event()  # set: nobody wants what the thread looks for
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def start(self, timeout_s: float = START_S) -> Client | NoStore:
+        """A session, or nothing for now: then another is looked for, as after `replace`.
+
+        Raises Unavailable where it takes a person: keys that cannot be read, a prefetcher that cannot be started.
+        """
+        try:
+            return self.open(timeout_s)
+        except Unavailable as error:
+            if isinstance(error, Hopeless) or not self._may_answer():
+                raise
+            log.warning(
+                "hcache: cannot reach or start a prefetcher (%s): this server starts without the tier.", error
+            )
+            hello = self._hello()
+            nothing = NoStore(ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes)), str(error), lost=False)
+            self._look_for_another(nothing)
+            return nothing
 
     def open(self, timeout_s: float = START_S) -> Client:
         """A session. Raises Unavailable."""
@@ -64,15 +87,19 @@ class Keeper(ABC, Generic[Client]):
             try:
                 return self._connect(max(POLL_S, deadline - time.monotonic()))
             except Unavailable as error:
-                if time.monotonic() + pause > deadline or self._closed.wait(pause):
+                hopeless = isinstance(error, Hopeless) or time.monotonic() + pause > deadline
+                if hopeless or self._closed.wait(pause):
                     raise
                 log.info("hcache: no session with the prefetcher yet: %s", error)
                 pause = min(2 * pause, BACK_OFF_S[1])
 
-    def replace(self, gone: Client) -> None:
-        """A store is gone and nobody uses its memory any more: get another in the background."""
-        what = "the prefetcher's session is over" if gone.given_up else "the prefetcher is gone"
+    def replace(self, gone: Client | NoStore) -> None:
+        """A store is gone and nobody uses it any more: close it and get another, in the background."""
+        what = "the prefetcher is gone" if gone.lost else "the prefetcher's session is over"
         log.warning("hcache: %s (%s); opening another. Requests go on without it.", what, gone.why_ended)
+        self._look_for_another(gone)
+
+    def _look_for_another(self, gone: Client | NoStore) -> None:
         self._unwanted = threading.Event()
         arguments = (gone, self._unwanted)
         self._thread = threading.Thread(target=self._reopen, args=arguments, name="hcache-supervisor", daemon=True)
@@ -101,18 +128,25 @@ class Keeper(ABC, Generic[Client]):
     def _connect(self, timeout_s: float) -> Client:
         """One attempt. Raises Unavailable."""
 
+    @abstractmethod
+    def _may_answer(self) -> bool:
+        """Whether there may be a prefetcher, that has only not answered."""
+
     def _give_up(self, gone: Client) -> None:
         """Before a store that is gone is closed."""
 
-    def _reopen(self, gone: Client, unwanted: threading.Event) -> None:
-        self._give_up(gone)
-        gone.close()
+    def _reopen(self, gone: Client | NoStore, unwanted: threading.Event) -> None:
         pause = BACK_OFF_S[0]
         while not self._closed.is_set() and not unwanted.is_set():
             try:
+                if not isinstance(gone, NoStore):
+                    self._give_up(gone)
+                gone.close()
                 store = self.open()
-            except (Unavailable, OSError, subprocess.SubprocessError) as error:
-                log.warning("hcache: no prefetcher can be had (%s); trying again in %g s", error, pause)
+            except (Unavailable, OSError) as error:
+                if self._closed.is_set():
+                    return
+                log.warning("hcache: cannot reach or start a prefetcher (%s); trying again in %g s", error, pause)
                 self._closed.wait(pause)
                 pause = min(2 * pause, BACK_OFF_S[1])
                 continue
@@ -122,14 +156,14 @@ class Keeper(ABC, Generic[Client]):
             if not wanted:
                 store.close()
                 return
-            self.restarts += not gone.given_up
+            self.restarts += gone.lost
             os.eventfd_write(self.news, 1)
             log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
             return
 
 
 class Supervisor(Keeper[PrefetchClient]):
-    """With the prefetcher on this host; it is started where none runs. `hello` is asked for anew for each session."""
+    """With the prefetcher on this host; it is started where none runs."""
 
     def __init__(
         self,
@@ -139,12 +173,11 @@ class Supervisor(Keeper[PrefetchClient]):
         *,
         read_bytes_per_s: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hello)
         self._endpoint: Endpoint = endpoint_for(directories)
         self._config = ServerConfig(
             self._endpoint.address, directories, quota_bytes, read_bytes_per_s=read_bytes_per_s
         )
-        self._hello = hello
 
     def _connect(self, timeout_s: float) -> PrefetchClient:
         if not is_running(self._endpoint):
@@ -154,8 +187,11 @@ class Supervisor(Keeper[PrefetchClient]):
             self._hello(),
             news=self.news,
             timeout_s=timeout_s,
-            is_there=lambda: is_running(self._endpoint),
+            go_on=lambda: is_running(self._endpoint) and not self._closed.is_set(),
         )
+
+    def _may_answer(self) -> bool:
+        return is_running(self._endpoint)
 
     def _give_up(self, gone: PrefetchClient) -> None:
         """Only what still holds the endpoint's lock, and does not answer, is killed."""
@@ -166,7 +202,10 @@ class Supervisor(Keeper[PrefetchClient]):
     def _launch(self) -> None:
         config = json.dumps(dataclasses.asdict(self._config))
         command = [sys.executable, "-S", "-c", _LAUNCHER, sys.executable, "-m", "sglang_hcache.prefetch", config]
-        subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+        try:
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise Hopeless(f"it cannot be started: {error}") from None
         deadline = time.monotonic() + LOCKED_S
         while not is_running(self._endpoint) and time.monotonic() < deadline:
             if self._closed.wait(POLL_S):
@@ -180,10 +219,20 @@ class RemoteSupervisor(Keeper[RemoteClient]):
     """
 
     def __init__(self, address: str, keys: str | None, hello: Callable[[], Hello]) -> None:
-        super().__init__()
-        self._address, self._hello = address, hello
+        super().__init__(hello)
+        self._address = address
         self._keys = Path(keys) if keys else None
 
     def _connect(self, timeout_s: float) -> RemoteClient:
         patience = min(timeout_s, REMOTE_OPEN_S)
-        return RemoteClient(self._address, self._hello(), news=self.news, timeout_s=patience, keys=self._keys)
+        return RemoteClient(
+            self._address,
+            self._hello(),
+            news=self.news,
+            timeout_s=patience,
+            keys=self._keys,
+            go_on=lambda: not self._closed.is_set(),
+        )
+
+    def _may_answer(self) -> bool:
+        return True

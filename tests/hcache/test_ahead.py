@@ -17,6 +17,7 @@ from sglang_hcache.planner.follow import PROBE_EVERY
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
@@ -243,7 +244,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalSto
         requests.admit(["a"])
         requests.forget("a")
     disk.set()
-    store.wait("hcache-trial", 10)
+    store.wait(requests._trial._owner, 10)
     assert requests.let_go() == []
     assert float(str(believes.stats()["slower_ssd"])) < 0.1
     assert store.stats()["pages_leased"] == 0
@@ -287,12 +288,12 @@ def test_what_is_tried_is_not_being_read_already(store: LocalStore, monkeypatch:
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
     for pages in (READ_THREADS, 10):
         for _ in range(PROBE_EVERY):
-            assert "hcache-trial" not in asked
+            assert requests._trial._owner not in asked
             requests.queued("a", keys_of(range(pages)))
             wait_until_let_go(requests, "a")
             requests.admit(["a"])
             requests.forget("a")
-    assert asked["hcache-trial"] == keys_of(range(READ_THREADS, 10))
+    assert asked[requests._trial._owner] == keys_of(range(READ_THREADS, 10))
     requests.clear()
 
 
@@ -481,3 +482,22 @@ def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: th
         assert requests.ready("a", keys_of(range(10))) == expected
         requests.clear()
     store.release("warm")
+
+
+def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, disk: threading.Event) -> None:
+    disk.set()
+    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("hcache-trial", keys_of(range(5)))
+    wait_until_let_go(requests, "hcache-trial")
+    slots = requests.ready("hcache-trial", keys_of(range(5)))
+    requests._trial.begin([key_of(7)])
+    assert int(str(store.stats()["pages_leased"])) >= slots == 5
+    requests.clear()
+
+
+def test_nothing_is_held_while_there_is_no_store() -> None:
+    requests = Ahead(NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(3)))
+    assert not requests.held
+    assert requests.ready("a", keys_of(range(3))) == 0
+    requests.forget("a")

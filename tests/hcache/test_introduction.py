@@ -165,20 +165,18 @@ def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) 
 def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A real one, that another server has started with a read limit and no bound of the directory."""
     mine = HCacheConfig((str(tmp_path),), directory_bytes=5 * 10**9, read_bytes_per_s=3e9)
-    warn_of_limits_that_do_not_hold(mine)
-    assert not caplog.records, "nothing runs yet"
     supervisor = Supervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
     store = supervisor.open()
     try:
-        warn_of_limits_that_do_not_hold(mine)
+        warn_of_limits_that_do_not_hold(mine, store.welcome)
         size, rate = (record.getMessage() for record in caplog.records)
         assert size.startswith("hcache: --hcache-dir-size 5 is not in force")
         assert size.endswith("with no limit")
         assert rate.startswith("hcache: --hcache-read-limit 3 is not in force")
         assert rate.endswith("with 2")
         caplog.clear()
-        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9))
-        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories))
+        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9), store.welcome)
+        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories), store.welcome)
         assert not caplog.records
     finally:
         store.close()

@@ -74,6 +74,12 @@ def write_slowly(directory: Path, batch_s: str) -> None:
     serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 
+def be_the_next_versions(directory: Path, _: str) -> None:
+    """Be a prefetcher where the next version of the protocol looks for one."""
+    m.VERSION += 1
+    sys.exit(serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),))))
+
+
 def leave(directory: Path, _: str) -> None:
     """Say goodbye and end at the same moment."""
     raw = Raw(directory)

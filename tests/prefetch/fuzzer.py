@@ -85,29 +85,27 @@ class Fuzzer(Raw):
     # ---- frames ----
 
     def message(self) -> m.Message:
-        owner = f"owner {self.chance.randrange(20)}"
+        former = max(0, self.seq - self.chance.randrange(40))
         some = self.chance.sample(KEYS, self.chance.randrange(6))
         deadline = self.chance.choice([0.0, 0.05])
         return self.chance.choice(
             [
                 m.Lookup(keys=some),
                 m.Prefetch(
-                    owner=owner,
-                    ticket=self.chance.randrange(99),
                     keys=some,
                     priority=self.chance.randrange(-5, 5),
                     page_priority=self.chance.randrange(-5, 5),
                     deadline_s=deadline,
                 ),
-                m.Cancel(owner=owner),
-                m.Release(owner=owner),
+                m.Cancel(prefetch=former),
+                m.Release(prefetch=former),
                 m.Abandon(slots=[self.granted.pop()] if self.granted else []),
                 m.Credit(pages=self.chance.randrange(10)),
                 m.Health(),
                 m.Stats() if self.chance.random() < 0.05 else m.Health(),
                 m.Flush() if self.chance.random() < 0.05 else m.Health(),
                 m.DropHost() if self.chance.random() < 0.05 else m.Health(),
-                m.Release(owner="nobody"),
+                m.Release(prefetch=1 << 60),
             ]
         )
 

@@ -20,8 +20,10 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import endpoint_for
 from sglang_hcache.prefetch.keys import KeyFileError, client_keys, make_keys
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import EXPIRE_S
+from sglang_hcache.prefetch.supervisor import RemoteSupervisor
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
@@ -31,13 +33,13 @@ SLOTS = 64
 class Prefetcher:
     """A prefetcher's process that listens on TCP; `keys`: made for the clients `a` and `b`."""
 
-    def __init__(self, folder: Path, *, secure: bool = True) -> None:
+    def __init__(self, folder: Path, *, secure: bool = True, address: str = "") -> None:
         self.directory, self.keys = folder / "pages", folder / "keys"
         self.directory.mkdir()
         make_keys(self.keys, ("a", "b"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            self.address = address or f"tcp://127.0.0.1:{free.getsockname()[1]}"
         self.local = endpoint_for([str(self.directory)]).address
         config = {"address": self.local, "directories": [str(self.directory)], "ends_when_unused": False}
         config |= {"listen": self.address, "keys": str(self.keys) if secure else ""}
@@ -202,6 +204,14 @@ def test_only_those_with_a_key_get_in(prefetcher: Prefetcher, tmp_path: Path) ->
     client.close()
 
 
+def test_a_key_that_cannot_be_read_keeps_nobody_else_out(prefetcher: Prefetcher) -> None:
+    clients = prefetcher.keys / "clients"
+    (clients / "Zero.key").write_text("")
+    (clients / "0.key").symlink_to(clients / "nowhere")
+    prefetcher.remote("a").close()
+    assert "0.key cannot be read" in prefetcher.log()
+
+
 def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys", ("a",))
     secret = tmp_path / "keys" / "a" / "client.key_secret"
@@ -231,7 +241,7 @@ def test_who_gives_no_credit_gets_no_pages_and_holds_up_nobody(open_prefetcher: 
     save(a, range(20))
     a.drop_host()
     raw = RawClient(open_prefetcher.address)
-    raw.send(m.Prefetch(owner="x", ticket=1, keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
+    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
     assert raw.pages(0.5) == 0
     raw.send(m.Credit(pages=3))
     assert raw.pages(0.5) == 3
@@ -245,7 +255,7 @@ def test_a_silent_client_expires(open_prefetcher: Prefetcher) -> None:
     a = open_prefetcher.remote()
     save(a, range(20))
     raw = RawClient(open_prefetcher.address)
-    raw.send(m.Prefetch(owner="x", ticket=1, keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
+    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
     raw.send(m.Credit(pages=2))
     assert raw.pages(0.5) == 2
     assert a.stats()["prefetcher_clients"] == 2
@@ -304,3 +314,38 @@ def test_large_records(prefetcher: Prefetcher, capsys: pytest.CaptureFixture[str
         print(f" fetched {gigabytes / fetched:.2f} GB/s")
     a.close()
     b.close()
+
+
+def test_memory_of_a_closed_client_is_given_back_at_once(open_prefetcher: Prefetcher) -> None:
+    client = open_prefetcher.remote()
+    save(client, range(5))
+    memory = client.memory
+    assert memory.any()
+    client.close()
+    assert not memory.any(), "although somebody still refers to it"
+
+
+def test_a_server_starts_before_its_prefetcher_and_finds_it_later(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    early = RemoteSupervisor(address, None, hello)
+    assert isinstance(early.start(0.5), NoStore)
+    running = Prefetcher(tmp_path, secure=False, address=address)
+    deadline = time.monotonic() + 20
+    while (found := early.taken()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    save(found, range(3))
+    found.close()
+    early.close()
+    running.close()
+
+
+def test_keys_that_cannot_be_read_end_the_start_at_once(tmp_path: Path) -> None:
+    supervisor = RemoteSupervisor("tcp://127.0.0.1:9", str(tmp_path / "nowhere"), hello)
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="hcache keygen"):
+        supervisor.start()
+    assert time.monotonic() - began < 5
+    supervisor.close()

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from tests.prefetch.clients import assert_nothing_held, child, fetched, figures, hello, line_of, save, until
 from tests.prefetch.conftest import Join
 from tests.prefetch.raw import Raw
@@ -54,12 +55,12 @@ def test_what_a_session_does_not_allow_is_refused(
     assert_nothing_held(client)
 
 
-def test_releases_and_cancels_of_owners_nobody_knows_are_nothing(directory: Path, join: Join) -> None:
+def test_releases_and_cancels_of_prefetches_nobody_knows_are_nothing(directory: Path, join: Join) -> None:
     client = join()
     with Raw(directory) as raw:
         raw.open()
-        raw.say(m.Release(owner="nobody"))
-        raw.say(m.Cancel(owner="nobody"))
+        raw.say(m.Release(prefetch=7))
+        raw.say(m.Cancel(prefetch=7))
         raw.say(m.Health())
         raw.hear(m.Alive)
     assert figures(client)["messages_refused"] == 0
@@ -181,15 +182,32 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
     client.drop_host()
     with Raw(directory) as raw:
         raw.open(grant=1)
-        raw.say(m.Prefetch(owner="a", ticket=7, keys=keys_of(range(30)), priority=0, page_priority=0, deadline_s=0))
+        asked = raw.say(m.Prefetch(keys=keys_of(range(30)), priority=0, page_priority=0, deadline_s=0))
         slots: list[int] = []
         done = False
         while not done:
             ready = raw.hear(m.Ready)
-            assert (ready.owner, ready.ticket, ready.first) == ("a", 7, len(slots))
+            assert (ready.answers, ready.first) == (asked, len(slots))
             assert ready.done or ready.slots
             slots += ready.slots
             done = ready.done
         assert len(slots) == 30
         assert all(holds(client.memory[slot], page) for page, slot in enumerate(slots))
     assert_nothing_held(client)
+
+
+def test_who_waits_for_a_slow_disk_keeps_nobody_from_joining(directory: Path, join: Join) -> None:
+    """More of them than there are threads that open stores."""
+    process = child("write_slowly", directory, 1.0)
+    assert until(lambda: is_running(endpoint_for([str(directory)])))
+    client = join()
+    assert client.prefetcher_pid == process.pid
+    save(client, range(20))
+    asked = [client._connection.send(m.Flush()) for _ in range(8)]
+    assert all(asked)
+    began = time.monotonic()
+    join(fingerprint=OTHER_FINGERPRINT)
+    assert time.monotonic() - began < 2
+    assert client.flush(30)
+    assert time.monotonic() - began > 2
+    assert figures(client)["pages_file"] == 20

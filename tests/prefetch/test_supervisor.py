@@ -15,9 +15,11 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import connection, process
+from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
-from sglang_hcache.prefetch.connection import Unavailable
-from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from sglang_hcache.prefetch.connection import Hopeless, Unavailable
+from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.supervisor import Supervisor
 from tests.prefetch.clients import (
     assert_nothing_held,
@@ -182,6 +184,7 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     other = supervisor.open()
     assert until(lambda: figures(other)["prefetcher_clients"] == 1, 20), "no session is left behind"
     assert supervisor.taken() is None
+    assert until(lambda: len(prefetchers(directory)) == 1), "what was started beside it sees that it is not needed"
     supervisor.replace(other)
     next_one = replaced(supervisor)
     assert next_one.alive
@@ -430,3 +433,97 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(
     assert until(lambda: process.num_fds() <= files, 3.0), "a refused client leaves no file open"
     save(client, range(3))
     assert fetched(client, range(3)) == 3
+
+
+def test_a_prefetcher_that_is_busy_keeps_no_server_from_starting(
+    directory: Path, join: Join, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = join()
+    save(client, range(5))
+    assert client.flush(30)
+    kill(client, signal.SIGSTOP)
+    supervisor = supervisor_of(directory)
+    nothing = supervisor.start(0.5)
+    assert isinstance(nothing, NoStore)
+    assert not nothing.alive
+    assert nothing.layout == LAYOUT
+    assert [record.message for record in caplog.records] == [
+        f"hcache: cannot reach or start a prefetcher ({nothing.why_ended}): this server starts without the tier."
+    ]
+    kill(client, signal.SIGCONT)
+    found = replaced(supervisor)
+    assert found.prefetcher_pid == client.prefetcher_pid
+    assert supervisor.restarts == 0
+    assert fetched(found, range(10)) == 5
+    found.close()
+    supervisor.close()
+
+
+def test_a_prefetcher_that_cannot_be_started_is_said_loudly(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = supervisor_of(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervision, "LOCKED_S", 0.1)
+        patch.setattr(supervision, "_LAUNCHER", "pass")
+        with pytest.raises(Unavailable):
+            supervisor.start(0.5)
+        patch.setattr(supervision, "_LAUNCHER", "raise SystemExit(1)")
+        began = time.monotonic()
+        with pytest.raises(Hopeless, match="cannot be started"):
+            supervisor.start()
+        assert time.monotonic() - began < 10
+    supervisor.close()
+
+
+def test_a_search_is_ended_at_once(directory: Path, join: Join) -> None:
+    """Also amid a hello that is not answered."""
+    client = join()
+    supervisor = supervisor_of(directory)
+    store = supervisor.open()
+    kill(client, signal.SIGSTOP)
+    store.give_up("the weights were changed")
+    supervisor.replace(store)
+    time.sleep(2.0)
+    began = time.monotonic()
+    supervisor.close()
+    assert time.monotonic() - began < 1.0
+    kill(client, signal.SIGCONT)
+
+
+def test_a_prefetcher_whose_lock_was_removed_takes_nothing_from_the_next_one(directory: Path, runtime: Path) -> None:
+    """As when /run/user is removed at logout, or /tmp tidied up."""
+    first = supervisor_of(directory).open()
+    endpoint = endpoint_for([str(directory)])
+    former = endpoint.socket.stat().st_ino
+    endpoint.lock.unlink()
+    supervisor = supervisor_of(directory)
+    supervisor._launch()
+    assert until(lambda: endpoint.socket.exists() and endpoint.socket.stat().st_ino != former)
+    second = supervisor.open()
+    assert second.prefetcher_pid != first.prefetcher_pid
+    save(first, range(5))
+    assert first.flush(30)
+    assert fetched(second, range(10)) == 5
+    first.close()
+    assert until(lambda: [process.pid for process in prefetchers(directory)] == [second.prefetcher_pid])
+    assert endpoint.socket.exists()
+    assert is_running(endpoint)
+    third = supervisor_of(directory).open()
+    assert third.prefetcher_pid == second.prefetcher_pid
+    second.close()
+    third.close()
+    assert until(lambda: not prefetchers(directory))
+    assert list(runtime.iterdir()) == []
+
+
+def test_the_lock_of_a_running_prefetcher_does_not_look_forgotten(
+    directory: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = endpoint_for([str(directory)])
+    lock = InstanceLock.acquire(endpoint)
+    assert lock is not None
+    os.utime(endpoint.lock, (0, 0))
+    monkeypatch.setattr(process, "TOUCH_S", 0.05)
+    with process._kept_fresh(lock):
+        assert until(lambda: endpoint.lock.stat().st_mtime > 0)
+    lock.release()
+    assert list(runtime.iterdir()) == []

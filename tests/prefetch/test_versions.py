@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 
 import pytest
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
-from tests.prefetch.clients import child, line_of, supervisor_of
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from tests.prefetch.clients import child, fetched, figures, hello, line_of, save, supervisor_of, until
+from tests.prefetch.conftest import Join
+from tests.storage.pages import OTHER_FINGERPRINT
 
 
-def test_a_prefetcher_of_another_version_is_named_at_once(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_prefetcher_of_another_version_is_named(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one on another host is found at all."""
     server = child("join", directory, 0)
     line_of(server)
+    address = endpoint_for([str(directory)]).address
     monkeypatch.setattr(m, "VERSION", m.VERSION + 1)
     monkeypatch.setattr(m, "PREFIX", b"HC" + bytes((m.VERSION, 0)))
-    newer = supervisor_of(directory)
-    with caplog.at_level(logging.INFO), pytest.raises(Unavailable) as refused:
-        newer.open(1.0)
-    newer.close()
-    os.close(newer.news)
-    said = f"another protocol (version {m.VERSION - 1}, this is version {m.VERSION}): update both sides"
-    assert said in str(refused.value)
-    assert said in caplog.messages[0], "while it is still tried again"
+    said = rf"another protocol \(version {m.VERSION - 1}, this is version {m.VERSION}\): update both sides"
+    with pytest.raises(Unavailable, match=said):
+        PrefetchClient(address, hello(), news=-1, timeout_s=5)
     server.communicate("\n", timeout=5)
+
+
+def test_servers_of_two_versions_have_a_prefetcher_each_and_share_the_files(
+    directory: Path, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = join()
+    save(before, range(20))
+    assert before.flush(30)
+    newer = child("be_the_next_versions", directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(m, "VERSION", m.VERSION + 1)  # all that is different is where it is found
+        assert until(lambda: is_running(endpoint_for([str(directory)])), 20)
+        after = supervisor_of(directory).open()
+        other = supervisor_of(directory, fingerprint=OTHER_FINGERPRINT).open()
+        assert after.prefetcher_pid == newer.pid != before.prefetcher_pid
+        assert fetched(after, range(30)) == 20, "what the former has written"
+        save(after, range(20, 40))
+        save(other, range(10))
+        assert after.flush(30)
+        assert other.flush(30)
+        save(before, range(100, 110))
+        assert before.flush(30)
+        assert fetched(after, range(100, 120)) == 10
+        assert fetched(other, range(20)) == 10
+        assert figures(after)["pages_damaged"] == figures(after)["files_damaged"] == 0
+        for client in (after, other):
+            client.close()
+        assert newer.wait(20) == 0
+    assert fetched(before, range(20)) == fetched(before, range(20, 60)) == 20
+    assert figures(before)["pages_damaged"] == figures(before)["files_damaged"] == 0

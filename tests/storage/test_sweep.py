@@ -37,8 +37,10 @@ R = LAYOUT.record_bytes
 SEGMENT = 8 * R
 
 
-def open_directory(path: Path, fingerprint: bytes = FINGERPRINT, **options: Any) -> Directory:
-    return Directory(path, Contents(LAYOUT, fingerprint, SEGMENT), **({"damage": Damage()} | options))
+def open_directory(
+    path: Path, fingerprint: bytes = FINGERPRINT, *, segment_bytes: int = SEGMENT, **options: Any
+) -> Directory:
+    return Directory(path, Contents(LAYOUT, fingerprint, segment_bytes), **({"damage": Damage()} | options))
 
 
 def write(directory: Directory, fingerprint: bytes, pages: Sequence[int]) -> None:

@@ -1,0 +1,137 @@
+"""What a session survives, and how it ends, as its client sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hcache.prefetch import connection
+from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.client import PrefetchClient
+from tests.prefetch.clients import assert_nothing_held, fetched, figures, save, supervisor_of, until
+from tests.prefetch.conftest import Join
+from tests.storage.pages import keys_of
+
+
+@pytest.mark.parametrize("rid", ["x" * 300, "", "a\ud800"], ids=["long", "empty", "no text"])
+def test_a_request_may_be_called_anything(join: Join, rid: str) -> None:
+    client = join()
+    save(client, range(5))
+    assert fetched(client, range(5), rid) == 5
+    client.prefetch(rid, keys_of(range(5)))
+    client.cut(rid)
+    assert client.wait(rid, 5).done
+    client.release(rid)
+    assert fetched(client, range(5), "another") == 5
+    assert figures(client)["messages_refused"] == 0
+    assert_nothing_held(client)
+
+
+def test_answers_to_a_former_prefetch_of_a_request_are_not_taken_for_the_next_ones(join: Join) -> None:
+    client = join()
+    save(client, range(8))
+    for _ in range(200):
+        client.prefetch("a", keys_of(range(8)))
+        client.prefetch("a", keys_of(range(3)))
+        assert len(client.wait("a", 5).slots) == 3
+    client.release("a")
+    assert_nothing_held(client)
+
+
+def test_a_deadline_may_be_of_any_length(join: Join) -> None:
+    client = join()
+    save(client, range(3))
+    client.prefetch("a", keys_of(range(3)), deadline_s=float("inf"))
+    assert len(client.wait("a", 5).slots) == 3
+    client.release("a")
+
+
+def test_a_defect_in_the_sessions_thread_ends_the_session(
+    join: Join, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher, client = join(), join()
+
+    def fail(*_: object) -> None:
+        raise LookupError("a defect")
+
+    monkeypatch.setattr(client._connection, "_receive", fail)
+    client.prefetch("a", keys_of(range(3)))
+    assert until(lambda: not client.alive, 5)
+    assert client.wait("a", 0).done
+    assert "a defect" in caplog.text
+    client.close()
+    assert until(lambda: figures(watcher)["prefetcher_clients"] == 1, 2), "it says goodbye all the same"
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.002])
+def test_a_session_that_is_left_amid_its_messages_ends_with_a_goodbye(join: Join, pause_s: float) -> None:
+    watcher = join()
+    for _ in range(8):
+        client = join()
+        for _ in range(50):
+            client._connection.send(m.Lookup(keys=keys_of(range(20))))
+        time.sleep(pause_s)
+        client.give_up("the weights were changed")
+        time.sleep(0.02)
+        client.close()
+        assert until(lambda: figures(watcher)["prefetcher_clients"] == 1, 2)
+
+
+def test_more_messages_than_fit_into_the_queues_cost_no_time(join: Join) -> None:
+    client = join()
+    save(client, range(5))
+    assert client.flush(30)
+    for _ in range(5000):
+        client._connection.send(m.Cancel(prefetch=1 << 40))  # not answered
+    began = time.monotonic()
+    assert fetched(client, range(5)) == 5
+    assert time.monotonic() - began < 1.0, "and not the beat's second for each queue of them"
+
+
+def test_a_closed_session_kills_nobody(join: Join) -> None:
+    """The number of its descriptor may be that of another process by now."""
+    client = join()
+    number = client._connection._pidfd
+    client.close()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        watched = os.pidfd_open(other.pid)
+        os.dup2(watched, number)
+        client.kill_prefetcher()
+        time.sleep(0.2)
+        assert other.poll() is None
+        other.kill()
+    for fd in {watched, number}:
+        os.close(fd)
+
+
+def test_a_prefetcher_that_hung_can_be_replaced_twice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when weights are changed before the first replacement was taken."""
+    monkeypatch.setattr(connection, "HUNG_S", 1.5)
+    supervisor = supervisor_of(directory)
+    hung = supervisor.open()
+    os.kill(hung.prefetcher_pid, signal.SIGSTOP)
+    assert until(lambda: not hung.alive, 6)
+    supervisor.replace(hung)
+    assert until(lambda: supervisor.restarts == 1, 20)
+    others = supervisor_of(directory).open()
+    supervisor.stop_replacing()
+    supervisor.replace(hung)
+    found: list[PrefetchClient] = []
+
+    def taken() -> Any:
+        found.extend(store for store in [supervisor.taken()] if store)
+        return found
+
+    assert until(taken, 20)
+    assert found[0].prefetcher_pid == others.prefetcher_pid
+    assert others.alive
+    for client in (found[0], others):
+        client.close()
+    supervisor.close()
