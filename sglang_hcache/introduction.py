@@ -90,7 +90,7 @@ class Introduction:
         )
 
     def _pages_of_a_forward(self) -> int:
-        """New pages that may be open at once: those of a forward, twice, and one of each running request."""
+        """Slots to have ready: for the new pages of a forward, twice, and one for each running request."""
         pages = -(-self._rows_of_a_forward // self._layout.page_tokens)
         return 2 * pages + (get_schedule().max_running_requests or 64)
 

@@ -49,6 +49,7 @@ class PrefetchClient:
         self._news = news
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._grant = self._asked_for = hello.grant
         self._granted: deque[int] = deque()
         self._wanted: dict[str, _Wanted] = {}
         self._tickets = itertools.count(1)
@@ -92,10 +93,14 @@ class PrefetchClient:
 
     def reserve(self) -> int | None:
         with self._lock:
-            if self._granted and self.alive:
-                return self._granted.popleft()
-            self._reserve_failed += 1
-            return None
+            slot = self._granted.popleft() if self._granted and self.alive else None
+            self._reserve_failed += slot is None
+            wanted = self._grant - len(self._granted) - self._asked_for
+            if wanted < max(1, self._grant // 2):
+                return slot
+            self._asked_for += wanted
+        self._connection.send(m.Want(slots=wanted))
+        return slot
 
     def abandon(self, slot: int) -> None:
         with self._lock:
@@ -198,6 +203,7 @@ class PrefetchClient:
         with self._lock:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)
+                self._asked_for -= len(message.slots)
             elif isinstance(message, m.Ready):
                 wanted = self._wanted.get(message.owner)
                 if wanted is None or wanted.ticket != message.ticket:

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
@@ -45,7 +45,7 @@ class Hello(Message):
     page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
     host_bytes: Count  # of host memory for these pages, if this client is the first to ask for them
-    grant: Count  # slots the client wants to have ready for new pages
+    grant: Count  # slots the client wants to have ready for new pages, and asks for with this message
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
     about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}
@@ -90,6 +90,12 @@ class Page(msgspec.Struct, array_like=True):
 
 class Commit(Message):
     pages: Annotated[list[Page], msgspec.Meta(max_length=MAX_KEYS)]
+
+
+class Want(Message):
+    """Some of the granted slots are being filled: the client asks for so many more."""
+
+    slots: Count
 
 
 class Abandon(Message):
@@ -195,6 +201,7 @@ FromClient = (
     | Cancel
     | Release
     | Commit
+    | Want
     | Abandon
     | Credit
     | Flush

@@ -27,7 +27,7 @@ SENDING_MS = 5  # while records are on their way: how soon a slot can be used ag
 EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
-MAX_GRANT = 0.25  # of an arena's slots, for new pages; shared by the sessions that are there
+MAX_GRANT = 0.25  # of an arena's slots, for pages that are being filled; shared by the sessions that are there
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class Server:
             m.Cancel: self._cancel,
             m.Release: self._release,
             m.Commit: self._commit,
+            m.Want: self._want,
             m.Abandon: self._abandon,
             m.Credit: self._credit,
             m.Flush: self._flush,
@@ -261,7 +262,7 @@ class Server:
             lease_limit=space.store.lease_limit,
         )
         if self._send(session, welcome):
-            self._grant(session)
+            self._want(session, m.Want(slots=hello.grant))
         else:
             self._end(session, "it has not waited for its welcome")
 
@@ -308,6 +309,10 @@ class Server:
         session.credit = min(session.credit + message.pages, session.space.store.memory.shape[0])
         for owner in list(session.asked):
             self._announce(session, owner)
+
+    def _want(self, session: Session, message: m.Want) -> None:
+        session.wanted = min(session.wanted + message.slots, session.hello.grant)
+        self._grant(session)
 
     def _abandon(self, session: Session, message: m.Abandon) -> None:
         for slot in message.slots:
@@ -358,16 +363,18 @@ class Server:
     # ---- towards clients ----
 
     def _grant(self, session: Session) -> None:
-        store = session.space.store
-        wanted = min(session.hello.grant, int(store.memory.shape[0] * MAX_GRANT) // len(session.space.sessions))
-        if session.remote or len(session.granted) > wanted // 2 or session.broken:
+        if not session.wanted or session.remote or session.broken:
             return
-        slots = []
-        while len(session.granted) < wanted and store.available and (slot := store.reserve()) is not None:
+        store = session.space.store
+        slots: list[int] = []
+        most = int(store.memory.shape[0] * MAX_GRANT) // len(session.space.sessions)
+        wanted = min(session.wanted, most - len(session.granted))
+        while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
             store.memory[slot, :8] = 0  # no header of a former page may look like this one's
-            session.granted.add(slot)
             slots.append(slot)
         if slots:
+            session.granted.update(slots)
+            session.wanted -= len(slots)
             self._send(session, m.Granted(slots=slots))
 
     def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> bool:

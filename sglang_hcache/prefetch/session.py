@@ -58,7 +58,8 @@ class Session:
     sent: int = 0
     credit: int = 0  # pages that a client on another host can take
     broken: bool = False
-    granted: set[int] = field(default_factory=set)
+    granted: set[int] = field(default_factory=set)  # ready for new pages, or being filled
+    wanted: int = 0  # slots it has asked for and not got yet
     asked: dict[str, Asked] = field(default_factory=dict)
     outbox: deque[Frames] = field(default_factory=deque)  # what its socket could not take yet
     outbox_bytes: int = 0  # without payload, which lies in the arena
