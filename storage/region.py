@@ -29,6 +29,8 @@ class Region:
         self.path = path
         self.memory = mmap.mmap(fd, os.fstat(fd).st_size)
         self._fd = fd
+        self._stop = threading.Event()
+        self._populating: threading.Thread | None = None
 
     @classmethod
     def create(cls, name: str, size: int) -> Region:
@@ -40,7 +42,7 @@ class Region:
         except (OSError, ValueError):
             os.close(fd)
             raise
-        threading.Thread(target=_populate, args=(os.dup(fd), size), name="hcache-populate", daemon=True).start()
+        region._populate()
         return region
 
     @classmethod
@@ -55,23 +57,43 @@ class Region:
             os.close(fd)
             raise
 
+    @property
+    def taken(self) -> int:
+        """Bytes of the system's memory that it takes by now."""
+        return os.fstat(self._fd).st_blocks * 512
+
     def free(self) -> None:
         """Give its memory back now; whoever still refers to it finds zeroes. Raises OSError."""
+        self._end_populating()
         punch(self._fd, 0, len(self.memory))
 
     def close(self) -> None:
         """No process can attach through this one any more; those that have keep their memory."""
+        self._end_populating()
         os.close(self._fd)
 
+    def _populate(self) -> None:
+        self._stop.clear()
+        arguments = (self._fd, len(self.memory), self._stop)
+        self._populating = threading.Thread(target=_populate, args=arguments, name="hcache-populate", daemon=True)
+        self._populating.start()
 
-def _populate(fd: int, size: int) -> None:
+    def _end_populating(self) -> None:
+        """Waits for a step at most."""
+        self._stop.set()
+        if self._populating is not None:
+            self._populating.join()
+
+
+def _populate(fd: int, size: int, stop: threading.Event) -> None:
     """Touching a page for the first time costs a fault; take them ahead of use. Without memory, leave it."""
     with contextlib.suppress(OSError):
         for start in range(0, size, _STEP_BYTES):
+            if stop.is_set():
+                return
             step = min(_STEP_BYTES, size - start)
             _make_contiguous(fd, start, step // _HUGE_BYTES)
             os.posix_fallocate(fd, start, step)
-    os.close(fd)
 
 
 def _make_contiguous(fd: int, start: int, count: int) -> None:

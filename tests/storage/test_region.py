@@ -69,3 +69,17 @@ def test_memory_outlives_the_region() -> None:
     region.close()
     view[:] = 7
     assert view.sum(dtype=np.int64) == 7 * SIZE
+
+
+@pytest.mark.parametrize("end", ["free", "close"])
+def test_what_is_given_back_while_memory_is_taken_stays_given_back(end: str) -> None:
+    region = Region.create("hcache-test", 1 << 30)
+    watched = os.open(region.path, os.O_RDONLY)
+    getattr(region, end)()
+    taken = os.fstat(watched).st_blocks
+    time.sleep(0.2)
+    assert os.fstat(watched).st_blocks == taken
+    assert taken == 0 or end == "close"
+    if end == "free":
+        region.close()
+    os.close(watched)
