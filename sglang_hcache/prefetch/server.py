@@ -405,9 +405,13 @@ class Server:
                 self._end(session, "it was not heard of")
 
     def _close_unused(self) -> None:
-        """Spaces without a client, once all is written; where the prefetcher stays, they stay for the next client."""
+        """Spaces without a client, once all is written; where the prefetcher stays, they stay for the next client.
+
+        What is on no file is of one process alone, under a fingerprint that nobody will ask for again.
+        """
         for space in self._spaces.unused():
-            if not space.store.unwritten() and self.config.ends_when_unused:
+            ends = self.config.ends_when_unused or not space.made_for.on_file
+            if not space.store.unwritten() and ends:
                 self._spaces.close(space)
 
     def _end(self, session: Session, why: str) -> None:

@@ -17,6 +17,7 @@ from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
+THREADS = 256  # one for each store that is being opened or closed, and each flush; idle ones are used again
 LOOK_S = 0.2  # between two looks whether all of a store is written
 SAME_SIZE = 0.1  # a server asks for a little more or less memory than when it was started last
 
@@ -66,7 +67,7 @@ class Spaces:
         self._progressed = progressed
         self._open: dict[bytes, Space] = {}
         self._busy: dict[bytes, list[tuple[Hello, Opened]]] = {}
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="hcache-space")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hcache-space")
         self._hurry = threading.Event()
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.spaces import Space, Spaces
+from sglang_hcache.storage.store import LocalStore
 from tests.prefetch.clients import SLOTS, hello, until
 from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, counters, save, served
 
@@ -93,6 +94,13 @@ def test_spaces_that_nobody_uses_make_room_for_others(keeper: Keeper, monkeypatc
     assert "are free" in str(keeper.open(hello())), "what is used is not taken away"
     available[0] = free
     assert served(keeper.opened(hello()).store, range(10)) == list(range(10))
+
+
+def test_those_that_wait_for_their_disks_hold_up_nobody_else(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: 1)
+    for number in range(8):
+        keeper.spaces.close(keeper.opened(hello(fingerprint=b"%016d" % number)))
+    assert keeper.opened(hello()).store.alive
 
 
 def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
