@@ -93,6 +93,11 @@ class Writer:
         if self._backlog and self._arena.available < SHORT_OF_SLOTS * self._arena.slots:
             self._changed.notify_all()
 
+    def follow(self, policy: WritePolicy) -> None:
+        """Another policy from now on; what was put off is written."""
+        self._policy = policy
+        self.drain()
+
     def make_room(self) -> None:
         """Somebody waits for slots: write the backlog."""
         self._room_wanted = True
