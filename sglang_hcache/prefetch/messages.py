@@ -44,11 +44,14 @@ class Hello(Message):
     fingerprint: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
-    host_bytes: Count  # of host memory for these pages, if this client is the first to ask for them
+    host_bytes: Count  # of host memory for these pages, if nobody else uses them
     grant: Count  # slots the client wants to have ready for new pages, and asks for with this message
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
     about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}
+    host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = (
+        0.0  # no more than this part of what is free; 0: all of it
+    )
 
 
 class Lookup(Message):
@@ -144,6 +147,12 @@ class Welcome(Message):
     lease_limit: Count  # slots all clients may lease at once
 
 
+class Waiting(Message):
+    """Comes each second until a `Hello` is answered: directories are being opened, or memory is given back for it."""
+
+    pages: Count  # that must be written before that
+
+
 class Refused(Message):
     """A message was not understood or not allowed; `reason` is one of the counters' names in `Figures`."""
 
@@ -211,7 +220,7 @@ FromClient = (
     | Health
     | Bye
 )
-FromServer = Welcome | Refused | Granted | Ready | Found | Flushed | Figures | Overviewed | Alive
+FromServer = Welcome | Waiting | Refused | Granted | Ready | Found | Flushed | Figures | Overviewed | Alive
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

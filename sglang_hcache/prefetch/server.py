@@ -24,6 +24,7 @@ from sglang_hcache.storage.rate import RateLimit
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
 SENDING_MS = 5  # while records are on their way: how soon a slot can be used again
+WAITING_S = 1.0  # between two messages to a client whose pages cannot be served yet
 EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
@@ -70,6 +71,7 @@ class Server:
         )
         self._numbers = itertools.count(1)
         self._greeted: set[Peer] = set()  # whose space is still being opened
+        self._told_at = 0.0  # when they were told
         self._by_peer: dict[Peer, Session] = {}
         self._by_number: dict[int, Session] = {}
         self._by_pidfd: dict[int, Session] = {}
@@ -219,6 +221,11 @@ class Server:
         for session in list(self._by_number.values()):
             self._grant(session)
             session.send_kept()
+        if self._greeted and time.monotonic() >= self._told_at + WAITING_S:
+            self._told_at = time.monotonic()
+            waiting = m.encode(m.Waiting(pages=self._spaces.unwritten))
+            for peer in self._greeted:
+                peer.put([waiting])
 
     # ---- messages ----
 

@@ -154,7 +154,7 @@ class Supervisor(Keeper[PrefetchClient]):
             self._hello(),
             news=self.news,
             timeout_s=timeout_s,
-            is_there=lambda: is_running(self._endpoint),
+            is_there=lambda: is_running(self._endpoint) and not self._closed.is_set(),
         )
 
     def _give_up(self, gone: PrefetchClient) -> None:
