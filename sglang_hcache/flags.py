@@ -107,7 +107,8 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="GB",
         help="What hcache's files may take in each directory; the least valuable pages make room for new ones. "
-        "Default: 90 %% of what they take and what is free at start.",
+        "Default: what they take and what is free at start, but for a tenth of that, 5 %% of the disk or 10 GB, "
+        "whichever is most; a quarter of it at least.",
     )
     group.add_argument(
         "--hcache-read-limit",

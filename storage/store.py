@@ -34,7 +34,7 @@ class LocalStore:
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
     `directories`: striped; none for host memory only. `files`: used instead of these. `writable`: False reads files,
     but writes none. `read_limit`: bounds how fast files are read. `segment_bytes`: size of a segment file.
-    `quota_bytes`: bound of what each directory takes; by default nine tenths of what it takes and what is free.
+    `quota_bytes`: bound of what each directory takes; by default as `Quota` has it.
     `about`: what the pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`:
     fraction of the slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come
     further, from any thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it
