@@ -241,6 +241,8 @@ class Server:
         except (OSError, OverflowError) as error:
             raise Refusal("bad_hello", f"process {hello.pid} cannot be watched: {error}", fatal=True) from None
         self._served += 1
+        if not self._greeted:
+            self._told_at = time.monotonic()
         self._greeted.add(peer)
 
         def opened(space: Space | str) -> None:

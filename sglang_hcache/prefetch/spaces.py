@@ -159,18 +159,16 @@ class Spaces:
         """What its client wishes holds from now on, unless others use it; what is in memory stays there."""
         if space.store.layout != _layout(hello) or space.made_for.on_file != hello.on_file:
             raise ValueError("another client uses this fingerprint with another layout of pages")
-        if space.sessions:
+        if space.sessions or hello is space.made_for:
             return
         policy = WritePolicy(hello.write_policy)
         wanted, promise = self._size_for(hello), self._promised[space.fingerprint]
-        most = (
-            promise.size + max(0, self._left()) // space.store.layout.record_bytes * space.store.layout.record_bytes
-        )
-        if wanted > most:
-            log.warning(
-                "hcache: %s asks for %d bytes of host memory: there is room for %d.", hello.name, wanted, most
-            )
-        if (size := min(wanted, most)) != promise.size:
+        record_bytes = space.store.layout.record_bytes
+        most = promise.size + max(0, self._left()) // record_bytes * record_bytes
+        size = min(wanted, most)
+        if size < wanted:
+            log.warning("hcache: %s asks for %d bytes of host memory and gets %d.", hello.name, wanted, size)
+        if size != promise.size:
             space.resize(size)
             promise.size = size
         space.store.follow(policy)

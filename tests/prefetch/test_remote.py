@@ -142,7 +142,8 @@ class RawClient:
         self.socket.connect(address)
         self.session = self.seq = 0
         self.socket.send(m.encode(hello()))
-        welcome, _ = self.receive()
+        while isinstance(welcome := self.receive()[0], m.Waiting):
+            pass
         assert isinstance(welcome, m.Welcome)
         assert welcome.region == ""
         self.session = welcome.session
