@@ -67,7 +67,7 @@ class HCacheConfig:
     representation: str = "auto"  # one of REPRESENTATION_CHOICES
     plan: str = "auto"  # one of PLAN_CHOICES
     codec: str | None = None  # one of CODEC_CHOICES; None: hidden states as they are
-    directory_bytes: int | None = None  # bound of what each directory takes; None: 90 % of theirs and what is free
+    directory_bytes: int | None = None  # bound of what each directory takes; None: as `Quota` has it
     read_bytes_per_s: float | None = None  # the most that is read from files; None for all they give
     prefetcher: str | None = None  # tcp://HOST:PORT of one on another host; None for this node's own
     keys: str | None = None  # folder of this client's keys for it

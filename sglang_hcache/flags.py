@@ -26,7 +26,7 @@ from sglang_hcache.config import (
     default_directory,
     directories_of,
 )
-from sglang_hcache.prefetch.host_memory import available_bytes
+from sglang_hcache.prefetch.host_memory import total_bytes
 
 GB = 10**9
 
@@ -112,7 +112,8 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="GB",
         help="What hcache's files may take in each directory; the least valuable pages make room for new ones. "
-        "Default: 90 %% of what they take and what is free at start.",
+        "Default: what they take and what is free at start, but for a tenth of that, 5 %% of the disk or 10 GB, "
+        "whichever is most; a quarter of it at least.",
     )
     group.add_argument(
         "--hcache-read-limit",
@@ -289,11 +290,11 @@ def _check_host_size(values: MutableMapping[str, Any]) -> None:
     if size_gb < 0:
         raise FlagError(f"--hicache-size {size_gb} is negative: give gigabytes, or drop it")
     ranks = max(1, (values.get("tp_size") or 1) // (values.get("nnodes") or 1))
-    wanted, available = size_gb * GB * ranks, available_bytes()
-    if wanted > available:
+    wanted, total = size_gb * GB * ranks, total_bytes()
+    if wanted > total:
         raise FlagError(
             f"--hicache-size {size_gb} does not fit: {wanted / GB:.1f} GB for {ranks} rank(s) of this host, "
-            f"{available / GB:.1f} GB of host memory available; give at most {int(available / GB / ranks)}"
+            f"{total / GB:.1f} GB of host memory in all; give at most {int(total / GB / ranks)}"
         )
 
 

@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_para
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
-from sglang_hcache.prefetch.host_memory import available_bytes
+from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
 from sglang_hcache.prefetch.messages import Hello, Welcome
 from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
 from sglang_hcache.representation import Stored
@@ -43,7 +43,7 @@ class Introduction:
         self._stored = stored
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
-        self._host_bytes = self._wanted_host_bytes() * self.ranks_sharing_pages
+        self._host_share, self._host_bytes = self._wanted_host_memory(remote=config.prefetcher is not None)
         scales = server_args.quantization_param_path
         self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
         self._this_server = of_first_rank(process_identity())
@@ -76,6 +76,7 @@ class Introduction:
             page_tokens=self._layout.page_tokens,
             layer_bytes=list(self._layout.layer_bytes),
             host_bytes=self._host_bytes,
+            host_share=self._host_share,
             grant=self._pages_of_a_forward(),
             on_file=self._weights is not None,
             write_policy=get_memory().hicache_write_policy,
@@ -87,7 +88,7 @@ class Introduction:
         )
 
     def _pages_of_a_forward(self) -> int:
-        """New pages that may be open at once: those of a forward, twice, and one of each running request."""
+        """Slots to have ready: for the new pages of a forward, twice, and one for each running request."""
         pages = -(-self._rows_of_a_forward // self._layout.page_tokens)
         return 2 * pages + (get_schedule().max_running_requests or 64)
 
@@ -135,21 +136,27 @@ class Introduction:
             parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
         return fingerprint(parts)
 
-    def _wanted_host_bytes(self) -> int:
-        memory = get_memory()
+    def _wanted_host_memory(self, *, remote: bool) -> tuple[float, int]:
+        """Most of what is free, 0 for all of it, and most bytes, for all ranks that share these pages.
+
+        How much is free is for the prefetcher to say: it may hold the arena of a former server. With a remote one
+        memory is this process's own.
+        """
+        memory, ranks, sharing = get_memory(), _ranks_of_a_node(self._server_args), self.ranks_sharing_pages
         if memory.hicache_size > 0:
-            return int(memory.hicache_size * GB)
+            return 0.0, int(memory.hicache_size * GB) * sharing
         ratio: float = memory.hicache_ratio
         wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
-        available = available_bytes() // _ranks_of_a_node(self._server_args)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
-            return min(wanted, int(fraction * available))
-        if wanted > available:
+            if remote:
+                return 0.0, min(wanted, int(fraction * available_bytes()) // ranks) * sharing
+            return fraction * sharing / ranks, wanted * sharing
+        if wanted > (total := total_bytes() // ranks):
             raise RuntimeError(
                 f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
-                f"{available / GB:.1f} GB available; give a smaller ratio, or --hicache-size"
+                f"{total / GB:.1f} GB in all; give a smaller ratio, or --hicache-size"
             )
-        return wanted
+        return 0.0, wanted * sharing
 
 
 def _ranks_of_a_node(server_args: Any) -> int:

@@ -21,8 +21,8 @@ class Backing(Enum):
 
 
 def rows(region: mmap.mmap, slots: int, record_bytes: int) -> Record:
-    """The region as uint8 [slots, record_bytes]; raises ValueError where its size is another."""
-    return np.frombuffer(region, np.uint8).reshape(slots, record_bytes)
+    """The region's first slots as uint8 [slots, record_bytes]; raises ValueError where it has fewer."""
+    return np.frombuffer(region, np.uint8, slots * record_bytes).reshape(slots, record_bytes)
 
 
 class Arena:
@@ -32,18 +32,18 @@ class Arena:
     by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
     Not thread-safe; no call blocks.
 
-    `memory`: uint8 [slots, record_bytes], rows aligned to pages of memory.
+    `memory`: uint8 [slots or more, record_bytes], rows aligned to pages of memory. `slots`: how many of them are in
+    use. Slots behind these, where there were more, are in no state but for those that are still open, or hold a page
+    that is leased or dirty: such a page cannot be found any more, and is gone once it is neither.
     """
 
     def __init__(self, slots: int, record_bytes: int, region: mmap.mmap | None = None) -> None:
-        """`region`: memory to use, of exactly that size; private memory by default."""
+        """`region`: memory to use, of that size at least; private memory by default."""
         assert slots > 0
         assert record_bytes % mmap.PAGESIZE == 0
         if region is None:
             region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            region.madvise(mmap.MADV_HUGEPAGE)  # the first touch of a record is then a fault or two, not hundreds
-        self.memory = rows(region, slots, record_bytes)
+        self.memory = _eager(region, slots, record_bytes)
         self.slots = slots
         self._free = list(range(slots - 1, -1, -1))
         self._open: set[int] = set()
@@ -53,6 +53,23 @@ class Arena:
         self._leases: dict[int, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._dirty = 0
+
+    def resize(self, slots: int, region: mmap.mmap) -> None:
+        """Use so many slots from now on. `region`: the same memory, of that size at least."""
+        assert slots > 0
+        if slots > len(self.memory):
+            self.memory = _eager(region, slots, self.memory.shape[1])
+        former, self.slots = self.slots, slots
+        self._free = [slot for slot in self._free if slot < slots]
+        self._free += [slot for slot in range(former, slots) if slot not in self._open and slot not in self._key_of]
+        for slot in [slot for slot in self._key_of if slot >= slots and self._is_found(slot)]:
+            del self._slot_of[self._key_of[slot]]
+            self._settle(slot)
+
+    @property
+    def used_behind(self) -> bool:
+        """Whether a slot behind the last is not done with yet."""
+        return any(slot >= self.slots for slots in (self._open, self._key_of) for slot in slots)
 
     def reserve(self) -> int | None:
         """A slot to fill, open until `cache` or `abandon`; None where nothing can be evicted."""
@@ -66,11 +83,12 @@ class Arena:
 
     def abandon(self, slot: int) -> None:
         self._open.remove(slot)
-        self._free.append(slot)
+        self._give_back(slot)
 
     def cache(self, key: bytes, slot: int, backing: Backing) -> None:
         """The open slot holds page `key` from now on."""
         assert key not in self._slot_of
+        assert slot < self.slots
         self._open.remove(slot)
         self._slot_of[key] = slot
         self._key_of[slot] = key
@@ -88,7 +106,7 @@ class Arena:
         self._settle(slot)
 
     def lease(self, slot: int) -> None:
-        assert slot in self._key_of
+        assert self._is_found(slot)
         self._leases[slot] = self._leases.get(slot, 0) + 1
         self._evictable.pop(slot, None)
 
@@ -144,22 +162,45 @@ class Arena:
         """Assert that each slot is in exactly one state, and that all maps agree."""
         cached = set(self._key_of)
         assert len(self._free) == len(set(self._free))
-        assert sorted([*self._free, *self._open, *cached]) == list(range(self.slots))
-        assert {slot: key for key, slot in self._slot_of.items()} == self._key_of
+        assert all(slot < self.slots for slot in self._free)
+        assert len({*self._free, *self._open, *cached}) == len(self._free) + len(self._open) + len(cached)
+        assert {*self._free, *self._open, *cached} >= set(range(self.slots))
+        assert all(self._key_of[slot] == key for key, slot in self._slot_of.items())
+        assert all(slot < self.slots for slot in self._slot_of.values())
         assert set(self._backing) == cached
         assert set(self._leases) <= cached
         assert all(count > 0 for count in self._leases.values())
         assert self._dirty == sum(backing is Backing.DIRTY for backing in self._backing.values())
         held = {slot for slot in cached if self._backing[slot] is Backing.DIRTY or slot in self._leases}
         assert set(self._evictable) == cached - held
+        assert held >= {slot for slot in cached if not self._is_found(slot)}
 
     def _settle(self, slot: int) -> None:
         self._evictable.pop(slot, None)
         if self._backing[slot] is not Backing.DIRTY and slot not in self._leases:
             self._evictable[slot] = None
+            if not self._is_found(slot):
+                self._evict(slot)
 
     def _evict(self, slot: int) -> None:
         del self._evictable[slot]
-        del self._slot_of[self._key_of.pop(slot)]
+        if self._is_found(slot):
+            del self._slot_of[self._key_of[slot]]
+        del self._key_of[slot]
         del self._backing[slot]
-        self._free.append(slot)
+        self._give_back(slot)
+
+    def _is_found(self, slot: int) -> bool:
+        """Whether the page in a cached slot can be found."""
+        return self._slot_of.get(self._key_of[slot]) == slot
+
+    def _give_back(self, slot: int) -> None:
+        if slot < self.slots:
+            self._free.append(slot)
+
+
+def _eager(region: mmap.mmap, slots: int, record_bytes: int) -> Record:
+    """`rows`; the first touch of a record is a fault or two, not hundreds."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return rows(region, slots, record_bytes)

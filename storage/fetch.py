@@ -157,7 +157,8 @@ class Fetches:
     def finish_read(self, read: Read, *, sound: bool) -> None:
         del self._reads[read.key]
         cached = self._arena.slot_of(read.key)
-        if cached is not None or not sound:  # committed in the meantime, or not to be had
+        # Committed in the meantime, or not to be had, or read into a slot that is in use no more.
+        if cached is not None or not sound or read.slot >= self._arena.slots:
             self._arena.abandon(read.slot)
         else:
             self._arena.cache(read.key, read.slot, Backing.CLEAN)

@@ -15,15 +15,19 @@ from sglang_hcache.storage.segment import SegmentWriter
 LOCK_WAIT_S = 30.0
 BATCH = 20  # a twentieth of the quota is evicted at once
 SEGMENTS = 8  # at least so many segments fit in the quota
-FILL = 0.9  # of what a directory could have, where nobody says how much it may take: others use the disk, too
+FILL = 0.9  # of what a directory could have, where nobody says how much it may take, or it was full
+# Where nobody says, more is left to others, who may need the disk to live; but not where that leaves nearly nothing.
+KEEP_PART, KEEP_BYTES = 0.05, 10 * 10**9  # of the file system, whichever is more
+LEAST_FILL = 0.25
 SLACK = 1 << 20  # for the index to grow
 
 
 class Quota:
     """`limit`: bytes on disk that a directory's segments, of all fingerprints, and its index may take.
 
-    `wanted`: the limit; None for FILL of what they take and what is free when the directory is opened. `sharers`: how
-    many directories share what is free. Raises ValueError where `wanted` does not hold a few pages of `record_bytes`.
+    `wanted`: the limit; None for most of what they take and what is free when the directory is opened: all but a
+    tenth, a twentieth of the file system, or 10 GB, whichever is most; but a quarter at least. `sharers`: how many
+    directories share what is free. Raises ValueError where `wanted` does not hold a few pages of `record_bytes`.
     """
 
     def __init__(self, path: Path, wanted: int | None, record_bytes: int, sharers: int = 1) -> None:
@@ -46,10 +50,14 @@ class Quota:
             self.limit = self._wanted
             return
         disk = os.statvfs(self._path)
-        there_is = int(FILL * (bytes_on_disk(self._path) + disk.f_bavail * disk.f_frsize // self._sharers))
-        if there_is < self._least:
+        there_is = bytes_on_disk(self._path) + disk.f_bavail * disk.f_frsize // self._sharers
+        limit = FILL * there_is
+        if self._wanted is None:
+            kept = max(KEEP_PART * disk.f_blocks * disk.f_frsize, KEEP_BYTES) / self._sharers
+            limit = max(LEAST_FILL * there_is, min(limit, there_is - kept))
+        if limit < self._least:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.limit = there_is if self._wanted is None else min(self._wanted, there_is)
+        self.limit = int(limit) if self._wanted is None else min(self._wanted, int(limit))
 
     @property
     def batch(self) -> int:

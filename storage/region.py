@@ -8,9 +8,11 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable, Iterator
 
 from sglang_hcache.storage.files import punch
 
+LOOK_S = 0.2  # between two looks whether what lies behind is still used
 _STEP_BYTES = 32 << 20
 _HUGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; needs no huge pages to be reserved or enabled
@@ -22,13 +24,17 @@ class Region:
     """An anonymous file in memory (memfd), reached by other processes of the same user through `path`.
 
     Unlike a name in /dev/shm it leaves nothing behind, whatever kills its users, and a container's small /dev/shm
-    does not bound it. `memory`: its bytes; valid as long as somebody refers to them. Raises OSError.
+    does not bound it. `memory`: its bytes; valid as long as somebody refers to them. `size`: how many of them count.
+    Raises OSError.
     """
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, size: int) -> None:
         self.path = path
-        self.memory = mmap.mmap(fd, os.fstat(fd).st_size)
+        self.size = size
+        self.memory = mmap.mmap(fd, size)
         self._fd = fd
+        self._stop = threading.Event()
+        self._settling: threading.Thread | None = None
 
     @classmethod
     def create(cls, name: str, size: int) -> Region:
@@ -36,42 +42,91 @@ class Region:
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
-            region = cls(fd, f"/proc/{os.getpid()}/fd/{fd}")
+            region = cls(fd, f"/proc/{os.getpid()}/fd/{fd}", size)
         except (OSError, ValueError):
             os.close(fd)
             raise
-        threading.Thread(target=_populate, args=(os.dup(fd), size), name="hcache-populate", daemon=True).start()
+        region.settle(lambda: False)
         return region
 
     @classmethod
     def attach(cls, path: str, size: int) -> Region:
-        """The region that another process created. Raises OSError where it cannot be reached or has another size."""
+        """The first `size` bytes of the region that another process created.
+
+        Raises OSError where it cannot be reached or has less.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if os.fstat(fd).st_size != size:
+            if os.fstat(fd).st_size < size:
                 raise OSError(errno.EINVAL, f"{path} has {os.fstat(fd).st_size} bytes, not {size}")
-            return cls(fd, path)
+            return cls(fd, path, size)
         except OSError:
             os.close(fd)
             raise
 
+    @property
+    def taken(self) -> int:
+        """Bytes of the system's memory that it takes by now."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def resize(self, size: int) -> None:
+        """Have more bytes, or fewer that count. `memory` may be another mapping then; the former one stays valid."""
+        self._end_settling()
+        if size > len(self.memory):
+            os.ftruncate(self._fd, size)
+            self.memory = mmap.mmap(self._fd, size)
+        self.size = size
+
+    def settle(self, used_behind: Callable[[], bool]) -> None:
+        """After `create` and `resize`: in the background, take what memory counts and give back what lies behind it.
+
+        The latter as soon as `used_behind`, called from another thread, says that nobody uses it.
+        """
+        self._end_settling()
+        self._stop.clear()
+        self._settling = threading.Thread(
+            target=self._settle, args=(used_behind,), name="hcache-populate", daemon=True
+        )
+        self._settling.start()
+
     def free(self) -> None:
         """Give its memory back now; whoever still refers to it finds zeroes. Raises OSError."""
+        self._end_settling()
         punch(self._fd, 0, len(self.memory))
 
     def close(self) -> None:
         """No process can attach through this one any more; those that have keep their memory."""
+        self._end_settling()
         os.close(self._fd)
 
+    def _end_settling(self) -> None:
+        """Waits for a step at most."""
+        self._stop.set()
+        if self._settling is not None:
+            self._settling.join()
 
-def _populate(fd: int, size: int) -> None:
-    """Touching a page for the first time costs a fault; take them ahead of use. Without memory, leave it."""
-    with contextlib.suppress(OSError):
-        for start in range(0, size, _STEP_BYTES):
-            step = min(_STEP_BYTES, size - start)
-            _make_contiguous(fd, start, step // _HUGE_BYTES)
-            os.posix_fallocate(fd, start, step)
-    os.close(fd)
+    def _settle(self, used_behind: Callable[[], bool]) -> None:
+        """Touching a page for the first time costs a fault; take them ahead of use. Without memory, leave it."""
+        with contextlib.suppress(OSError):
+            for start, step in _steps(0, self.size):
+                if self._stop.is_set():
+                    return
+                _make_contiguous(self._fd, start, step // _HUGE_BYTES)
+                os.posix_fallocate(self._fd, start, step)
+        if self.size == len(self.memory):
+            return
+        while used_behind():
+            if self._stop.wait(LOOK_S):
+                return
+        for start, step in _steps(self.size, len(self.memory)):
+            if self._stop.is_set():
+                return
+            punch(self._fd, start, step)
+
+
+def _steps(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where each begins, and its length."""
+    return ((at, min(_STEP_BYTES, end - at)) for at in range(start, end, _STEP_BYTES))
 
 
 def _make_contiguous(fd: int, start: int, count: int) -> None:

@@ -36,7 +36,7 @@ class LocalStore:
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
     `directories`: striped; none for host memory only. `files`: used instead of these. `writable`: False reads files,
     but writes none. `read_limit`: bounds how fast files are read. `segment_bytes`: size of a segment file.
-    `quota_bytes`: bound of what each directory takes; by default nine tenths of what it takes and what is free.
+    `quota_bytes`: bound of what each directory takes; by default as `Quota` has it.
     `about`: what the pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`:
     fraction of the slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come
     further, from any thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it
@@ -69,7 +69,7 @@ class LocalStore:
         if not 0 < lease_limit <= 1:
             raise ValueError(f"lease_limit is {lease_limit}, not in (0, 1]")
         self.layout = layout
-        self.lease_limit = max(1, int(host_bytes // layout.record_bytes * lease_limit))
+        self._most_leased = lease_limit
         self._fingerprint = fingerprint
         self._on_progress = on_progress
         self._read_limit = read_limit
@@ -107,7 +107,31 @@ class LocalStore:
 
     @property
     def memory(self) -> Record:
-        return self._arena.memory
+        return self._arena.memory[: self._arena.slots]
+
+    @property
+    def lease_limit(self) -> int:
+        """Slots that may be leased in all."""
+        return max(1, int(self._arena.slots * self._most_leased))
+
+    def resize(self, slots: int, region: mmap.mmap) -> None:
+        """Have so many slots from now on; what is in them stays. `region`: the same memory, of that size at least.
+
+        Nobody may hold a slot, or use `memory` as it was. A page behind the last slot is a miss until it is on file.
+        """
+        with self._lock:
+            self._arena.resize(slots, region)
+            self._fetches.limit = self.lease_limit
+
+    def used_behind(self) -> bool:
+        """Whether memory behind the last slot is still needed, for pages that are not on file yet."""
+        with self._lock:
+            return self._arena.used_behind
+
+    def follow(self, policy: WritePolicy) -> None:
+        """Write by this policy from now on."""
+        with self._lock:
+            self._writer.follow(policy)
 
     def reserve(self) -> int | None:
         with self._lock:
@@ -298,7 +322,7 @@ class LocalStore:
             try:
                 if self._read_limit is not None:
                     self._read_limit.take(self.layout.record_bytes)
-                sound = read.place.read(read.key, self.memory[read.slot])
+                sound = read.place.read(read.key, self._arena.memory[read.slot])
             except Exception:  # a bug of ours must not end the thread: those who wait for the page would hang
                 log.exception("hcache: a page could not be read.")
                 sound = False

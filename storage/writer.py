@@ -116,6 +116,11 @@ class Writer:
         if self._must_write_back():
             self._wake()
 
+    def follow(self, policy: WritePolicy) -> None:
+        """Another policy from now on; what was put off is written."""
+        self._policy = policy
+        self.drain()
+
     def make_room(self) -> None:
         """Somebody waits for slots: write the backlog."""
         self._room_wanted = True

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keys", metavar="DIR", help="made by `hcache keygen`")
     parser.add_argument(
-        "--size-limit", metavar="SIZE", help="bound of each directory, as 500GB or 2TiB; 90 %% of what it can have"
+        "--size-limit", metavar="SIZE", help="bound of each directory, as 500GB or 2TiB; --hcache-dir-size's default"
     )
     parser.add_argument("--read-limit", metavar="SIZE", help="the most that is read from files in a second")
     parser.add_argument("--host-limit", metavar="SIZE", help="bound of the memory for one model's pages")

@@ -48,6 +48,7 @@ class PrefetchClient:
         self._news = news
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._grant = self._asked_for = hello.grant
         self._granted: deque[int] = deque()
         self._wanted: dict[str, _Wanted] = {}  # by owner: what these are called is nothing to the prefetcher
         self._asked: dict[int, _Wanted] = {}  # the same, by number
@@ -95,10 +96,14 @@ class PrefetchClient:
 
     def reserve(self) -> int | None:
         with self._lock:
-            if self._granted and self.alive:
-                return self._granted.popleft()
-            self._reserve_failed += 1
-            return None
+            slot = self._granted.popleft() if self._granted and self.alive else None
+            self._reserve_failed += slot is None
+            wanted = self._grant - len(self._granted) - self._asked_for
+            if wanted < max(1, self._grant // 2):
+                return slot
+            self._asked_for += wanted
+        self._connection.send(m.Want(slots=wanted))
+        return slot
 
     def abandon(self, slot: int) -> None:
         with self._lock:
@@ -206,6 +211,7 @@ class PrefetchClient:
         with self._lock:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)
+                self._asked_for -= len(message.slots)
             elif isinstance(message, m.Ready):
                 if (wanted := self._asked.get(message.answers)) is None:
                     return

@@ -23,6 +23,7 @@ from sglang_hcache.prefetch.keys import KeyFileError, client_keys
 HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
 FAREWELL_S = 1.0  # for the answer to a goodbye
+WAITING_S = 10.0  # between two log lines that it is not ready
 LINGER_MS = 200  # for a goodbye
 HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
@@ -59,8 +60,8 @@ class Connection:
     To another host (`hello.pid` is 0), messages carry records of at most `record_bytes`, and `keys` says with which
     keys it is spoken to; without, only where it needs none.
 
-    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello` within `timeout_s`, or
-    `go_on` says that it is not waited for any more.
+    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello`, or that says within
+    `timeout_s` that it will, or `go_on` says that it is not waited for any more.
     """
 
     def __init__(
@@ -163,6 +164,16 @@ class Connection:
 
     def _introduce(self, hello: m.Hello, timeout_s: float, go_on: Callable[[], bool]) -> m.Welcome:
         self._socket.send(m.encode(hello))
+        said_at = 0.0
+        while isinstance(answer := self._answer_to_hello(timeout_s, go_on), m.Waiting):
+            if time.monotonic() > said_at + WAITING_S:
+                said_at = time.monotonic()
+                log.info("hcache: the prefetcher is not ready yet: %d pages must be written first.", answer.pages)
+        if not isinstance(answer, m.Welcome):
+            raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
+        return answer
+
+    def _answer_to_hello(self, timeout_s: float, go_on: Callable[[], bool]) -> m.FromServer:
         deadline = time.monotonic() + timeout_s
         while not self._socket.poll(int(1000 * LOOK_S)):
             if not go_on():  # it was about to end, and has not read what we sent
@@ -170,13 +181,10 @@ class Connection:
             if time.monotonic() > deadline:
                 raise Unavailable(f"the prefetcher did not answer in {timeout_s:g} s")
         try:
-            answer = m.decode_from_server(self._socket.recv())
+            return m.decode_from_server(self._socket.recv())
         except m.Malformed as error:
             advice = "update both sides, end it and all servers that use it, or use other directories"
             raise Unavailable(f"the prefetcher speaks another protocol ({error}): {advice}") from None
-        if not isinstance(answer, m.Welcome):
-            raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
-        return answer
 
     def _enqueue(self, message: m.Message, payload: Payload = ()) -> int:
         if self._closing or not self.alive:

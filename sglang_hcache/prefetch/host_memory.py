@@ -1,4 +1,4 @@
-"""How much host memory there is to take: as the machine has it, and as a container may."""
+"""How much host memory there is: as the machine has it, and as a container may take it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def available_bytes(system: Path = Path("/")) -> int:
             in_use -= sum(int(stat.get(name, 0)) for name in dropped)
             left += [limit - in_use for name in limits if (limit := _limit(group / name)) is not None]
     return max(0, min(left))
+
+
+def total_bytes(system: Path = Path("/")) -> int:
+    """What this process could take if nobody else took any."""
+    least = psutil.virtual_memory().total
+    for mount, limits, _, _ in _VERSIONS:
+        for group in _groups(system / mount, system / "proc/self/cgroup"):
+            least = min([least, *(limit for name in limits if (limit := _limit(group / name)) is not None)])
+    return least
 
 
 def _groups(mount: Path, membership: Path) -> list[Path]:

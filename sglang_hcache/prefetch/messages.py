@@ -44,11 +44,14 @@ class Hello(Message):
     fingerprint: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
-    host_bytes: Count  # of host memory for these pages, if this client is the first to ask for them
-    grant: Count  # slots the client wants to have ready for new pages
+    host_bytes: Count  # of host memory for these pages, if nobody else uses them
+    grant: Count  # slots the client wants to have ready for new pages, and asks for with this message
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
     about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}
+    host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = (
+        0.0  # no more than this part of what is free; 0: all of it
+    )
 
 
 class Lookup(Message):
@@ -88,6 +91,12 @@ class Page(msgspec.Struct, array_like=True):
 
 class Commit(Message):
     pages: Annotated[list[Page], msgspec.Meta(max_length=MAX_KEYS)]
+
+
+class Want(Message):
+    """Some of the granted slots are being filled: the client asks for so many more."""
+
+    slots: Count
 
 
 class Abandon(Message):
@@ -135,6 +144,12 @@ class Welcome(Message):
     slots: Count
     quota_bytes: Count | None  # of each directory; None where none was given
     read_bytes_per_s: float | None  # the most that is read from files; likewise
+
+
+class Waiting(Message):
+    """Comes each second until a `Hello` is answered: directories are being opened, or memory is given back for it."""
+
+    pages: Count  # that must be written before that
 
 
 class Refused(Message):
@@ -193,6 +208,7 @@ FromClient = (
     | Cancel
     | Release
     | Commit
+    | Want
     | Abandon
     | Credit
     | Flush
@@ -202,7 +218,7 @@ FromClient = (
     | Health
     | Bye
 )
-FromServer = Welcome | Refused | Granted | Ready | Found | Flushed | Figures | Overviewed | Alive
+FromServer = Welcome | Waiting | Refused | Granted | Ready | Found | Flushed | Figures | Overviewed | Alive
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

@@ -24,10 +24,11 @@ from sglang_hcache.storage.rate import RateLimit
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
 SOON_MS = 5  # while records are on their way, or pages being written for those who wait for that
+WAITING_S = 1.0  # between two messages to a client whose pages cannot be served yet
 EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
-MAX_GRANT = 0.25  # of an arena's slots, for new pages; shared by the sessions that are there
+MAX_GRANT = 0.25  # of an arena's slots, for pages that are being filled; shared by the sessions that are there
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Server:
         )
         self._numbers = itertools.count(1)
         self._greeted: set[Peer] = set()  # whose space is still being opened
+        self._told_at = 0.0  # when they were told
         self._by_peer: dict[Peer, Session] = {}
         self._by_number: dict[int, Session] = {}
         self._by_pidfd: dict[int, Session] = {}
@@ -84,6 +86,7 @@ class Server:
             m.Cancel: self._cancel,
             m.Release: self._release,
             m.Commit: self._commit,
+            m.Want: self._want,
             m.Abandon: self._abandon,
             m.Credit: self._credit,
             m.Flush: self._flush,
@@ -218,6 +221,11 @@ class Server:
             self._grant(session)
             self._answer_flushes(session)
             session.send_kept()
+        if self._greeted and time.monotonic() >= self._told_at + WAITING_S:
+            self._told_at = time.monotonic()
+            waiting = m.encode(m.Waiting(pages=self._spaces.unwritten))
+            for peer in self._greeted:
+                peer.put([waiting])
 
     def _answer_flushes(self, session: Session) -> None:
         complete = bool(session.flushes) and not session.space.store.unwritten()
@@ -238,6 +246,8 @@ class Server:
         except (OSError, OverflowError) as error:
             raise Refusal("bad_hello", f"process {hello.pid} cannot be watched: {error}", fatal=True) from None
         self._served += 1
+        if not self._greeted:
+            self._told_at = time.monotonic()
         self._greeted.add(peer)
 
         def opened(space: Space | str) -> None:
@@ -267,7 +277,7 @@ class Server:
             read_bytes_per_s=self.config.read_bytes_per_s,
         )
         if self._send(session, welcome):
-            self._grant(session)
+            self._want(session, m.Want(slots=hello.grant))
         else:
             self._end(session, "it has not waited for its welcome")
 
@@ -308,6 +318,10 @@ class Server:
         session.credit = min(session.credit + message.pages, session.space.store.memory.shape[0])
         for prefetch in list(session.asked):
             self._announce(session, prefetch)
+
+    def _want(self, session: Session, message: m.Want) -> None:
+        session.wanted = min(session.wanted + message.slots, session.hello.grant)
+        self._grant(session)
 
     def _abandon(self, session: Session, message: m.Abandon) -> None:
         for slot in message.slots:
@@ -352,16 +366,18 @@ class Server:
     # ---- towards clients ----
 
     def _grant(self, session: Session) -> None:
-        store = session.space.store
-        wanted = min(session.hello.grant, int(store.memory.shape[0] * MAX_GRANT) // len(session.space.sessions))
-        if session.remote or len(session.granted) > wanted // 2 or session.broken:
+        if not session.wanted or session.remote or session.broken:
             return
-        slots = []
-        while len(session.granted) < wanted and store.available and (slot := store.reserve()) is not None:
+        store = session.space.store
+        slots: list[int] = []
+        most = int(store.memory.shape[0] * MAX_GRANT) // len(session.space.sessions)
+        wanted = min(session.wanted, most - len(session.granted))
+        while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
             store.memory[slot, :8] = 0  # no header of a former page may look like this one's
-            session.granted.add(slot)
             slots.append(slot)
         if slots:
+            session.granted.update(slots)
+            session.wanted -= len(slots)
             self._send(session, m.Granted(slots=slots))
 
     def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> bool:
@@ -391,9 +407,13 @@ class Server:
                 self._end(session, "it was not heard of")
 
     def _close_unused(self) -> None:
-        """Spaces without a client, once all is written; where the prefetcher stays, they stay for the next client."""
+        """Spaces without a client, once all is written; where the prefetcher stays, they stay for the next client.
+
+        What is on no file is of one process alone, under a fingerprint that nobody will ask for again.
+        """
         for space in self._spaces.unused():
-            if not space.store.unwritten() and self.config.ends_when_unused:
+            ends = self.config.ends_when_unused or not space.made_for.on_file
+            if not space.store.unwritten() and ends:
                 self._spaces.close(space)
 
     def _end(self, session: Session, why: str) -> None:

@@ -56,7 +56,8 @@ class Session:
     received: int = 0  # seq of the last message from it
     credit: int = 0  # pages that a client on another host can take
     broken: bool = False
-    granted: set[int] = field(default_factory=set)
+    granted: set[int] = field(default_factory=set)  # ready for new pages, or being filled
+    wanted: int = 0  # slots it has asked for and not got yet
     flushes: deque[tuple[int, float]] = field(default_factory=deque)  # `seq` of each that waits, and how long it may
     asked: dict[int, Asked] = field(default_factory=dict)  # by `seq` of the message
     outbox: deque[Frames] = field(default_factory=deque)  # what its socket could not take yet

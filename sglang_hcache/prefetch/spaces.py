@@ -17,12 +17,11 @@ from sglang_hcache.storage.rate import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
+THREADS = 256  # one for each store that is being opened or closed, and each flush; idle ones are used again
 LOOK_S = 0.2  # between two looks whether all of a store is written
-SAME_SIZE = 0.1  # a server asks for a little more or less memory than when it was started last
+MOST_BY_DEFAULT = 0.8  # of what is free goes to one arena whose size nobody has asked for
 
 log = logging.getLogger(__name__)
-
-SETTINGS = ("page_tokens", "layer_bytes", "write_policy", "on_file")  # of a hello: what a store cannot change
 
 Opened = Callable[["Space | str"], None]  # a space, or why there is none
 
@@ -38,10 +37,26 @@ class Space:
     sessions: set[int] = field(default_factory=set)
     parents: dict[int, bytes] = field(default_factory=dict)  # by slot, of the page last committed to it
 
-    def suits(self, hello: Hello) -> bool:
-        """Whether it is what would be made for this client."""
-        same = all(getattr(hello, name) == getattr(self.made_for, name) for name in SETTINGS)
-        return same and abs(hello.host_bytes - self.made_for.host_bytes) <= SAME_SIZE * self.made_for.host_bytes
+    def resize(self, size: int) -> None:
+        """Without a session. Raises OSError, ValueError."""
+        try:
+            self.region.resize(size)
+            self.store.resize(size // self.store.layout.record_bytes, self.region.memory)
+        finally:
+            self.region.settle(self.store.used_behind)
+
+
+@dataclass
+class _Promise:
+    """Memory for the arena of a space: open, or being opened or closed."""
+
+    model: dict[str, str]  # whose pages these are; ranks with pages of their own say the same
+    size: int
+    region: Region | None = None  # once there is one
+
+    @property
+    def taken(self) -> int:
+        return self.region.taken if self.region else 0
 
 
 class Spaces:
@@ -66,7 +81,9 @@ class Spaces:
         self._progressed = progressed
         self._open: dict[bytes, Space] = {}
         self._busy: dict[bytes, list[tuple[Hello, Opened]]] = {}
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="hcache-space")
+        self._closing: dict[bytes, Space] = {}
+        self._promised: dict[bytes, _Promise] = {}
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hcache-space")
         self._hurry = threading.Event()
 
     def __len__(self) -> int:
@@ -74,24 +91,29 @@ class Spaces:
 
     def open(self, hello: Hello, opened: Opened) -> None:
         """Call `opened` once the space of the hello's fingerprint is open, or cannot be."""
-        space = self._open.get(hello.fingerprint)
-        if space is not None and (space.sessions or space.suits(hello)):
-            opened(self._fitting(space, hello))
-            return
-        if space is not None:
-            self.close(space)
         if (waiting := self._busy.get(hello.fingerprint)) is not None:
             waiting.append((hello, opened))
+            return
+        space = self._open.get(hello.fingerprint)
+        try:
+            if space is None:
+                self._open_anew(hello, opened)
+            else:
+                self._adapt(space, hello)
+        except (OSError, ValueError) as error:
+            opened(f"its pages cannot be served: {error}")
         else:
-            in_the_way = self.unused() if hello.host_bytes > available_bytes() else []
-            self._busy[hello.fingerprint] = [(hello, opened)]
-            for other in in_the_way:
-                self._retire(other)
-            self._threads.submit(self._make, hello, in_the_way)
+            if space is not None:
+                opened(space)
 
     @property
     def opened(self) -> list[Space]:
         return list(self._open.values())
+
+    @property
+    def unwritten(self) -> int:
+        """Pages that those that are being closed have still to write."""
+        return sum(space.store.unwritten() for space in self._closing.values())
 
     def unused(self) -> list[Space]:
         """The open ones without a session."""
@@ -109,21 +131,95 @@ class Spaces:
             for space in self._open.values():
                 threads.submit(self._close, space)
         self._threads.shutdown()
+        for promise in self._promised.values():
+            if promise.region:
+                promise.region.close()
 
-    def _fitting(self, space: Space, hello: Hello) -> Space | str:
-        same = space.store.layout == _layout(hello)
-        return space if same else "another client uses this fingerprint with another layout of pages"
+    def _open_anew(self, hello: Hello, opened: Opened) -> None:
+        size, room = self._size_for(hello), self._room()
+        if size > room:
+            raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {max(0, room)} are free")
+        in_the_way = self._in_the_way(size)
+        for other in in_the_way:
+            self._retire(other)
+        self._busy[hello.fingerprint] = [(hello, opened)]
+        self._promised[hello.fingerprint] = _Promise(hello.about, size)
+        self._threads.submit(self._make, hello, size, in_the_way)
+
+    def _adapt(self, space: Space, hello: Hello) -> None:
+        """What its client wishes holds from now on, unless others use it; what is in memory stays there."""
+        if space.store.layout != _layout(hello) or space.made_for.on_file != hello.on_file:
+            raise ValueError("another client uses this fingerprint with another layout of pages")
+        if space.sessions or hello is space.made_for:
+            return
+        policy = WritePolicy(hello.write_policy)
+        wanted, promise = self._size_for(hello), self._promised[space.fingerprint]
+        record_bytes = space.store.layout.record_bytes
+        most = promise.size + max(0, self._left()) // record_bytes * record_bytes
+        size = min(wanted, most)
+        if size < wanted:
+            log.warning("hcache: %s asks for %d bytes of host memory and gets %d.", hello.name, wanted, size)
+        if size != promise.size:
+            space.resize(size)
+            promise.size = size
+        space.store.follow(policy)
+        space.made_for = hello
+
+    def _size_for(self, hello: Hello) -> int:
+        """Bytes of host memory that its client wishes, in whole pages. Raises ValueError."""
+        record_bytes = _layout(hello).record_bytes
+        wanted = hello.host_bytes
+        if hello.host_share:
+            room = max(0, self._room())
+            wanted = min(
+                wanted,
+                int(hello.host_share * (room + self._taken_by_ranks_of(hello))),
+                int(max(hello.host_share, MOST_BY_DEFAULT) * room),
+            )
+        if wanted < 2 * record_bytes:
+            raise ValueError(f"{wanted} bytes of host memory do not hold two pages of {record_bytes}")
+        return wanted // record_bytes * record_bytes
+
+    def _taken_by_ranks_of(self, hello: Hello) -> int:
+        """What other ranks of the same server have been given: each gets its share of what was there before."""
+        unused = {space.fingerprint for space in self.unused()}
+        return sum(
+            promise.size
+            for fingerprint, promise in self._promised.items()
+            if promise.model == hello.about and fingerprint not in {hello.fingerprint, *unused, *self._closing}
+        )
+
+    def _left(self) -> int:
+        """Memory that is free and that nobody has been promised."""
+        # First what is not taken yet, which gets less meanwhile, and so does what is free.
+        untaken = sum(max(0, promise.size - promise.taken) for promise in self._promised.values())
+        return available_bytes() - untaken
+
+    def _room(self) -> int:
+        """As `_left`, if nothing were kept for those who may come back."""
+        return self._left() + sum(self._promised[space.fingerprint].size for space in self.unused())
+
+    def _in_the_way(self, size: int) -> list[Space]:
+        """What must be closed for so much memory: of those that nobody uses, whatever is written soonest."""
+        left, found = self._left(), []
+        for space in sorted(self.unused(), key=lambda space: space.store.unwritten()):
+            if left >= size:
+                break
+            left += self._promised[space.fingerprint].size
+            found.append(space)
+        return found
 
     def _retire(self, space: Space) -> None:
         del self._open[space.fingerprint]
         self._busy[space.fingerprint] = []
+        self._closing[space.fingerprint] = space
 
-    def _make(self, hello: Hello, in_the_way: Sequence[Space]) -> None:
+    def _make(self, hello: Hello, size: int, in_the_way: Sequence[Space]) -> None:
         for space in in_the_way:
             self._unmake(space)
         result: Space | str
         try:
-            result = self._made(hello)
+            result = self._made(hello, size)
         except (OSError, ValueError, MemoryError) as error:
             result = f"its pages cannot be served: {error}"
         except Exception as error:
@@ -131,23 +227,15 @@ class Spaces:
             result = f"its pages cannot be served: {error!r}"
         self._later(lambda: self._finished(hello.fingerprint, result))
 
-    def _made(self, hello: Hello) -> Space:
-        layout = _layout(hello)
-        slots = hello.host_bytes // layout.record_bytes
-        if slots < 2:
-            raise ValueError(
-                f"{hello.host_bytes} bytes of host memory do not hold two pages of {layout.record_bytes}"
-            )
+    def _made(self, hello: Hello, size: int) -> Space:
         policy = WritePolicy(hello.write_policy)
-        free = available_bytes()
-        if hello.host_bytes > free:
-            raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {free} are free")
-        region = Region.create("hcache", slots * layout.record_bytes)
+        region = Region.create("hcache", size)
+        self._promised[hello.fingerprint].region = region
         try:
             store = LocalStore(
-                layout,
+                _layout(hello),
                 hello.fingerprint,
-                slots * layout.record_bytes,
+                size,
                 self._directories if hello.on_file else [],
                 region=region.memory,
                 write_policy=policy,
@@ -157,7 +245,7 @@ class Spaces:
                 on_progress=lambda owner: self._progressed(hello.fingerprint, owner),
             )
         except Exception:
-            region.close()
+            region.free()
             raise
         return Space(hello.fingerprint, store, region, hello)
 
@@ -165,7 +253,6 @@ class Spaces:
         try:
             if space.store.close():
                 space.region.free()  # else a write that hangs would store zeros, if it ever went on
-            space.region.close()
         except Exception:
             log.exception("hcache: pages were not closed properly; the next opening tidies up.")
 
@@ -177,8 +264,11 @@ class Spaces:
 
     def _finished(self, fingerprint: bytes, result: Space | str | None) -> None:
         waiting = self._busy.pop(fingerprint)
+        self._closing.pop(fingerprint, None)
         if isinstance(result, Space):
             self._open[fingerprint] = result
+        elif region := self._promised.pop(fingerprint).region:
+            region.close()
         for hello, opened in waiting:
             if result is None or isinstance(result, Space):
                 self.open(hello, opened)

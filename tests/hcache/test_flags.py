@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -138,12 +139,19 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
 
 
 def test_more_memory_than_the_container_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_hcache.flags.available_bytes", lambda: 4_500_000_000)
+    monkeypatch.setattr("sglang_hcache.flags.total_bytes", lambda: 4_500_000_000)
     assert switched_on(tmp_path, hicache_size=1, tp_size=8, nnodes=2)["hicache_size"] == 1
     with pytest.raises(FlagError, match=r"--hicache-size 1 .* 8.0 GB for 8 rank\(s\) .*4.5 GB .* give at most 0"):
         switched_on(tmp_path, hicache_size=1, tp_size=8)
     with pytest.raises(FlagError, match="give at most 4"):
         switched_on(tmp_path, hicache_size=5)
+
+
+def test_memory_that_a_prefetcher_still_holds_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a quick restart the former server's arena is not free, but it is there for this one."""
+    held = SimpleNamespace(total=10 * 10**9, available=10**9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: held)
+    assert switched_on(tmp_path, hicache_size=8)["hicache_size"] == 8
 
 
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:

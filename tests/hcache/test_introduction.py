@@ -46,7 +46,13 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     pool: Any = SimpleNamespace(dtype=torch.float32, k_buffer=halves, v_buffer=halves)
 
     def said(
-        model: Path | str, *, size: int = 1, ratio: float = 2.0, fraction: float | None = None, **arguments: object
+        model: Path | str,
+        *,
+        size: int = 1,
+        ratio: float = 2.0,
+        fraction: float | None = None,
+        remote: str | None = None,
+        **arguments: object,
     ) -> Hello:
         memory = SimpleNamespace(
             hicache_size=size,
@@ -58,7 +64,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         monkeypatch.setattr(introduction, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
         monkeypatch.setattr(introduction, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
         return Introduction(
-            HCacheConfig((str(tmp_path),)),
+            HCacheConfig((str(tmp_path),), prefetcher=remote),
             SimpleNamespace(**{**SERVER, **arguments}),
             SimpleNamespace(model_path=str(model), dtype=torch.float32, quantization=None),
             pool,
@@ -132,14 +138,26 @@ def test_what_cannot_be_identified_goes_to_no_file(
     assert [record.message.count("pages are kept in host memory only") for record in caplog.records] == [1, 1]
 
 
+def asked(hello: Hello) -> tuple[int, float]:
+    return hello.host_bytes, hello.host_share
+
+
 def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path / "model", b"weights")
-    monkeypatch.setattr(introduction, "available_bytes", lambda: 3000)
-    assert say(model, size=0, fraction=0.8).host_bytes == 2400, "the default ratio is reduced, as SGLang does"
-    assert say(model, size=0, fraction=0.8, ratio=1.0).host_bytes == 2000
-    assert say(model, size=0, ratio=1.4).host_bytes == 2800
+    monkeypatch.setattr(introduction, "total_bytes", lambda: 3000)
+    assert asked(say(model, size=0, fraction=0.8)) == (4000, 0.8), "the prefetcher reduces the default ratio"
+    assert asked(say(model, size=0, fraction=0.8, ratio=1.0)) == (2000, 0.8)
+    assert asked(say(model, size=0, ratio=1.4)) == (2800, 0), "whatever a former server's still holds"
     with pytest.raises(RuntimeError, match=r"--hicache-ratio 1\.6 does not fit"):
         say(model, size=0, ratio=1.6)
+
+
+def test_with_a_remote_prefetcher_memory_is_the_servers_own(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    monkeypatch.setattr(introduction, "available_bytes", lambda: 3000)
+    assert asked(say(model, size=0, fraction=0.8, remote="tcp://there:1")) == (2400, 0)
 
 
 def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:

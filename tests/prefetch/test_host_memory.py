@@ -7,7 +7,7 @@ from queue import SimpleQueue
 import psutil
 import pytest
 
-from sglang_hcache.prefetch.host_memory import available_bytes
+from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
 from sglang_hcache.prefetch.spaces import Space, Spaces
 from tests.prefetch.clients import hello
 
@@ -38,6 +38,7 @@ def v1(folder: Path, limit: int, used: int, cached: int = 0) -> None:
 def assert_unbounded(system: Path) -> None:
     assert available_bytes(system) == pytest.approx(psutil.virtual_memory().available, rel=0.5)
     assert available_bytes(system) > 10 * MB
+    assert total_bytes(system) == psutil.virtual_memory().total
 
 
 def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_a_container_sees_its_own_group_at_the_mount(tmp_path: Path) -> None:
         member_of(tmp_path, f"0::{path}\n")
         v2(tmp_path / V2, 8 * MB, used=5 * MB, cached=2 * MB)
         assert available_bytes(tmp_path) == 5 * MB
+        assert total_bytes(tmp_path) == 8 * MB
 
 
 def test_version_1(tmp_path: Path) -> None:
@@ -66,6 +68,7 @@ def test_version_1(tmp_path: Path) -> None:
     v1(tmp_path / V1 / "docker/1", 8 * MB, used=5 * MB, cached=1 * MB)
     v1(tmp_path / V1 / "other", 1 * MB, used=1 * MB)
     assert available_bytes(tmp_path) == 4 * MB
+    assert total_bytes(tmp_path) == 8 * MB
 
 
 def test_the_tightest_of_the_groups_counts(tmp_path: Path) -> None:
@@ -75,6 +78,7 @@ def test_the_tightest_of_the_groups_counts(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 3 * MB
     v2(tmp_path / V2 / "slice/scope", "max", used=1 * MB, high=2 * MB)
     assert available_bytes(tmp_path) == 1 * MB
+    assert total_bytes(tmp_path) == 2 * MB
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:
@@ -91,7 +95,8 @@ def test_a_prefetcher_takes_no_more(free: int, fits: bool, monkeypatch: pytest.M
     spaces = Spaces([], None, None, later=jobs.put, progressed=lambda *_: None)
     opened: list[Space | str] = []
     spaces.open(asked, opened.append)
-    jobs.get(timeout=10)()
+    while not opened:
+        jobs.get(timeout=10)()
     spaces.close_all()
     assert [isinstance(one, Space) for one in opened] == [fits]
     assert fits or str(opened[0]).endswith(f"asked for, and {asked.host_bytes - 1} are free")

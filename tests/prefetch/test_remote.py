@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
+from msgspec import structs
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import PrefetchClient
@@ -25,6 +26,8 @@ from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import EXPIRE_S
 from sglang_hcache.prefetch.supervisor import RemoteSupervisor
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
+from tests.prefetch.clients import until
+from tests.prefetch.raw import Raw
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
 SLOTS = 64
@@ -117,6 +120,21 @@ def fetch(client: RemoteClient | PrefetchClient, pages: range) -> int:
     return len(progress.slots)
 
 
+def test_memory_of_pages_that_nobody_can_ask_for_again_is_given_back(prefetcher: Prefetcher) -> None:
+    """What is on no file is one process's alone; a prefetcher that was started by hand keeps the rest."""
+    for number in range(3):
+        own = structs.replace(hello(os.getpid()), fingerprint=b"%016d" % number, on_file=False)
+        PrefetchClient(prefetcher.local, own, news=prefetcher.news, timeout_s=10).close()
+    PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=10).close()
+    with Raw(prefetcher.directory) as raw:
+
+        def left() -> list[object]:
+            raw.send(m.encode(m.Overview()))
+            return [model["fingerprint"] for model in raw.hear(m.Overviewed).models]
+
+        assert until(lambda: left() == [FINGERPRINT.hex()]), left()
+
+
 class RawClient:
     """Speaks the messages one by one, over a connection without keys."""
 
@@ -126,7 +144,8 @@ class RawClient:
         self.socket.connect(address)
         self.session = self.seq = 0
         self.socket.send(m.encode(hello()))
-        welcome, _ = self.receive()
+        while isinstance(welcome := self.receive()[0], m.Waiting):
+            pass
         assert isinstance(welcome, m.Welcome)
         assert welcome.region == ""
         self.session = welcome.session

@@ -10,10 +10,21 @@ import pytest
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from tests.prefetch.clients import assert_nothing_held, child, fetched, figures, hello, line_of, save, until
+from tests.prefetch.clients import (
+    assert_nothing_held,
+    child,
+    fetched,
+    figures,
+    hello,
+    line_of,
+    parent_of,
+    reserved,
+    save,
+    until,
+)
 from tests.prefetch.conftest import Join
 from tests.prefetch.raw import Raw
-from tests.storage.pages import OTHER_FINGERPRINT, holds, key_of, keys_of
+from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, fill, holds, key_of, keys_of
 
 
 def test_a_second_hello_is_refused_and_harms_nobody(directory: Path, join: Join) -> None:
@@ -90,6 +101,34 @@ def test_a_client_that_never_reads_delays_nobody_and_is_given_up(directory: Path
     assert memory[-1] - memory[len(memory) // 2] < 4 << 20, "what it does not take is not kept"
     assert figures(client)["refused_malformed"] > 10_000
     assert until(lambda: figures(client)["prefetcher_clients"] == 1)
+
+
+def test_slots_come_while_pages_stay_open(join: Join) -> None:
+    """Pages of what is decoded stay open until their request ends: more of them than are kept ready."""
+    client = join(grant=8, host_bytes=256 * LAYOUT.record_bytes)
+    slots = [reserved(client) for _ in range(64)]
+    assert len(set(slots)) == 64
+    time.sleep(0.5)
+    assert client.reserve() is None, "a quarter of all slots"
+    assert figures(client)["pages_open"] == 64
+    for page, slot in enumerate(slots[:5]):
+        fill(client.memory[slot], page)
+        client.commit(key_of(page), slot, parent_of(page))
+    assert fetched(client, range(5)) == 5
+    for slot in slots[5:]:
+        client.abandon(slot)
+    save(client, range(5, 100))
+    assert figures(client)["pages_open"] <= 64
+
+
+def test_a_client_is_granted_no_more_than_it_said_it_would_want(directory: Path, join: Join) -> None:
+    client = join(grant=1)
+    with Raw(directory) as raw:
+        raw.open(grant=2)
+        assert len(raw.hear(m.Granted).slots) == 2
+        raw.say(m.Want(slots=1 << 40))
+        assert len(raw.hear(m.Granted).slots) == 2
+    assert_nothing_held(client)
 
 
 def test_many_clients_leave_room_for_pages(join: Join) -> None:

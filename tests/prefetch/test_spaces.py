@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
+from sglang_hcache.prefetch import connection, spaces
+from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.server import Server, ServerConfig
 from sglang_hcache.prefetch.spaces import Space, Spaces
 from sglang_hcache.storage import store
+from sglang_hcache.storage.contract import WritePolicy
+from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.segment import SegmentWriter
+from sglang_hcache.storage.store import LocalStore
 from tests.prefetch.clients import SLOTS, hello, until
-from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, counters, open_store, save, served
+from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, counters, open_store, save, served
 
 
 class Keeper:
@@ -47,38 +56,135 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
     keeper.spaces.close_all()
 
 
-def test_a_space_that_nobody_uses_is_found_again_as_it_was(keeper: Keeper) -> None:
+def sized(slots: int, **changes: object) -> Hello:
+    return hello(host_bytes=slots * LAYOUT.record_bytes, **changes)
+
+
+def is_taken(space: Space) -> bool:
+    return until(lambda: space.region.taken == space.region.size)
+
+
+def slots_of(space: Space) -> int:
+    return counters(space.store)["pages_total"]
+
+
+@pytest.mark.parametrize("slots", [SLOTS // 2, SLOTS, 2 * SLOTS, 5])
+@pytest.mark.parametrize("policy", list(WritePolicy))
+def test_a_space_that_nobody_uses_gets_the_next_clients_size_and_policy(
+    keeper: Keeper, slots: int, policy: str
+) -> None:
     kept = keeper.opened(hello())
     save(kept.store, range(10))
-    assert keeper.opened(hello(host_bytes=(SLOTS + 1) * LAYOUT.record_bytes)) is kept, "about as much as before"
-    assert served(kept.store, range(12)) == list(range(10))
+    kept.sessions.add(1)
+    assert keeper.opened(sized(slots, write_policy=policy)) is kept
+    assert slots_of(kept) == SLOTS, "while somebody uses it, it stays as it is"
+    kept.sessions.clear()
+    assert keeper.opened(sized(slots, write_policy=policy)) is kept
+    assert slots_of(kept) == slots
+    assert len(kept.store.memory) == slots
+    assert served(kept.store, range(min(10, slots))) == list(range(min(10, slots)))
     assert counters(kept.store)["hits_file"] == 0
+    assert until(lambda: not kept.store.unwritten())
+    before = counters(kept.store)
+    assert before["pages_file"] == 10
+    save(kept.store, range(20, 24))
+    if policy == WritePolicy.WRITE_THROUGH:
+        assert until(lambda: counters(kept.store)["pages_file"] == 14)
+    elif slots > 5:  # else it is short of slots
+        assert not until(lambda: counters(kept.store)["pages_file"] > 10, 0.2)
+    kept.store.check()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"host_bytes": 2 * SLOTS * LAYOUT.record_bytes}, {"write_policy": "write_back"}, {"on_file": False}],
-    ids=str,
-)
-def test_a_client_with_other_wishes_gets_a_store_of_its_own_if_nobody_uses_the_former(
-    keeper: Keeper, changes: dict[str, object]
+def test_memory_of_a_space_follows_its_size(keeper: Keeper) -> None:
+    mib = (1 << 20) // LAYOUT.record_bytes
+    space = keeper.opened(sized(64 * mib))
+
+    def takes(slots: int) -> bool:
+        return until(lambda: space.region.taken == slots * LAYOUT.record_bytes)
+
+    assert takes(64 * mib)
+    for slots in (16 * mib, 32 * mib, 8 * mib, 100 * mib):
+        keeper.opened(sized(slots))
+        assert takes(slots), slots
+    save(space.store, range(50))
+    assert served(space.store, range(50)) == list(range(50))
+
+
+def test_memory_that_was_promised_is_not_free(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it is taken only some time after it was."""
+    regions: list[Region] = []
+    create = Region.create
+
+    def created(name: str, size: int) -> Region:
+        regions.append(create(name, size))
+        return regions[-1]
+
+    monkeypatch.setattr(Region, "create", created)
+    limit = 400 << 20
+    monkeypatch.setattr(spaces, "available_bytes", lambda: limit - sum(region.taken for region in regions))
+    opened: list[Space | str] = []
+    for fingerprint in (b"1" * 16, b"2" * 16):
+        keeper.spaces.open(hello(fingerprint=fingerprint, host_bytes=256 << 20), opened.append)
+    while len(opened) < 2:
+        keeper.jobs.get(timeout=10)()
+    refused, served = sorted(opened, key=lambda one: isinstance(one, Space))
+    assert "are free" in str(refused)
+    assert isinstance(served, Space)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_ranks_with_pages_of_their_own_share_what_is_free(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
-    former = keeper.opened(hello())
-    save(former.store, range(10))
-    former.sessions.add(1)
-    assert keeper.opened(hello(**changes)) is former
-    former.sessions.clear()
-    other = keeper.opened(hello(**changes))
-    assert other is not former
-    assert not former.store.alive
-    assert other.made_for == hello(**changes)
-    assert served(other.store, range(10)) == (list(range(10)) if other.made_for.on_file else [])
+    """By default: the same for each, whether others have `taken` theirs or not; and again at the next start."""
+    if not taken:
+        monkeypatch.setattr(Region, "settle", lambda *_: None)
+    free = 1000 * LAYOUT.record_bytes
+    monkeypatch.setattr(
+        spaces,
+        "available_bytes",
+        lambda: free - sum(promise.taken for promise in keeper.spaces._promised.values()),
+    )
+
+    for share, slots in ((0.2, 200), (0.2, 200), (0.1, 100), (0.2, 200)):
+        ranks = []
+        for rank in range(4):
+            asked = sized(900, fingerprint=b"%016d" % rank, host_share=share, about={"model": "m"})
+            space = keeper.opened(asked)
+            space.sessions.add(1)
+            ranks.append(space)
+            assert not taken or is_taken(space)
+        assert [slots_of(space) for space in ranks] == [slots] * 4
+        for space in ranks:
+            space.sessions.clear()
+    assert slots_of(keeper.opened(sized(5, host_share=0.8))) == 5, "no more than is asked for"
+
+
+def test_a_space_that_cannot_grow_keeps_its_size(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = keeper.opened(hello())
+    save(space.store, range(10))
+    assert is_taken(space)
+    monkeypatch.setattr(spaces, "available_bytes", lambda: 0)
+    for changes in ({}, {"host_share": 0.8}):
+        assert keeper.opened(hello(**changes)) is space, "what it takes itself is there for it"
+    assert slots_of(space) == int(0.8 * SLOTS)
+    assert is_taken(space)
+    monkeypatch.setattr(spaces, "available_bytes", lambda: (SLOTS + 5 - slots_of(space)) * LAYOUT.record_bytes + 1)
+    assert keeper.opened(sized(10 * SLOTS)) is space
+    assert slots_of(space) == SLOTS + 5
+    assert "and gets" in caplog.text
+    assert served(space.store, range(10)) == list(range(10))
+    assert counters(space.store)["hits_file"] == 0
 
 
 def test_spaces_that_nobody_uses_make_room_for_others(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     used, unused = keeper.opened(hello(fingerprint=b"u" * 16)), keeper.opened(hello())
     used.sessions.add(1)
     save(unused.store, range(10))
+    assert is_taken(used)
+    assert is_taken(unused)
     available = [psutil.virtual_memory().available]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available[0]))
     free, available[0] = available[0], 0
@@ -97,6 +203,40 @@ def test_spaces_that_nobody_uses_make_room_for_others(keeper: Keeper, monkeypatc
     assert "are free" in str(keeper.open(hello())), "what is used is not taken away"
     available[0] = free
     assert served(keeper.opened(hello()).store, range(10)) == list(range(10))
+
+
+def test_those_that_wait_for_their_disks_hold_up_nobody_else(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: 1)
+    for number in range(8):
+        keeper.spaces.close(keeper.opened(hello(fingerprint=b"%016d" % number)))
+    assert keeper.opened(hello()).store.alive
+
+
+def test_whoever_needs_the_memory_of_another_waits_until_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is told so: only silence makes it give up."""
+    left, news = [7], os.eventfd(0)
+    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
+    monkeypatch.setattr(connection, "WAITING_S", 0.0)
+    address = f"ipc://{tmp_path}/socket"
+    server = Server(ServerConfig(address, (str(tmp_path),)))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    PrefetchClient(address, hello(), news=news, timeout_s=5).close()
+    former = server._spaces._promised[FINGERPRINT]
+    assert until(lambda: former.taken == former.size)
+    monkeypatch.setattr(spaces, "available_bytes", lambda: 0)
+    threading.Timer(3.0, lambda: left.__setitem__(0, 0)).start()
+    asked_at = time.monotonic()
+    with caplog.at_level(logging.INFO):
+        client = PrefetchClient(address, hello(fingerprint=OTHER_FINGERPRINT), news=news, timeout_s=1.5)
+    assert time.monotonic() - asked_at > 2.5
+    assert "7 pages must be written first" in caplog.text
+    client.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    os.close(news)
 
 
 def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:

@@ -22,6 +22,7 @@ from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_runni
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.supervisor import Supervisor
 from tests.prefetch.clients import (
+    SLOTS,
     assert_nothing_held,
     child,
     fetched,
@@ -302,15 +303,28 @@ def test_a_server_that_comes_back_meanwhile_finds_memory_as_it_was(directory: Pa
     after.close()
 
 
-def test_a_server_that_comes_back_with_other_wishes_gets_them_once_all_is_written(directory: Path) -> None:
-    process = leave_unwritten(directory, range(30), 0.1)
-    again = supervisor_of(directory, host_bytes=32 * LAYOUT.record_bytes).open()
+@pytest.mark.parametrize("slots", [SLOTS // 2, SLOTS, 2 * SLOTS])
+def test_a_server_that_comes_back_with_another_size_is_served_at_once(directory: Path, slots: int) -> None:
+    """Pages behind the last slot of a smaller memory are misses until they are written."""
+    process = leave_unwritten(directory, range(40), 0.4)
+    asked_at = time.monotonic()
+    again = supervisor_of(directory, host_bytes=slots * LAYOUT.record_bytes).open()
+    assert time.monotonic() - asked_at < 2
     assert again.prefetcher_pid == process.pid
-    assert figures(again)["pages_total"] == 32
-    assert figures(again)["pages_file"] == 30
-    assert fetched(again, range(15)) == 15
+    assert len(again.memory) == figures(again)["pages_total"] == slots
+    assert figures(again)["pages_file"] < 20
+    assert fetched(again, range(slots // 4)) == slots // 4
+    assert figures(again)["hits_file"] == 0
+    assert again.flush(30)
+    save(again, range(100, 110))
+    assert again.flush(30)
     again.close()
     assert process.wait(30) == 0
+    after = supervisor_of(directory).open()
+    assert fetched(after, range(25)) == 25
+    assert fetched(after, range(25, 42)) == 15
+    assert fetched(after, range(100, 112)) == 10
+    after.close()
 
 
 def test_on_sigterm_it_says_how_many_pages_it_gives_up(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sglang_hcache.storage.arena import Arena, Backing
 
 SLOTS = 4
+MOST = 2 * SLOTS
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -17,7 +18,10 @@ class ArenaMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(SLOTS, mmap.PAGESIZE)
+        self.slots = SLOTS
+        self.region = mmap.mmap(-1, MOST * mmap.PAGESIZE)
         self.open: list[int] = []
+        self.behind: set[bytes] = set()  # pages that cannot be found any more
         self.dirty: dict[bytes, int] = {}
         self.leases: list[tuple[bytes, int]] = []
         self.next_key = 0
@@ -26,15 +30,23 @@ class ArenaMachine(RuleBasedStateMachine):
     def reserve(self) -> None:
         held = set(self.open) | set(self.dirty.values()) | {slot for _, slot in self.leases}
         slot = self.arena.reserve()
-        assert (slot is None) == (len(held) == SLOTS)
+        assert (slot is None) == (held >= set(range(self.slots)))
         if slot is not None:
             assert slot not in held
+            assert slot < self.slots
             self.open.append(slot)
 
-    @precondition(lambda self: self.open)
+    @rule(slots=st.integers(1, MOST))
+    def resize(self, slots: int) -> None:
+        self.arena.resize(slots, self.region)
+        self.slots = slots
+        self.behind |= {key for key, slot in [*self.dirty.items(), *self.leases] if slot >= slots}
+
+    @precondition(lambda self: any(slot < self.slots for slot in self.open))
     @rule(backing=st.sampled_from(Backing))
     def cache(self, backing: Backing) -> None:
-        key, slot = b"%d" % self.next_key, self.open.pop()
+        key, slot = b"%d" % self.next_key, next(slot for slot in self.open if slot < self.slots)
+        self.open.remove(slot)
         self.next_key += 1
         self.arena.cache(key, slot, backing)
         if backing is Backing.DIRTY:
@@ -66,14 +78,16 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule()
     def evict_all(self) -> None:
         self.arena.evict_all()
-        held = set(self.dirty.values()) | {slot for _, slot in self.leases}
-        assert self.arena.cached == len(held)
+        held = set(self.dirty) | {key for key, _ in self.leases}
+        assert self.arena.cached == len(held - self.behind)
 
     @invariant()
     def holds(self) -> None:
         self.arena.check()
         for key, slot in [*self.dirty.items(), *self.leases]:
-            assert self.arena.slot_of(key) == slot
+            assert self.arena.slot_of(key) == (None if key in self.behind else slot)
+        held = [*self.open, *self.dirty.values(), *(slot for _, slot in self.leases)]
+        assert self.arena.used_behind == any(slot >= self.slots for slot in held)
         assert self.arena.opened == len(self.open)
 
 

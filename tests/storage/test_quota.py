@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sglang_hcache.storage import quota as quotas
 from sglang_hcache.storage import segment
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Contents, Directory
@@ -216,9 +217,10 @@ class Disk:
         return allocate(fd, length)
 
     def statvfs(self, _: Path) -> SimpleNamespace:
-        return SimpleNamespace(f_bavail=self.free // 4096, f_frsize=4096)
+        return SimpleNamespace(f_bavail=self.free // 4096, f_frsize=4096, f_blocks=self.size // 4096)
 
-    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put_in(self, monkeypatch: pytest.MonkeyPatch, keep_bytes: int = 0) -> None:
+        monkeypatch.setattr(quotas, "KEEP_BYTES", keep_bytes)
         monkeypatch.setattr(segment, "allocate", self.allocate)
         monkeypatch.setattr(os, "statvfs", self.statvfs)
 
@@ -247,6 +249,32 @@ def test_without_a_quota_a_tenth_of_the_disk_is_left_to_others(
     store = open_store(tmp_path)
     assert abs(limits(store)[0] - limit) < 2 * 4096, "what we take does not count as taken by others"
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "others", "limit"),
+    [
+        (1000, 0, 900),  # a tenth of what is free
+        (1000, 700, 250),  # a twentieth of the disk
+        (1000, 900, 50),
+        (1000, 960, 10),  # less than that is free: a quarter
+        (100, 50, 40),  # 10 GB
+        (100, 88, 3),
+        (15, 0, 5),
+        (8, 0, 2),
+    ],
+)
+@pytest.mark.parametrize("sharers", [1, 2])
+def test_others_can_live_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, others: int, limit: int, sharers: int
+) -> None:
+    """Sizes in GB. A root disk that fills up takes the machine down."""
+    disk = Disk(size * 10**9)
+    disk.others = others * 10**9
+    disk.put_in(monkeypatch, keep_bytes=10 * 10**9)
+    quota = Quota(tmp_path, None, 4096, sharers)
+    quota.settle(full=False)
+    assert quota.limit == pytest.approx(limit * 10**9 / sharers, rel=0.01)
 
 
 def test_directories_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,17 @@ SIZE = (70 << 20) + 8192  # two steps and a bit; neither in whole huge pages
 TAKEN_S = 30
 
 
-def _wait_until_taken(region: Region) -> None:
+def _is_taken(region: Region, size: int) -> bool:
+    """Whether it comes to take just so much of the system's memory."""
     deadline = time.monotonic() + TAKEN_S
-    while os.stat(region.path).st_blocks * 512 < SIZE:
-        assert time.monotonic() < deadline, "the region's memory was not taken"
+    while region.taken != size and time.monotonic() < deadline:
         time.sleep(0.001)
+    return region.taken == size
 
 
 def test_all_memory_is_taken_ahead_of_use_and_no_more() -> None:
     region = Region.create("hcache-test", SIZE)
-    _wait_until_taken(region)
+    assert _is_taken(region, SIZE)
     time.sleep(0.1)
     assert os.stat(region.path).st_blocks * 512 == SIZE
     assert not np.frombuffer(region.memory, np.uint8).any()
@@ -47,17 +48,17 @@ def test_what_is_written_while_memory_is_taken_stays() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    _wait_until_taken(region)
+    assert _is_taken(region, SIZE)
     for view in views:
         assert np.array_equal(view, expected)
     region.close()
     other.close()
 
 
-def test_attaching_needs_the_right_size_and_an_open_region() -> None:
+def test_attaching_needs_so_much_memory_and_an_open_region() -> None:
     region = Region.create("hcache-test", SIZE)
-    with pytest.raises(OSError, match="not 4096"):
-        Region.attach(region.path, 4096)
+    with pytest.raises(OSError, match=f"has {SIZE} bytes, not {SIZE + 4096}"):
+        Region.attach(region.path, SIZE + 4096)
     region.close()
     with pytest.raises(OSError, match="No such file"):
         Region.attach(region.path, SIZE)
@@ -69,3 +70,54 @@ def test_memory_outlives_the_region() -> None:
     region.close()
     view[:] = 7
     assert view.sum(dtype=np.int64) == 7 * SIZE
+
+
+@pytest.mark.parametrize("end", ["free", "close"])
+def test_what_is_given_back_while_memory_is_taken_stays_given_back(end: str) -> None:
+    region = Region.create("hcache-test", 1 << 30)
+    watched = os.open(region.path, os.O_RDONLY)
+    getattr(region, end)()
+    taken = os.fstat(watched).st_blocks
+    time.sleep(0.2)
+    assert os.fstat(watched).st_blocks == taken
+    assert taken == 0 or end == "close"
+    if end == "free":
+        region.close()
+    os.close(watched)
+
+
+def test_a_region_of_another_size_keeps_what_it_holds() -> None:
+    step = 32 << 20
+    region = Region.create("hcache-test", 2 * step)
+    first = np.frombuffer(region.memory, np.uint8)
+    first[:] = 1
+    used = threading.Event()
+    used.set()
+
+    def resize(size: int) -> np.ndarray:
+        region.resize(size)
+        region.settle(used.is_set)
+        return np.frombuffer(region.memory, np.uint8)
+
+    larger = resize(4 * step)
+    assert _is_taken(region, 4 * step)
+    larger[-1] = first[0] = 2
+    assert larger[0] == first[0] == 2, "those who have it mapped as it was see the same"
+    assert larger[: 2 * step].min() == 1
+    assert not larger[2 * step : -1].any()
+
+    resize(step)
+    assert np.frombuffer(Region.attach(region.path, step).memory, np.uint8)[0] == 2
+    time.sleep(0.5)
+    assert larger[-1] == 2, "what lies behind stays as long as it is used"
+    used.clear()
+    assert _is_taken(region, step)
+    assert not larger[step:].any()
+    assert larger[0] == 2
+
+    resize(3 * step)
+    assert _is_taken(region, 3 * step)
+    assert not larger[step:].any()
+    region.free()
+    assert _is_taken(region, 0)
+    region.close()

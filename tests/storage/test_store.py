@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import mmap
 import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_hcache.storage.layout import ROOT
-from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
 from tests.storage.pages import (
     LAYOUT,
     OTHER_FINGERPRINT,
@@ -347,3 +349,79 @@ def test_one_process_keeps_pages_of_two_fingerprints_in_one_directory(tmp_path: 
     assert served(store, range(8)) == [0, 1, 2, 3, 4]
     store.close()
     other.close()
+
+
+def test_pages_behind_the_last_slot_of_a_smaller_arena_are_misses_until_they_are_on_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, sync = threading.Event(), SegmentWriter.sync
+
+    def when_told(writer: SegmentWriter) -> None:
+        go.wait(30)
+        sync(writer)
+
+    monkeypatch.setattr(SegmentWriter, "sync", when_told)
+    region = mmap.mmap(-1, 80 * LAYOUT.record_bytes)
+    store = open_store(tmp_path, region=region)
+    save(store, range(30))
+    slots = [store.reserve() for _ in range(34)]
+    for slot in slots[::-1]:
+        assert slot is not None
+        store.abandon(slot)
+    store.resize(25, region)
+    assert store.memory.shape[0] == 25
+    assert store.contains(keys_of(range(31))) == [True] * 25 + [False] * 6
+    assert store.reserve() is None
+    assert store.used_behind()
+    store.check()
+
+    store.resize(32, region)
+    save(store, [26, 40])
+    assert store.reserve() is None, "pages that are not written yet keep their slots"
+    assert served(store, range(41)) == [*range(25), 26, 40]
+    store.check()
+    store.resize(25, region)
+    go.set()
+    assert store.flush(30)
+    store.check()
+    assert not store.used_behind()
+    assert served(store, range(41)) == [*range(30), 40]
+    store.resize(80, region)
+    save(store, range(50, 120))
+    assert counters(store)["pages_total"] == 80
+    assert served(store, range(50, 120)) == list(range(50, 120))
+    store.check()
+    store.close()
+
+
+def test_a_page_that_is_read_into_a_slot_that_is_in_use_no_more_is_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = mmap.mmap(-1, 64 * LAYOUT.record_bytes)
+    store = open_store(tmp_path, region=region)
+    save(store, range(10))
+    assert store.flush(30)
+    store.drop_host()
+    go, entered, read = threading.Event(), threading.Event(), SegmentReader.read
+
+    def when_told(*arguments: Any) -> None:
+        entered.set()
+        go.wait(30)
+        read(*arguments)
+
+    monkeypatch.setattr(SegmentReader, "read", when_told)
+    taken = [store.reserve() for _ in range(10)]
+    store.prefetch("first", keys_of([3]))
+    assert entered.wait(10)
+    store.release("first")
+    for slot in taken:
+        assert slot is not None
+        store.abandon(slot)
+    store.resize(5, region)
+    store.prefetch("second", keys_of([3]))
+    go.set()
+    assert store.wait("second", 10) == ((), True)
+    store.check()
+    assert not store.used_behind()
+    assert served(store, range(10)) == list(range(10))
+    store.close()
