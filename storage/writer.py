@@ -74,7 +74,6 @@ class Writer:
         self._settled = settled
         self._at_once = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
         self._lanes = {volume: _Lane(threading.Condition(lock)) for volume in files.volumes}
-        self._most_behind = min(MOST_BEHIND * self._at_once, arena.slots // (2 * max(1, len(self._lanes))))
         self._backlog: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written when slots get short
         self._parents: dict[int, bytes] = {}  # by slot, as of its last commit
         self._uses: dict[int, int] = {}
@@ -90,6 +89,10 @@ class Writer:
             thread.start()
 
     # ---- under the lock ----
+
+    def _most_behind(self) -> int:
+        """Pages that may wait for one volume, of which others have none."""
+        return min(MOST_BEHIND * self._at_once, self._arena.slots // (2 * max(1, len(self._lanes))))
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
         """A page has been put into an open slot."""
@@ -164,7 +167,7 @@ class Writer:
         """Have a cached page written by the volume whose turn it is."""
         if not self._writes:
             return
-        volume = self._files.next(lambda volume: self._lanes[volume].waiting, self._most_behind)
+        volume = self._files.next(lambda volume: self._lanes[volume].waiting, self._most_behind())
         if volume is None:
             self._give_up(slot, key)
         else:

@@ -202,7 +202,7 @@ def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStor
 def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
     store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts, believes, prompt = set[Prompt](), planner(ssd_bytes_per_s=1e10), Prompt(new_tokens=999, device_tokens=7)
+    prompts, believes = set[Prompt](), planner(ssd_bytes_per_s=1e10)
 
     def planned(pages: int, prompt: Prompt, **_: object) -> int:
         prompts.add(prompt)
@@ -210,12 +210,12 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
 
     monkeypatch.setattr(believes, "pages", planned)
     requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
-    requests.queued("a", keys_of(range(4, 10)), prompt)
+    requests.queued("a", keys_of(range(4, 10)), Prompt(new_tokens=999, device_tokens=4 * LAYOUT.page_tokens))
     disk.set()
     assert store.wait("a", 10).done
     assert requests.ready("a", keys_of(range(10))) or store.wait("a", 10).done, "the device has lost some"
     assert requests.ready("a", keys_of(range(10))) == 10
-    assert prompts == {prompt}
+    assert prompts == {Prompt(new_tokens=999, device_tokens=0)}
     requests.clear()
 
 
