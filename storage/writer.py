@@ -92,7 +92,8 @@ class Writer:
 
     def _most_behind(self) -> int:
         """Pages that may wait for one volume, of which others have none."""
-        return min(MOST_BEHIND * self._at_once, self._arena.slots // (2 * max(1, len(self._lanes))))
+        share: int = self._arena.slots // (2 * max(1, len(self._lanes)))
+        return min(MOST_BEHIND * self._at_once, share)
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
         """A page has been put into an open slot."""
