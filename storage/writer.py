@@ -72,7 +72,7 @@ class Writer:
         self._writes = writable and bool(files.volumes)
         self._tick_s = tick_s
         self._settled = settled
-        self._at_once = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
+        self._at_once: int = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
         self._lanes = {volume: _Lane(threading.Condition(lock)) for volume in files.volumes}
         self._backlog: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written when slots get short
         self._parents: dict[int, bytes] = {}  # by slot, as of its last commit
@@ -92,8 +92,7 @@ class Writer:
 
     def _most_behind(self) -> int:
         """Pages that may wait for one volume, of which others have none."""
-        share: int = self._arena.slots // (2 * max(1, len(self._lanes)))
-        return min(MOST_BEHIND * self._at_once, share)
+        return min(MOST_BEHIND * self._at_once, self._arena.slots // (2 * max(1, len(self._lanes))))
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
         """A page has been put into an open slot."""
