@@ -19,8 +19,8 @@ from bench.gpu import DEVICE, noise
 from bench.toy_model import Attend, Decoding, Layer, Model, Prefix, Weights, angles, forward
 from sglang_hcache import capture
 from sglang_hcache.capture import Capture
-from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
-from sglang_hcache.lanes import Mark, current_lane, new_lane
+from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.streams import Event, current_stream, new_stream
 
 Step = Callable[[], torch.Tensor]
 IN_FLIGHT = 2  # forwards issued and not yet done: an overlapping scheduler is one ahead
@@ -39,32 +39,32 @@ class HostSink:
     """Rows to the host and into memory there, as the server's saver takes them."""
 
     def __init__(self, n_bytes: int) -> None:
-        self.work: HostWork = InlineWork()
+        self.copy_out: CopyOut = InlineCopyOut()
         if DEVICE == "cuda":
-            self.work = StreamWork(new_lane(DEVICE), current_lane(DEVICE))
-            self.work.expect(n_bytes)
+            self.copy_out = StreamCopyOut(new_stream(DEVICE), current_stream(DEVICE))
+            self.copy_out.expect(n_bytes)
         self.rows = torch.empty(0)  # of the last forward that was written
         self.written = self.dropped = 0
         self._memory = np.zeros(n_bytes, np.uint8)
         self._lock = threading.Lock()
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
-        if self.work.crowded:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
+        if self.copy_out.crowded:
             self.drop(slots)
-            return self.work.mark()
-        host_slots, _, host_rows = map(self.work.to_host, (slots, positions, rows))
+            return self.copy_out.record()
+        host_slots, _, host_rows = map(self.copy_out.to_host, (slots, positions, rows))
 
         def keep() -> None:
             kept = torch.from_numpy(self._memory[: host_rows.nbytes]).view(host_rows.dtype).view(host_rows.shape)
             layers = ([layer.view(torch.uint8).numpy() for layer in rows] for rows in (kept, host_rows))
-            spread = self.work.copying.map if self.work.copying is not None else map
+            spread = self.copy_out.copying.map if self.copy_out.copying is not None else map
             list(spread(np.copyto, *layers))
             with self._lock:
                 self.rows = kept
                 self.written += len(host_slots)
 
-        self.work.submit(keep)
-        return self.work.mark()
+        self.copy_out.submit(keep)
+        return self.copy_out.record()
 
     def drop(self, slots: torch.Tensor) -> None:
         with self._lock:
@@ -72,7 +72,7 @@ class HostSink:
 
     def share(self) -> float:
         """Of the tokens since the last call, those that were written."""
-        self.work.drain()
+        self.copy_out.drain()
         written, dropped = self.written, self.dropped
         self.written = self.dropped = 0
         return written / max(1, written + dropped)
@@ -125,7 +125,7 @@ class Forward:
         sink.share()
         for _, (kind, captured) in itertools.product(range(rounds), kinds.items()):
             took[kind].append(1e3 * self.series(steps, captured=captured))
-            sink.work.drain()
+            sink.copy_out.drain()
         median = {kind: statistics.median(values) for kind, values in took.items()}
         base = (median["plain_ms"] + median["plain_again_ms"]) / 2
         return {
@@ -225,8 +225,8 @@ class Bench:
         return {"batch": self._batch, "context": self._context, "differing": differing} | found
 
     def close(self) -> None:
-        self._sink.work.drain()
-        self._sink.work.close()
+        self._sink.copy_out.drain()
+        self._sink.copy_out.close()
         self._capture.keep(0)
 
     def _inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -253,7 +253,7 @@ class Bench:
     def _check(self, forward_: Forward) -> int:
         recording = Recording(self._hooked)
         forward_.issue(captured=True)
-        self._sink.work.drain()
+        self._sink.copy_out.drain()
         recording.end()
         return recording.differing(self._sink.rows)
 
@@ -265,7 +265,7 @@ class Bench:
         inputs[0].copy_(noise(*inputs[0].shape, dtype=inputs[0].dtype))
         forward_ = Forward(step, graph.replay, self._capture, tokens, True)  # type: ignore[arg-type]
         forward_.issue(captured=True)
-        self._sink.work.drain()
+        self._sink.copy_out.drain()
         if self._sink.rows.shape[1] != len(tokens):
             raise RuntimeError(f"{self._sink.rows.shape[1]} rows were captured of {len(tokens)}")
         return recording.differing(self._sink.rows)

@@ -35,7 +35,7 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.remote import RemoteClient
-from sglang_hcache.prefetch.supervisor import Supervisor
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.storage.direct import refusal
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.region import Region
@@ -181,7 +181,7 @@ def run(folder: Path, pages: int, rounds: int, messages: int) -> dict[str, Any]:
     host_bytes = int(pages * 2.5) * LAYOUT.record_bytes
     theirs, ours = folder / "prefetcher", folder / "own-process"
 
-    supervisor = Supervisor((str(theirs),), None, lambda: hello(host_bytes))
+    supervisor = LocalSupervisor((str(theirs),), None, lambda: hello(host_bytes))
     client = supervisor.open()
     region = Region.create("hcache-bench", host_bytes)
     own = LocalStore(LAYOUT, FINGERPRINT, host_bytes, [ours], region=region.memory)

@@ -17,7 +17,6 @@ import torch
 from bench.gpu import DEVICE, WARM_UP, capability, noise
 from bench.kernels import POSITIONS, pool_of, projection_of
 from bench.toy_model import Model, forward_kv
-from sglang_hcache.lanes import current_lane, new_lane
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.restore import (
     Copier,
@@ -29,6 +28,7 @@ from sglang_hcache.restore import (
     StoredLayer,
     restorer_for,
 )
+from sglang_hcache.streams import current_stream, new_stream
 from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
 from sglang_hcache.triton_kernels.rows import scatter_kv
 from sglang_hcache.triton_kernels.tuning import choose
@@ -152,7 +152,7 @@ class Rig:
 
     def use(self, copier: Copier | None = None) -> None:
         """A restorer as the server makes it, or with another copier."""
-        self._events = LayerEvents(current_lane(DEVICE), len(self._pages.layers))
+        self._events = LayerEvents(current_stream(DEVICE), len(self._pages.layers))
         self._restorer = restorer_for(self._pages, DEVICE, None, self._events, pinned=self._pinned, copier=copier)
 
     def load(self, tokens: int) -> Load:
@@ -246,10 +246,10 @@ def pipeline_ms(layers: int, requests: Sequence[int], rounds: int = 50) -> float
         np.zeros((sum(requests), PAGE_TOKENS), np.int32),
         [StoredLayer(page_bytes * layer, page_bytes, torch.bfloat16, nothing) for layer in range(layers)],
     )
-    events, ends = LayerEvents(current_lane(DEVICE), layers), list(itertools.accumulate(requests))
+    events, ends = LayerEvents(current_stream(DEVICE), layers), list(itertools.accumulate(requests))
     restorer = Restorer(
-        pages, device=DEVICE, copier=nothing, copying=new_lane(DEVICE), projecting=new_lane(DEVICE),
-        before=[current_lane(DEVICE)], events=events, staging=Staging(half_rows=8192, together_bytes=0),
+        pages, device=DEVICE, copier=nothing, copying=new_stream(DEVICE), projecting=new_stream(DEVICE),
+        before=[current_stream(DEVICE)], events=events, staging=Staging(half_rows=8192, together_bytes=0),
     )  # fmt: skip
     loads = [
         Load(str(end), tuple(range(end - count, end)), torch.arange(count * PAGE_TOKENS, device=DEVICE))

@@ -20,17 +20,17 @@ from sglang.srt.runtime_context import get_parallel
 
 import sglang_hcache
 from sglang_hcache.config import CALIBRATION, HCacheConfig, kept_file
-from sglang_hcache.lanes import current_lane
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.planner.hf_config import shape_of_config
 from sglang_hcache.planner.machine import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.ranks import all_ranks
-from sglang_hcache.representation import Way, Ways
+from sglang_hcache.representation import Formats, LayerFormat
 from sglang_hcache.restore import HostPages, LayerEvents, StoredLayer, restorer_for
 from sglang_hcache.storage.files import write_atomically
 from sglang_hcache.storage.probe import read_bytes_per_s
-from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_prompt
+from sglang_hcache.streams import current_stream
+from sglang_hcache.synthetic_forward import leaving_no_trace, most_tokens, prefill_random_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _WORTH_KEEPING = 1.2  # times faster or slower
 
 
 def calibrate(
-    config: HCacheConfig, runner: Any, ways: Ways, *, page_tokens: int, layers: int, device: str
+    config: HCacheConfig, runner: Any, formats: Formats, *, page_tokens: int, layers: int, device: str
 ) -> tuple[ModelShape, KeptRates] | None:
     """The model's shape and this machine's rates on it; None where its cost cannot be told.
 
@@ -61,16 +61,16 @@ def calibrate(
     except ValueError as error:
         logger.warning("hcache: all of every hit is restored, whatever it costs: %s", error)
         return None
-    stored_bytes = ways.hidden.row_bytes if ways.hidden else 0
+    stored_bytes = formats.hidden.row_bytes if formats.hidden else 0
     shape = replace(
         shape,
         dtype_bytes=model.dtype.itemsize,
         stored_hidden_bytes=stored_bytes,
-        stored_kv_bytes=ways.kv.row_bytes * min(ranks, shape.kv_heads),
+        stored_kv_bytes=formats.kv.row_bytes * min(ranks, shape.kv_heads),
     )
 
     def measure() -> Machine:
-        rates = _measure(runner, ways, shape, page_tokens=page_tokens, ranks=ranks, device=device)
+        rates = _measure(runner, formats, shape, page_tokens=page_tokens, ranks=ranks, device=device)
         if config.prefetcher is not None:
             return replace(rates, remote_bytes_per_s=_REMOTE_BYTES_PER_S)
         return replace(rates, ssd_bytes_per_s=_drives(config.directories, config.read_bytes_per_s))
@@ -79,7 +79,7 @@ def calibrate(
         "version": sglang_hcache.__version__,
         "machine": _machine_name(),
         "model": asdict(shape),
-        "projector": ways.hidden.projector_name if ways.hidden else None,
+        "projector": formats.hidden.projector_name if formats.hidden else None,
         "device": device,
         "ranks": ranks,
         "rank": get_parallel().tp_rank,
@@ -91,7 +91,9 @@ def calibrate(
     return shape, KeptRates(Path(config.directories[0]) / CALIBRATION, about, measure, agree=all_ranks)
 
 
-def _measure(runner: Any, ways: Ways, shape: ModelShape, *, page_tokens: int, ranks: int, device: str) -> Machine:
+def _measure(
+    runner: Any, formats: Formats, shape: ModelShape, *, page_tokens: int, ranks: int, device: str
+) -> Machine:
     """Rates of prefill and restoring, in seconds. Attention's follows from the matrix products'.
 
     A rank by itself tries less where the model is slow. Several ranks must all run the same, so they never do less.
@@ -109,9 +111,9 @@ def _measure(runner: Any, ways: Ways, shape: ModelShape, *, page_tokens: int, ra
     gemm_flop_per_s = shape.linear_flop / ranks * shape.layers / max(token_s, _LEAST_S)
     pages, kv_ranks = max(1, min(_RESTORED_TOKENS, limit) // page_tokens), min(ranks, shape.kv_heads)
     tokens, copied_bytes, copies_s, stages_s = pages * page_tokens, 0, 0.0, []
-    for way in (ways.kv, ways.hidden) if ways.hidden else (ways.kv,):
-        copy_s, make_s = _try_restoring(way, pages, page_tokens, device)
-        copied_bytes, copies_s = copied_bytes + tokens * way.row_bytes, copies_s + copy_s
+    for layer_format in (formats.kv, formats.hidden) if formats.hidden else (formats.kv,):
+        copy_s, make_s = _try_restoring(layer_format, pages, page_tokens, device)
+        copied_bytes, copies_s = copied_bytes + tokens * layer_format.row_bytes, copies_s + copy_s
         stages_s.append(max(make_s + copy_s * (torch.device(device).type == "cpu"), _LEAST_S))
     return Machine(
         name=_machine_name(),
@@ -125,16 +127,16 @@ def _measure(runner: Any, ways: Ways, shape: ModelShape, *, page_tokens: int, ra
     )
 
 
-def _try_restoring(way: Way, pages: int, page_tokens: int, device: str) -> tuple[float, float]:
+def _try_restoring(layer_format: LayerFormat, pages: int, page_tokens: int, device: str) -> tuple[float, float]:
     """Seconds to copy pages of the first layer to the device, and to make K and V of them in the pool, each alone."""
-    memory = torch.zeros(pages, page_tokens * way.row_bytes, dtype=torch.uint8)
+    memory = torch.zeros(pages, page_tokens * layer_format.row_bytes, dtype=torch.uint8)
     pinned = PinnedMemory(memory)
-    layer = StoredLayer(0, page_tokens * way.row_bytes, way.dtype, way.projector)
+    layer = StoredLayer(0, page_tokens * layer_format.row_bytes, layer_format.dtype, layer_format.projector)
     positions = np.zeros((pages, page_tokens), np.int32)
-    events = LayerEvents(current_lane(device), layers=1)
+    events = LayerEvents(current_stream(device), layers=1)
     restorer = restorer_for(HostPages(memory, positions, [layer]), device, None, events, pinned=pinned.pinned)
     try:
-        return restorer.trial(pages, repeats=_REPEATS)
+        return restorer.measure(pages, repeats=_REPEATS)
     finally:
         pinned.release()
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from sglang_hcache.lanes import Lane, Mark, current_lane
+from sglang_hcache.streams import Event, Stream, current_stream
 
 if TYPE_CHECKING:
+    from sglang_hcache.codec import Codec
     from sglang_hcache.model import AttentionSite
-    from sglang_hcache.row_code import RowCode
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ torch.library.register_fake("hcache::stage_rows", _stage_nothing, lib=_library)
 class CaptureSink(Protocol):
     """Where captured rows go. Called on the scheduler's thread, right after each forward."""
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
         """Rows of one forward: `slots` int64 `[n]`, `positions` int64 `[n]`, `rows` `[layers, n, width]`.
 
-        With a code, rows are uint8 `[layers, n, row_bytes]`. They are complete on the current stream, and not
-        overwritten before the mark that is returned.
+        With a codec, rows are uint8 `[layers, n, row_bytes]`. They are complete on the current stream, and not
+        overwritten before the event that is returned.
         """
 
     def drop(self, slots: torch.Tensor) -> None:
@@ -89,18 +89,18 @@ class CaptureSink(Protocol):
 class Outbox:
     """Device memory, uint8, where rows lie until they are on the host: a ring.
 
-    Rows that find it full are moved in once the oldest are away. The lane waits for that, not the caller; it hardly
+    Rows that find it full are moved in once the oldest are away. The stream waits for that, not the caller; it hardly
     ever does, as a forward takes longer than the bus takes for its rows.
     """
 
-    def __init__(self, memory: torch.Tensor, lane: Lane) -> None:
+    def __init__(self, memory: torch.Tensor, stream: Stream) -> None:
         self._memory = memory
-        self._lane = lane
+        self._stream = stream
         self._next = 0
-        self._away: deque[tuple[range, Mark]] = deque()
+        self._away: deque[tuple[range, Event]] = deque()
 
     def take(self, size: int) -> torch.Tensor:
-        """So many bytes of the memory, for what is queued on the lane from now on; `sent` follows."""
+        """So many bytes of the memory, for what is queued on the stream from now on; `sent` follows."""
         begin = -(-self._next // _ALIGNMENT) * _ALIGNMENT
         if begin + size > len(self._memory):
             begin = 0
@@ -110,15 +110,15 @@ class Outbox:
         ]
         if overlapping:
             for _ in range(overlapping[-1] + 1):
-                _, mark = self._away.popleft()
-            if not mark.query():
-                self._lane.wait(mark)
+                _, event = self._away.popleft()
+            if not event.query():
+                self._stream.wait(event)
         self._taken = range(begin, self._next)
         return self._memory[begin : self._next]
 
-    def sent(self, mark: Mark) -> None:
-        """What was taken last is free at the mark, and all before it, too."""
-        self._away.append((self._taken, mark))
+    def sent(self, event: Event) -> None:
+        """What was taken last is free at the event, and all before it, too."""
+        self._away.append((self._taken, event))
 
 
 class Capture:
@@ -134,7 +134,7 @@ class Capture:
     ) -> None:
         self.sites = tuple(sites)
         self.sink: CaptureSink | None = None
-        self._code: RowCode | None = None
+        self._codec: Codec | None = None
         self._staging = torch.empty((len(sites), rows, width), dtype=dtype, device=device)
         self._outbox = self._new_outbox()
         self._seen = torch.zeros(len(sites), dtype=torch.int64)
@@ -144,7 +144,7 @@ class Capture:
             for index, site in enumerate(sites)
         ]
 
-    def keep(self, layers: int, code: RowCode | None = None) -> None:
+    def keep(self, layers: int, codec: Codec | None = None) -> None:
         """Capture the first layers only, and hand their rows over encoded.
 
         The staging buffer stays on a GPU: graphs captured before go on writing into it.
@@ -152,8 +152,8 @@ class Capture:
         for hook in self._hooks[layers:]:
             hook.remove()
         del self._hooks[layers:]
-        if layers < len(self._seen) or code is not self._code:
-            self._seen, self._staging, self._code = self._seen[:layers], self._staging[:layers], code
+        if layers < len(self._seen) or codec is not self._codec:
+            self._seen, self._staging, self._codec = self._seen[:layers], self._staging[:layers], codec
             self._outbox = None  # the old one's memory is free for the new one
             self._outbox = self._new_outbox()
         if not layers:
@@ -167,11 +167,11 @@ class Capture:
             return None
         size = layers * (rows + rows // _SPARE) * self._row_bytes + _ALIGNMENT
         memory = torch.empty(size, dtype=torch.uint8, device=self._staging.device)
-        return Outbox(memory, current_lane(str(memory.device)))
+        return Outbox(memory, current_stream(str(memory.device)))
 
     @property
     def _row_bytes(self) -> int:
-        return self._code.row_bytes if self._code is not None else self._staging[0, 0].nbytes
+        return self._codec.row_bytes if self._codec is not None else self._staging[0, 0].nbytes
 
     @property
     def forward_bytes(self) -> int:
@@ -206,19 +206,19 @@ class Capture:
         rows, size = self._staging[:, :count], self._staging.shape[0] * count * self._row_bytes
         if self._outbox is not None:
             rows = self._move(rows, self._outbox.take(size))
-        elif self._code is not None:
+        elif self._codec is not None:
             rows = self._move(rows, torch.empty(size, dtype=torch.uint8))
-        mark = self.sink.write(slots, positions, rows)
+        event = self.sink.write(slots, positions, rows)
         if self._outbox is not None:
-            self._outbox.sent(mark)
+            self._outbox.sent(event)
 
     def _move(self, rows: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Rows in the memory, as they are handed over; complete on the current stream."""
-        if self._code is None:
+        if self._codec is None:
             moved = memory.view(rows.dtype).view(rows.shape)
             wide = torch.int64 if _has_words(rows) else rows.dtype
             moved.view(wide).copy_(rows.view(wide))
         else:
-            moved = memory.view(*rows.shape[:2], self._code.row_bytes)
-            self._code.encode(rows, moved)
+            moved = memory.view(*rows.shape[:2], self._codec.row_bytes)
+            self._codec.encode(rows, moved)
         return moved

@@ -38,7 +38,7 @@ _CHOICES = {
 }
 _OURS = (*_LOCAL, *_CHOICES, "hcache_prefetch_timeout", "hcache_prefetcher", "hcache_keys")
 
-# field → (value without a conflict, why it excludes the tier, what to do). None is no conflict either.
+# field → (value without a conflict, why others cannot be combined with the tier, what to do). None never conflicts.
 _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_hierarchical_cache": (False, "SGLang's own HiCache and this tier replace each other", "drop one"),
     "hicache_storage_backend": (None, "it belongs to SGLang's own HiCache", "use --hcache-dir instead"),
@@ -226,7 +226,7 @@ def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
     for name, (harmless, why, what_to_do) in _CONFLICTS.items():
         value = values.get(name)
         if value is not None and value != harmless:
-            raise FlagError(f"{_flag(name)} excludes --hicache-backend hcache: {why}; {what_to_do}")
+            raise FlagError(f"{_flag(name)} cannot be combined with --hicache-backend hcache: {why}; {what_to_do}")
 
 
 def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, object]) -> None:
@@ -239,12 +239,12 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
         raise FlagError(f"--hcache-prefetcher {address!r} is not tcp://HOST:PORT")
     if keys is not None and not Path(keys).expanduser().is_dir():
         raise FlagError(
-            f"--hcache-keys {keys} is no directory: give the one that `hcache keygen` made for this client"
+            f"--hcache-keys {keys} is not a directory: give the one that `hcache keygen` made for this client"
         )
     for name, value in local.items():
         if value is not None:
             raise FlagError(
-                f"{_flag(name)} excludes --hcache-prefetcher: files are on the prefetcher's host; drop one"
+                f"{_flag(name)} cannot be combined with --hcache-prefetcher: files are on its host; drop one"
             )
 
 
@@ -261,7 +261,7 @@ def _gigabytes(flag: str, value: object, unit: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise FlagError(f"{flag} {value!r} is no positive number of {unit}: give one, such as 500, or drop it")
+        raise FlagError(f"{flag} {value!r} is not a positive number of {unit}: give one, such as 500, or drop it")
     return value * GB
 
 

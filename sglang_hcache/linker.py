@@ -13,12 +13,9 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_hcache import serving
-from sglang_hcache.ahead import Ahead
+from sglang_hcache import scheduler_hooks
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
-from sglang_hcache.introduction import Introduction
-from sglang_hcache.lanes import current_lane, new_lane
+from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
@@ -26,11 +23,14 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
+from sglang_hcache.prefetch_queue import PrefetchQueue
+from sglang_hcache.registration import Registration
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
-from sglang_hcache.start import hold_rule, keeper, plan
+from sglang_hcache.start import hold_rule, plan, supervisor_of
 from sglang_hcache.storage.layout import ROOT, positions
 from sglang_hcache.storage.store import READ_THREADS
+from sglang_hcache.streams import current_stream, new_stream
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
             self._stored, self._planner = plan(
-                self._config, serving.runner, serving.capture, self._pool, self._page_tokens
+                self._config, scheduler_hooks.runner, scheduler_hooks.capture, self._pool, self._page_tokens
             )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools = {PoolName.KV: self._pool}
-        self.layer_done_counter = LayerEvents(current_lane(str(self._pool.device)), self._pool.layer_num)
-        self._work: HostWork = _host_work(str(self._pool.device))
+        self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
+        self._copy_out: CopyOut = _copy_out_of(str(self._pool.device))
         self._queued: list[Load] = []
         self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
         self._completed_offloads = 0
@@ -76,17 +76,17 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
-        self._introduction = Introduction(
+        self._registration = Registration(
             self._config,
             server_args,
-            serving.runner.model_config,
+            scheduler_hooks.runner.model_config,
             self._pool,
             self._stored,
             page_tokens=self._page_tokens,
-            rows_of_a_forward=serving.most_rows_of_a_forward(),
+            rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
         )
         try:
-            self._supervisor = keeper(self._config, self._introduction.hello)
+            self._supervisor = supervisor_of(self._config, self._registration.hello)
             store = self._supervisor.start()
         except (Unavailable, OSError) as error:
             raise RuntimeError(f"--hicache-backend hcache cannot reach or start a prefetcher: {error}") from None
@@ -97,8 +97,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store: PrefetchClient | RemoteClient | NoStore = store
         if not isinstance(store, NoStore):
             self._connect(store)
-        self._forwards = ForwardTimer(self._planner, current_lane(str(self._pool.device)))
-        self._ahead = Ahead(
+        self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
+        self._prefetch_queue = PrefetchQueue(
             store,
             hold_rule(self._config),
             self._page_tokens,
@@ -106,25 +106,25 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             planner=self._planner,
             reads_at_once=READ_THREADS * (1 if self._config.prefetcher else len(self._config.directories)),
         )
-        serving.linker = self
+        scheduler_hooks.linker = self
         self._log_start()
 
     # ---- ahead of scheduling ----
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt) -> None:
         """A request has been queued whose pages `keys` are not on the device."""
-        self._ahead.queued(rid, keys, prompt)
+        self._prefetch_queue.queued(rid, keys, prompt)
 
-    def let_go(self) -> list[str]:
+    def admissible(self) -> list[str]:
         """Requests that need not be held any longer, as this rank sees it."""
-        return self._ahead.let_go()
+        return self._prefetch_queue.admissible()
 
     def admit(self, rids: Sequence[str]) -> None:
-        self._ahead.admit(rids)
+        self._prefetch_queue.admit(rids)
 
     @property
     def held(self) -> Collection[str]:
-        return self._ahead.held
+        return self._prefetch_queue.held
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Until a prefetch is done; there is nothing else to do."""
@@ -146,13 +146,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """Nothing here looks at its memory any more, as there may be no room for another beside it; get another."""
         self._forget_all()
         self._saver = NoSaver()
-        if serving.capture is not None:
-            serving.capture.sink = None
+        if scheduler_hooks.capture is not None:
+            scheduler_hooks.capture.sink = None
         if self._memory is not None:
             self._memory.release()
         self._memory = self._restorer = None
         gone, self._store = self._store, NoStore(self._store.layout, self._store.why_ended, lost=self._store.lost)
-        self._ahead.attach(self._store)
+        self._prefetch_queue.attach(self._store)
         self._supervisor.replace(gone)
 
     # ---- lookup and load ----
@@ -160,12 +160,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
         queued_pages = sum(len(load.chunks) for load in self._under_way)
-        return list(range(1, self._ahead.ready(rid, keys, queued_pages=queued_pages) + 1))
+        return list(range(1, self._prefetch_queue.ready(rid, keys, queued_pages=queued_pages) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer = transfers[0]
         keys = [bytes.fromhex(key) for key in transfer.keys]
-        chunks = self._ahead.leased(rid, keys)
+        chunks = self._prefetch_queue.leased(rid, keys)
         if len(chunks) < len(keys):
             self._loads["refused"] += 1
             self.forget_request(rid)
@@ -236,7 +236,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
         if all(load.rid != rid for load in self._under_way):
-            self._ahead.forget(rid)
+            self._prefetch_queue.forget(rid)
 
     @property
     def _under_way(self) -> list[Load]:
@@ -281,7 +281,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.layer_done_counter.synchronize(index)
         self._queued.clear()
         self._restored.clear()
-        self._ahead.clear()
+        self._prefetch_queue.clear()
         self._saver.clear()
 
     def weights_changed(self) -> None:
@@ -290,13 +290,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         A store for the new ones comes between two batches, so that one follows however many parts they came in.
         """
         self._forget_all()
-        self._introduction.weights_changed()
+        self._registration.weights_changed()
         self._supervisor.stop_replacing()  # what it would find is for the weights before
         self._renewing = False
         self._store.give_up("the weights were changed; from now on pages are kept in host memory only")
 
     def close(self) -> None:
-        self._work.close()
+        self._copy_out.close()
         if self._memory is not None:
             self._memory.release()
         self._supervisor.close()
@@ -319,7 +319,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "loads_failed": self._loads["failed"],
             "tokens_restored": self._tokens_restored,
             "prefetcher_restarts": self._supervisor.restarts,
-            **self._ahead.stats(),
+            **self._prefetch_queue.stats(),
             **(self._planner.stats() if self._planner is not None else {}),
             **self._saver.stats(),
             **self._store.stats(),
@@ -330,11 +330,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def _attach(self, store: PrefetchClient | RemoteClient) -> None:
         """Save to, and restore from, this store, in the place of the former one."""
         self._connect(store)
-        self._ahead.attach(store)
+        self._prefetch_queue.attach(store)
 
     def _connect(self, store: PrefetchClient | RemoteClient) -> None:
         self._store = store
-        self._introduction.welcomed(store.welcome)
+        self._registration.welcomed(store.welcome)
         self._saver = self._make_saver(store)
         memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
         if self._memory is not None:
@@ -354,18 +354,18 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
         """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
-        layout, capture = self._stored.layout, serving.capture
-        code = self._stored.of(0).code
+        layout, capture = self._stored.layout, scheduler_hooks.capture
+        codec = self._stored.of(0).codec
         if capture is not None:
-            captured = get_parallel().tp_rank % self._introduction.ranks_sharing_pages == 0
-            capture.keep(layout.hidden if captured else 0, code)
+            captured = get_parallel().tp_rank % self._registration.ranks_sharing_pages == 0
+            capture.keep(layout.hidden if captured else 0, codec)
             if not captured:
                 return NoSaver()
         kv_layers = range(layout.hidden, layout.layers)
-        kv = KVRows(store, self._work, self._pool, kv_layers, self.forward_stream) if layout.kv else None
-        saver = PageSaver(store, self._work, captured=layout.hidden, kv=kv, code=code, copying=self._work.copying)
+        kv = KVRows(store, self._copy_out, self._pool, kv_layers, self.forward_stream) if layout.kv else None
+        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, codec=codec)
         if capture is not None and layout.hidden:
-            self._work.expect(capture.forward_bytes)
+            self._copy_out.expect(capture.forward_bytes)
             capture.sink = saver
         return saver
 
@@ -381,6 +381,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
 
-def _host_work(device: str) -> HostWork:
+def _copy_out_of(device: str) -> CopyOut:
     on_cpu = torch.device(device).type == "cpu"
-    return InlineWork() if on_cpu else StreamWork(new_lane(device), current_lane(device))
+    return InlineCopyOut() if on_cpu else StreamCopyOut(new_stream(device), current_stream(device))

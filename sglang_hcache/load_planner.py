@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_hcache.lanes import Lane, Mark
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.follow import PROBE_PAGES, Follower, Resource
 from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.rate_tracker import PROBE_PAGES, RateTracker, Resource
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
+from sglang_hcache.streams import Event, Stream
 
 _REFRESH_S = 0.1  # rates are made into costs anew at most so often
 _MOST_UNREAD = 16  # forwards whose end has not been looked at
@@ -47,7 +47,7 @@ class LoadPlanner:
         self._page_tokens = page_tokens
         self._learned = learned
         self._calibrated = costs_of(shape, calibrated)
-        self._follower = Follower(calibrated)
+        self._tracker = RateTracker(calibrated)
         self._costs, self._costs_at = self._calibrated, 0.0
         self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
         self.plans = self.pages_left_out = 0
@@ -65,7 +65,7 @@ class LoadPlanner:
             device_tokens=prompt.device_tokens,
             bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
         )
-        least_pages = self._follower.least_pages(host_pages) if host_pages else 0
+        least_pages = self._tracker.least_pages(host_pages) if host_pages else 0
         pages = plan_load(costs, self._layout, hit, least_pages=least_pages).pages
         self.plans += 1
         self.pages_left_out += host_pages - pages
@@ -95,7 +95,7 @@ class LoadPlanner:
 
     def pages_to_try(self) -> int:
         """Ask once for a hit that waits for no reads: how many to make all the same, to see how fast that is."""
-        return PROBE_PAGES if self._follower.due(self._lower_tier) else 0
+        return PROBE_PAGES if self._tracker.due(self._lower_tier) else 0
 
     def read_s(self, pages: int) -> float:
         """From the lower tier into host memory, with nobody else reading."""
@@ -124,8 +124,8 @@ class LoadPlanner:
         work_s = costs.layers * sum(costs.layer_s(m, c) - weights_s for m, c in zip(tokens, contexts, strict=True))
         fixed_s = costs.layers * weights_s + costs.head_s
         took_s = seconds - fixed_s
-        if work_s >= fixed_s and (alone or took_s < work_s * self._follower.factor(Resource.PREFILL)):
-            self._follower.observe(Resource.PREFILL, work_s, took_s)
+        if work_s >= fixed_s and (alone or took_s < work_s * self._tracker.factor(Resource.PREFILL)):
+            self._tracker.observe(Resource.PREFILL, work_s, took_s)
 
     def restored(self, tokens: int, seconds: float) -> None:
         """A batch's loads, from host memory to the pool."""
@@ -136,15 +136,15 @@ class LoadPlanner:
         copies_s += tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
         making_s = layout.hidden * costs.project_s(tokens) + layout.kv * tokens * costs.scatter_s_per_token
         slower = Resource.PROJECTION if making_s > copies_s else Resource.BUS
-        self._follower.observe(slower, max(copies_s, making_s), seconds)
+        self._tracker.observe(slower, max(copies_s, making_s), seconds)
 
     def read(self, pages: int, seconds: float) -> None:
         """Pages of one request, from a lower tier into host memory, with nobody else waiting for any."""
-        self._follower.observe(self._lower_tier, self._read_s(self._calibrated, pages), seconds)
+        self._tracker.observe(self._lower_tier, self._read_s(self._calibrated, pages), seconds)
 
     def stats(self) -> dict[str, float | int]:
         """Plans made, pages that were left to prefill, and how much slower than calibrated each resource is."""
-        factors = {f"slower_{resource}": round(self._follower.factor(resource), 3) for resource in Resource}
+        factors = {f"slower_{resource}": round(self._tracker.factor(resource), 3) for resource in Resource}
         return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_out, **factors}
 
     def _read_s(self, costs: Costs, pages: int) -> float:
@@ -161,7 +161,7 @@ class LoadPlanner:
 
     def _now(self) -> Costs:
         if time.monotonic() - self._costs_at > _REFRESH_S:
-            machine = self._follower.machine()
+            machine = self._tracker.machine()
             self._costs, self._costs_at = costs_of(self._shape, machine), time.monotonic()
             self._learned(machine)
         return self._costs
@@ -170,11 +170,11 @@ class LoadPlanner:
 class ForwardTimer:
     """Tells a planner how long prefills take, on the device; for the scheduler's thread, which never waits."""
 
-    def __init__(self, planner: LoadPlanner | None, lane: Lane) -> None:
+    def __init__(self, planner: LoadPlanner | None, stream: Stream) -> None:
         self._planner = planner
-        self._lane = lane
-        self._begun: tuple[Sequence[int], Sequence[int], bool, Mark] | None = None
-        self._ended: deque[tuple[Sequence[int], Sequence[int], bool, Mark, Mark]] = deque(maxlen=_MOST_UNREAD)
+        self._stream = stream
+        self._begun: tuple[Sequence[int], Sequence[int], bool, Event] | None = None
+        self._ended: deque[tuple[Sequence[int], Sequence[int], bool, Event, Event]] = deque(maxlen=_MOST_UNREAD)
 
     def begin(self, batch: Any, *, alone: bool) -> None:
         """A forward is about to be issued; `alone`: it waits for no load."""
@@ -182,11 +182,11 @@ class ForwardTimer:
         tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
         known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
         if self._planner is not None and known:
-            self._begun = tokens, contexts, alone, self._lane.mark(timed=True)
+            self._begun = tokens, contexts, alone, self._stream.record(timed=True)
 
     def end(self) -> None:
         if self._begun is not None:
-            self._ended.append((*self._begun, self._lane.mark(timed=True)))
+            self._ended.append((*self._begun, self._stream.record(timed=True)))
         while self._planner is not None and self._ended and self._ended[0][4].query():
             tokens, contexts, alone, began, ended = self._ended.popleft()
             self._planner.prefilled(tokens, contexts, began.elapsed_time(ended) / 1000, alone=alone)

@@ -43,39 +43,51 @@ def _before_scheduler(_scheduler: object, server_args: Any, *_args: object, **_k
 
 
 def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
-    from sglang_hcache import serving
+    from sglang_hcache import scheduler_hooks as hooks
 
     return [
         (
             "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
-            serving.after_load_model,
+            hooks.after_load_model,
             HookType.AFTER,
         ),
         (
             "sglang.srt.model_executor.model_runner.ModelRunner.forward",
-            serving.around_forward,
+            hooks.around_forward,
             HookType.AROUND,
         ),
-        (f"{_WRAPPER}.release_request", serving.before_release_request, HookType.BEFORE),
-        (f"{_WRAPPER}._offload_node", serving.before_offload_node, HookType.BEFORE),
-        (f"{_SCHEDULER_MODULE}.Scheduler._add_request_to_queue", serving.after_request_queued, HookType.AFTER),
-        (f"{_SCHEDULER_MODULE}.Scheduler._get_new_batch_prefill_raw", serving.around_new_batch, HookType.AROUND),
+        (f"{_WRAPPER}.release_request", hooks.before_release_request, HookType.BEFORE),
+        (f"{_WRAPPER}._offload_node", hooks.before_offload_node, HookType.BEFORE),
+        (
+            f"{_SCHEDULER_MODULE}.Scheduler._add_request_to_queue",
+            hooks.after_request_queued,
+            HookType.AFTER,
+        ),
+        (
+            f"{_SCHEDULER_MODULE}.Scheduler._get_new_batch_prefill_raw",
+            hooks.around_new_batch,
+            HookType.AROUND,
+        ),
         (
             "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
             "._broadcast_reqs_across_ranks",
-            serving.around_broadcast,
+            hooks.around_broadcast,
             HookType.AROUND,
         ),
         (
             "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
             ".get_internal_state",
-            serving.after_internal_state,
+            hooks.after_internal_state,
             HookType.AFTER,
         ),
-        (f"{_WEIGHTS}.update_weights_from_disk", serving.after_weights_from_disk, HookType.AFTER),
-        (f"{_SCHEDULER_MODULE}.Scheduler.emit_metrics_constants", serving.after_metrics_constants, HookType.AFTER),
+        (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, HookType.AFTER),
+        (
+            f"{_SCHEDULER_MODULE}.Scheduler.emit_metrics_constants",
+            hooks.after_metrics_constants,
+            HookType.AFTER,
+        ),
         *(
-            (f"{_WEIGHTS}.{method}", serving.after_weights_changed, HookType.AFTER)
+            (f"{_WEIGHTS}.{method}", hooks.after_weights_changed, HookType.AFTER)
             for method in (
                 "begin_weight_update",  # RDMA may write from now on, and tells nobody
                 "end_weight_update",

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_parallel
 
 from sglang_hcache.capture import Capture
+from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
 from sglang_hcache.model import kv_row_bytes
@@ -20,30 +21,29 @@ from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.ranks import all_ranks
 from sglang_hcache.restore import Projector
-from sglang_hcache.row_code import DecodingProjector, RowCode, row_code
 from sglang_hcache.selftest import run_self_test
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Way:
+class LayerFormat:
     """To store a layer, and to get its K and V back."""
 
     row_bytes: int  # of a token
     dtype: torch.dtype  # of a row's elements
     projector: Projector
     projector_name: str
-    code: RowCode | None = None  # rows are encoded by it
+    codec: Codec | None = None  # rows are encoded by it
 
 
 @dataclass(frozen=True)
-class Ways:
+class Formats:
     """What this model allows."""
 
-    hidden: Way | None
+    hidden: LayerFormat | None
     obstacle: str  # why there are no hidden states
-    kv: Way
+    kv: LayerFormat
     kv_bytes_all_ranks: int  # K and V of a token in a layer
 
     @property
@@ -56,14 +56,14 @@ class Stored:
     """What is stored of each layer: hidden states of the first, K and V of the others."""
 
     layout: Layout
-    ways: Ways
+    formats: Formats
     reason: str
 
-    def of(self, layer: int) -> Way:
+    def of(self, layer: int) -> LayerFormat:
         if layer >= self.layout.hidden:
-            return self.ways.kv
-        assert self.ways.hidden is not None
-        return self.ways.hidden
+            return self.formats.kv
+        assert self.formats.hidden is not None
+        return self.formats.hidden
 
     @property
     def row_bytes(self) -> tuple[int, ...]:
@@ -80,36 +80,36 @@ class Stored:
         return " and ".join(dict.fromkeys(self.of(layer).projector_name for layer in range(self.layout.layers)))
 
 
-def ways_of(
+def formats_of(
     model_runner: Any,
     capture: Capture | None,
     pool: MHATokenToKVPool,
     page_tokens: int,
     *,
     hidden_wanted: bool,
-    codec: str | None,
-) -> Ways:
+    codec_name: str | None,
+) -> Formats:
     """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
 
-    codec: how they are stored, if not as they are. A lossy one has no part in the test.
+    codec_name: how they are stored, if not as they are. A lossy one has no part in the test.
     """
     kv_bytes = sum(kv_row_bytes(pool, 0))
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         model = model_runner.model_config
-        code = row_code(codec, model.hidden_size, model.dtype) if codec is not None else None
-        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, code)
-        if projector is not None and code is not None:
-            name = f"{projector.name}, from {code.name}"
-            hidden = Way(code.row_bytes, torch.uint8, DecodingProjector(projector, code), name, code)
+        codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
+        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec)
+        if projector is not None and codec is not None:
+            name = f"{projector.name}, from {codec.name}"
+            hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
         elif projector is not None:
-            hidden = Way(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
-    kv = Way(kv_bytes, torch.uint8, KVProjector(pool), "copy")
-    return Ways(hidden, obstacle, kv, kv_bytes * get_parallel().tp_size)
+            hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
+    kv = LayerFormat(kv_bytes, torch.uint8, KVProjector(pool), "copy")
+    return Formats(hidden, obstacle, kv, kv_bytes * get_parallel().tp_size)
 
 
 def _hidden_projector(
-    runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int, code: RowCode | None
+    runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int, codec: Codec | None
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
@@ -118,7 +118,7 @@ def _hidden_projector(
         return None, obstacle
     deterministic = runner.server_args.enable_deterministic_inference
     for projector in _candidates(capture.sites, pool, deterministic=deterministic):
-        passed, verdict = _try(projector, runner, capture, pool, page_tokens, code)
+        passed, verdict = _try(projector, runner, capture, pool, page_tokens, codec)
         if all_ranks(passed):
             return projector, ""
     return None, f"the self-test failed ({verdict})"
@@ -143,20 +143,20 @@ def _try(
     capture: Capture,
     pool: MHATokenToKVPool,
     page_tokens: int,
-    code: RowCode | None,
+    codec: Codec | None,
 ) -> tuple[bool, str]:
     """Whether it passes the self-test on this rank, and why; other ranks may see it otherwise."""
     try:
-        result = run_self_test(runner, capture, projector, pool, page_tokens, code)
+        result = run_self_test(runner, capture, projector, pool, page_tokens, codec)
     except Exception as error:  # of the model's own code, as a rule: the tier can do without
         logger.warning("hcache: self-test of hidden states by %s FAILED", projector.name, exc_info=True)
         return False, type(error).__name__
     verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
     passed = "passed" if result.passed else "FAILED"
     logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
-    if code is not None and result.not_encoded:
+    if codec is not None and result.not_encoded:
         share = f"{result.not_encoded:.1%} of a test prompt's tokens, nor the pages they are in"
-        logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", code.name, share)
+        logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", codec.name, share)
     return result.passed, verdict
 
 

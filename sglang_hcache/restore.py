@@ -1,7 +1,7 @@
 """Restore: chunks in host memory become K and V on the device, layer by layer, ahead of the forward.
 
-Two lanes: one copies a few layers' rows of all pages into one half of a staging buffer, while the other projects the
-other half into the pool. Needs torch and numpy only, and Triton where chunks are copied by a kernel.
+Two streams: one copies a few layers' rows of all pages into one half of a staging buffer, while the other projects
+the other half into the pool. Needs torch and numpy only, and Triton where chunks are copied by a kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from sglang_hcache.copy_engine import CopyEngine, NoCopyEngine
-from sglang_hcache.lanes import Lane, Mark, current_lane, new_lane
+from sglang_hcache.streams import Event, Stream, current_stream, new_stream
 
 logger = logging.getLogger(__name__)
 
@@ -83,44 +83,44 @@ class Load:
 class LayerEvents:
     """SGLang's layer counter: the pool's getters ask it to wait until a layer has been restored.
 
-    `reader`: the lane that reads the pool; it waits for a mark, and the CPU goes on.
+    `reader`: the stream that reads the pool; it waits for an event, and the CPU goes on.
     """
 
-    def __init__(self, reader: Lane, layers: int) -> None:
+    def __init__(self, reader: Stream, layers: int) -> None:
         self._reader = reader
-        self._marks: dict[int, list[Mark]] = {}
-        self._begins: dict[int, Mark] = {}
+        self._recorded: dict[int, list[Event]] = {}
+        self._begins: dict[int, Event] = {}
         self.num_layers = layers  # SGLang reads these two before it replays a graph of a whole prefill
         self.consumer_index = -1
         self._last = -1
 
     def new_batch(self) -> int:
         self._last += 1
-        self._marks[self._last] = []
+        self._recorded[self._last] = []
         return self._last
 
-    def restored(self, index: int, mark: Mark) -> None:
-        """The next layer of batch `index` is restored at `mark`."""
-        self._marks[index].append(mark)
+    def restored(self, index: int, event: Event) -> None:
+        """The next layer of batch `index` is restored at `event`."""
+        self._recorded[index].append(event)
 
-    def begin(self, index: int, mark: Mark) -> None:
-        """The lane that restores batch `index` has nothing else to do from `mark` on."""
-        self._begins[index] = mark
+    def begin(self, index: int, event: Event) -> None:
+        """The stream that restores batch `index` has nothing else to do from `event` on."""
+        self._begins[index] = event
 
     def synchronize(self, index: int) -> float | None:
         """Wait until batch `index` is restored; seconds it took from its begin, where anything was."""
-        begin, marks = self._begins.pop(index, None), self._marks.pop(index, [])
-        if not marks:
+        begin, recorded = self._begins.pop(index, None), self._recorded.pop(index, [])
+        if not recorded:
             return None
-        marks[-1].synchronize()
-        return None if begin is None else begin.elapsed_time(marks[-1]) / 1000
+        recorded[-1].synchronize()
+        return None if begin is None else begin.elapsed_time(recorded[-1]) / 1000
 
     def set_consumer(self, index: int) -> None:
         self.consumer_index = index
 
     def wait_until(self, layer: int) -> None:
-        if marks := self._marks.get(self.consumer_index):
-            self._reader.wait(marks[layer])
+        if recorded := self._recorded.get(self.consumer_index):
+            self._reader.wait(recorded[layer])
 
 
 class Copier(Protocol):
@@ -213,19 +213,19 @@ class _Step(NamedTuple):
 
 
 class _Copied(NamedTuple):
-    """A step's rows, uint8 `[layers, pages, page_bytes]`: in this half of the staging buffer, from the mark on."""
+    """A step's rows, uint8 `[layers, pages, page_bytes]`: in this half of the staging buffer, from the event on."""
 
     step: _Step
     half: int
     rows: torch.Tensor
-    mark: Mark
+    event: Event
 
 
 class Restorer:
     """Runs the queued loads of a batch together, layer by layer.
 
-    Nothing is projected before what was queued on the lanes `before` is done, as it may still read the slots; copies
-    start at once. Nothing of a call holds up the caller, except for an `IndexCopier` on a GPU.
+    Nothing is projected before what was queued on the streams `before` is done, as it may still read the slots;
+    copies start at once. Nothing of a call holds up the caller, except for an `IndexCopier` on a GPU.
     """
 
     def __init__(
@@ -234,9 +234,9 @@ class Restorer:
         *,
         device: str,
         copier: Copier,
-        copying: Lane,
-        projecting: Lane,
-        before: Sequence[Lane],
+        copying: Stream,
+        projecting: Stream,
+        before: Sequence[Stream],
         events: LayerEvents,
         staging: Staging,
     ) -> None:
@@ -249,7 +249,7 @@ class Restorer:
         half_bytes = self._half_pages * max(layer.page_bytes for layer in pages.layers)
         self._together_bytes = min(staging.together_bytes, half_bytes)
         self._halves = [torch.empty(half_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._projected: list[Mark | None] = [None, None]  # of each half: from here on it may be overwritten
+        self._projected: list[Event | None] = [None, None]  # of each half: from here on it may be overwritten
 
     def run(self, loads: Sequence[Load]) -> int:
         """Issue the restoration of all loads; returns the batch's index for `events`.
@@ -259,9 +259,9 @@ class Restorer:
         index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.chunks]
         try:
-            for lane in self._before:
-                self._projecting.wait(lane.mark())
-            self._events.begin(index, self._projecting.mark(timed=True))
+            for stream in self._before:
+                self._projecting.wait(stream.record())
+            self._events.begin(index, self._projecting.record(timed=True))
             copies = self._copies(chunks)
             first = list(itertools.islice(copies, 1))  # the bus is busy while positions and slots are made
             with self._projecting.active():
@@ -271,12 +271,12 @@ class Restorer:
                 for copied in itertools.chain(first, copies):
                     self._project(index, copied, positions, slots)
         except BaseException:
-            for lane in (self._copying, self._projecting):
-                lane.mark().synchronize()
+            for stream in (self._copying, self._projecting):
+                stream.record().synchronize()
             raise
         return index
 
-    def trial(self, n_pages: int, *, repeats: int) -> tuple[float, float]:
+    def measure(self, n_pages: int, *, repeats: int) -> tuple[float, float]:
         """Seconds to copy, and to project, the first layer of the store's first pages, each alone; the least of some.
 
         Overwrites the pool's first slots: only before requests are served.
@@ -289,19 +289,19 @@ class Restorer:
             first = tokens * 0
         copies, projections = [], []
         for _ in range(repeats + 1):
-            marks = [self._copying.mark(timed=True)]
+            recorded = [self._copying.record(timed=True)]
             rows = self._copy(0, step, places).rows
-            marks += [self._copying.mark(timed=True)]
-            self._projecting.wait(marks[-1])
-            marks += [self._projecting.mark(timed=True)]
+            recorded += [self._copying.record(timed=True)]
+            self._projecting.wait(recorded[-1])
+            recorded += [self._projecting.record(timed=True)]
             stored = self._pages.layers[0]
             with self._projecting.active():
                 typed = rows[0].view(stored.dtype).view(len(tokens), -1)
                 stored.projector.project(0, typed, first, tokens)
-            marks.append(self._projecting.mark(timed=True))
-            marks[-1].synchronize()
-            copies.append(marks[0].elapsed_time(marks[1]) / 1000)
-            projections.append(marks[2].elapsed_time(marks[3]) / 1000)
+            recorded.append(self._projecting.record(timed=True))
+            recorded[-1].synchronize()
+            copies.append(recorded[0].elapsed_time(recorded[1]) / 1000)
+            projections.append(recorded[2].elapsed_time(recorded[3]) / 1000)
         return min(copies[1:]), min(projections[1:])
 
     def _places(self, chunks: Sequence[int]) -> torch.Tensor:
@@ -345,23 +345,23 @@ class Restorer:
             self._copying.wait(projected)
         with self._copying.active():
             self._copier.copy(self._pages, step.layers, places, rows)
-        return _Copied(step, half, rows, self._copying.mark())
+        return _Copied(step, half, rows, self._copying.record())
 
     def _project(self, index: int, copied: _Copied, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """On the projecting lane, which is the current one."""
+        """On the projecting stream, which is the current one."""
         layers, page_tokens, part = self._pages.layers, self._pages.page_tokens, copied.step.pages
         begin, end, n_tokens = part.start * page_tokens, part.stop * page_tokens, len(positions)
         if end - begin < n_tokens:
             positions, slots = positions[begin:end], slots[begin:end]
-        self._projecting.wait(copied.mark)
+        self._projecting.wait(copied.event)
         for place, layer in enumerate(copied.step.layers):
             stored = layers[layer]
             typed = copied.rows[place].view(stored.dtype).view(end - begin, -1)
             stored.projector.project(layer, typed, positions, slots)
-            mark = self._projecting.mark(timed=end == n_tokens and layer == len(layers) - 1)
+            event = self._projecting.record(timed=end == n_tokens and layer == len(layers) - 1)
             if end == n_tokens:
-                self._events.restored(index, mark)
-        self._projected[copied.half] = mark
+                self._events.restored(index, event)
+        self._projected[copied.half] = event
 
 
 def _to(device: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -380,34 +380,34 @@ def restorer_for(
     pinned: bool,
     copier: Copier | None = None,
 ) -> Restorer:
-    """A restorer on lanes of its own, behind what SGLang's two streams do now.
+    """A restorer on streams of its own, behind what SGLang's two streams do now.
 
     pinned: whether the GPU can read the pages' memory by itself. copier: in the place of the one that fits that.
     """
-    copying = new_lane(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
+    copying = new_stream(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
     return Restorer(
         pages,
         device=device,
         copier=copier or (copier_of(pages, device, copying) if pinned else IndexCopier()),
         copying=copying,
-        projecting=new_lane(device, urgency=1),
-        before=[current_lane(device), current_lane(device, forward_stream)],
+        projecting=new_stream(device, urgency=1),
+        before=[current_stream(device), current_stream(device, forward_stream)],
         events=events,
         staging=Staging.on(device),
     )
 
 
-def copier_of(pages: HostPages, device: str, lane: Lane) -> EngineCopier | KernelCopier:
+def copier_of(pages: HostPages, device: str, stream: Stream) -> EngineCopier | KernelCopier:
     """The copy engine for large pages, once it has copied one of them; else the kernel."""
     if min(layer.page_bytes for layer in pages.layers) < ENGINE_PAGE_BYTES:
         return KernelCopier()
     page = torch.empty(1, 1, pages.layers[0].page_bytes, dtype=torch.uint8, device=device)
     try:
         copier = EngineCopier()
-        with lane.active():
+        with stream.active():
             copier.copy(pages, range(1), copier.places(pages, [0]), page)
     except NoCopyEngine as error:
         logger.warning("hcache: pages are copied by a kernel, beside which forwards are slower: %s", error)
         return KernelCopier()
-    lane.mark().synchronize()
+    stream.record().synchronize()
     return copier

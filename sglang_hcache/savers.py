@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor
 from typing import Protocol
 
 import numpy as np
@@ -13,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_hcache.hostwork import HostWork
-from sglang_hcache.lanes import Mark
-from sglang_hcache.pages import OpenPages, chunk_rows
+from sglang_hcache.codec import Codec
+from sglang_hcache.copy_out import CopyOut
+from sglang_hcache.open_pages import OpenPages, chunk_rows
 from sglang_hcache.projector import pool_rows
-from sglang_hcache.row_code import RowCode
 from sglang_hcache.storage.contract import ChunkStore
+from sglang_hcache.streams import Event
 
 logger = logging.getLogger(__name__)
 
@@ -89,43 +88,42 @@ class PageSaver:
     def __init__(
         self,
         store: ChunkStore,
-        work: HostWork,
+        copy_out: CopyOut,
         *,
         captured: int = 0,
         kv: KVRows | None = None,
-        code: RowCode | None = None,
-        copying: Executor | None = None,
+        codec: Codec | None = None,
     ) -> None:
-        """captured: layers. code: what has encoded the rows that capture hands over. copying: helps with them."""
+        """captured: layers. codec: what has encoded the rows that capture hands over."""
         self._store = store
-        self._work = work
+        self._copy_out = copy_out
         self._page_tokens = store.layout.page_tokens
-        self._open = OpenPages(store, layers=captured, copying=copying) if captured else None
+        self._open = OpenPages(store, layers=captured, copying=copy_out.copying) if captured else None
         self._kv = kv
-        self._code = code
+        self._codec = codec
         self._counts = dict.fromkeys(
             ("tokens_captured", "tokens_not_captured", "tokens_not_encoded", "pages_saved", "pages_incomplete"), 0
         )
 
     # ---- capture's sink ----
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
-        if self._work.crowded:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
+        if self._copy_out.crowded:
             self.drop(slots)
-            return self._work.mark()
-        host_slots, host_positions, host_rows = map(self._work.to_host, (slots, positions, rows))
-        self._work.submit(
+            return self._copy_out.record()
+        host_slots, host_positions, host_rows = map(self._copy_out.to_host, (slots, positions, rows))
+        self._copy_out.submit(
             lambda: self._collect(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())
         )
-        return self._work.mark()
+        return self._copy_out.record()
 
     def drop(self, slots: torch.Tensor) -> None:
-        host_slots = self._work.to_host(slots)
-        self._work.submit(lambda: self._drop(host_slots.numpy()))
+        host_slots = self._copy_out.to_host(slots)
+        self._copy_out.submit(lambda: self._drop(host_slots.numpy()))
 
     def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         assert self._open is not None
-        if self._code is not None and not (kept := self._code.encoded(rows)).all():
+        if self._codec is not None and not (kept := self._codec.encoded(rows)).all():
             self._counts["tokens_not_encoded"] += int(np.count_nonzero(~kept))
             self._drop(slots[~kept])
             slots, positions, rows = slots[kept], positions[kept], rows[:, kept]
@@ -141,14 +139,14 @@ class PageSaver:
     # ---- pages that SGLang names ----
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        first_slots = self._work.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
+        first_slots = self._copy_out.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
         rows = None
-        if self._kv is not None and not self._work.crowded:
+        if self._kv is not None and not self._copy_out.crowded:
             try:
                 rows = self._kv.gather(slots)
             except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
                 logger.warning("hcache: no device memory to save %d pages by; they are not stored", len(keys))
-        self._work.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
+        self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
 
     def _commit(
         self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: torch.Tensor | None
@@ -173,13 +171,13 @@ class PageSaver:
 
     def overwrite(self, slots: torch.Tensor) -> None:
         if (pages := self._open) is not None:
-            host_slots = self._work.to_host(slots)
-            self._work.submit(lambda: pages.forget(host_slots.numpy()))
+            host_slots = self._copy_out.to_host(slots)
+            self._copy_out.submit(lambda: pages.forget(host_slots.numpy()))
 
     def clear(self) -> None:
         if self._open is not None:
-            self._work.submit(self._open.clear)
-        self._work.drain()
+            self._copy_out.submit(self._open.clear)
+        self._copy_out.drain()
 
     def stats(self) -> dict[str, int]:
         return {**self._counts, "pages_open": len(self._open) if self._open is not None else 0}
@@ -191,12 +189,12 @@ class KVRows:
     def __init__(
         self,
         store: ChunkStore,
-        work: HostWork,
+        copy_out: CopyOut,
         pool: MHATokenToKVPool,
         layers: range,
         forward_stream: torch.cuda.Stream | None,
     ) -> None:
-        self._work = work
+        self._copy_out = copy_out
         self._pool = pool
         self._layers = layers
         self._chunks = chunk_rows(store, layers)
@@ -210,7 +208,7 @@ class KVRows:
         found = torch.empty(shape, dtype=torch.uint8, device=slots.device)
         for layer, rows in zip(self._layers, found, strict=True):
             pool_rows(self._pool, layer, slots, rows)
-        return self._work.to_host(found)
+        return self._copy_out.to_host(found)
 
     def write(self, rows: torch.Tensor, pages: Sequence[int], chunks: Sequence[int]) -> None:
         """Page `pages[i]` of what was gathered goes to slot `chunks[i]`."""

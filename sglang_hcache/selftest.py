@@ -10,10 +10,10 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.capture import Capture
-from sglang_hcache.lanes import Mark, current_lane
+from sglang_hcache.codec import Codec, DecodingProjector
 from sglang_hcache.restore import Projector
-from sglang_hcache.row_code import DecodingProjector, RowCode
-from sglang_hcache.trial import leaving_no_trace, most_tokens, prefill_random_prompt
+from sglang_hcache.streams import Event, current_stream
+from sglang_hcache.synthetic_forward import leaving_no_trace, most_tokens, prefill_random_prompt
 
 _PROMPT_TOKENS = 130
 
@@ -22,7 +22,7 @@ _PROMPT_TOKENS = 130
 class SelfTestResult:
     worst: float  # largest difference in any layer's K or V, over its largest magnitude there
     tolerance: float
-    not_encoded: float = 0.0  # share of the tokens that a code has no room for; not compared
+    not_encoded: float = 0.0  # share of the tokens that a codec has no room for; not compared
 
     @property
     def passed(self) -> bool:
@@ -35,9 +35,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.rows: torch.Tensor | None = None
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
         self.slots, self.positions, self.rows = slots.clone(), positions.clone(), rows.clone()
-        return current_lane(str(rows.device)).mark()
+        return current_stream(str(rows.device)).record()
 
     def drop(self, slots: torch.Tensor) -> None:
         self.rows = None
@@ -49,11 +49,11 @@ def run_self_test(
     projector: Projector,
     pool: MHATokenToKVPool,
     page_size: int,
-    code: RowCode | None = None,
+    codec: Codec | None = None,
 ) -> SelfTestResult:
     """Prefill a short random prompt, restore it by `projector` and compare K and V with the forward's own.
 
-    code: encodes the rows, and decodes them again, if it is lossless.
+    codec: encodes the rows, and decodes them again, if it is lossless.
 
     Must run before any request, on all ranks alike; leaves the pools as it found them, empty. The tolerance is
     what two GEMMs of different shape may differ by: a few roundings to the pool's dtype, and the growth of
@@ -68,12 +68,12 @@ def run_self_test(
                 return SelfTestResult(float("inf"), 0.0)
             rows, positions, slots = recorder.rows, recorder.positions, recorder.slots
             tolerance = _tolerance(rows.dtype, rows.shape[-1])
-            if code is None or not code.lossless:
+            if codec is None or not codec.lossless:
                 return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)
-            coded = torch.empty(*rows.shape[:2], code.row_bytes, dtype=torch.uint8, device=rows.device)
-            code.encode(rows, coded)
-            projector = DecodingProjector(projector, code)
-            kept = torch.from_numpy(code.encoded(coded.cpu().numpy())).to(rows.device)
+            coded = torch.empty(*rows.shape[:2], codec.row_bytes, dtype=torch.uint8, device=rows.device)
+            codec.encode(rows, coded)
+            projector = DecodingProjector(projector, codec)
+            kept = torch.from_numpy(codec.encoded(coded.cpu().numpy())).to(rows.device)
             not_encoded = 1 - float(kept.float().mean())
             worst = _worst(coded[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
             return SelfTestResult(worst, tolerance, not_encoded)

@@ -8,16 +8,16 @@ from typing import Any
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel
 
-from sglang_hcache.ahead import HoldRule, PrefetchPolicy
 from sglang_hcache.calibration import calibrate
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.load_planner import LoadPlanner
 from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.prefetch.supervisor import Keeper, RemoteSupervisor, Supervisor
-from sglang_hcache.representation import Stored, ways_of
-from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
-from sglang_hcache.trial import most_tokens
+from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
+from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
+from sglang_hcache.representation import Stored, formats_of
+from sglang_hcache.synthetic_forward import most_tokens
 
 
 def plan(
@@ -25,27 +25,30 @@ def plan(
 ) -> tuple[Stored, LoadPlanner | None]:
     """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
     hidden_wanted = config.representation != Representation.KV
-    ways = ways_of(runner, capture, pool, page_tokens, hidden_wanted=hidden_wanted, codec=config.codec)
-    stored = choose_by_flag(config.representation, ways, pool.layer_num)
+    formats = formats_of(runner, capture, pool, page_tokens, hidden_wanted=hidden_wanted, codec_name=config.codec)
+    stored = choose_by_flag(config.representation, formats, pool.layer_num)
     if config.plan != "auto":
         return stored, None
-    rates = calibrate(config, runner, ways, page_tokens=page_tokens, layers=pool.layer_num, device=str(pool.device))
+    device = str(pool.device)
+    rates = calibrate(config, runner, formats, page_tokens=page_tokens, layers=pool.layer_num, device=device)
     if rates is None:
         return stored, None
     shape, kept = rates
     # Ranks, and hosts with a common prefetcher, share pages: they must all come to the same.
     by_itself = get_parallel().tp_size == 1 and config.prefetcher is None
-    if config.representation == "auto" and ways.hidden is not None and by_itself:
+    if config.representation == "auto" and formats.hidden is not None and by_itself:
         most = most_tokens(runner, page_tokens)
-        stored = choose_by_plan(config, ways, shape, kept.machine, page_tokens=page_tokens, most_tokens=most)
+        stored = choose_by_plan(config, formats, shape, kept.machine, page_tokens=page_tokens, most_tokens=most)
     return stored, LoadPlanner(shape, kept.machine, stored.layout, page_tokens, learned=kept.learned)
 
 
-def keeper(config: HCacheConfig, hello: Callable[[], Hello]) -> Keeper[Any]:
+def supervisor_of(config: HCacheConfig, hello: Callable[[], Hello]) -> SessionSupervisor[Any]:
     """Of a session with the prefetcher that the flags name."""
     if config.prefetcher is not None:
         return RemoteSupervisor(config.prefetcher, config.keys, hello)
-    return Supervisor(config.directories, config.directory_bytes, hello, read_bytes_per_s=config.read_bytes_per_s)
+    return LocalSupervisor(
+        config.directories, config.directory_bytes, hello, read_bytes_per_s=config.read_bytes_per_s
+    )
 
 
 def hold_rule(config: HCacheConfig) -> HoldRule:

@@ -144,7 +144,7 @@ class Directory:
             writer.sync()
         self._index.put_many(placed)
         self._pages += len(placed)
-        self._segments.let_go_full()
+        self._segments.give_up_full()
 
     def touch(self, hits: Mapping[bytes, int]) -> None:
         """Note that pages were used now, so many times each."""
@@ -159,7 +159,7 @@ class Directory:
     def recover(self) -> None:
         """After a failure: use again what failed writes have left, and what was put back by whoever mended it."""
         with suppress(OSError):  # whether the disk works is found out below
-            self._segments.let_go()
+            self._segments.give_up_writing()
         make_private(self._segments.path)
         self._segments.limit_to(self._at_most())
         self._recover()

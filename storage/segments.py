@@ -144,7 +144,7 @@ class Segments:
         """See to it that the next `place` needs nothing of the disk."""
         self._with_room()
 
-    def let_go_full(self) -> None:
+    def give_up_full(self) -> None:
         """Close segments that can take no more; only after their records are committed."""
         for held in list(self._held):
             full = not held.unused and held.writer.records >= self.segment_records
@@ -176,9 +176,9 @@ class Segments:
     def close(self) -> None:
         with self._readers_lock:
             self._readers.clear()
-        self.let_go()
+        self.give_up_writing()
 
-    def let_go(self) -> None:
+    def give_up_writing(self) -> None:
         """Write no segment any more, and give preallocated space back. A segment without a record is deleted."""
         taken, self._held = self._held, []
         try:

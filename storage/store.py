@@ -17,7 +17,7 @@ from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
 from sglang_hcache.storage.quota import Quota
-from sglang_hcache.storage.rate import RateLimit
+from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.stripe import Files, Stripe
 from sglang_hcache.storage.volume import Volume, belong_together
 from sglang_hcache.storage.writer import Writer

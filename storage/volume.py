@@ -20,7 +20,7 @@ from sglang_hcache.storage.index import Index, IndexStillOpen
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.quota import Quota
-from sglang_hcache.storage.siblings import write_siblings
+from sglang_hcache.storage.stripe_manifest import write_siblings
 
 UNREADABLE_S = 600.0  # a record that the disk could not read is not tried again; a page may be stored anew meanwhile
 SLOW_S = 2.0  # a call that takes longer may hang: who evicts elsewhere then leaves this directory's index alone

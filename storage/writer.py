@@ -28,7 +28,7 @@ Seal = Callable[[Record, bytes, bytes], None]  # record, key, parent
 
 
 @dataclass(eq=False)
-class _Lane:
+class _VolumeQueue:
     """What is to be written to one volume."""
 
     work: threading.Condition
@@ -73,7 +73,7 @@ class Writer:
         self._tick_s = tick_s
         self._settled = settled
         self._at_once: int = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
-        self._lanes = {volume: _Lane(threading.Condition(lock)) for volume in files.volumes}
+        self._by_volume = {volume: _VolumeQueue(threading.Condition(lock)) for volume in files.volumes}
         self._backlog: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written when slots get short
         self._parents: dict[int, bytes] = {}  # by slot, as of its last commit
         self._uses: dict[int, int] = {}
@@ -82,8 +82,8 @@ class Writer:
         self._closing = False
         self.written = self.failed = 0
         self.threads = [
-            threading.Thread(target=self._run, args=(volume, lane), name="hcache-write", daemon=True)
-            for volume, lane in self._lanes.items()
+            threading.Thread(target=self._run, args=(volume, todo), name="hcache-write", daemon=True)
+            for volume, todo in self._by_volume.items()
         ]
         for thread in self.threads:
             thread.start()
@@ -92,7 +92,7 @@ class Writer:
 
     def _most_behind(self) -> int:
         """Pages that may wait for one volume, of which others have none."""
-        return min(MOST_BEHIND * self._at_once, self._arena.slots // (2 * max(1, len(self._lanes))))
+        return min(MOST_BEHIND * self._at_once, self._arena.slots // (2 * max(1, len(self._by_volume))))
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
         """A page has been put into an open slot."""
@@ -107,8 +107,8 @@ class Writer:
 
     def used(self, key: bytes, slot: int) -> None:
         """A page has been asked for, or computed, once more."""
-        for lane in self._lanes.values():
-            lane.touched[key] += 1
+        for todo in self._by_volume.values():
+            todo.touched[key] += 1
         if self._policy is WritePolicy.SELECTIVE and self._arena.backing(slot) is Backing.UNBACKED:
             self._uses[slot] += 1
             if self._uses[slot] == SELECTIVE_USES:
@@ -131,7 +131,7 @@ class Writer:
 
     @property
     def waiting(self) -> int:
-        return sum(lane.waiting for lane in self._lanes.values())
+        return sum(todo.waiting for todo in self._by_volume.values())
 
     def drain(self) -> int:
         """Write the backlog, too; how many pages are to be written yet."""
@@ -150,42 +150,42 @@ class Writer:
 
     def stop(self) -> int:
         """Write no more, and close the volumes; how many pages are given up."""
-        given_up = len(self._backlog) + sum(len(lane.queue) for lane in self._lanes.values())
+        given_up = len(self._backlog) + sum(len(todo.queue) for todo in self._by_volume.values())
         self._backlog.clear()
-        for lane in self._lanes.values():
-            lane.queue.clear()
+        for todo in self._by_volume.values():
+            todo.queue.clear()
         self._closing = True
         self._wake()
         self._written.notify_all()
         return given_up
 
     def _wake(self) -> None:
-        for lane in self._lanes.values():
-            lane.work.notify()
+        for todo in self._by_volume.values():
+            todo.work.notify()
 
     def _enqueue(self, slot: int, key: bytes) -> None:
         """Have a cached page written by the volume whose turn it is."""
         if not self._writes:
             return
-        volume = self._files.next(lambda volume: self._lanes[volume].waiting, self._most_behind())
+        volume = self._files.next(lambda volume: self._by_volume[volume].waiting, self._most_behind())
         if volume is None:
             self._give_up(slot, key)
         else:
             self._arena.mark(slot, Backing.DIRTY)
-            self._lanes[volume].queue[slot] = key
-            self._lanes[volume].work.notify()
-            for lane in self._lanes.values():
-                if lane.batch and len(lane.keep) < MOST_KEPT:
-                    lane.keep += (key, self._parents[slot])
+            self._by_volume[volume].queue[slot] = key
+            self._by_volume[volume].work.notify()
+            for todo in self._by_volume.values():
+                if todo.batch and len(todo.keep) < MOST_KEPT:
+                    todo.keep += (key, self._parents[slot])
 
     def _give_up(self, slot: int, key: bytes) -> None:
         """For now the page is in memory only, and may be lost."""
         self._arena.mark(slot, Backing.UNBACKED)
         self.failed += 1
 
-    def _pass_on(self, lane: _Lane) -> None:
+    def _pass_on(self, todo: _VolumeQueue) -> None:
         """Have others write what waits for a volume that takes no pages."""
-        pages, lane.queue = lane.queue, OrderedDict()
+        pages, todo.queue = todo.queue, OrderedDict()
         for slot, key in pages.items():
             self._enqueue(slot, key)
         self._written.notify_all()
@@ -193,9 +193,9 @@ class Writer:
     def _under_way(self) -> list[bytes]:
         """What is written, what it follows, and what was written last: what is committed next may follow that."""
         kept: list[bytes] = []
-        for lane in self._lanes.values():
-            kept += lane.former.values()
-            for pages in (lane.batch, lane.queue):
+        for todo in self._by_volume.values():
+            kept += todo.former.values()
+            for pages in (todo.batch, todo.queue):
                 kept += [*pages.values(), *(self._parents[slot] for slot in pages)]
         return kept
 
@@ -204,9 +204,9 @@ class Writer:
         self._room_wanted &= bool(self._backlog)
         return bool(self._backlog) and (short or self._room_wanted or self._draining > 0)
 
-    def _has_work(self, volume: Files, lane: _Lane) -> bool:
+    def _has_work(self, volume: Files, todo: _VolumeQueue) -> bool:
         takes_backlog = volume.healthy or not self._files.healthy
-        return bool(lane.queue) or (takes_backlog and self._must_write_back())
+        return bool(todo.queue) or (takes_backlog and self._must_write_back())
 
     def _write_back(self) -> None:
         """Queue a batch of the backlog, for all volumes."""
@@ -216,31 +216,31 @@ class Writer:
 
     # ---- without it ----
 
-    def _run(self, volume: Files, lane: _Lane) -> None:
+    def _run(self, volume: Files, todo: _VolumeQueue) -> None:
         while True:
             with self._lock:
-                lane.work.wait_for(lambda: self._closing or self._has_work(volume, lane), self._tick_s)
+                todo.work.wait_for(lambda: self._closing or self._has_work(volume, todo), self._tick_s)
                 if self._closing:
                     break
-                if not lane.queue and self._has_work(volume, lane):
+                if not todo.queue and self._has_work(volume, todo):
                     self._write_back()
                 if not volume.healthy:
-                    self._pass_on(lane)
-                while lane.queue and len(lane.batch) < self._at_once:
-                    slot, key = lane.queue.popitem(last=False)
-                    lane.batch[slot] = key
-                lane.keep = self._under_way() if lane.batch else []
+                    self._pass_on(todo)
+                while todo.queue and len(todo.batch) < self._at_once:
+                    slot, key = todo.queue.popitem(last=False)
+                    todo.batch[slot] = key
+                todo.keep = self._under_way() if todo.batch else []
             if volume.retry():
                 self._requeue()
-            if lane.batch:
-                self._write(volume, lane)
+            if todo.batch:
+                self._write(volume, todo)
             self._settled()
-            self._touch(volume, lane)
-        self._touch(volume, lane, now=True)
+            self._touch(volume, todo)
+        self._touch(volume, todo, now=True)
         volume.close()
 
-    def _write(self, volume: Files, lane: _Lane) -> None:
-        batch = lane.batch
+    def _write(self, volume: Files, todo: _VolumeQueue) -> None:
+        batch = todo.batch
         on_file = self._files.locate(batch.values())
         pages = {slot: key for slot, key in batch.items() if key not in on_file}
         memory = self._arena.memory
@@ -248,12 +248,12 @@ class Writer:
         try:
             for slot, key in pages.items():
                 self._seal(memory[slot], key, self._parents[slot])
-            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], lane.keep)
+            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], todo.keep)
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
             log.exception("hcache: %d pages could not be written.", len(pages))
             written, otherwise = False, self._give_up
         with self._lock:
-            lane.batch, lane.former = {}, batch
+            todo.batch, todo.former = {}, batch
             for slot, key in reversed(batch.items()):  # later pages are worth nothing without the earlier: go first
                 if written or key in on_file:
                     self._arena.mark(slot, Backing.CLEAN)
@@ -271,11 +271,11 @@ class Writer:
                 if self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES:
                     self._enqueue(slot, key)
 
-    def _touch(self, volume: Files, lane: _Lane, *, now: bool = False) -> None:
-        if not now and time.monotonic() < lane.touch_at:
+    def _touch(self, volume: Files, todo: _VolumeQueue, *, now: bool = False) -> None:
+        if not now and time.monotonic() < todo.touch_at:
             return
-        lane.touch_at = time.monotonic() + TOUCH_EVERY_S
+        todo.touch_at = time.monotonic() + TOUCH_EVERY_S
         with self._lock:
-            touched, lane.touched = lane.touched, Counter()
+            touched, todo.touched = todo.touched, Counter()
         if touched:
             volume.touch(touched)

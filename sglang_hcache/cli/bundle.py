@@ -81,7 +81,7 @@ def read_header_of(path: Path) -> tuple[Header, int]:
     with path.open("rb") as file:
         fixed = file.read(_FIXED.size)
         if len(fixed) < _FIXED.size or fixed[:8] != MAGIC:
-            raise BundleDamaged("it is no export")
+            raise BundleDamaged("it is not an export")
         _, version, length = _FIXED.unpack(fixed)
         if version != VERSION:
             raise BundleDamaged(f"its version is {version}, not {VERSION}")
@@ -118,7 +118,7 @@ def _check_sum(path: Path) -> None:
     left, checksum = path.stat().st_size - 8, xxhash.xxh3_64()
     with path.open("rb") as file:
         if file.read(8) != MAGIC:
-            raise BundleDamaged("it is no export")
+            raise BundleDamaged("it is not an export")
         file.seek(0)
         while left > 0 and (part := file.read(min(left, _PART))):
             checksum.update(part)

@@ -17,7 +17,7 @@ from sglang_hcache.config import default_directory, directories_of
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index, copy_checked
-from sglang_hcache.storage.siblings import NAME, read_siblings
+from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from sglang_hcache.storage.table import Table
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or of 1024 with an i
@@ -94,7 +94,7 @@ def explain(error: Exception, where: Path | None = None) -> str:
 
 def require(path: Path) -> None:
     if not _is_cache(path):
-        raise CommandFailed(f"{path} is no directory of the cache")
+        raise CommandFailed(f"{path} is not a directory of the cache")
 
 
 def fingerprint_folders(path: Path) -> list[Path]:

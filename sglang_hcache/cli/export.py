@@ -135,5 +135,5 @@ def _about(directories: list[Path], fingerprint: bytes) -> About:
 
 def _key(text: str) -> bytes:
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no key: give its 64 hexadecimal digits")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a key: give its 64 hexadecimal digits")
     return bytes.fromhex(text)

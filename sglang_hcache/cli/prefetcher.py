@@ -52,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def configuration(arguments: argparse.Namespace) -> Any:
     """A ServerConfig. Raises ValueError or OSError, in one line that says what to do."""
-    from sglang_hcache.prefetch.door import check_listen
     from sglang_hcache.prefetch.endpoint import endpoint_for
     from sglang_hcache.prefetch.keys import server_keys
+    from sglang_hcache.prefetch.listeners import check_listen
     from sglang_hcache.prefetch.server import ServerConfig
 
     values = read_file(arguments.config) if arguments.config else {}
@@ -102,7 +102,7 @@ def read_file(path: Path) -> dict[str, Any]:
     for name, value in given.items():
         parts = value if name == "dir" and isinstance(value, list) else [value]
         if not all(isinstance(part, str | int | float) for part in parts):
-            raise ValueError(f"--config {path}: {name} is no text{', nor a list of texts' * (name == 'dir')}")
+            raise ValueError(f"--config {path}: {name} is not a string{', nor a list of strings' * (name == 'dir')}")
     return given
 
 

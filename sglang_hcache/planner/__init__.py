@@ -2,5 +2,5 @@
 
 shape, machine → cost → timeline → save (what to store), load (what to restore, whom first)
                    ↑
-                 follow: rates corrected by what real loads took
+                 rate_tracker: rates corrected by what real loads took
 """

@@ -26,7 +26,7 @@ class LoadPlan:
 def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -> LoadPlan:
     """The fastest split of the hit, found by trying every page.
 
-    `least_pages` are restored whether it pays or not, so that rates nobody uses are measured again (`follow`).
+    `least_pages` are restored whether it pays or not, so that rates nobody uses are measured again (`rate_tracker`).
     """
     alone_s = recompute_s(costs, hit)
     if not hit.pages or not layout.hidden + layout.kv:

@@ -139,7 +139,7 @@ class PrefetchClient:
             wanted = self._wanted[owner] = _Wanted(self._connection.send(message), done=not self.alive)
             self._asked[wanted.number] = wanted
             if former is not None:  # only now: what is in both stays in place
-                self._let_go(former)
+                self._release(former)
 
     def progress(self, owner: str) -> Progress:
         with self._lock:
@@ -163,7 +163,7 @@ class PrefetchClient:
     def release(self, owner: str) -> None:
         with self._lock:
             if wanted := self._wanted.pop(owner, None):
-                self._let_go(wanted)
+                self._release(wanted)
 
     def flush(self, timeout_s: float) -> bool:
         try:
@@ -199,7 +199,7 @@ class PrefetchClient:
         self._connection.close()
         self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
-    def _let_go(self, wanted: _Wanted) -> None:
+    def _release(self, wanted: _Wanted) -> None:
         self._asked.pop(wanted.number, None)
         self._connection.send(m.Release(prefetch=wanted.number))
 

@@ -72,7 +72,7 @@ def client_keys(directory: Path) -> tuple[Pair, bytes]:
     return _load_pair(directory, CLIENT), _load_public(directory / f"{SERVER}.key")
 
 
-def is_let_in(directory: Path, public: bytes) -> bool:
+def is_authorized(directory: Path, public: bytes) -> bool:
     """Whether the key (Z85) is one of `clients/`."""
     for path in sorted((directory / CLIENTS).glob("*.key")):
         try:

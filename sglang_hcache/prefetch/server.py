@@ -16,11 +16,11 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.door import MAX_PAYLOAD_BYTES, Door, Entrance, Frames, Peer, Put
+from sglang_hcache.prefetch.listeners import MAX_PAYLOAD_BYTES, Frames, Listener, Listeners, Peer, Put
 from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
 from sglang_hcache.prefetch.session import Refusal, Session, split_owner
 from sglang_hcache.prefetch.spaces import Space, Spaces
-from sglang_hcache.storage.rate import RateLimit
+from sglang_hcache.storage.rate_limit import RateLimit
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
 SOON_MS = 5  # while records are on their way, or pages being written for those who wait for that
@@ -56,7 +56,7 @@ class Server:
         self._context = context or zmq.Context()
         self.counts: Counter[str] = Counter()
         self._poller = zmq.Poller()
-        self._entrance = Entrance(
+        self._listeners = Listeners(
             self._context, self._poller, config.address, config.listen, config.keys, self.refused
         )
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -131,14 +131,14 @@ class Server:
             os.eventfd_read(self._wake)
         elif isinstance(ready, int):
             self._end(self._by_pidfd[ready], "its process has ended")
-        elif door := self._entrance.attend(ready):
-            self._receive(door)
+        elif listener := self._listeners.attend(ready):
+            self._receive(listener)
 
-    def _receive(self, door: Door) -> None:
-        for _ in range(door.at_once):
-            if (frames := door.receive()) is None:
+    def _receive(self, listener: Listener) -> None:
+        for _ in range(listener.at_once):
+            if (frames := listener.receive()) is None:
                 return
-            self._take(Peer(door, frames[0]), frames[1])
+            self._take(Peer(listener, frames[0]), frames[1])
 
     def _take(self, peer: Peer, frames: Sequence[memoryview]) -> None:
         session = self._by_peer.get(peer)
@@ -165,7 +165,7 @@ class Server:
                 raise Refusal("out_of_order", "there is a session already")
             self._hello(peer, message)
             return
-        if isinstance(message, m.Overview) and session is None and not peer.door.remote:
+        if isinstance(message, m.Overview) and session is None and not peer.listener.remote:
             self._reply(peer, None, self._overviewed())
             return
         if session is None or message.session != session.number:
@@ -235,14 +235,14 @@ class Server:
     # ---- messages ----
 
     def _hello(self, peer: Peer, hello: m.Hello) -> None:
-        if peer.door.remote != (hello.pid == 0):
+        if peer.listener.remote != (hello.pid == 0):
             raise Refusal("bad_hello", "a client has a process id if, and only if, it is on this host", fatal=True)
-        if peer.door.remote and sum(hello.layer_bytes) > MAX_PAYLOAD_BYTES:
+        if peer.listener.remote and sum(hello.layer_bytes) > MAX_PAYLOAD_BYTES:
             raise Refusal("bad_hello", f"a page has more than {MAX_PAYLOAD_BYTES} bytes", fatal=True)
         if self.config.host_bytes is not None:
             hello = msgspec.structs.replace(hello, host_bytes=min(hello.host_bytes, self.config.host_bytes))
         try:
-            pidfd = -1 if peer.door.remote else os.pidfd_open(hello.pid)
+            pidfd = -1 if peer.listener.remote else os.pidfd_open(hello.pid)
         except (OSError, OverflowError) as error:
             raise Refusal("bad_hello", f"process {hello.pid} cannot be watched: {error}", fatal=True) from None
         self._served += 1
@@ -299,7 +299,7 @@ class Server:
             session.space.store.cut(asked.store_owner)
 
     def _release(self, session: Session, message: m.Release) -> None:
-        if parting := session.let_go(message.prefetch):
+        if parting := session.release(message.prefetch):
             self._partings.append(parting)
 
     def _commit(self, session: Session, message: m.Commit) -> None:
@@ -431,7 +431,7 @@ class Server:
         for session in list(self._by_number.values()):
             self._end(session, "the prefetcher ends")
         self._spaces.close_all()
-        self._entrance.close()
+        self._listeners.close()
         self._context.term()
         os.close(self._wake)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from sglang_hcache.prefetch.door import Frames, Peer, Put
+from sglang_hcache.prefetch.listeners import Frames, Peer, Put
 from sglang_hcache.prefetch.messages import Bye, FromClient, Hello, Prefetch
 from sglang_hcache.prefetch.payload import Parting
 from sglang_hcache.prefetch.spaces import Space
@@ -69,7 +69,7 @@ class Session:
 
     @property
     def remote(self) -> bool:
-        return self.peer.door.remote
+        return self.peer.listener.remote
 
     def keep(self, frames: Frames) -> bool:
         """Keep a message for later; False where that is too much."""
@@ -104,7 +104,7 @@ class Session:
         asked = self.asked[message.seq] = Asked(f"{self.number} {message.seq}", keys)
         return asked
 
-    def let_go(self, prefetch: int) -> Parting | None:
+    def release(self, prefetch: int) -> Parting | None:
         """End a prefetch; what is left to do where its records are still being sent."""
         asked = self.asked.pop(prefetch, None)
         if asked is None:
@@ -116,7 +116,7 @@ class Session:
         """Give back all it holds; what must wait until it is sent."""
         self.outbox.clear()
         self.outbox_bytes = 0
-        partings = [parting for prefetch in list(self.asked) if (parting := self.let_go(prefetch))]
+        partings = [parting for prefetch in list(self.asked) if (parting := self.release(prefetch))]
         for slot in self.granted:
             self.space.store.abandon(slot)
         self.space.sessions.discard(self.number)

@@ -13,7 +13,7 @@ from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import ChunkLayout
-from sglang_hcache.storage.rate import RateLimit
+from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 

@@ -42,7 +42,7 @@ Client = TypeVar("Client", PrefetchClient, RemoteClient)
 log = logging.getLogger(__name__)
 
 
-class Keeper(ABC, Generic[Client]):
+class SessionSupervisor(ABC, Generic[Client]):
     """One a client process: opens a store and replaces it when it is gone.
 
     A store that is gone is replaced in two steps, as somebody may still be reading its memory: the owner of the
@@ -162,7 +162,7 @@ class Keeper(ABC, Generic[Client]):
             return
 
 
-class Supervisor(Keeper[PrefetchClient]):
+class LocalSupervisor(SessionSupervisor[PrefetchClient]):
     """With the prefetcher on this host; it is started where none runs."""
 
     def __init__(
@@ -212,7 +212,7 @@ class Supervisor(Keeper[PrefetchClient]):
                 return
 
 
-class RemoteSupervisor(Keeper[RemoteClient]):
+class RemoteSupervisor(SessionSupervisor[RemoteClient]):
     """With a prefetcher on another host, at tcp://HOST:PORT, that somebody else starts.
 
     `keys`: the folder of this client.

@@ -108,8 +108,8 @@ def test_a_limit_that_holds_no_page(limit: str, tmp_path: Path) -> None:
 
 
 def test_a_table_is_no_text(tmp_path: Path) -> None:
-    assert configured(tmp_path, listen={"port": 7}).endswith("listen is no text")
-    assert configured(tmp_path, dir=["a", ["b"]]).endswith("dir is no text, nor a list of texts")
+    assert configured(tmp_path, listen={"port": 7}).endswith("listen is not a string")
+    assert configured(tmp_path, dir=["a", ["b"]]).endswith("dir is not a string, nor a list of strings")
 
 
 @pytest.mark.parametrize("clients", [["a", "a"], ["a", "server.key_secret"]])

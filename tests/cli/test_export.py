@@ -51,7 +51,7 @@ def test_a_key_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as stopped:
             main(["export", "--key", key, "--out", "x", "--dir", str(tmp_path)])
         assert stopped.value.code == 2
-        assert f"{key!r} is no key: give its 64 hexadecimal digits" in capsys.readouterr().err
+        assert f"{key!r} is not a key: give its 64 hexadecimal digits" in capsys.readouterr().err
 
 
 def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

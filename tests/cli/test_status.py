@@ -12,7 +12,7 @@ import pytest
 from sglang_hcache.cli import status
 from sglang_hcache.cli.main import main
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.storage.siblings import write_siblings
+from sglang_hcache.storage.stripe_manifest import write_siblings
 from tests.cli.stores import run
 from tests.prefetch.clients import SLOTS, fetched, figures, prefetchers, save
 from tests.prefetch.conftest import Join

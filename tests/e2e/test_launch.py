@@ -47,7 +47,7 @@ def test_help_shows_the_flags() -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--disable-radix-cache"], "--disable-radix-cache excludes --hicache-backend hcache"),
+        (["--disable-radix-cache"], "--disable-radix-cache cannot be combined with --hicache-backend hcache"),
         (["--hcache-dir", "/proc/nowhere"], "--hcache-dir /proc/nowhere cannot be written"),
     ],
 )
@@ -57,13 +57,14 @@ def test_a_contradiction_stops_the_launch_with_one_line(flags: list[str], says: 
 
 def test_sglang_serve_knows_the_flag() -> None:
     refused = launch("--model-path", "any", "--hicache-backend", "hcache", "--pp-size", "2", command=SGLANG_SERVE)
-    assert_refused(refused, "--pp-size excludes --hicache-backend hcache")
+    assert_refused(refused, "--pp-size cannot be combined with --hicache-backend hcache")
 
 
 def test_a_configuration_file_knows_the_flag(tmp_path: Path) -> None:
     config = tmp_path / "server.yaml"
     config.write_text("model-path: any\nhicache-backend: hcache\nenable-hierarchical-cache: true\n")
-    assert_refused(launch("--config", str(config)), "--enable-hierarchical-cache excludes --hicache-backend hcache")
+    refused = launch("--config", str(config))
+    assert_refused(refused, "--enable-hierarchical-cache cannot be combined with --hicache-backend hcache")
 
 
 def assert_refused(run: subprocess.CompletedProcess[str], says: str) -> None:

@@ -77,7 +77,7 @@ def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Re
         answers = list(pool.map(lambda _: server.send(tail_logprobs(wanted)), range(4)))
     after = tier_state(server)
     assert after["lookups_not_ahead"] == before["lookups_not_ahead"]
-    assert after["requests_let_go_late"] == before["requests_let_go_late"] == 0
+    assert after["requests_admitted_late"] == before["requests_admitted_late"] == 0
     pages = len(wanted) // PAGE
     assert pages - 1 <= after["hits_file"] - before["hits_file"] <= pages, "one read serves all"
     assert max(answer.cached_host for answer in answers) >= whole_pages(PREFIX_TOKENS)

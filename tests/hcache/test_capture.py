@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sglang_hcache.capture import Capture, Outbox, write_rows
-from sglang_hcache.lanes import ImmediateLane, Mark
+from sglang_hcache.codec import LossyCodec
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.pages import OpenPages
-from sglang_hcache.row_code import LossyCode
+from sglang_hcache.open_pages import OpenPages
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
+from sglang_hcache.streams import Event, ImmediateStream
 
 WIDTH, PAGE, LAYERS, ROWS = 8, 16, 2, 40
 
@@ -29,7 +29,7 @@ class _Passed:
     def synchronize(self) -> None:
         pytest.fail("the forward waited")
 
-    def elapsed_time(self, end: Mark) -> float:
+    def elapsed_time(self, end: Event) -> float:
         raise NotImplementedError
 
 
@@ -43,9 +43,9 @@ class Sink:
         self.rows: torch.Tensor | None = None
         self.dropped: list[int] = []
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
         self.rows = rows.clone()
-        return ImmediateLane().mark()
+        return ImmediateStream().record()
 
     def drop(self, slots: torch.Tensor) -> None:
         self.dropped += slots.tolist()
@@ -131,10 +131,10 @@ def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
         def query(self) -> bool:
             return self.number < copied
 
-    class Forward(ImmediateLane):
-        def wait(self, mark: Mark) -> None:
-            assert isinstance(mark, Sent)
-            copy(mark.number + 1)
+    class Forward(ImmediateStream):
+        def wait(self, event: Event) -> None:
+            assert isinstance(event, Sent)
+            copy(event.number + 1)
 
     def copy(upto: int) -> None:
         nonlocal copied
@@ -158,7 +158,7 @@ def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
 
 def through_an_outbox(capture: Capture) -> None:
     """As on a GPU; what is not written is no number."""
-    capture._outbox = Outbox(torch.full((4 * LAYERS * 2 * ROWS * WIDTH,), 0xFF, dtype=torch.uint8), ImmediateLane())
+    capture._outbox = Outbox(torch.full((4 * LAYERS * 2 * ROWS * WIDTH,), 0xFF, dtype=torch.uint8), ImmediateStream())
 
 
 # Zeros of both signs, numbers too small to be normal, infinities, and NaNs, quiet and signalling, with payloads.
@@ -188,9 +188,9 @@ def test_every_bit_of_rows_is_kept(width: int, outbox: bool, modules: list[Atten
 class KeepsRows(Sink):
     """Copied as integers: a copy of its own must not change what the test looks at."""
 
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Mark:
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
         self.rows = rows.view(torch.int16).clone().view(torch.bfloat16)
-        return ImmediateLane().mark()
+        return ImmediateStream().record()
 
 
 @pytest.mark.parametrize(
@@ -231,22 +231,22 @@ def test_rows_that_go_through_an_outbox(capture: Capture, modules: list[Attentio
 
 @pytest.mark.parametrize("outbox", [False, True])
 def test_rows_are_handed_over_encoded(outbox: bool, capture: Capture, modules: list[Attention]) -> None:
-    code = LossyCode("lossy_int8", WIDTH, torch.float32)
-    capture.keep(1, code)
+    codec = LossyCodec("lossy_int8", WIDTH, torch.float32)
+    capture.keep(1, codec)
     if outbox:
         through_an_outbox(capture)
     for count in (7, ROWS, 1):
         hidden = torch.randn(ROWS, WIDTH)
         sink = forward(capture, modules, hidden, count=count)
         assert sink.rows is not None
-        assert sink.rows.shape == (1, count, code.row_bytes)
+        assert sink.rows.shape == (1, count, codec.row_bytes)
         step = hidden[:count].abs().amax(1, keepdim=True) / 254
-        assert ((code.decode(sink.rows[0]) - hidden[:count]).abs() <= step * 1.001).all()
+        assert ((codec.decode(sink.rows[0]) - hidden[:count]).abs() <= step * 1.001).all()
 
 
 def test_small_forwards_behind_a_full_one_wait_for_nothing() -> None:
-    class Never(ImmediateLane):
-        def wait(self, mark: Mark) -> None:
+    class Never(ImmediateStream):
+        def wait(self, event: Event) -> None:
             pytest.fail("the forward waited")
 
     class UnderWay(_Passed):

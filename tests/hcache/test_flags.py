@@ -52,7 +52,9 @@ def test_limits_in_gigabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["hcache_dir_size", "hcache_read_limit"])
 @pytest.mark.parametrize("limit", [0, -1.0, float("inf"), float("nan"), "500GB"])
 def test_a_limit_that_is_none(flag: str, limit: object, tmp_path: Path) -> None:
-    with pytest.raises(FlagError, match=f"--{flag.replace('_', '-')} {limit!r} is no positive number of gigabytes"):
+    with pytest.raises(
+        FlagError, match=f"--{flag.replace('_', '-')} {limit!r} is not a positive number of gigabytes"
+    ):
         switched_on(tmp_path, **{flag: limit})
 
 

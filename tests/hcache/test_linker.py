@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
-from sglang_hcache import introduction, linker, ranks, representation, serving, start
+from sglang_hcache import linker, ranks, registration, representation, scheduler_hooks, start
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
@@ -47,13 +47,13 @@ def tier(tmp_path: Path, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
         ),
     }
     for name, value in context.items():
-        for module in (introduction, linker, ranks, representation, start):
+        for module in (registration, linker, ranks, representation, start):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, partial(copy, value))
     model = SimpleNamespace(model_path="m", dtype=torch.float32, quantization=None)
-    monkeypatch.setattr(serving, "runner", SimpleNamespace(model_config=model))
-    monkeypatch.setattr(serving, "most_rows_of_a_forward", lambda: 4 * PAGE)
-    monkeypatch.setattr(serving, "linker", None)
+    monkeypatch.setattr(scheduler_hooks, "runner", SimpleNamespace(model_config=model))
+    monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
+    monkeypatch.setattr(scheduler_hooks, "linker", None)
     config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
     made = HCacheLinker(
         SimpleNamespace(nnodes=1, quantization_param_path=None, json_model_override_args="{}"),
@@ -143,6 +143,6 @@ def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkey
     tier._store.give_up("a test")
     tier.renew_store()
     assert list(tier.held) == ["a"]
-    assert tier.let_go() == ["a"]
+    assert tier.admissible() == ["a"]
     tier.admit(["a"])
     assert not tier.held

@@ -9,8 +9,8 @@ import pytest
 
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.cost import costs_of
-from sglang_hcache.planner.follow import PROBE_PAGES
 from sglang_hcache.planner.machine import Machine, machine_of
+from sglang_hcache.planner.rate_tracker import PROBE_PAGES
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sglang_hcache import metrics, serving
+from sglang_hcache import metrics, scheduler_hooks
 from sglang_hcache.metrics import METRICS, Kind, Publisher, numbers_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "operating.md"
@@ -79,7 +79,7 @@ def test_directories_are_summed() -> None:
 def test_only_where_the_server_has_metrics(labels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(metrics, "start", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(serving, "linker", SimpleNamespace(stats=dict))
+    monkeypatch.setattr(scheduler_hooks, "linker", SimpleNamespace(stats=dict))
     collector = SimpleNamespace(labels=labels) if labels else None
-    serving.after_metrics_constants(None, SimpleNamespace(metrics_collector=collector))
+    scheduler_hooks.after_metrics_constants(None, SimpleNamespace(metrics_collector=collector))
     assert started == ([(dict, labels)] if labels else [])

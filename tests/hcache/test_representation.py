@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache import ranks, representation, selftest
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.representation import Ways, ways_of
+from sglang_hcache.representation import Formats, formats_of
 
 PAGE, WIDTH, HEADS, HEAD = 16, 8, 2, 32
 
@@ -30,7 +30,7 @@ class Attention(torch.nn.Module):
         raise ZeroDivisionError
 
 
-def ways(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> tuple[Ways, Any]:
+def formats(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> tuple[Formats, Any]:
     """Of a model with one layer, whose forward hands rows over, and the capture that takes them."""
     parallel = SimpleNamespace(tp_rank=0, tp_size=1)
     for where in (representation, ranks):
@@ -51,14 +51,14 @@ def ways(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> tuple[Ways
         req_to_token_pool=set(),
         token_to_kv_pool_allocator=set(),
     )
-    return ways_of(runner, capture, pool, PAGE, hidden_wanted=True, codec=None), capture
+    return formats_of(runner, capture, pool, PAGE, hidden_wanted=True, codec_name=None), capture
 
 
 def test_a_model_whose_replay_raises_is_served_as_k_and_v(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        found, capture = ways(monkeypatch, Attention())
+        found, capture = formats(monkeypatch, Attention())
     assert found.hidden is None
     assert found.obstacle == "the self-test failed (ZeroDivisionError)"
     assert capture.sink is None
@@ -79,6 +79,6 @@ def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: p
     _, together = rotary(positions, keys.clone(), keys.clone())
     _, alone = rotary(positions[:64], keys[:64].clone(), keys[:64].clone())
     assert not torch.allclose(together[:64], alone)
-    found, _ = ways(monkeypatch, Attention(rotary))
+    found, _ = formats(monkeypatch, Attention(rotary))
     assert found.hidden is None
     assert "LongRoPE" in found.obstacle

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache.lanes import ImmediateLane, Mark
 from sglang_hcache.restore import HostPages, IndexCopier, LayerEvents, Load, Restorer, Staging, StoredLayer
+from sglang_hcache.streams import Event, ImmediateStream
 
 PAGE, WIDTH, CHUNKS, SLOTS = 4, 6, 12, 96
 
 
 class Device:
-    """Lanes whose work is done later, in any order that their waits allow."""
+    """Streams whose work is done later, in any order that their waits allow."""
 
     def __init__(self) -> None:
         self.queues: list[deque[Callable[[], bool]]] = []
-        self.current: list[FakeLane] = []
+        self.current: list[FakeStream] = []
 
     def submit(self, work: Callable[[], None]) -> None:
         def run() -> bool:
@@ -34,7 +34,7 @@ class Device:
         self.current[-1].queue.append(run)
 
     def finish(self, chance: random.Random) -> None:
-        """Do all that is queued; fails where lanes wait for each other."""
+        """Do all that is queued; fails where streams wait for each other."""
         while any(self.queues):
             waiting = [queue for queue in self.queues if queue]
             chance.shuffle(waiting)
@@ -43,11 +43,11 @@ class Device:
                     queue.popleft()
                     break
             else:
-                pytest.fail("lanes wait for each other")
+                pytest.fail("streams wait for each other")
 
 
 @dataclass(eq=False)
-class FakeMark:
+class FakeEvent:
     device: Device
     timed: bool
     passed: bool = False
@@ -59,15 +59,15 @@ class FakeMark:
         self.device.finish(random.Random(0))
         assert self.passed
 
-    def elapsed_time(self, end: Mark) -> float:
-        assert isinstance(end, FakeMark)
+    def elapsed_time(self, end: Event) -> float:
+        assert isinstance(end, FakeEvent)
         assert self.timed
         assert end.timed
         return 1.0
 
 
 @dataclass(eq=False)
-class FakeLane:
+class FakeStream:
     device: Device
     queue: deque[Callable[[], bool]] = field(default_factory=deque)
 
@@ -80,19 +80,19 @@ class FakeLane:
         yield
         self.device.current.pop()
 
-    def mark(self, *, timed: bool = False) -> FakeMark:
-        mark = FakeMark(self.device, timed)
+    def record(self, *, timed: bool = False) -> FakeEvent:
+        event = FakeEvent(self.device, timed)
 
         def pass_by() -> bool:
-            mark.passed = True
+            event.passed = True
             return True
 
         self.queue.append(pass_by)
-        return mark
+        return event
 
-    def wait(self, mark: object) -> None:
-        assert isinstance(mark, FakeMark)
-        self.queue.append(mark.query)
+    def wait(self, event: object) -> None:
+        assert isinstance(event, FakeEvent)
+        self.queue.append(event.query)
 
     def keep(self, tensor: torch.Tensor) -> None:
         pass
@@ -182,11 +182,11 @@ def expect(pool: Pool, pages: HostPages, loads: list[Load]) -> tuple[torch.Tenso
 @pytest.mark.parametrize("together_bytes", [0, 300, 1 << 20])
 @pytest.mark.parametrize("half_rows", [1, 3 * PAGE, 1024])
 def test_every_row_lands_in_its_slot_and_nowhere_else(half_rows: int, together_bytes: int, *, uneven: bool) -> None:
-    pool, lane = Pool(5), ImmediateLane()
+    pool, stream = Pool(5), ImmediateStream()
     pages = host_pages(pool, uneven=uneven)
     restorer = Restorer(
-        pages, device="cpu", copier=IndexCopier(), copying=lane, projecting=lane, before=[lane],
-        events=LayerEvents(lane, 5), staging=Staging(half_rows, together_bytes),
+        pages, device="cpu", copier=IndexCopier(), copying=stream, projecting=stream, before=[stream],
+        events=LayerEvents(stream, 5), staging=Staging(half_rows, together_bytes),
     )  # fmt: skip
     for seed, count in enumerate([2, 7, 11]):
         pool.rows.fill_(-1)
@@ -198,11 +198,13 @@ def test_every_row_lands_in_its_slot_and_nowhere_else(half_rows: int, together_b
         assert torch.equal(pool.positions, positions)
 
 
-def deferred(pool: Pool, device: Device, staging: Staging) -> tuple[Restorer, LayerEvents, FakeLane, DeferredCopier]:
-    forward = FakeLane(device)
+def deferred(
+    pool: Pool, device: Device, staging: Staging
+) -> tuple[Restorer, LayerEvents, FakeStream, DeferredCopier]:
+    forward = FakeStream(device)
     events, copier = LayerEvents(forward, 4), DeferredCopier(device)
     restorer = Restorer(
-        host_pages(pool), device="cpu", copier=copier, copying=FakeLane(device), projecting=FakeLane(device),
+        host_pages(pool), device="cpu", copier=copier, copying=FakeStream(device), projecting=FakeStream(device),
         before=[forward], events=events, staging=staging,
     )  # fmt: skip
     return restorer, events, forward, copier
@@ -210,7 +212,7 @@ def deferred(pool: Pool, device: Device, staging: Staging) -> tuple[Restorer, La
 
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_overtakes_what_the_forward_reads_restored_layers(seed: int) -> None:
-    """Two batches are issued at once; then the device does its work in a random order that the lanes allow."""
+    """Two batches are issued at once; then the device does its work in a random order that the streams allow."""
     chance, device = random.Random(seed), Device()
     pool = Pool(4, device)
     staging = Staging(chance.choice([PAGE, 3 * PAGE, 1024]), chance.choice([0, 600, 1 << 20]))
@@ -258,7 +260,7 @@ def test_the_bus_is_busy_before_positions_and_slots_are_made() -> None:
 
 def test_the_time_of_a_batch_counts_its_first_copy() -> None:
     """Also where a copy is done when it is issued."""
-    lane, events, begun = ImmediateLane(), LayerEvents(ImmediateLane(), 4), []
+    stream, events, begun = ImmediateStream(), LayerEvents(ImmediateStream(), 4), []
 
     class Copier(IndexCopier):
         def copy(self, *arguments: Any) -> None:
@@ -266,7 +268,7 @@ def test_the_time_of_a_batch_counts_its_first_copy() -> None:
             super().copy(*arguments)
 
     restorer = Restorer(
-        host_pages(Pool(4)), device="cpu", copier=Copier(), copying=lane, projecting=lane, before=[lane],
+        host_pages(Pool(4)), device="cpu", copier=Copier(), copying=stream, projecting=stream, before=[stream],
         events=events, staging=Staging(1024, 0),
     )  # fmt: skip
     index = restorer.run([Load("request", (3, 1), torch.arange(2 * PAGE))])
@@ -300,7 +302,7 @@ def test_a_failure_leaves_nothing_under_way() -> None:
 
 def test_a_forward_without_a_load_waits_for_nothing() -> None:
     device = Device()
-    forward = FakeLane(device)
+    forward = FakeStream(device)
     events = LayerEvents(forward, 4)
     events.set_consumer(-1)
     events.wait_until(0)
@@ -310,12 +312,12 @@ def test_a_forward_without_a_load_waits_for_nothing() -> None:
 def test_a_graph_of_a_whole_prefill_can_wait_for_all_layers() -> None:
     """As SGLang does it: by two attributes of its own counter."""
     device = Device()
-    forward = FakeLane(device)
+    forward = FakeStream(device)
     counter = LayerEvents(forward, 4)
     assert counter.consumer_index < 0
     index = counter.new_batch()
     for _ in range(4):
-        counter.restored(index, forward.mark())
+        counter.restored(index, forward.record())
     forward.queue.clear()
     counter.set_consumer(index)
     assert counter.consumer_index == index

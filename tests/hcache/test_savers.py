@@ -12,13 +12,13 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache import savers
-from sglang_hcache.hostwork import HostWork, InlineWork, StreamWork
-from sglang_hcache.lanes import ImmediateLane
-from sglang_hcache.pages import chunk_rows
-from sglang_hcache.row_code import PackedCode
+from sglang_hcache.codec import PackedCodec
+from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.open_pages import chunk_rows
 from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.store import LocalStore
+from sglang_hcache.streams import ImmediateStream
 
 PAGE, WIDTH, HEADS, HEAD = 16, 6, 2, 4
 HIDDEN, KV = range(0, 2), range(2, 5)
@@ -45,16 +45,16 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 
 @pytest.fixture(params=["inline", "thread"])
-def work(request: pytest.FixtureRequest) -> Iterator[HostWork]:
-    work = InlineWork() if request.param == "inline" else StreamWork(ImmediateLane(), ImmediateLane())
-    yield work
-    work.close()
+def copy_out(request: pytest.FixtureRequest) -> Iterator[CopyOut]:
+    copy_out = InlineCopyOut() if request.param == "inline" else StreamCopyOut(ImmediateStream(), ImmediateStream())
+    yield copy_out
+    copy_out.close()
 
 
 @pytest.fixture
-def saver(work: HostWork, store: LocalStore, pool: MHATokenToKVPool) -> PageSaver:
-    kv = KVRows(store, work, pool, KV, None)
-    return PageSaver(store, work, captured=len(HIDDEN), kv=kv, copying=work.copying)
+def saver(copy_out: CopyOut, store: LocalStore, pool: MHATokenToKVPool) -> PageSaver:
+    kv = KVRows(store, copy_out, pool, KV, None)
+    return PageSaver(store, copy_out, captured=len(HIDDEN), kv=kv)
 
 
 def slots_of(*device_pages: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_pages_whose_k_and_v_cannot_be_copied_are_left_out(
     slots = capture(saver, 1, torch.randn(len(HIDDEN), PAGE, WIDTH))
     with monkeypatch.context() as patch:
         if trouble == "crowded":
-            patch.setattr(type(saver._work), "crowded", True)
+            patch.setattr(type(saver._copy_out), "crowded", True)
         else:
             patch.setattr(savers, "pool_rows", no_memory)
         saver.save(KEYS[:1], ROOT, slots)
@@ -137,13 +137,13 @@ def test_pages_whose_k_and_v_cannot_be_copied_are_left_out(
     assert store.contains(KEYS[:1]) == [True]
 
 
-def test_pages_of_nothing_but_k_and_v(work: HostWork, pool: MHATokenToKVPool) -> None:
+def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool) -> None:
     """More than there are slots for: the first ones are kept, the others counted."""
     layers = range(pool.layer_num)
     layout = ChunkLayout(PAGE, (PAGE * 2 * 4 * HEADS * HEAD,) * pool.layer_num)
     store = LocalStore(layout, bytes(16), 4 * layout.record_bytes, [])
     others = [store.reserve(), store.reserve()]
-    saver = PageSaver(store, work, kv=KVRows(store, work, pool, layers, None))
+    saver = PageSaver(store, copy_out, kv=KVRows(store, copy_out, pool, layers, None))
     saver.save(KEYS, ROOT, slots_of(6, 1, 3))
     saver.clear()
     assert store.contains(KEYS) == [True, True, False]
@@ -173,15 +173,15 @@ def test_pages_that_were_restored_are_known_once_and_from_the_first_on() -> None
 
 def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     """And no other; the rest of the page that comes later is refused, too."""
-    work, code, width = InlineWork(), PackedCode(128, torch.bfloat16), 128
-    layout = ChunkLayout(PAGE, (PAGE * code.row_bytes,) * 2)
+    copy_out, codec, width = InlineCopyOut(), PackedCodec(128, torch.bfloat16), 128
+    layout = ChunkLayout(PAGE, (PAGE * codec.row_bytes,) * 2)
     packed = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
-    saver = PageSaver(packed, work, captured=2, code=code)
+    saver = PageSaver(packed, copy_out, captured=2, codec=codec)
     rows = (1 + torch.rand(2, 3, PAGE, width)).to(torch.bfloat16)  # two exponents: packs for sure
     rows[1, 1, 3] = torch.randint(-(2**15), 2**15, (width,), dtype=torch.int16).view(torch.bfloat16)
-    coded = torch.empty(2, 3, PAGE, code.row_bytes, dtype=torch.uint8)
+    coded = torch.empty(2, 3, PAGE, codec.row_bytes, dtype=torch.uint8)
     for layer in range(2):
-        code.encode(rows[layer], coded[layer])
+        codec.encode(rows[layer], coded[layer])
     for part in (slice(0, 5), slice(5, PAGE)):
         slots = torch.cat([slots_of(page)[part] for page in (4, 2, 3)])
         saver.write(slots, torch.arange(PAGE)[part].repeat(3), coded[:, :, part].flatten(1, 2))
@@ -192,7 +192,7 @@ def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     for page, leased in ((0, first), (2, last)):
         stored = torch.from_numpy(chunk_rows(packed, range(2))[leased])
         for layer in range(2):
-            assert torch.equal(code.decode(stored[layer]), rows[layer, page])
+            assert torch.equal(codec.decode(stored[layer]), rows[layer, page])
     stats = saver.stats()
     assert (stats["tokens_not_encoded"], stats["pages_open"]) == (1, 0)
     assert (stats["pages_saved"], stats["pages_incomplete"]) == (2, 1)

@@ -15,7 +15,7 @@ import psutil
 
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.prefetch.supervisor import Supervisor
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.storage.layout import ROOT
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
@@ -37,8 +37,8 @@ def hello(**changes: Any) -> Hello:
     return Hello(**(values | changes))
 
 
-def supervisor_of(directory: Path, **changes: Any) -> Supervisor:
-    return Supervisor((str(directory),), None, lambda: hello(**changes))
+def supervisor_of(directory: Path, **changes: Any) -> LocalSupervisor:
+    return LocalSupervisor((str(directory),), None, lambda: hello(**changes))
 
 
 def parent_of(page: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_hcache.prefetch.client import PrefetchClient
-from sglang_hcache.prefetch.supervisor import Supervisor
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from tests.prefetch.clients import children, prefetchers, supervisor_of, until
 
 Join = Callable[..., PrefetchClient]
@@ -43,7 +43,7 @@ def directory(tmp_path: Path, runtime: Path) -> Iterator[Path]:
 @pytest.fixture
 def join(directory: Path) -> Iterator[Join]:
     """Opens sessions with the directory's prefetcher; all are closed at the end."""
-    opened: list[tuple[Supervisor, PrefetchClient]] = []
+    opened: list[tuple[LocalSupervisor, PrefetchClient]] = []
 
     def open_one(**changes: Any) -> PrefetchClient:
         supervisor = supervisor_of(directory, **changes)

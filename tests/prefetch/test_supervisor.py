@@ -20,7 +20,7 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Hopeless, Unavailable
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
 from sglang_hcache.prefetch.no_store import NoStore
-from sglang_hcache.prefetch.supervisor import Supervisor
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from tests.prefetch.clients import (
     SLOTS,
     assert_nothing_held,
@@ -39,13 +39,13 @@ from tests.prefetch.conftest import Join
 from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, holds, keys_of
 
 
-def awoken(supervisor: Supervisor) -> bool:
+def awoken(supervisor: LocalSupervisor) -> bool:
     """Whether a sleeper on the news was woken, as the scheduler is: the word comes just after the fact."""
     select.select([supervisor.news], [], [], 5.0)
     return os.eventfd_read(supervisor.news) > 0
 
 
-def replaced(supervisor: Supervisor) -> PrefetchClient:
+def replaced(supervisor: LocalSupervisor) -> PrefetchClient:
     """The store that follows the one that is gone."""
     found: list[PrefetchClient] = []
 

@@ -12,8 +12,8 @@ import torch
 
 from sglang_hcache import copy_engine, restore
 from sglang_hcache.copy_engine import Attributes, CopyEngine, NoCopyEngine
-from sglang_hcache.lanes import ImmediateLane
 from sglang_hcache.restore import Copier, EngineCopier, HostPages, IndexCopier, KernelCopier, StoredLayer, copier_of
+from sglang_hcache.streams import ImmediateStream
 from tests.triton_kernels.driver import batch
 
 PAGE_BYTES, DISTANCE, LAYERS, CHUNKS = 320, 512, 4, 9
@@ -93,9 +93,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_pages_are_for_the_engine(driver: None, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(copier_of(host_pages(), "cpu", ImmediateLane()), KernelCopier)
+    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), KernelCopier)
     monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", PAGE_BYTES)
-    assert isinstance(copier_of(host_pages(), "cpu", ImmediateLane()), EngineCopier)
+    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), EngineCopier)
 
 
 def test_an_engine_that_fails_leaves_it_to_the_kernel(
@@ -104,7 +104,7 @@ def test_an_engine_that_fails_leaves_it_to_the_kernel(
     monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", PAGE_BYTES)
     stream.cuda_stream = 0
     with caplog.at_level(logging.WARNING):
-        assert isinstance(copier_of(host_pages(), "cpu", ImmediateLane()), KernelCopier)
+        assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), KernelCopier)
     (record,) = caplog.records
     assert "copied by a kernel" in record.getMessage()
     assert "error 1" in record.getMessage()

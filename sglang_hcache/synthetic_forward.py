@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 
 def most_tokens(runner: Any, page_size: int) -> int:
-    """The longest prompt that a trial can prefill at once."""
+    """The longest prompt that can be prefilled at once."""
     return int(min(runner.max_total_num_tokens - 2 * page_size, runner.model_config.context_len - 2))
 
 
@@ -53,7 +53,7 @@ def prefill_random_prompt(runner: Any, page_size: int, tokens: int) -> None:
     vocabulary = runner.model_config.vocab_size
     prompt = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     request = Req(
-        rid="hcache-trial",
+        rid="hcache-synthetic",
         origin_input_text="",
         origin_input_ids=array("q", prompt),
         sampling_params=SamplingParams(temperature=0, max_new_tokens=1),

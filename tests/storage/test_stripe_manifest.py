@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hcache.storage import siblings
-from sglang_hcache.storage.siblings import NAME, read_siblings
+from sglang_hcache.storage import stripe_manifest
+from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from tests.storage.pages import open_store, save, served, states
 
 
@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(siblings, "write_atomically", full)
+    monkeypatch.setattr(stripe_manifest, "write_atomically", full)
     store = open_store(tmp_path / "a", tmp_path / "b")
     save(store, range(4))
     assert store.flush(10)

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
-from sglang_hcache.lanes import ImmediateLane, Lane, Mark
+from sglang_hcache.streams import Event, ImmediateStream, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _COPYING_THREADS = 4
 Job = Callable[[], None]
 
 
-class InlineWork:
+class InlineCopyOut:
     """On the CPU there is no copy to wait for: a job is done when `submit` returns."""
 
     crowded = False
@@ -34,9 +34,9 @@ class InlineWork:
         """The tensor as the next job finds it."""
         return tensor
 
-    def mark(self) -> Mark:
+    def record(self) -> Event:
         """Passed once everything given to `to_host` may be overwritten."""
-        return ImmediateLane().mark()
+        return ImmediateStream().record()
 
     def submit(self, job: Job) -> None:
         job()
@@ -48,18 +48,18 @@ class InlineWork:
         """Do what is left, then stop."""
 
 
-class StreamWork:
-    """Copies on a lane of their own; jobs on one thread, each once the copies before its submission are done.
+class StreamCopyOut:
+    """Copies on a stream of their own; jobs on one thread, each once the copies before its submission are done.
 
-    current: the lane on which the tensors are made. copying: threads that a job may have copy for it.
+    current: the stream on which the tensors are made. copying: threads that a job may have copy for it.
     """
 
-    def __init__(self, lane: Lane, current: Lane) -> None:
-        self._lane = lane
+    def __init__(self, stream: Stream, current: Stream) -> None:
+        self._stream = stream
         self._current = current
         self._most_pending = _LEAST_PENDING_BYTES
         self.copying: Executor | None = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="hcache-copying")
-        self._jobs: queue.SimpleQueue[tuple[Mark | None, Job, int] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Event | None, Job, int] | None] = queue.SimpleQueue()
         self._copied = 0  # bytes since the last submission
         self._pending = 0
         self._lock = threading.Lock()
@@ -84,24 +84,24 @@ class StreamWork:
             del pinned  # torch keeps it for the first forwards, which would wait a second for each
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._lane.wait(self._current.mark())
-        with self._lane.active():
+        self._stream.wait(self._current.record())
+        with self._stream.active():
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
             # Copied as a whole, a tensor with gaps would be made contiguous on the device first.
             for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
                 target.copy_(source, non_blocking=True)
-        self._lane.keep(tensor)
+        self._stream.keep(tensor)
         self._copied += host.nbytes
         return host
 
-    def mark(self) -> Mark:
-        return self._lane.mark()
+    def record(self) -> Event:
+        return self._stream.record()
 
     def submit(self, job: Job) -> None:
         held, self._copied = self._copied, 0
         with self._lock:
             self._pending += held
-        self._jobs.put((self._lane.mark(), job, held))
+        self._jobs.put((self._stream.record(), job, held))
 
     def drain(self) -> None:
         done = threading.Event()
@@ -115,12 +115,12 @@ class StreamWork:
             self.copying.shutdown()
 
     def _run(self) -> None:
-        self._lane.adopt()
+        self._stream.adopt()
         while item := self._jobs.get():
-            mark, job, held = item
+            event, job, held = item
             try:
-                if mark is not None:
-                    mark.synchronize()
+                if event is not None:
+                    event.synchronize()
                 job()
             except Exception:
                 # The thread must outlive a failed copy or job; what it held is simply not stored.
@@ -129,4 +129,4 @@ class StreamWork:
                 self._pending -= held
 
 
-HostWork = InlineWork | StreamWork
+CopyOut = InlineCopyOut | StreamCopyOut

@@ -22,7 +22,7 @@ from sglang_hcache.storage.layout import ChunkLayout
 logger = logging.getLogger(__name__)
 
 
-class Introduction:
+class Registration:
     """`hello` makes it; it changes with the weights."""
 
     def __init__(

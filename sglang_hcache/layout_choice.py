@@ -14,7 +14,7 @@ from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
-from sglang_hcache.representation import Stored, Ways
+from sglang_hcache.representation import Formats, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -23,21 +23,21 @@ _NEW_TOKENS = 64  # after them
 _TOLERANCE = 0.02  # of the time to restore: not worth more bytes
 
 
-def choose_by_flag(wanted: str, ways: Ways, layers: int) -> Stored:
+def choose_by_flag(wanted: str, formats: Formats, layers: int) -> Stored:
     """One representation for all layers: the one that is wanted, or the smaller one. Raises Unsupported."""
-    if wanted == Representation.HIDDEN and ways.hidden is None:
-        raise Unsupported(f"--hcache-representation hidden: {ways.obstacle}; use auto or kv")
+    if wanted == Representation.HIDDEN and formats.hidden is None:
+        raise Unsupported(f"--hcache-representation hidden: {formats.obstacle}; use auto or kv")
     if wanted in (Representation.HIDDEN, Representation.KV):
         hidden, reason = wanted == Representation.HIDDEN, "as --hcache-representation says"
     else:
-        hidden = ways.hidden_is_smaller
-        sizes = f"{ways.kv_bytes_all_ranks} bytes a token and layer as K and V"
-        reason = f"{sizes}, {ways.hidden.row_bytes} as hidden states" if ways.hidden else ways.obstacle
-    return Stored(Layout(0, layers, 0) if hidden else Layout(0, 0, layers), ways, reason)
+        hidden = formats.hidden_is_smaller
+        sizes = f"{formats.kv_bytes_all_ranks} bytes a token and layer as K and V"
+        reason = f"{sizes}, {formats.hidden.row_bytes} as hidden states" if formats.hidden else formats.obstacle
+    return Stored(Layout(0, layers, 0) if hidden else Layout(0, 0, layers), formats, reason)
 
 
 def choose_by_plan(
-    config: HCacheConfig, ways: Ways, shape: ModelShape, machine: Machine, *, page_tokens: int, most_tokens: int
+    config: HCacheConfig, formats: Formats, shape: ModelShape, machine: Machine, *, page_tokens: int, most_tokens: int
 ) -> Stored:
     """The layout that is restored soonest from the tiers of this machine, for several lengths up to `most_tokens`.
 
@@ -46,21 +46,21 @@ def choose_by_plan(
     """
     costs = costs_of(shape, machine)
     hits = tuple(_references(machine, page_tokens, most_tokens))
-    hidden_bytes = ways.hidden.row_bytes if ways.hidden else None
+    hidden_bytes = formats.hidden.row_bytes if formats.hidden else None
     kept = KeptLayout(
-        Path(config.directories[0]), shape, page_tokens, hidden_bytes=hidden_bytes, kv_bytes=ways.kv.row_bytes
+        Path(config.directories[0]), shape, page_tokens, hidden_bytes=hidden_bytes, kv_bytes=formats.kv.row_bytes
     )
     plan = plan_save(costs, *hits, layerwise=False, in_use=kept.read(), tolerance=_TOLERANCE)
     if plan.layout.none:
-        stored = choose_by_flag("auto", ways, shape.layers)
+        stored = choose_by_flag("auto", formats, shape.layers)
         reason = "the smaller one: restoring is not expected to pay on this machine"
     else:
-        stored, reason = Stored(plan.layout, ways, ""), "restored soonest on this machine"
+        stored, reason = Stored(plan.layout, formats, ""), "restored soonest on this machine"
     try:
         kept.write(stored.layout)
     except OSError as error:
         logger.info("hcache: the layout cannot be kept (%s)", error)
-    return Stored(stored.layout, ways, reason)
+    return Stored(stored.layout, formats, reason)
 
 
 def _references(machine: Machine, page_tokens: int, most_tokens: int) -> Iterator[Hit]:

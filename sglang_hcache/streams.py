@@ -1,4 +1,4 @@
-"""Lanes: queues of device work beside the forward's, and the marks by which one waits for another."""
+"""Streams: queues of device work beside the forward's, and the events by which one waits for another."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 
-class Mark(Protocol):
-    """A place in a lane's work."""
+class Event(Protocol):
+    """A place in a stream's work."""
 
     def query(self) -> bool:
         """Whether the device has come this far."""
@@ -18,24 +18,24 @@ class Mark(Protocol):
     def synchronize(self) -> None:
         """Block the caller until it has."""
 
-    def elapsed_time(self, end: Mark) -> float:
-        """Milliseconds from here to a later mark of the same kind, once both are passed; both are timed."""
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from here to a later event of the same kind, once both are passed; both are timed."""
 
 
-class Lane(Protocol):
+class Stream(Protocol):
     def active(self) -> contextlib.AbstractContextManager[object]:
         """While this is entered, work is queued here."""
 
-    def mark(self, *, timed: bool = False) -> Mark: ...
+    def record(self, *, timed: bool = False) -> Event: ...
 
-    def wait(self, mark: Mark) -> None:
-        """What is queued here from now on starts when the device has reached the mark; the caller goes on."""
+    def wait(self, event: Event) -> None:
+        """What is queued here from now on starts when the device has reached the event; the caller goes on."""
 
     def keep(self, tensor: torch.Tensor) -> None:
         """The tensor's memory is not used for something else before what is queued here now is done."""
 
     def adopt(self) -> None:
-        """From now on the calling thread works with this lane's device."""
+        """From now on the calling thread works with this stream's device."""
 
 
 class _Passed:
@@ -48,21 +48,21 @@ class _Passed:
     def synchronize(self) -> None:
         pass
 
-    def elapsed_time(self, end: Mark) -> float:
+    def elapsed_time(self, end: Event) -> float:
         assert isinstance(end, _Passed)
         return 1000 * (end._at - self._at)
 
 
-class ImmediateLane:
+class ImmediateStream:
     """On the CPU work is done when it is issued: there is nothing to wait for."""
 
     def active(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    def mark(self, *, timed: bool = False) -> Mark:
+    def record(self, *, timed: bool = False) -> Event:
         return _Passed()
 
-    def wait(self, mark: Mark) -> None:
+    def wait(self, event: Event) -> None:
         pass
 
     def keep(self, tensor: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ class ImmediateLane:
         pass
 
 
-class StreamLane:
+class CudaStream:
     """A CUDA stream; without one, whichever is current."""
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -81,15 +81,15 @@ class StreamLane:
     def active(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
-    def mark(self, *, timed: bool = False) -> Mark:
+    def record(self, *, timed: bool = False) -> Event:
         """Timed, a thread that waits for it spins; else it sleeps."""
-        event: Any = torch.cuda.Event(enable_timing=timed, blocking=not timed)
-        self._stream.record_event(event)
-        mark: Mark = event
-        return mark
+        recorded: Any = torch.cuda.Event(enable_timing=timed, blocking=not timed)
+        self._stream.record_event(recorded)
+        event: Event = recorded
+        return event
 
-    def wait(self, mark: Mark) -> None:
-        self._stream.wait_event(mark)  # type: ignore[arg-type]  # marks of streams are events
+    def wait(self, event: Event) -> None:
+        self._stream.wait_event(event)  # type: ignore[arg-type]  # a CUDA stream records CUDA events
 
     def keep(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)
@@ -102,16 +102,16 @@ class StreamLane:
         return self._own or torch.cuda.current_stream()
 
 
-def new_lane(device: str, *, urgency: int = 0) -> Lane:
-    """A lane of its own on the device, whose work goes before that of less urgent ones where both could run.
+def new_stream(device: str, *, urgency: int = 0) -> Stream:
+    """A stream of its own on the device, whose work goes before that of less urgent ones where both could run.
 
     urgency: 0, as the forward's, to 3.
     """
     if torch.device(device).type == "cpu":
-        return ImmediateLane()
-    return StreamLane(torch.cuda.Stream(device, priority=-urgency))
+        return ImmediateStream()
+    return CudaStream(torch.cuda.Stream(device, priority=-urgency))
 
 
-def current_lane(device: str, stream: torch.cuda.Stream | None = None) -> Lane:
-    """A stream of SGLang's: the one that is given, or whichever is current when the lane is used."""
-    return ImmediateLane() if torch.device(device).type == "cpu" else StreamLane(stream)
+def current_stream(device: str, stream: torch.cuda.Stream | None = None) -> Stream:
+    """A stream of SGLang's: the one that is given, or whichever is current when the stream is used."""
+    return ImmediateStream() if torch.device(device).type == "cpu" else CudaStream(stream)

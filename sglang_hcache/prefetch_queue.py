@@ -14,7 +14,7 @@ from sglang_hcache.planner.load import AGEING
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.store import READ_THREADS
 
-LATE_S = 0.25  # past its deadline a request is let go even if the prefetcher has not said so
+LATE_S = 0.25  # past its deadline a request is admitted even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
 ANSWERS_WAIT_S = 0.02  # likewise, for many requests one after the other
 NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
@@ -35,7 +35,7 @@ class PrefetchPolicy(StrEnum):
 
 @dataclass(frozen=True)
 class HoldRule:
-    """When a request is let go."""
+    """When a held request is admitted."""
 
     policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
     base_s: float = 1.0
@@ -65,7 +65,7 @@ class _Request:
     place: dict[bytes, int]  # of each key in `keys`
     prompt: Prompt
     asked_at: float
-    let_go_at: float  # monotonic
+    admit_by: float  # monotonic
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
     looked_up: int = 0  # pages, by the last lookup
@@ -76,7 +76,7 @@ class _Request:
         return 0 if self.wait is None else max(0, self.wait.enough - self.there)
 
 
-class _Trial:
+class _TrialRead:
     """Pages that are read though nobody waits for them, to see how fast that is; one trial at a time."""
 
     def __init__(self, store: ChunkStore) -> None:
@@ -102,10 +102,10 @@ class _Trial:
             self._store.release(self._owner)
 
 
-class Ahead:
+class PrefetchQueue:
     """What requests have asked for, by request id; for the scheduler's thread.
 
-    Which requests are held is decided by one rank (`let_go`) and carried out by all (`admit`), so that all ranks
+    Which requests are held is decided by one rank (`admissible`) and carried out by all (`admit`), so that all ranks
     build the same batches. `queued` holds the same requests everywhere, as all ranks queue the same ones, whatever
     their stores answer; only what all ranks do at once (`admit`, `forget`) ends a hold, never the loss of a store.
     """
@@ -134,14 +134,14 @@ class Ahead:
         self._held: dict[str, float] = {}  # request id → when it was queued
         self.requests_held = self.requests_late = self.lookups_late = self.pages_looked_up = self.pages_found = 0
         self.held_s = 0.0
-        self._trial = _Trial(store)
+        self._trial = _TrialRead(store)
         self._looked_at = 0.0  # at held requests, before this time; monotonic
         self._crowded_at = 0.0  # when more than one was held last; monotonic
         self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: what was asked of the former one is void, and not waited for."""
-        self._store, self._trial = store, _Trial(store)
+        self._store, self._trial = store, _TrialRead(store)
         self._requests.clear()
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
@@ -161,7 +161,7 @@ class Ahead:
     def held(self) -> Collection[str]:
         return self._held.keys()
 
-    def let_go(self) -> list[str]:
+    def admissible(self) -> list[str]:
         """Held requests that need not wait any longer."""
         if self._planner is not None:
             self._trial.look(self._planner)
@@ -175,7 +175,7 @@ class Ahead:
             request = self._requests.get(rid)
             if request is None or self._has_enough(rid, request):
                 free.append(rid)
-            elif now > request.let_go_at:
+            elif now > request.admit_by:
                 free.append(rid)
                 self.requests_late += 1
         self._looked_at = now
@@ -224,7 +224,7 @@ class Ahead:
             self._store.release(rid)
 
     def clear(self) -> None:
-        """Give back all that is leased; what is held is let go for want of something to wait for."""
+        """Give back all that is leased; what is held is admissible for want of something to wait for."""
         for rid in self._requests:
             self._store.release(rid)
         self._requests.clear()
@@ -234,7 +234,7 @@ class Ahead:
         return {
             "requests_held": self.requests_held,
             "requests_held_now": len(self._held),
-            "requests_let_go_late": self.requests_late,
+            "requests_admitted_late": self.requests_late,
             "requests_held_s": round(self.held_s, 3),
             "lookups_not_ahead": self.lookups_late,
             "tokens_looked_up": self.pages_looked_up * self._page_tokens,
@@ -278,7 +278,7 @@ class Ahead:
             start_s=sum(other.wait.pass_s for other in before.values() if other.wait is not None),
             queued_pages=sum(other.pages_awaited for rid, other in before.items() if rid in self._held),
         )
-        # The next pages are being read already when the request is let go, and its last ones may be in memory, as
+        # The next pages are being read already when the request is admitted, and its last ones may be in memory, as
         # they were stored last: neither would say anything.
         first = there + self._reads_at_once
         tries = enough <= there and first < there + lower_pages

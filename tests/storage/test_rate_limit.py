@@ -4,7 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sglang_hcache.storage.rate import RateLimit
+from sglang_hcache.storage.rate_limit import RateLimit
 from tests.storage.pages import LAYOUT, open_store, save, served
 
 

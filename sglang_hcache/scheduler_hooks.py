@@ -143,7 +143,7 @@ def around_broadcast(
 ) -> Any:
     if linker is None:
         return original(receiver, recv_reqs, *args, **kwargs)
-    if recv_reqs is not None and (rids := linker.let_go()):
+    if recv_reqs is not None and (rids := linker.admissible()):
         recv_reqs = [*recv_reqs, Admit(tuple(rids))]
     received = original(receiver, recv_reqs, *args, **kwargs)
     for message in received:

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sglang_hcache import ahead
-from sglang_hcache.ahead import Ahead, HoldRule, PrefetchPolicy
+from sglang_hcache import prefetch_queue
 from sglang_hcache.load_planner import LoadPlanner, Prompt
-from sglang_hcache.planner.follow import PROBE_EVERY
 from sglang_hcache.planner.machine import Machine
+from sglang_hcache.planner.rate_tracker import PROBE_EVERY
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.no_store import NoStore
+from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
@@ -48,20 +48,20 @@ def store(tmp_path: Path, disk: threading.Event) -> Iterator[LocalStore]:
     store.close()
 
 
-def wait_until_let_go(requests: Ahead, rid: str) -> float:
+def wait_until_admissible(requests: PrefetchQueue, rid: str) -> float:
     began = time.monotonic()
-    while rid not in requests.let_go():
+    while rid not in requests.admissible():
         time.sleep(0.01)
     return time.monotonic() - began
 
 
 def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(10)))
     assert "a" in requests.held
-    assert requests.let_go() == []
+    assert requests.admissible() == []
     disk.set()
-    wait_until_let_go(requests, "a")
+    wait_until_admissible(requests, "a")
     requests.admit(["a"])
     assert "a" not in requests.held
     assert requests.ready("a", keys_of(range(10))) == 10
@@ -73,15 +73,15 @@ def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: th
 
 
 def test_never_longer_than_the_timeout(store: LocalStore) -> None:
-    requests = Ahead(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(10)))
-    assert 0.2 < wait_until_let_go(requests, "a") < 0.3 + ahead.LATE_S + 0.2
+    assert 0.2 < wait_until_admissible(requests, "a") < 0.3 + prefetch_queue.LATE_S + 0.2
     assert requests.ready("a", keys_of(range(10))) == 0
     requests.forget("a")
 
 
 def test_best_effort_holds_nothing_and_takes_what_is_there(store: LocalStore, disk: threading.Event) -> None:
-    requests = Ahead(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(10)))
     assert not requests.held
     assert requests.ready("a", keys_of(range(10))) == 0
@@ -93,7 +93,7 @@ def test_best_effort_holds_nothing_and_takes_what_is_there(store: LocalStore, di
 
 def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: threading.Event) -> None:
     save(store, range(20, 25))
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     requests.queued("memory", keys_of(range(20, 25)))
     requests.queued("nowhere", keys_of(range(90, 95)))
     assert not requests.held
@@ -112,13 +112,13 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return wait(store, owner, timeout_s)
 
     monkeypatch.setattr(LocalStore, "wait", counted)
-    monkeypatch.setattr(ahead, "NO_WAIT_S", 30.0)
+    monkeypatch.setattr(prefetch_queue, "NO_WAIT_S", 30.0)
     return waits
 
 
 def test_of_many_requests_at_once_one_is_waited_for(store: LocalStore, waits: list[str]) -> None:
     """The scheduler goes on, and decides on the others in its next step."""
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     for number in range(50):
         requests.queued(str(number), keys_of(range(10)))
     assert waits == ["0"]
@@ -130,7 +130,7 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
     store: LocalStore, disk: threading.Event, waits: list[str]
 ) -> None:
     """Those that ask without a wait find their pages at the next lookup."""
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
     rids = list(map(str, range(5)))
     assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [0] * len(rids)
     assert waits == ["0"]
@@ -143,10 +143,10 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
 
 
 def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalStore, disk: threading.Event) -> None:
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
     requests.queued("nowhere", keys_of(range(90, 95)))
     assert list(requests.held) == ["nowhere"]
-    assert requests.let_go() == ["nowhere"]
+    assert requests.admissible() == ["nowhere"]
     requests.clear()
 
 
@@ -154,16 +154,16 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
     """A rank that lets go for itself builds other batches than the rest: they wait for each other for good."""
 
     def step() -> list[str]:
-        let_go = ranks[0].let_go()
+        admissible = ranks[0].admissible()
         for rank in ranks:
-            rank.admit(let_go)
+            rank.admit(admissible)
         assert list(ranks[0].held) == list(ranks[1].held)
-        return let_go
+        return admissible
 
     for loser in (0, 1):
         other = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
-        ranks = [Ahead(mine, HoldRule(), LAYOUT.page_tokens, alone=False) for mine in (store, store)]
-        ranks[loser] = Ahead(other, HoldRule(), LAYOUT.page_tokens, alone=False)
+        ranks = [PrefetchQueue(mine, HoldRule(), LAYOUT.page_tokens, alone=False) for mine in (store, store)]
+        ranks[loser] = PrefetchQueue(other, HoldRule(), LAYOUT.page_tokens, alone=False)
         for rank in ranks:
             rank.queued("before", keys_of(range(10)))
         ranks[loser].clear()
@@ -187,7 +187,7 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
 
 def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(4, 10)))
     assert store.wait("a", 10).done
     assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
@@ -209,7 +209,7 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
         return pages
 
     monkeypatch.setattr(believes, "pages", planned)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
     requests.queued("a", keys_of(range(4, 10)), Prompt(new_tokens=999, device_tokens=4 * LAYOUT.page_tokens))
     disk.set()
     assert store.wait("a", 10).done
@@ -226,36 +226,36 @@ def planner(ssd_bytes_per_s: float, bus_bytes_per_s: float = 1e10) -> LoadPlanne
 
 
 def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> None:
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e3))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e3))
     requests.queued("a", keys_of(range(10)))
-    assert requests.let_go() == ["a"]
+    assert requests.admissible() == ["a"]
     requests.admit(["a"])
     assert store.progress("a").done, "the rest is not read"
-    assert requests.stats()["requests_let_go_late"] == 0
+    assert requests.stats()["requests_admitted_late"] == 0
 
 
 def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalStore, disk: threading.Event) -> None:
     believes = planner(ssd_bytes_per_s=1e3)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
         assert believes.stats()["slower_ssd"] == 1.0
         requests.queued("a", keys_of(range(10)))
-        wait_until_let_go(requests, "a")
+        wait_until_admissible(requests, "a")
         requests.admit(["a"])
         requests.forget("a")
     disk.set()
     store.wait(requests._trial._owner, 10)
-    assert requests.let_go() == []
+    assert requests.admissible() == []
     assert float(str(believes.stats()["slower_ssd"])) < 0.1
     assert store.stats()["pages_leased"] == 0
 
 
 def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threading.Event) -> None:
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e10))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e10))
     requests.queued("a", keys_of(range(10)))
-    assert requests.let_go() == []
+    assert requests.admissible() == []
     disk.set()
-    wait_until_let_go(requests, "a")
+    wait_until_admissible(requests, "a")
     assert requests.ready("a", keys_of(range(10))) == 10
 
 
@@ -263,16 +263,18 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
 def test_reads_are_timed_where_their_end_was_seen(store: LocalStore, disk: threading.Event, busy: bool) -> None:
     """An engine that looks again long after the pages came would take its own time for the drive's."""
     believes = planner(ssd_bytes_per_s=1e10)
-    requests = Ahead(store, HoldRule(PrefetchPolicy.WAIT_COMPLETE), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = PrefetchQueue(
+        store, HoldRule(PrefetchPolicy.WAIT_COMPLETE), LAYOUT.page_tokens, alone=False, planner=believes
+    )
     requests.queued("a", keys_of(range(10)))
-    assert requests.let_go() == []
+    assert requests.admissible() == []
     if busy:
         disk.set()
         assert store.wait("a", 10).done
         time.sleep(0.2)
     else:
         threading.Timer(1.5, disk.set).start()  # a tenth of it is long enough for a busy machine to look again
-    wait_until_let_go(requests, "a")
+    wait_until_admissible(requests, "a")
     assert (believes.stats()["slower_ssd"] == 1.0) is busy
 
 
@@ -285,12 +287,12 @@ def test_what_is_tried_is_not_being_read_already(store: LocalStore, monkeypatch:
         prefetch(owner, keys, **kwargs)
 
     monkeypatch.setattr(store, "prefetch", recorded)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
     for pages in (READ_THREADS, 10):
         for _ in range(PROBE_EVERY):
             assert requests._trial._owner not in asked
             requests.queued("a", keys_of(range(pages)))
-            wait_until_let_go(requests, "a")
+            wait_until_admissible(requests, "a")
             requests.admit(["a"])
             requests.forget("a")
     assert asked[requests._trial._owner] == keys_of(range(READ_THREADS, 10))
@@ -301,13 +303,13 @@ def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event
     """The last pages of a prefix are there more often than the first: they were stored last."""
     save(store, range(10, 30))
     believes = planner(ssd_bytes_per_s=1e3)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
         requests.queued("a", keys_of(range(30)))
-        wait_until_let_go(requests, "a")
+        wait_until_admissible(requests, "a")
         requests.admit(["a"])
         requests.forget("a")
-    requests.let_go()
+    requests.admissible()
     assert believes.stats()["slower_ssd"] == 1.0, "nothing has been read"
     requests.clear()
 
@@ -325,7 +327,7 @@ def test_the_shortest_is_read_first(
     assert store.flush(30)
     store.drop_host()
     monkeypatch.setattr(Place, "read", recorded)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("long", keys_of(range(20)))
     requests.queued("short", keys_of([20, 21]))
     disk.set()
@@ -337,25 +339,25 @@ def test_the_shortest_is_read_first(
 
 
 def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, disk: threading.Event) -> None:
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("alone", keys_of(range(5)))
-    assert wait_until_let_go(requests, "alone") < 0.5, "the drive is not worth it"
+    assert wait_until_admissible(requests, "alone") < 0.5, "the drive is not worth it"
     requests.admit(["alone"])
     requests.forget("alone")
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
     requests.queued("behind", keys_of(range(5)))
-    assert requests.let_go() == ["before"]
-    time.sleep(2 * ahead.ANSWERS_WAIT_S)
-    assert requests.let_go() == ["before"]
+    assert requests.admissible() == ["before"]
+    time.sleep(2 * prefetch_queue.ANSWERS_WAIT_S)
+    assert requests.admissible() == ["before"]
     requests.clear()
 
 
 def test_so_it_does_where_what_is_before_it_was_not_held(store: LocalStore, disk: threading.Event) -> None:
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e5))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
     requests.queued("behind", keys_of(range(5)))
-    time.sleep(2 * ahead.ANSWERS_WAIT_S)
-    assert requests.let_go() == []
+    time.sleep(2 * prefetch_queue.ANSWERS_WAIT_S)
+    assert requests.admissible() == []
     assert list(requests.held) == ["behind"]
     requests.clear()
 
@@ -365,14 +367,14 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
 ) -> None:
     """Of many requests the last would be let go, as if all of their pages were on a drive that is not worth it."""
     save(store, range(20, 30))
-    monkeypatch.setattr(ahead, "ANSWER_WAIT_S", 30.0)
-    monkeypatch.setattr(ahead, "ANSWERS_WAIT_S", 30.0)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
+    monkeypatch.setattr(prefetch_queue, "ANSWER_WAIT_S", 30.0)
+    monkeypatch.setattr(prefetch_queue, "ANSWERS_WAIT_S", 30.0)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
     requests.queued("a", keys_of(range(20, 30)))
     with monkeypatch.context() as unanswered:
         unanswered.setattr(store, "progress", lambda owner: Progress((), False))
-        assert requests.let_go() == []
-    assert requests.let_go() == ["a"]
+        assert requests.admissible() == []
+    assert requests.admissible() == ["a"]
     assert requests.ready("a", keys_of(range(20, 30))) == 10
     requests.clear()
 
@@ -391,16 +393,16 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     monkeypatch.setattr(plans, "worth_waiting_for", recorded)
     monkeypatch.setattr(Place, "read", lambda *args: reads.acquire(timeout=30) and read(*args))
     disk.set()
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans)
     prompt = Prompt(new_tokens=8, device_tokens=0)
     requests.queued("nowhere", keys_of(range(90, 95)), prompt)
-    wait_until_let_go(requests, "nowhere")
+    wait_until_admissible(requests, "nowhere")
     requests.admit(["nowhere"])
 
     def behind(rid: str) -> int:
         requests.queued(rid, keys_of(range(10)))
-        time.sleep(2 * ahead.ANSWERS_WAIT_S)
-        assert requests.let_go() == []
+        time.sleep(2 * prefetch_queue.ANSWERS_WAIT_S)
+        assert requests.admissible() == []
         return queued[-1]
 
     assert behind("read") == 0, "what is nowhere is not read"
@@ -409,7 +411,7 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     reads.release(READ_THREADS)
     while len(store.progress("read").slots) < READ_THREADS:
         time.sleep(0.01)
-    assert requests.let_go() == []
+    assert requests.admissible() == []
     assert behind("read at last") == 2 * (10 - READ_THREADS)
     requests.admit(["read", "also read", "read at last"])
     assert behind("later") == 0, "they are still queued, but wait no more"
@@ -420,15 +422,17 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
 def test_reads_beside_others_are_not_timed(store: LocalStore, disk: threading.Event) -> None:
     """Who waits last would take the time of all for its own."""
     believes = planner(ssd_bytes_per_s=1e10)
-    requests = Ahead(store, HoldRule(PrefetchPolicy.WAIT_COMPLETE), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = PrefetchQueue(
+        store, HoldRule(PrefetchPolicy.WAIT_COMPLETE), LAYOUT.page_tokens, alone=False, planner=believes
+    )
     requests.queued("a", keys_of(range(5)))
     requests.queued("b", keys_of(range(5, 10)))
     for _ in range(3):
-        time.sleep(2 * ahead.ANSWERS_WAIT_S)
-        assert requests.let_go() == []
+        time.sleep(2 * prefetch_queue.ANSWERS_WAIT_S)
+        assert requests.admissible() == []
     requests.forget("a")
     threading.Timer(0.5, disk.set).start()
-    wait_until_let_go(requests, "b")
+    wait_until_admissible(requests, "b")
     assert believes.stats()["slower_ssd"] == 1.0
     requests.clear()
 
@@ -444,7 +448,7 @@ def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(
         return host_pages
 
     monkeypatch.setattr(plans, "pages", pages)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=plans)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=plans)
     tokens = LAYOUT.page_tokens
     requests.queued("a", keys_of(range(21, 30)), Prompt(new_tokens=8, device_tokens=100 * tokens))
     for first, device_pages in ((21, 100), (23, 102), (20, 99), (21, 100)):  # the device has more by now, or fewer
@@ -457,7 +461,7 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     """The scheduler looks again in each step in which the request waits."""
     disk.set()
     believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
     requests.queued("a", keys_of(range(12)))
     store.wait("a", 10)
     for _ in range(3):
@@ -477,7 +481,7 @@ def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: th
     store.prefetch("warm", keys_of(range(10)))
     store.wait("warm", 10)
     for bus, expected in ((1e10, 10), (1e3, 0)):
-        requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10, bus))
+        requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10, bus))
         requests.queued("a", keys_of(range(10)), Prompt(new_tokens=8, device_tokens=0))
         assert requests.ready("a", keys_of(range(10))) == expected
         requests.clear()
@@ -486,17 +490,19 @@ def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: th
 
 def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
-    requests = Ahead(store, HoldRule(), LAYOUT.page_tokens, alone=False)
-    requests.queued("hcache-trial", keys_of(range(5)))
-    wait_until_let_go(requests, "hcache-trial")
-    slots = requests.ready("hcache-trial", keys_of(range(5)))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("hcache-synthetic", keys_of(range(5)))
+    wait_until_admissible(requests, "hcache-synthetic")
+    slots = requests.ready("hcache-synthetic", keys_of(range(5)))
     requests._trial.begin([key_of(7)])
     assert int(str(store.stats()["pages_leased"])) >= slots == 5
     requests.clear()
 
 
 def test_nothing_is_held_while_there_is_no_store() -> None:
-    requests = Ahead(NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = PrefetchQueue(
+        NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), LAYOUT.page_tokens, alone=True
+    )
     requests.queued("a", keys_of(range(3)))
     assert not requests.held
     assert requests.ready("a", keys_of(range(3))) == 0

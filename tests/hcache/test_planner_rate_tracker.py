@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.follow import OUTLIER, PROBE_EVERY, PROBE_PAGES, Follower, Resource
 from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.machine import Machine, machine_of
+from sglang_hcache.planner.rate_tracker import OUTLIER, PROBE_EVERY, PROBE_PAGES, RateTracker, Resource
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 from tests.hcache.planners import LLAMA_2_7B
@@ -35,7 +35,7 @@ class Server:
         self.true, self.calibrated = costs_of(LLAMA_2_7B, true), costs_of(LLAMA_2_7B, calibrated)
         self.random = random.Random(seed)
 
-    def load(self, follower: Follower, layout: Layout, hit: Hit, pages: int) -> None:
+    def load(self, follower: RateTracker, layout: Layout, hit: Hit, pages: int) -> None:
         tokens = pages * hit.page_tokens
         ssd_tokens = max(0, pages - hit.host_pages) * hit.page_tokens
         new = hit.prefill_tokens - tokens
@@ -48,7 +48,7 @@ class Server:
             noise = math.exp(self.random.gauss(0, NOISE)) * (8 if self.random.random() < STALLS else 1)
             follower.observe(resource, work_s(self.calibrated), work_s(self.true) * noise)
 
-    def read(self, follower: Follower, layout: Layout, tokens: int) -> None:
+    def read(self, follower: RateTracker, layout: Layout, tokens: int) -> None:
         calibrated_s, true_s = (tokens * per_token(costs, layout, "ssd") for costs in (self.calibrated, self.true))
         follower.observe(Resource.SSD, calibrated_s, true_s * math.exp(self.random.gauss(0, NOISE)))
 
@@ -87,7 +87,7 @@ def test_ten_times_wrong_is_right_within_20_loads(wrong: dict[str, float], gpu: 
     layout = Layout(0, LLAMA_2_7B.layers, 0)
     for seed in range(3):
         chance = random.Random(seed)
-        follower, server = Follower(calibrated), Server(true, calibrated, seed)
+        follower, server = RateTracker(calibrated), Server(true, calibrated, seed)
         for _ in range(LOADS):
             hit = some_hit(chance)
             believed = costs_of(LLAMA_2_7B, follower.machine())
@@ -116,7 +116,7 @@ def test_without_following_such_a_calibration_does_harm() -> None:
 
 
 def test_stalls_do_not_move_a_rate_and_a_change_does() -> None:
-    follower = Follower(machine_of("A100-80"))
+    follower = RateTracker(machine_of("A100-80"))
     chance = random.Random(1)
     for step in range(60):
         stalled = step % 10 == 9
@@ -129,7 +129,7 @@ def test_stalls_do_not_move_a_rate_and_a_change_does() -> None:
 
 
 def test_a_slow_drift_is_followed() -> None:
-    follower = Follower(machine_of("A100-80"))
+    follower = RateTracker(machine_of("A100-80"))
     for step in range(100):
         follower.observe(Resource.PREFILL, 1.0, 1.02**step)
     assert follower.factor(Resource.PREFILL) == pytest.approx(1.02**99, rel=0.1)
@@ -137,7 +137,7 @@ def test_a_slow_drift_is_followed() -> None:
 
 
 def test_what_cannot_be_a_time_is_ignored() -> None:
-    follower = Follower(machine_of("A100-80"))
+    follower = RateTracker(machine_of("A100-80"))
     for expected_s, actual_s in ((0.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1.0, math.nan), (math.inf, 1.0)):
         follower.observe(Resource.BUS, expected_s, actual_s)
     assert follower.factor(Resource.BUS) == 1.0
@@ -145,14 +145,14 @@ def test_what_cannot_be_a_time_is_ignored() -> None:
 
 
 def test_a_load_whose_projection_was_slower_has_tried_host_memory() -> None:
-    follower = Follower(machine_of("A100-80"))
+    follower = RateTracker(machine_of("A100-80"))
     for _ in range(3 * PROBE_EVERY):
         assert follower.least_pages(50) == 0
         follower.observe(Resource.PROJECTION, 1.0, 1.0)
 
 
 def test_a_tier_is_tried_after_some_plans_without_a_load() -> None:
-    follower = Follower(machine_of("A100-80"))
+    follower = RateTracker(machine_of("A100-80"))
     for _ in range(PROBE_EVERY - 1):
         follower.observe(Resource.BUS, 1.0, 1.0)
         assert follower.least_pages(50) == 0

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_hcache import introduction, ranks
+from sglang_hcache import ranks, registration
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.introduction import Introduction, warn_of_limits_that_do_not_hold
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.messages import Hello
-from sglang_hcache.prefetch.supervisor import Supervisor
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
+from sglang_hcache.registration import Registration, warn_of_limits_that_do_not_hold
 from tests.prefetch.clients import hello
 
 Say = Callable[..., Hello]
@@ -39,8 +39,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     """`say(model, …)`: the hello of a server with one rank, a pool of 2,000 bytes and these arguments."""
     parallel = SimpleNamespace(tp_rank=0, tp_size=1)
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
-    monkeypatch.setattr(introduction, "get_parallel", lambda: parallel)
-    monkeypatch.setattr(introduction, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
+    monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
     stored: Any = SimpleNamespace(layout=Layout(0, 0, 2), row_bytes=(64, 64), name="kv")
     halves = [torch.empty(500, dtype=torch.uint8)] * 2
     pool: Any = SimpleNamespace(dtype=torch.float32, k_buffer=halves, v_buffer=halves)
@@ -60,10 +60,10 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             hicache_host_memory_fraction=fraction,
             hicache_write_policy="write_through",
         )
-        monkeypatch.setattr(introduction, "get_memory", lambda: memory)
-        monkeypatch.setattr(introduction, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
-        monkeypatch.setattr(introduction, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
-        return Introduction(
+        monkeypatch.setattr(registration, "get_memory", lambda: memory)
+        monkeypatch.setattr(registration, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
+        monkeypatch.setattr(registration, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
+        return Registration(
             HCacheConfig((str(tmp_path),), prefetcher=remote),
             SimpleNamespace(**{**SERVER, **arguments}),
             SimpleNamespace(model_path=str(model), dtype=torch.float32, quantization=None),
@@ -144,7 +144,7 @@ def asked(hello: Hello) -> tuple[int, float]:
 
 def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path / "model", b"weights")
-    monkeypatch.setattr(introduction, "total_bytes", lambda: 3000)
+    monkeypatch.setattr(registration, "total_bytes", lambda: 3000)
     assert asked(say(model, size=0, fraction=0.8)) == (4000, 0.8), "the prefetcher reduces the default ratio"
     assert asked(say(model, size=0, fraction=0.8, ratio=1.0)) == (2000, 0.8)
     assert asked(say(model, size=0, ratio=1.4)) == (2800, 0), "whatever a former server's still holds"
@@ -156,7 +156,7 @@ def test_with_a_remote_prefetcher_memory_is_the_servers_own(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = checkpoint(tmp_path / "model", b"weights")
-    monkeypatch.setattr(introduction, "available_bytes", lambda: 3000)
+    monkeypatch.setattr(registration, "available_bytes", lambda: 3000)
     assert asked(say(model, size=0, fraction=0.8, remote="tcp://there:1")) == (2400, 0)
 
 
@@ -183,7 +183,7 @@ def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) 
 def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A real one, that another server has started with a read limit and no bound of the directory."""
     mine = HCacheConfig((str(tmp_path),), directory_bytes=5 * 10**9, read_bytes_per_s=3e9)
-    supervisor = Supervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
+    supervisor = LocalSupervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
     store = supervisor.open()
     try:
         warn_of_limits_that_do_not_hold(mine, store.welcome)

@@ -1,4 +1,4 @@
-"""Where clients come in: one socket for those on this host, one for those on others, each with its own limits."""
+"""Where clients connect: one socket for those on this host, one for those on others, each with its own limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import zmq.utils.monitor
 from zmq.utils import z85
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.keys import is_let_in, server_keys
+from sglang_hcache.prefetch.keys import is_authorized, server_keys
 
 # ZeroMQ's limits, chosen so that no client can fill memory or hold up another. A local client has at most a few
 # messages a request under way; beyond HIGH_WATER they wait in the client, in its own memory.
@@ -43,7 +43,7 @@ def check_listen(address: str, keys: str) -> None:
     scheme, _, rest = address.partition("://")
     host, colon, port = rest.rpartition(":")
     if scheme != "tcp" or not colon or not host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
-        raise ValueError(f"{address!r} is no address to listen at: give tcp://HOST:PORT")
+        raise ValueError(f"{address!r} is not an address to listen at: give tcp://HOST:PORT")
     if not keys and not is_loopback(host):
         raise ValueError(f"{address} can be reached from other hosts: give keys (`hcache keygen` makes them)")
 
@@ -55,7 +55,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Door:
+class Listener:
     """A ROUTER socket. `remote`: its clients share no memory with us. Raises ZMQError, OSError, ValueError."""
 
     def __init__(
@@ -85,7 +85,7 @@ class Door:
             self.socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         try:
             if not remote:
-                self.socket.set(zmq.USE_FD, _listener(address.removeprefix("ipc://")))
+                self.socket.set(zmq.USE_FD, _listening_socket(address.removeprefix("ipc://")))
             self.socket.bind(address)
         except (OSError, zmq.ZMQError):
             self.socket.close(0)
@@ -106,7 +106,7 @@ class Door:
         self.socket.close()
 
 
-def _listener(path: str) -> int:
+def _listening_socket(path: str) -> int:
     """A socket that listens at `path`. One of ZeroMQ's own would, closed, remove whatever is there by then."""
     Path(path).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
@@ -126,13 +126,13 @@ class Put(Enum):
 class Peer(NamedTuple):
     """A client's end of a connection."""
 
-    door: Door
+    listener: Listener
     identity: bytes
 
     def put(self, frames: Frames) -> Put:
         """Send without waiting."""
         try:
-            self.door.socket.send_multipart([self.identity, *frames], zmq.NOBLOCK, copy=not self.door.remote)
+            self.listener.socket.send_multipart([self.identity, *frames], zmq.NOBLOCK, copy=not self.listener.remote)
         except zmq.Again:
             return Put.FULL
         except zmq.ZMQError as error:
@@ -142,10 +142,10 @@ class Peer(NamedTuple):
         return Put.SENT
 
 
-class Porter:
-    """Answers libzmq's questions about who may come in, and counts those who did not.
+class Authenticator:
+    """Tells libzmq which clients may connect (ZAP 1.0), and counts those who may not.
 
-    Made before the door it keeps: libzmq looks for it when that is opened.
+    Made before its listener: libzmq looks for it when that is opened.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: str, refused: Counter[str]) -> None:
@@ -156,40 +156,43 @@ class Porter:
         self.questions.bind(ZAP)
         self.failures: zmq.Socket[bytes] | None = None
 
-    def watch(self, door: Door) -> zmq.Socket[bytes]:
-        """The socket that tells of those who did not get in."""
+    def watch(self, listener: Listener) -> zmq.Socket[bytes]:
+        """The socket that reports failed handshakes."""
         events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        self.failures = door.socket.get_monitor_socket(events)
+        self.failures = listener.socket.get_monitor_socket(events)
         return self.failures
 
     def answer(self) -> None:
-        """To a question that waits (ZAP 1.0)."""
+        """The request that waits."""
         frames = self.questions.recv_multipart()
         version, request, domain, address = [*frames, b"", b"", b"", b""][:4]
         public = z85.encode(frames[6]) if frames[5:6] == [b"CURVE"] and len(frames) == 7 else b""
-        welcome = bool(public) and domain == ZAP_DOMAIN and is_let_in(self._keys, public)
+        welcome = bool(public) and domain == ZAP_DOMAIN and is_authorized(self._keys, public)
         if not welcome:
             self._refused["unauthorised"] += 1
-            log.warning("hcache: %s was not let in: its key is not in clients/.", address.decode(errors="replace"))
+            log.warning("hcache: %s was refused: its key is not in clients/.", address.decode(errors="replace"))
         status = (b"200", b"OK") if welcome else (b"400", b"unauthorised")
         self.questions.send_multipart([version, request, *status, public, b""])
 
     def note_failure(self) -> None:
-        """Somebody had no key, or expected another server's."""
+        """A client had no key, or expected another server's."""
         assert self.failures is not None
         self.failures.recv_multipart()
         self._refused["no_handshake"] += 1
         log.warning("hcache: a connection was dropped: it had no key, or expected another server's.")
 
-    def close(self, door: Door) -> None:
-        door.socket.disable_monitor()
+    def close(self, listener: Listener) -> None:
+        listener.socket.disable_monitor()
         if self.failures is not None:
             self.failures.close(0)
         self.questions.close(0)
 
 
-class Entrance:
-    """All doors of a prefetcher, and the porter where one is needed. Raises as Door does, with everything closed."""
+class Listeners:
+    """All of a prefetcher's, and the authenticator where one is needed.
+
+    Raises as Listener does, with everything closed.
+    """
 
     def __init__(
         self,
@@ -200,39 +203,39 @@ class Entrance:
         keys: str,
         refused: Counter[str],
     ) -> None:
-        self._doors: dict[object, Door] = {}
-        self._porter: Porter | None = None
+        self._by_socket: dict[object, Listener] = {}
+        self._authenticator: Authenticator | None = None
         try:
-            self._add(Door(context, address, remote=False))
+            self._add(Listener(context, address, remote=False))
             if listen:
-                self._porter = Porter(context, keys, refused) if keys else None
-                remote = Door(context, listen, remote=True, keys=keys)
+                self._authenticator = Authenticator(context, keys, refused) if keys else None
+                remote = Listener(context, listen, remote=True, keys=keys)
                 self._add(remote)
-                if self._porter is not None:
-                    poller.register(self._porter.questions, zmq.POLLIN)
-                    poller.register(self._porter.watch(remote), zmq.POLLIN)
+                if self._authenticator is not None:
+                    poller.register(self._authenticator.questions, zmq.POLLIN)
+                    poller.register(self._authenticator.watch(remote), zmq.POLLIN)
         except (OSError, ValueError, zmq.ZMQError):
             context.destroy(linger=0)
             raise
-        for door in self._doors.values():
-            poller.register(door.socket, zmq.POLLIN)
+        for listener in self._by_socket.values():
+            poller.register(listener.socket, zmq.POLLIN)
 
-    def attend(self, ready: object) -> Door | None:
-        """The door at which somebody is; other sockets of the poller's are dealt with."""
-        if door := self._doors.get(ready):
-            return door
-        assert self._porter is not None
-        if ready is self._porter.questions:
-            self._porter.answer()
+    def attend(self, ready: object) -> Listener | None:
+        """The listener that has a message; other sockets of the poller's are served here."""
+        if listener := self._by_socket.get(ready):
+            return listener
+        assert self._authenticator is not None
+        if ready is self._authenticator.questions:
+            self._authenticator.answer()
         else:
-            self._porter.note_failure()
+            self._authenticator.note_failure()
         return None
 
     def close(self) -> None:
-        for door in self._doors.values():
-            if door.remote and self._porter is not None:
-                self._porter.close(door)
-            door.close()
+        for listener in self._by_socket.values():
+            if listener.remote and self._authenticator is not None:
+                self._authenticator.close(listener)
+            listener.close()
 
-    def _add(self, door: Door) -> None:
-        self._doors[door.socket] = door
+    def _add(self, listener: Listener) -> None:
+        self._by_socket[listener.socket] = listener

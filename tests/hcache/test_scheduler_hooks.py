@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
-from sglang_hcache import serving
+from sglang_hcache import scheduler_hooks
 from sglang_hcache.load_planner import Prompt
 
 PROMPT = Prompt(1, 0)
@@ -52,7 +52,7 @@ class Scheduler:
     def add(self, rid: str) -> None:
         req = SimpleNamespace(rid=rid)
         self.waiting_queue.append(req)
-        serving.after_request_queued(None, self, req)
+        scheduler_hooks.after_request_queued(None, self, req)
 
     def make_batch(self) -> tuple[Any, None]:
         for rid in self.late:
@@ -63,7 +63,7 @@ class Scheduler:
         return SimpleNamespace(reqs=batch) if batch else None, None
 
     def step(self) -> None:
-        serving.around_new_batch(Scheduler.make_batch, self)
+        scheduler_hooks.around_new_batch(Scheduler.make_batch, self)
 
     @property
     def queue(self) -> list[str]:
@@ -73,8 +73,8 @@ class Scheduler:
 @pytest.fixture
 def linker(monkeypatch: pytest.MonkeyPatch) -> Linker:
     linker = Linker()
-    monkeypatch.setattr(serving, "linker", linker)
-    monkeypatch.setattr(serving, "_missing_pages", lambda _tree, _req: ([b"key"], PROMPT))
+    monkeypatch.setattr(scheduler_hooks, "linker", linker)
+    monkeypatch.setattr(scheduler_hooks, "_missing_pages", lambda _tree, _req: ([b"key"], PROMPT))
     return linker
 
 
@@ -133,5 +133,5 @@ def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None
         cache_salt=None,
         _compute_max_prefix_len=lambda tokens: tokens,
     )
-    keys, _ = serving._missing_pages(tree, req)
+    keys, _ = scheduler_hooks._missing_pages(tree, req)
     assert keys == ([b"\x01"] if turn == 1 else [])

@@ -27,7 +27,7 @@ from sglang_hcache.triton_kernels.quantize import (
 )
 
 
-class RowCode(Protocol):
+class Codec(Protocol):
     """Rows of `width` values as bytes, `row_bytes` each, on any device, on its current stream."""
 
     name: str  # one of `config.CODEC_CHOICES`
@@ -44,12 +44,12 @@ class RowCode(Protocol):
         """Which of the n tokens can be decoded in all layers, of `[layers, n, row_bytes]`."""
 
 
-def row_code(name: str, width: int, dtype: torch.dtype) -> RowCode:
+def make_codec(name: str, width: int, dtype: torch.dtype) -> Codec:
     """name: one of `config.CODEC_CHOICES`. Raises Unsupported for values that it cannot encode."""
-    return PackedCode(width, dtype) if name == PackedCode.name else LossyCode(name, width, dtype)
+    return PackedCodec(width, dtype) if name == PackedCodec.name else LossyCodec(name, width, dtype)
 
 
-class PackedCode:
+class PackedCodec:
     """Three quarters of bf16's bytes, lossless; a row of unusual values may not fit."""
 
     name = "packed"
@@ -82,7 +82,7 @@ class PackedCode:
         return fits
 
 
-class LossyCode:
+class LossyCodec:
     """Eight bits a value, then the row's scale; `triton_kernels.quantize` says how far off what comes back can be."""
 
     lossless = False
@@ -115,9 +115,9 @@ class LossyCode:
 class DecodingProjector:
     """Another projector, on rows that were encoded."""
 
-    def __init__(self, projector: Projector, code: RowCode) -> None:
+    def __init__(self, projector: Projector, codec: Codec) -> None:
         self._projector = projector
-        self._code = code
+        self._codec = codec
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        self._projector.project(layer, self._code.decode(rows), positions, slots)
+        self._projector.project(layer, self._codec.decode(rows), positions, slots)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_hcache.codec import Codec, DecodingProjector, LossyCodec, PackedCodec, make_codec
 from sglang_hcache.model import Unsupported
-from sglang_hcache.row_code import DecodingProjector, LossyCode, PackedCode, RowCode, row_code
 
 WIDTH = 64
 
 
-def encoded_by(code: RowCode, rows: torch.Tensor) -> torch.Tensor:
-    out = torch.full((*rows.shape[:2], code.row_bytes), 0xA5, dtype=torch.uint8)
-    code.encode(rows, out)
+def encoded_by(codec: Codec, rows: torch.Tensor) -> torch.Tensor:
+    out = torch.full((*rows.shape[:2], codec.row_bytes), 0xA5, dtype=torch.uint8)
+    codec.encode(rows, out)
     return out
 
 
@@ -26,7 +26,7 @@ WORST = {"lossy_int8": 1 / 254, "lossy_fp8_e4m3": 1 / 16}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_come_back_close(code: str, dtype: torch.dtype) -> None:
     rows = (torch.randn(3, 17, WIDTH) * torch.logspace(-3, 3, 17)[:, None]).to(dtype)
-    lossy = LossyCode(code, WIDTH, dtype)
+    lossy = LossyCodec(code, WIDTH, dtype)
     encoded = encoded_by(lossy, rows)
     assert encoded.shape == (3, 17, lossy.row_bytes)
     assert lossy.row_bytes == WIDTH + 4
@@ -47,7 +47,7 @@ def with_noise(rows: torch.Tensor, layer: int, token: int) -> torch.Tensor:
 
 def test_packed_rows_come_back_as_they_were_or_say_that_they_did_not_fit() -> None:
     rows = with_noise(torch.randn(3, 17, 512).to(torch.bfloat16), layer=1, token=5)
-    packed = row_code("packed", 512, torch.bfloat16)
+    packed = make_codec("packed", 512, torch.bfloat16)
     encoded = encoded_by(packed, rows)
     assert encoded.shape == (3, 17, packed.row_bytes)
     assert packed.row_bytes == 0.75 * 2 * 512
@@ -58,33 +58,33 @@ def test_packed_rows_come_back_as_they_were_or_say_that_they_did_not_fit() -> No
         assert torch.equal(back.view(torch.int16), rows[layer, kept].view(torch.int16))
 
 
-CODES: list[RowCode] = [LossyCode("lossy_int8", WIDTH, torch.float32), PackedCode(WIDTH, torch.bfloat16)]
+CODECS: list[Codec] = [LossyCodec("lossy_int8", WIDTH, torch.float32), PackedCodec(WIDTH, torch.bfloat16)]
 
 
-def rows_for(code: RowCode, tokens: int) -> torch.Tensor:
-    return torch.ones(1, tokens, WIDTH, dtype=torch.bfloat16 if code.lossless else torch.float32)
+def rows_for(codec: Codec, tokens: int) -> torch.Tensor:
+    return torch.ones(1, tokens, WIDTH, dtype=torch.bfloat16 if codec.lossless else torch.float32)
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_a_part_of_the_rows_is_decoded_by_itself(code: RowCode) -> None:
-    encoded = encoded_by(code, rows_for(code, 20) * torch.arange(20)[:, None])[0]
-    assert code.encoded(encoded[None].numpy()).all()
-    assert torch.equal(code.decode(encoded[5:9]), code.decode(encoded)[5:9])
-    assert torch.equal(code.decode(encoded)[5:9].mean(1), torch.arange(5, 9))
-    assert code.decode(encoded[:0]).shape == (0, WIDTH)
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_part_of_the_rows_is_decoded_by_itself(codec: Codec) -> None:
+    encoded = encoded_by(codec, rows_for(codec, 20) * torch.arange(20)[:, None])[0]
+    assert codec.encoded(encoded[None].numpy()).all()
+    assert torch.equal(codec.decode(encoded[5:9]), codec.decode(encoded)[5:9])
+    assert torch.equal(codec.decode(encoded)[5:9].mean(1), torch.arange(5, 9))
+    assert codec.decode(encoded[:0]).shape == (0, WIDTH)
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_a_projector_works_on_decoded_rows(code: RowCode) -> None:
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_projector_works_on_decoded_rows(codec: Codec) -> None:
     seen = list[torch.Tensor]()
 
     class Recorder:
         def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
             seen.extend([rows, positions, slots])
 
-    encoded, places = encoded_by(code, rows_for(code, 4))[0], torch.arange(4)
-    DecodingProjector(Recorder(), code).project(0, encoded, places, places + 1)
-    assert torch.equal(seen[0], code.decode(encoded))
+    encoded, places = encoded_by(codec, rows_for(codec, 4))[0], torch.arange(4)
+    DecodingProjector(Recorder(), codec).project(0, encoded, places, places + 1)
+    assert torch.equal(seen[0], codec.decode(encoded))
     assert torch.equal(seen[1], places)
     assert torch.equal(seen[2], places + 1)
 
@@ -95,4 +95,4 @@ def test_a_projector_works_on_decoded_rows(code: RowCode) -> None:
 )
 def test_values_that_a_code_is_not_for(name: str, width: int, dtype: torch.dtype) -> None:
     with pytest.raises(Unsupported, match=f"--hcache-codec {name}.*drop it"):
-        row_code(name, width, dtype)
+        make_codec(name, width, dtype)

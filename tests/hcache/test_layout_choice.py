@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from sglang_hcache.config import LAYOUTS, HCacheConfig
+from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.model import Unsupported
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
-from sglang_hcache.representation import Stored, Way, Ways
-from sglang_hcache.save_planner import choose_by_flag, choose_by_plan
+from sglang_hcache.representation import Formats, LayerFormat, Stored
 
 SHAPE = ModelShape("m", 8, 1024, 16, 16, 64, 2816, 32000)
 BALANCED = Machine("m", 40e12, 4e12, 30e12, 1e12, 10e9, ssd_bytes_per_s=5e9)
@@ -28,30 +28,30 @@ class NoProjector:
         raise AssertionError("nothing is restored here")
 
 
-def ways(*, hidden: bool = True, kv_bytes: int = SHAPE.kv_bytes) -> Ways:
-    of_hidden = Way(SHAPE.hidden_bytes, torch.bfloat16, NoProjector(), "kernels")
-    kv = Way(kv_bytes, torch.uint8, NoProjector(), "copy")
-    return Ways(of_hidden if hidden else None, "" if hidden else "the self-test failed", kv, kv_bytes)
+def formats(*, hidden: bool = True, kv_bytes: int = SHAPE.kv_bytes) -> Formats:
+    of_hidden = LayerFormat(SHAPE.hidden_bytes, torch.bfloat16, NoProjector(), "kernels")
+    kv = LayerFormat(kv_bytes, torch.uint8, NoProjector(), "copy")
+    return Formats(of_hidden if hidden else None, "" if hidden else "the self-test failed", kv, kv_bytes)
 
 
 def planned(folder: Path, machine: Machine, **options: Any) -> Stored:
     config = HCacheConfig((str(folder),))
-    return choose_by_plan(config, ways(), SHAPE, machine, **({"page_tokens": 64, "most_tokens": 20000} | options))
+    return choose_by_plan(config, formats(), SHAPE, machine, **({"page_tokens": 64, "most_tokens": 20000} | options))
 
 
 @pytest.mark.parametrize(("wanted", "name"), [("auto", "hidden"), ("hidden", "hidden"), ("kv", "kv")])
 def test_a_flag_is_obeyed(wanted: str, name: str) -> None:
-    stored = choose_by_flag(wanted, ways(), 8)
+    stored = choose_by_flag(wanted, formats(), 8)
     assert stored.name == name
     assert stored.row_bytes == ((SHAPE.hidden_bytes if name == "hidden" else SHAPE.kv_bytes),) * 8
 
 
 def test_by_itself_the_smaller_one_that_works() -> None:
-    assert choose_by_flag("auto", ways(kv_bytes=100), 8).name == "kv"
-    failed = choose_by_flag("auto", ways(hidden=False), 8)
+    assert choose_by_flag("auto", formats(kv_bytes=100), 8).name == "kv"
+    failed = choose_by_flag("auto", formats(hidden=False), 8)
     assert (failed.name, failed.reason) == ("kv", "the self-test failed")
     with pytest.raises(Unsupported, match="--hcache-representation hidden: the self-test failed"):
-        choose_by_flag("hidden", ways(hidden=False), 8)
+        choose_by_flag("hidden", formats(hidden=False), 8)
 
 
 def test_the_machine_decides(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class _Track:
         self.log_factor += max(GAIN, 1 / (1 + self.kept)) * (log_ratio - self.log_factor)
 
 
-class Follower:
+class RateTracker:
     """One for a server. Every method is cheap; none is thread-safe."""
 
     def __init__(self, calibrated: Machine) -> None:
