@@ -101,6 +101,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture("opt", {}, intermediate_field="ffn_dim"),
     "gptj": Architecture("gptj", {"rotary_dim": 16}, intermediate_field="n_inner"),
     "gpt_neox": Architecture("gpt_neox", {}),
+    "deepseek_v2": Architecture(
+        "deepseek_v2",
+        {
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "head_dim": 16,
+            "first_k_dense_replace": 99,  # no layer has experts
+        },
+    ),
 }
 
 
@@ -159,7 +171,7 @@ def _config(spec: ModelSpec) -> Any:
         "tie_word_embeddings": family.tied,
         family.intermediate_field: spec.intermediate,
     }
-    return AutoConfig.for_model(family.model_type, **fields, **family.extra)
+    return AutoConfig.for_model(family.model_type, **(fields | family.extra))
 
 
 def _write_checkpoint(directory: Path, spec: ModelSpec, seed: int) -> None:
@@ -190,7 +202,10 @@ class _Scale:
 # The first pattern found in a parameter's name decides: gain over the square root of the fan-in.
 # Fused projections ("qkv") take the gain of Q and K.
 _MATRIX_GAINS: tuple[tuple[str, float | None], ...] = (
-    (r"\.(q_proj|k_proj|qkv_proj|query_key_value)\.", None),  # None: the square root of the sharpness
+    (
+        r"\.(q_proj|k_proj|qkv_proj|query_key_value|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\.",
+        None,
+    ),  # None: the square root of the sharpness
     (r"\.v_proj\.", 2.0),
     (r"\.(o_proj|out_proj|attention\.dense)\.", 5.0),
     (r"(lm_head|embed_out)\.", 2.5),

@@ -58,7 +58,7 @@ def measure_planning(calls: int = 3000) -> dict[str, Any]:
 
 def cases() -> Iterator[tuple[str, Costs, Hit]]:
     for model, shape in ARCHITECTURES.items():
-        if shape.latent_size:
+        if shape.latent is not None:
             continue
         for gpu in COMPARED:
             for drives in (0, 1, 4):

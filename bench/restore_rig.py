@@ -104,7 +104,7 @@ class KVPool:
         self.buffers = [pool_of(model.shape, slots, dtype) for _ in range(model.layers)]
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        scatter_kv(rows, slots, *self.buffers[layer])
+        scatter_kv(rows, slots, self.buffers[layer])
 
     def check(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> dict[str, float]:
         stored = torch.cat([part[slots].flatten(1) for part in self.buffers[layer]], dim=1)

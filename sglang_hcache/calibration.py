@@ -66,7 +66,7 @@ def calibrate(
         shape,
         dtype_bytes=model.dtype.itemsize,
         stored_hidden_bytes=stored_bytes,
-        stored_kv_bytes=formats.kv.row_bytes * min(ranks, shape.kv_heads),
+        stored_kv_bytes=formats.kv.row_bytes * shape.kv_shares(ranks),
     )
 
     def measure() -> Machine:
@@ -109,7 +109,7 @@ def _measure(
         many_s = _seconds(lambda: _prefill(runner, page_tokens, many), device, repeats)
     fixed_s, token_s = _fit((few, few_s), (many, many_s))
     gemm_flop_per_s = shape.linear_flop / ranks * shape.layers / max(token_s, _LEAST_S)
-    pages, kv_ranks = max(1, min(_RESTORED_TOKENS, limit) // page_tokens), min(ranks, shape.kv_heads)
+    pages, kv_ranks = max(1, min(_RESTORED_TOKENS, limit) // page_tokens), shape.kv_shares(ranks)
     tokens, copied_bytes, copies_s, stages_s = pages * page_tokens, 0, 0.0, []
     for layer_format in (formats.kv, formats.hidden) if formats.hidden else (formats.kv,):
         copy_s, make_s = _try_restoring(layer_format, pages, page_tokens, device)

@@ -62,6 +62,14 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
         return output
 
 
+def attend_to_latents() -> None:
+    """MLA: attention of PyTorch reads K and V from the pool, so prefills, too, must attend to what is there."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods import AttnForwardMethod
+
+    AttentionBackendRegistry.register("torch_native", lambda _module, _batch: AttnForwardMethod.MLA)
+
+
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, enable_gqa: bool
 ) -> torch.Tensor:

@@ -42,6 +42,8 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
 
 
 def _make_attention(model_runner: Any) -> object:
-    from sglang_hcache.cpu_attention import TorchCpuAttention
+    from sglang_hcache.cpu_attention import TorchCpuAttention, attend_to_latents
 
+    if model_runner.use_mla_backend:
+        attend_to_latents()
     return TorchCpuAttention(model_runner)

@@ -353,14 +353,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
-        """Hidden states are the same on every rank: one of each node saves them. K and V are each rank's own."""
+        """What is the same on every rank is saved by one of each node; K and V are each rank's own."""
         layout, capture = self._stored.layout, scheduler_hooks.capture
         codec = self._stored.of(0).codec
+        saves = get_parallel().tp_rank % self._registration.ranks_sharing_pages == 0
         if capture is not None:
-            captured = get_parallel().tp_rank % self._registration.ranks_sharing_pages == 0
-            capture.keep(layout.hidden if captured else 0, codec)
-            if not captured:
-                return NoSaver()
+            capture.keep(layout.hidden if saves else 0, codec)
+        if not saves:
+            return NoSaver()
         kv_layers = range(layout.hidden, layout.layers)
         kv = KVRows(store, self._copy_out, self._pool, kv_layers, self.forward_stream) if layout.kv else None
         saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, codec=codec)

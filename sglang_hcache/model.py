@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding.rope_variant import Phi3LongRoPEScaledRotaryEmbedding
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+Pool = MHATokenToKVPool | MLATokenToKVPool
 
 _REPLAYED = {"hidden_states", "positions", "forward_batch"}
 
@@ -64,17 +66,30 @@ def attention_sites(model: torch.nn.Module) -> list[AttentionSite]:
     return sites if layers == list(range(len(sites))) else []
 
 
-def check_pool(pool: Any, components: set[Any]) -> MHATokenToKVPool:
+def check_pool(pool: Any, components: set[Any]) -> Pool:
     """The device pool, if it is of the kind the tier can read and write; raises `Unsupported` if not."""
     names = {component.name for component in components}
     if names != {"FULL"}:
         raise Unsupported(f"the radix cache holds {', '.join(sorted(names))} state; only full attention is supported")
-    if type(pool) is not MHATokenToKVPool or pool.is_quantized_kv_cache or pool.use_hnd:
-        raise Unsupported(f"a KV pool of type {type(pool).__name__} is not supported yet")
-    return pool
+    if type(pool) is MHATokenToKVPool and not (pool.is_quantized_kv_cache or pool.use_hnd):
+        return pool
+    if type(pool) is MLATokenToKVPool and not pool.use_dsa:
+        return pool
+    raise Unsupported(f"a KV pool of type {type(pool).__name__} is not supported yet")
 
 
-def kv_row_bytes(pool: MHATokenToKVPool, layer: int) -> tuple[int, int]:
-    """Bytes of one token's K and V in a layer of this rank's pool."""
-    key, value = pool.k_buffer[layer], pool.v_buffer[layer]
-    return key[0].numel() * key.element_size(), value[0].numel() * value.element_size()
+def has_latent(pool: Pool) -> bool:
+    """Whether it keeps MLA's latent, of which all heads make K and V: it is the same on every rank."""
+    return isinstance(pool, MLATokenToKVPool)
+
+
+def kv_buffers(pool: Pool, layer: int) -> tuple[torch.Tensor, ...]:
+    """What this rank's pool keeps of a layer: K and V, or MLA's latent; `[slots, heads, elements]` each."""
+    if isinstance(pool, MLATokenToKVPool):
+        return (pool.kv_buffer[layer],)
+    return pool.k_buffer[layer], pool.v_buffer[layer]
+
+
+def kv_row_bytes(pool: Pool) -> int:
+    """Bytes of a token in each layer of this rank's pool."""
+    return sum(buffer[0].nbytes for buffer in kv_buffers(pool, 0))

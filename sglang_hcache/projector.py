@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from sglang_hcache.model import AttentionSite, kv_row_bytes
+from sglang_hcache.model import AttentionSite, Pool, kv_buffers
 from sglang_hcache.triton_kernels.rows import gather_kv, scatter_kv
 
 
@@ -123,30 +123,33 @@ def _project_keys_and_values(projection: Any, rows: torch.Tensor) -> tuple[torch
 
 
 class KVProjector:
-    """Stored K and V go back as they are: rows are K then V of each token."""
+    """Stored K and V, or MLA's latent, go back as they are: rows are K then V of each token, or the latent."""
 
-    def __init__(self, pool: MHATokenToKVPool) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        key, value = self._pool.k_buffer[layer], self._pool.v_buffer[layer]
+        buffers = kv_buffers(self._pool, layer)
         if rows.device.type == "cuda":
-            scatter_kv(rows, slots, key, value)
+            scatter_kv(rows, slots, buffers)
             return
-        key_bytes, _ = kv_row_bytes(self._pool, layer)
-        for buffer, part in ((key, rows[:, :key_bytes]), (value, rows[:, key_bytes:])):
+        for buffer, part in zip(buffers, _parts(rows, buffers), strict=True):
             buffer[slots] = part.contiguous().view(buffer.dtype).view(-1, *buffer.shape[1:])
 
 
-def pool_rows(pool: MHATokenToKVPool, layer: int, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """K and V of device slots `[n]` as a KVProjector takes them: out uint8 `[n, bytes]`, on the pool's device."""
-    key, value = pool.k_buffer[layer], pool.v_buffer[layer]
+def pool_rows(pool: Pool, layer: int, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """What the pool keeps in slots `[n]`, as a KVProjector takes it: out uint8 `[n, bytes]`, on the pool's device."""
+    buffers = kv_buffers(pool, layer)
     if out.device.type == "cuda":
-        gather_kv(key, value, slots, out)
+        gather_kv(buffers, slots, out)
         return
-    key_bytes, _ = kv_row_bytes(pool, layer)
-    for buffer, part in ((key, out[:, :key_bytes]), (value, out[:, key_bytes:])):
+    for buffer, part in zip(buffers, _parts(out, buffers), strict=True):
         part.copy_(buffer[slots].flatten(1).view(torch.uint8))
+
+
+def _parts(rows: torch.Tensor, buffers: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Rows uint8 `[n, bytes]`, split by buffer."""
+    return rows.split([buffer[0].nbytes for buffer in buffers], dim=1)
 
 
 def _bare_batch(positions: torch.Tensor, slots: torch.Tensor) -> ForwardBatch:

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
 
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
+from sglang_hcache.model import Pool, kv_buffers
 from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
 from sglang_hcache.prefetch.messages import Hello, Welcome
 from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
@@ -30,7 +30,7 @@ class Registration:
         config: HCacheConfig,
         server_args: Any,
         model_config: Any,
-        pool: MHATokenToKVPool,
+        pool: Pool,
         stored: Stored,
         *,
         page_tokens: int,
@@ -65,8 +65,8 @@ class Registration:
 
     @property
     def ranks_sharing_pages(self) -> int:
-        """Ranks of this node that use the same pages: all, if those are nothing but hidden states."""
-        return 1 if self._stored.layout.kv else _ranks_of_a_node(self._server_args)
+        """Ranks of this node that use the same pages: all, if what is stored is the same on each."""
+        return _ranks_of_a_node(self._server_args) if self._stored.same_on_all_ranks else 1
 
     def hello(self) -> Hello:
         return Hello(
@@ -131,7 +131,7 @@ class Registration:
             ("hidden_layers", self._stored.layout.hidden),
             ("codec", self._config.codec),
         ]
-        if self._stored.layout.kv:
+        if not self._stored.same_on_all_ranks:
             parallel = get_parallel()
             parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
         return fingerprint(parts)
@@ -146,7 +146,9 @@ class Registration:
         if memory.hicache_size > 0:
             return 0.0, int(memory.hicache_size * GB) * sharing
         ratio: float = memory.hicache_ratio
-        wanted = int(ratio * sum(buffer.nbytes for buffer in (*self._pool.k_buffer, *self._pool.v_buffer)))
+        layers = range(self._pool.layer_num)
+        pool_bytes = sum(buffer.nbytes for layer in layers for buffer in kv_buffers(self._pool, layer))
+        wanted = int(ratio * pool_bytes)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
             if remote:
                 return 0.0, min(wanted, int(fraction * available_bytes()) // ranks) * sharing

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_lora, get_parallel
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
-from sglang_hcache.model import kv_row_bytes
+from sglang_hcache.model import Pool, has_latent, kv_row_bytes
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.ranks import all_ranks
@@ -45,6 +44,7 @@ class Formats:
     obstacle: str  # why there are no hidden states
     kv: LayerFormat
     kv_bytes_all_ranks: int  # K and V of a token in a layer
+    kv_same_on_all_ranks: bool  # MLA's latent is; K and V are of each rank's own heads
 
     @property
     def hidden_is_smaller(self) -> bool:
@@ -71,6 +71,11 @@ class Stored:
         return tuple(self.of(layer).row_bytes for layer in range(self.layout.layers))
 
     @property
+    def same_on_all_ranks(self) -> bool:
+        """As hidden states are."""
+        return not self.layout.kv or self.formats.kv_same_on_all_ranks
+
+    @property
     def name(self) -> str:
         parts = ((Representation.HIDDEN, self.layout.hidden), (Representation.KV, self.layout.kv))
         return "+".join(kind for kind, layers in parts if layers)
@@ -83,7 +88,7 @@ class Stored:
 def formats_of(
     model_runner: Any,
     capture: Capture | None,
-    pool: MHATokenToKVPool,
+    pool: Pool,
     page_tokens: int,
     *,
     hidden_wanted: bool,
@@ -93,7 +98,7 @@ def formats_of(
 
     codec_name: how they are stored, if not as they are. A lossy one has no part in the test.
     """
-    kv_bytes = sum(kv_row_bytes(pool, 0))
+    kv_bytes, shared = kv_row_bytes(pool), has_latent(pool)
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         model = model_runner.model_config
@@ -105,11 +110,11 @@ def formats_of(
         elif projector is not None:
             hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
     kv = LayerFormat(kv_bytes, torch.uint8, KVProjector(pool), "copy")
-    return Formats(hidden, obstacle, kv, kv_bytes * get_parallel().tp_size)
+    return Formats(hidden, obstacle, kv, kv_bytes * (1 if shared else get_parallel().tp_size), shared)
 
 
 def _hidden_projector(
-    runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int, codec: Codec | None
+    runner: Any, capture: Capture | None, pool: Pool, page_tokens: int, codec: Codec | None
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
@@ -124,8 +129,10 @@ def _hidden_projector(
     return None, f"the self-test failed ({verdict})"
 
 
-def _obstacle(runner: Any, capture: Capture, pool: MHATokenToKVPool) -> str | None:
+def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
     """What the self-test, of one short prompt, would not show."""
+    if has_latent(pool):
+        return "the latent of MLA is smaller than hidden states"
     if len(capture.sites) != pool.layer_num:
         return f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool"
     if get_lora().enable_lora:  # which --lora-paths sets, too, but not in what was given
@@ -141,7 +148,7 @@ def _try(
     projector: KernelProjector | ReplayProjector,
     runner: Any,
     capture: Capture,
-    pool: MHATokenToKVPool,
+    pool: Pool,
     page_tokens: int,
     codec: Codec | None,
 ) -> tuple[bool, str]:
@@ -161,7 +168,7 @@ def _try(
 
 
 def _candidates(
-    sites: Sequence[Any], pool: MHATokenToKVPool, *, deterministic: bool
+    sites: Sequence[Any], pool: Pool, *, deterministic: bool
 ) -> Iterator[KernelProjector | ReplayProjector]:
     """Projectors of hidden states, the fastest first.
 

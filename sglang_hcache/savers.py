@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.codec import Codec
 from sglang_hcache.copy_out import CopyOut
+from sglang_hcache.model import Pool
 from sglang_hcache.open_pages import OpenPages, chunk_rows
 from sglang_hcache.projector import pool_rows
 from sglang_hcache.storage.contract import ChunkStore
@@ -190,7 +190,7 @@ class KVRows:
         self,
         store: ChunkStore,
         copy_out: CopyOut,
-        pool: MHATokenToKVPool,
+        pool: Pool,
         layers: range,
         forward_stream: torch.cuda.Stream | None,
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel
 
 from sglang_hcache.calibration import calibrate
@@ -13,6 +12,7 @@ from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.load_planner import LoadPlanner
+from sglang_hcache.model import Pool
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
@@ -21,7 +21,7 @@ from sglang_hcache.synthetic_forward import most_tokens
 
 
 def plan(
-    config: HCacheConfig, runner: Any, capture: Capture | None, pool: MHATokenToKVPool, page_tokens: int
+    config: HCacheConfig, runner: Any, capture: Capture | None, pool: Pool, page_tokens: int
 ) -> tuple[Stored, LoadPlanner | None]:
     """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
     hidden_wanted = config.representation != Representation.KV

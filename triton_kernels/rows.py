@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -110,24 +111,23 @@ def _move_kv(
         tl.store(value, words, mask=of_v)
 
 
-def scatter_kv(rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor) -> None:
+def scatter_kv(rows: torch.Tensor, slots: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
     """Stored K and V back into the pool: `rows[i]`, K's bytes and then V's, to slot `slots[i]`.
 
-    rows: `[n, …]`, contiguous; slots: int64 `[n]`, all different; k_buffer, v_buffer: `[slots, …]`, contiguous. One
-    launch. Raises ValueError for sizes that do not agree, or K or V of bytes that are no multiple of 8.
+    rows: `[n, …]`, contiguous; slots: int64 `[n]`, all different; buffers: K's and V's, or the one of MLA's latent,
+    `[slots, …]`, contiguous. One launch. Raises ValueError for sizes that do not agree, or are no multiples of 8.
     """
-    _launch_kv(rows, slots, k_buffer, v_buffer, gather=False)
+    _launch_kv(rows, slots, buffers, gather=False)
 
 
-def gather_kv(k_buffer: torch.Tensor, v_buffer: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+def gather_kv(buffers: Sequence[torch.Tensor], slots: torch.Tensor, out: torch.Tensor) -> None:
     """The inverse of `scatter_kv`: `out[i]` = K's bytes and then V's of slot `slots[i]`; out may be pinned memory."""
-    _launch_kv(out, slots, k_buffer, v_buffer, gather=True)
+    _launch_kv(out, slots, buffers, gather=True)
 
 
-def _launch_kv(
-    rows: torch.Tensor, slots: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, *, gather: bool
-) -> None:
-    k_bytes, v_bytes = k_buffer[0].nbytes, v_buffer[0].nbytes
+def _launch_kv(rows: torch.Tensor, slots: torch.Tensor, buffers: Sequence[torch.Tensor], *, gather: bool) -> None:
+    k_buffer, v_buffer = buffers[0], buffers[-1]
+    k_bytes, v_bytes = k_buffer[0].nbytes, v_buffer[0].nbytes * (len(buffers) - 1)
     if len(rows) != len(slots) or (len(rows) and rows[0].nbytes != k_bytes + v_bytes):
         raise ValueError(
             f"{len(slots)} slots of {k_bytes} + {v_bytes} bytes for rows {list(rows.shape)} {rows.dtype}"
@@ -144,7 +144,7 @@ def _launch_kv(
 
 
 def compile_specs() -> Iterator[KernelSpec]:
-    """Rows of one block, and of many: K or V of a token, a token's hidden state, a layer of a page; K and V."""
+    """Rows of one block, and of many: K or V of a token, its hidden state, a layer of a page; K and V; a latent."""
     pointers = {"source": "*i64", "offsets": "*i64", "target": "*i64"}
     numbers = {"layer_words": "i64", "n": "i32", "tasks": "i32"}
     for row_bytes, warps in ((256, 16), (8192, 16), (64 * 8192, 4), (64 * 8192, 16)):
@@ -159,11 +159,12 @@ def compile_specs() -> Iterator[KernelSpec]:
             aligned=tuple(pointers),
         )
     pool = {"rows": "*i64", "slots": "*i64", "keys": "*i64", "values": "*i64"}
-    for kv_bytes, gather in ((256, False), (256, True), (8192, False), (8192, True)):
-        words = kv_bytes // WORD
-        sizes = {"k_words": words, "v_words": words, "BLOCK": min(1024, triton.next_power_of_2(2 * words))}
+    for (k_bytes, v_bytes), gather in itertools.product(((256, 256), (8192, 8192), (1152, 0)), (False, True)):
+        k_words, v_words = k_bytes // WORD, v_bytes // WORD
+        block = min(1024, triton.next_power_of_2(k_words + v_words))
+        sizes = {"k_words": k_words, "v_words": v_words, "BLOCK": block}
         yield KernelSpec(
-            name=f"{'gather' if gather else 'scatter'}_kv of {kv_bytes} bytes each",
+            name=f"{'gather' if gather else 'scatter'}_kv of {k_bytes} and {v_bytes} bytes",
             kernel=_move_kv,
             signature=pool,
             constexprs={**sizes, "GATHER": gather},

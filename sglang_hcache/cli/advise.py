@@ -79,14 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
-    if shape.latent_size:
-        raise CommandFailed(
-            f"{shape.name} has latent attention, which is not supported: its {human(shape.kv_bytes)} a token and "
-            f"layer are smaller than hidden states ({human(shape.hidden_bytes)})"
-        )
     if shape.mixed_attention:
         raise CommandFailed(f"{shape.name} has layers that see a window only, which are not supported")
-    if shape.query_heads % ranks or max(ranks, shape.kv_heads) % min(ranks, shape.kv_heads):
+    kv_heads = shape.query_heads if shape.latent is not None else shape.kv_heads
+    if shape.query_heads % ranks or max(ranks, kv_heads) % min(ranks, kv_heads):
         heads = f"{count(shape.query_heads, 'head')} and {shape.kv_heads} of K and V"
         raise CommandFailed(f"--tp {ranks} does not divide the heads of {shape.name}: {heads}")
 

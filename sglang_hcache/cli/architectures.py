@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.shape import Latent, ModelShape
 
 
 def _model(
@@ -15,7 +15,7 @@ def _model(
     *,
     gated: bool = True,
     experts: tuple[int, int] = (1, 1),
-    latent_size: int = 0,
+    latent: Latent | None = None,
     mixed: bool = False,
 ) -> ModelShape:
     """`heads`: of queries, of K and V, elements each; `experts`: all of a layer, those a token passes;
@@ -34,10 +34,12 @@ def _model(
         gated_mlp=gated,
         experts=experts[0],
         active_experts=experts[1],
-        latent_size=latent_size,
+        latent=latent,
         mixed_attention=mixed,
     )
 
+
+_DEEPSEEK = Latent(rank=512, rope_dim=64, nope_dim=128, query_rank=1536)
 
 _ALL = (
     # Every K and V head has one query head: hidden states are half of KV.
@@ -119,10 +121,12 @@ _ALL = (
     _model("StableLM-2-12B", 40, 5120, (32, 8, 160), 13824, 100352),
     _model("Command-R-Plus", 64, 12288, (96, 8, 128), 33792, 256000),
     _model("GLM-4-9B", 40, 4096, (32, 2, 128), 13696, 151552),
-    # Multi-head latent attention: 512 elements and 64 of position a token, smaller than either.
-    _model("DeepSeek-V2", 60, 5120, (128, 128, 128), 1536, 102400, experts=(162, 8), latent_size=576),
-    _model("DeepSeek-V2-Lite", 27, 2048, (16, 16, 128), 1408, 102400, experts=(66, 8), latent_size=576),
-    _model("DeepSeek-V3", 61, 7168, (128, 128, 128), 2048, 129280, experts=(257, 9), latent_size=576),
+    # Multi-head latent attention: the latent is smaller than either.
+    _model("DeepSeek-V2", 60, 5120, (128, 128, 128), 1536, 102400, experts=(162, 8), latent=_DEEPSEEK),
+    _model("DeepSeek-V2-Lite", 27, 2048, (16, 16, 128), 1408, 102400, experts=(66, 8), latent=Latent(512, 64, 128)),
+    _model("DeepSeek-V3", 61, 7168, (128, 128, 128), 2048, 129280, experts=(257, 9), latent=_DEEPSEEK),
+    _model("Kimi-K2", 61, 7168, (64, 64, 128), 2048, 163840, experts=(385, 9), latent=_DEEPSEEK),
+    _model("MiniCPM3-4B", 62, 2560, (40, 40, 64), 6400, 73448, latent=Latent(256, 32, 64, 768)),
 )
 
 ARCHITECTURES = {shape.name: shape for shape in _ALL}

@@ -60,7 +60,7 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
     ranks = machine.ranks
     # A ring reduces in two halves, each of which moves (ranks - 1) / ranks of the data; twice a layer.
     half_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
-    kv_shares = min(ranks, shape.kv_heads)
+    kv_shares = shape.kv_shares(ranks)
     ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)
     weight_bytes = shape.layer_weight_bytes / ranks
     return Costs(

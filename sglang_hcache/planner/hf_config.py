@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.shape import Latent, ModelShape
 
 # Their MLP has two matrices; all others have a gate.
 _PLAIN_MLP = {
@@ -35,7 +35,9 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     head_dim = _optional(config, "head_dim", "kv_channels") or hidden_size // query_heads
     experts, active, intermediate_size = _mlp(config, model_type, hidden_size)
-    latent = _optional(config, "kv_lora_rank")
+    latent = _latent(config)
+    if latent is not None:
+        head_dim = _size(config, "v_head_dim")
     return ModelShape(
         name=name,
         layers=layers,
@@ -48,7 +50,7 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         gated_mlp=model_type not in _PLAIN_MLP,
         experts=experts,
         active_experts=active,
-        latent_size=latent + _size(config, "qk_rope_head_dim") if latent else 0,
+        latent=latent,
         mixed_attention=model_type in _MIXED or "sliding_attention" in layer_types,
     )
 
@@ -67,6 +69,13 @@ def _kv_heads(config: Mapping[str, Any], query_heads: int) -> int:
     return (
         _optional(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num") or query_heads
     )
+
+
+def _latent(config: Mapping[str, Any]) -> Latent | None:
+    if not (rank := _optional(config, "kv_lora_rank")):
+        return None
+    rope_dim, nope_dim = _size(config, "qk_rope_head_dim"), _size(config, "qk_nope_head_dim")
+    return Latent(rank, rope_dim, nope_dim, query_rank=_optional(config, "q_lora_rank"))
 
 
 def _mlp(config: Mapping[str, Any], model_type: str, hidden_size: int) -> tuple[int, int, int]:

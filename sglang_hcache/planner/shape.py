@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (MLA): the pool keeps one vector of a token, of which all heads make K and V."""
+
+    rank: int  # elements of the vector
+    rope_dim: int  # elements of K that are rotated, the same for all heads, and kept beside it
+    nope_dim: int  # elements of a head's K that are made of the vector
+    query_rank: int = 0  # elements that queries are made of; 0: of the attention's input
+
+    @property
+    def size(self) -> int:
+        """Elements that are kept of a token."""
+        return self.rank + self.rope_dim
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder of equal layers. Bytes and operations are of one token and layer, of the whole model (all ranks)."""
 
@@ -23,7 +38,7 @@ class ModelShape:
     dtype_bytes: int = 2
     stored_hidden_bytes: int = 0  # of a token in a layer, where hidden states are stored in fewer; 0: as they are
     stored_kv_bytes: int = 0  # likewise, of K and V
-    latent_size: int = 0  # elements a token of multi-head latent attention, which is not supported; 0: none
+    latent: Latent | None = None  # with MLA; `head_dim` is that of V then
     mixed_attention: bool = False  # some layers see a window only, which is not supported
 
     def __post_init__(self) -> None:
@@ -51,11 +66,18 @@ class ModelShape:
     @property
     def kv_bytes(self) -> int:
         """Of K and V as they are stored."""
-        return self.stored_kv_bytes or (self.latent_size or 2 * self.kv_heads * self.head_dim) * self.dtype_bytes
+        elements = self.latent.size if self.latent is not None else 2 * self.kv_heads * self.head_dim
+        return self.stored_kv_bytes or elements * self.dtype_bytes
+
+    def kv_shares(self, ranks: int) -> int:
+        """Ranks among which K and V are divided; each has all of MLA's latent."""
+        return 1 if self.latent is not None else min(ranks, self.kv_heads)
 
     @property
     def projection_parameters(self) -> int:
-        """Of W_k and W_v."""
+        """Of W_k and W_v, or of what makes the latent."""
+        if self.latent is not None:
+            return self.hidden_size * self.latent.size
         return 2 * self.hidden_size * self.kv_heads * self.head_dim
 
     @property
@@ -66,18 +88,16 @@ class ModelShape:
     @property
     def linear_flop(self) -> int:
         """Of a forward pass without attention: two for each parameter a token meets."""
-        attention = 2 * self.hidden_size * self.query_heads * self.head_dim + self.projection_parameters
-        return 2 * (attention + self.active_experts * self._mlp_parameters)
+        return 2 * (self._attention_parameters + self.active_experts * self._mlp_parameters)
 
     @property
     def attention_flop_per_pair(self) -> int:
         """For one query and one key it sees: a product for the score, one for the value."""
-        return 4 * self.query_heads * self.head_dim
+        return 2 * self.query_heads * (self._score_dim + self.head_dim)
 
     @property
     def layer_weight_bytes(self) -> int:
-        attention = 2 * self.hidden_size * self.query_heads * self.head_dim + self.projection_parameters
-        return (attention + self.experts * self._mlp_parameters) * self.dtype_bytes
+        return (self._attention_parameters + self.experts * self._mlp_parameters) * self.dtype_bytes
 
     @property
     def head_weight_bytes(self) -> int:
@@ -88,6 +108,21 @@ class ModelShape:
     def weight_bytes(self) -> int:
         """Of the whole model; input embeddings that are not the head's matrix come on top."""
         return self.layers * self.layer_weight_bytes + self.head_weight_bytes
+
+    @property
+    def _score_dim(self) -> int:
+        """Elements of a head's query and key."""
+        return self.head_dim if self.latent is None else self.latent.nope_dim + self.latent.rope_dim
+
+    @property
+    def _attention_parameters(self) -> int:
+        queries, output = self.query_heads * self._score_dim, self.hidden_size * self.query_heads * self.head_dim
+        if self.latent is None:
+            return self.hidden_size * queries + self.projection_parameters + output
+        query_rank = self.latent.query_rank
+        of_queries = query_rank * (self.hidden_size + queries) if query_rank else self.hidden_size * queries
+        expansion = self.latent.rank * self.query_heads * (self.latent.nope_dim + self.head_dim)
+        return of_queries + self.projection_parameters + expansion + output
 
     @property
     def _mlp_parameters(self) -> int:

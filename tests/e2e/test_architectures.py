@@ -24,6 +24,7 @@ REPRESENTATIONS = {
     "stablelm": "hidden",  # partial RoPE
     "gptj": "hidden",  # interleaved RoPE
     "llama_gqa": "kv",
+    "deepseek_v2": "kv",  # MLA: its latent
 }
 
 
@@ -86,6 +87,22 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
     spread = worst(fresh[6:], fresh[:6]).logprob
     assert [answer.cached_host for answer in restored] == [whole_pages(PROMPT_TOKENS - 9)] * 4
     assert worst(restored, fresh[:4]).logprob <= spread
+
+
+def test_two_ranks_share_the_pages_of_a_latent(workshop: Workshop, fresh_store: Path) -> None:
+    """MLA: the first rank saves for both, and a server of one rank finds the same pages."""
+    spec, env = ModelSpec("deepseek_v2"), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    args = (*ARGS, "--tp", "2")
+    waiting = ("--hicache-storage-prefetch-policy", "wait_complete")
+    stock = workshop.stock(spec, args, env=env)
+    with started_together(stock, workshop.tiered(fresh_store, spec, (*args, *waiting), env=env)) as (stock, tiered):
+        wanted, answers = restore_once(stock), restore_once(tiered)
+    assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
+    assert_equal(answers, wanted)
+    with started_together(workshop.tiered(fresh_store, spec, (*ARGS, *waiting))) as (alone,):
+        again = alone.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
+    assert again.cached_host >= whole_pages(PROMPT_TOKENS)
+    assert_equal([again], wanted[1:])
 
 
 def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:

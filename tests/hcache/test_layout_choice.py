@@ -31,7 +31,7 @@ class NoProjector:
 def formats(*, hidden: bool = True, kv_bytes: int = SHAPE.kv_bytes) -> Formats:
     of_hidden = LayerFormat(SHAPE.hidden_bytes, torch.bfloat16, NoProjector(), "kernels")
     kv = LayerFormat(kv_bytes, torch.uint8, NoProjector(), "copy")
-    return Formats(of_hidden if hidden else None, "" if hidden else "the self-test failed", kv, kv_bytes)
+    return Formats(of_hidden if hidden else None, "" if hidden else "the self-test failed", kv, kv_bytes, False)
 
 
 def planned(folder: Path, machine: Machine, **options: Any) -> Stored:

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
 from sglang_hcache import linker, ranks, registration, representation, scheduler_hooks, start
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
+from sglang_hcache.model import Pool, kv_buffers
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.storage.contract import Progress
 from tests.e2e.conftest import wait_until
@@ -27,16 +28,25 @@ PAGE = 16
 PAGES = 8  # of the pool
 
 
-@pytest.fixture
-def pool() -> MHATokenToKVPool:
-    pool = MHATokenToKVPool(PAGES * PAGE, PAGE, torch.float32, 2, 4, 2, "cpu", enable_memory_saver=False)
-    for buffer in (*pool.k_buffer, *pool.v_buffer):
+def buffers_of(pool: Pool) -> list[torch.Tensor]:
+    return [buffer for layer in range(pool.layer_num) for buffer in kv_buffers(pool, layer)]
+
+
+@pytest.fixture(params=["K and V", "latent"])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    common = {"size": PAGES * PAGE, "page_size": PAGE, "dtype": torch.float32, "layer_num": 2, "device": "cpu"}
+    pool: Pool
+    if request.param == "latent":
+        pool = MLATokenToKVPool(kv_lora_rank=8, qk_rope_head_dim=4, enable_memory_saver=False, **common)
+    else:
+        pool = MHATokenToKVPool(head_num=2, head_dim=4, enable_memory_saver=False, **common)
+    for buffer in buffers_of(pool):
         buffer.normal_()
     return pool
 
 
 @pytest.fixture
-def tier(tmp_path: Path, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[HCacheLinker]:
+def tier(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterator[HCacheLinker]:
     context = {
         "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
@@ -88,13 +98,13 @@ def promise(tier: HCacheLinker, rid: str = "a") -> None:
     wait_until(lambda: tier.lookup(rid, transfer(range(2))) == [1, 2], 10)
 
 
-def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: MHATokenToKVPool) -> None:
+def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: Pool) -> None:
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
     index = stored.start_layer_wise_loading()
     assert index >= 0
     assert stored.finish_layer_wise_loading(index)
-    for buffer in (*pool.k_buffer, *pool.v_buffer):
+    for buffer in buffers_of(pool):
         assert torch.equal(buffer[slots_of(5, 6)], buffer[slots_of(1, 2)])
     stats = stored.stats()
     assert (stats["tokens_restored"], stats["loads_accepted"], stats["pages_leased"]) == (2 * PAGE, 1, 0)
@@ -108,13 +118,13 @@ def test_what_was_not_promised_is_refused(stored: HCacheLinker) -> None:
     assert stored.stats()["loads_refused"] == 2
 
 
-def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: MHATokenToKVPool) -> None:
+def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: Pool) -> None:
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
-    before = pool.k_buffer[0].clone()
+    before = buffers_of(pool)[0].clone()
     assert not stored.finish_layer_wise_loading(-1)
     assert stored.start_layer_wise_loading() == -1, "the slots are somebody else's by now"
-    assert torch.equal(pool.k_buffer[0], before)
+    assert torch.equal(buffers_of(pool)[0], before)
     assert not stored.finish_layer_wise_loading(7)
     stats = stored.stats()
     assert (stats["loads_failed"], stats["tokens_restored"], stats["pages_leased"]) == (1, 0, 0)

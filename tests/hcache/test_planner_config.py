@@ -6,7 +6,7 @@ import pytest
 
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
-from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.shape import Latent, ModelShape
 
 # The fields that matter of released configs, as they are named there.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -130,7 +130,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "num_hidden_layers": 61,
         "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
         "vocab_size": 129280,
     },
     "OLMo-7B": {
@@ -164,6 +167,7 @@ PARAMETERS = {
     "Command-R": 32.9,
     "Falcon-40B": 40.8,
     "Yi-34B": 33.5,
+    "MiniCPM3-4B": 3.88,
 }
 
 
@@ -206,6 +210,11 @@ def test_the_table_has_many_and_says_how_large_hidden_states_are() -> None:
 def test_what_is_missing_or_wrong_is_said(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UnknownConfig, match=message):
         shape_of_config({**CONFIGS["Llama-2-7B"], **change}, "changed")
+
+
+def test_queries_of_a_latent_may_be_made_of_the_input() -> None:
+    latent = shape_of_config({**CONFIGS["DeepSeek-V3"], "q_lora_rank": None}, "changed").latent
+    assert latent == Latent(rank=512, rope_dim=64, nope_dim=128, query_rank=0)
 
 
 def test_layers_that_see_a_window_are_noticed() -> None:

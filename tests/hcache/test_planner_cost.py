@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.machine import GPUS, Machine, machine_of
 from sglang_hcache.planner.shape import ModelShape
@@ -22,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_it_needs_neither_torch_nor_sglang_nor_zmq() -> None:
     program = (
         "import sys\n"
-        "from sglang_hcache.planner import cost, follow, load, save\n"
+        "from sglang_hcache.planner import cost, load, rate_tracker, save\n"
         "assert not {'torch', 'sglang', 'zmq', 'lmdb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
@@ -66,6 +67,17 @@ def test_ranks_share_the_work_but_not_every_copy() -> None:
     sixteen = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=16))
     eight = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=8))
     assert sixteen.kv_bus_s_per_token == eight.kv_bus_s_per_token, "8 heads cannot be cut in 16"
+
+
+def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
+    """DeepSeek-V3: 576 elements a token and layer, and 187.1 million parameters in an attention."""
+    shape = ARCHITECTURES["DeepSeek-V3"]
+    experts = 257 * 3 * 7168 * 2048
+    assert shape.kv_bytes == 2 * 576
+    assert shape.layer_weight_bytes / 2 - experts == pytest.approx(187.1e6, rel=1e-3)
+    one, eight = (costs_of(shape, machine_of("H200", ranks=ranks)) for ranks in (1, 8))
+    assert eight.kv_bus_s_per_token == one.kv_bus_s_per_token
+    assert one.attention_s_per_pair == pytest.approx(2 * 128 * (192 + 128) / machine_of("H200").attention_flop_per_s)
 
 
 def test_weights_in_host_memory_take_their_share_of_the_bus() -> None:

@@ -18,6 +18,7 @@ from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.registration import Registration, warn_of_limits_that_do_not_hold
+from sglang_hcache.representation import Formats, Stored
 from tests.prefetch.clients import hello
 
 Say = Callable[..., Hello]
@@ -41,9 +42,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
-    stored: Any = SimpleNamespace(layout=Layout(0, 0, 2), row_bytes=(64, 64), name="kv")
     halves = [torch.empty(500, dtype=torch.uint8)] * 2
-    pool: Any = SimpleNamespace(dtype=torch.float32, k_buffer=halves, v_buffer=halves)
+    pool: Any = SimpleNamespace(dtype=torch.float32, layer_num=2, k_buffer=halves, v_buffer=halves)
 
     def said(
         model: Path | str,
@@ -52,6 +52,9 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         ratio: float = 2.0,
         fraction: float | None = None,
         remote: str | None = None,
+        rank: int = 0,
+        ranks_in_all: int = 1,
+        latent: bool = False,
         **arguments: object,
     ) -> Hello:
         memory = SimpleNamespace(
@@ -60,6 +63,9 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             hicache_host_memory_fraction=fraction,
             hicache_write_policy="write_through",
         )
+        parallel.tp_rank, parallel.tp_size = rank, ranks_in_all
+        kv: Any = SimpleNamespace(row_bytes=64, projector_name="copy")
+        stored = Stored(Layout(0, 0, 2), Formats(None, "", kv, 64, kv_same_on_all_ranks=latent), "")
         monkeypatch.setattr(registration, "get_memory", lambda: memory)
         monkeypatch.setattr(registration, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
         monkeypatch.setattr(registration, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
@@ -136,6 +142,19 @@ def test_what_cannot_be_identified_goes_to_no_file(
     assert not first.on_file
     assert first.fingerprint != second.fingerprint
     assert [record.message.count("pages are kept in host memory only") for record in caplog.records] == [1, 1]
+
+
+def test_ranks_share_the_pages_of_a_latent(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K and V are of each rank's own heads; and memory that is shared is asked for once for all."""
+    monkeypatch.setattr(ranks, "of_first_rank", lambda value: value)
+    model = checkpoint(tmp_path / "model", b"weights")
+    group = SimpleNamespace(all_gather_object=lambda value: [value, value])
+    for latent, names, share in ((False, 2, 1), (True, 1, 2)):
+        hellos = []
+        for rank in range(2):
+            hellos.append(say(model, rank=rank, ranks_in_all=2, latent=latent, group=group))
+        assert len({hello.fingerprint for hello in hellos}) == names
+        assert hellos[0].host_bytes == share * 10**9
 
 
 def asked(hello: Hello) -> tuple[int, float]:

@@ -54,8 +54,8 @@ def test_keys_and_values_come_back_to_other_slots(dtype: torch.dtype) -> None:
     source, target = order[:n], order[n : 2 * n]
     before = [buffer.view(torch.uint8).clone() for buffer in (keys, values)]
 
-    gather_kv(keys, values, source, rows)
-    scatter_kv(rows, target, keys, values)
+    gather_kv((keys, values), source, rows)
+    scatter_kv(rows, target, (keys, values))
 
     others = torch.ones(slots, dtype=torch.bool, device=DEVICE)
     others[target] = False
@@ -65,7 +65,22 @@ def test_keys_and_values_come_back_to_other_slots(dtype: torch.dtype) -> None:
         assert torch.equal(now[others], was[others])
 
 
+def test_latents_come_back_to_other_slots() -> None:
+    """One buffer, of MLA, in the place of K's and V's."""
+    latents = _bytes(20 * 72 * 2, seed=1).view(torch.bfloat16).view(20, 1, 72)
+    rows = torch.empty(7, 144, dtype=torch.uint8, device=DEVICE)
+    order = torch.randperm(20, device=DEVICE)
+    before = latents.view(torch.uint8).clone()
+    gather_kv((latents,), order[:7], rows)
+    scatter_kv(rows, order[7:14], (latents,))
+    now = latents.view(torch.uint8)
+    assert torch.equal(rows, before[order[:7]].view(7, -1))
+    assert torch.equal(now[order[7:14]], before[order[:7]])
+    assert torch.equal(now[order[14:]], before[order[14:]])
+    assert torch.equal(now[order[:7]], before[order[:7]])
+
+
 def test_rows_of_another_size_are_refused() -> None:
     buffer = torch.zeros(4, 2, 8, device=DEVICE)
     with pytest.raises(ValueError, match="64 \\+ 64 bytes"):
-        scatter_kv(torch.zeros(2, 31, device=DEVICE), torch.tensor([0, 1], device=DEVICE), buffer, buffer.clone())
+        scatter_kv(torch.zeros(2, 31, device=DEVICE), torch.tensor([0, 1], device=DEVICE), (buffer, buffer.clone()))
