@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
 from sglang_hcache import metrics, scheduler_hooks
 from sglang_hcache.metrics import METRICS, Kind, Publisher, numbers_of
 
-DOCS = Path(__file__).parents[2] / "docs" / "operating.md"
+DOCS = Path(__file__).parents[2] / "docs"
 LABELS = {"model_name": "m", "tp_rank": 1}
 
 
@@ -37,8 +39,24 @@ def test_names_say_what_they_are() -> None:
 
 
 def test_the_page_names_what_there_is() -> None:
-    rows = re.findall(r"^\| `(hcache_\w+)` \| `(\w+)` \| (\w+) \| (.+) \|$", DOCS.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(hcache_\w+)` \| `(\w+)` \| (\w+) \| (.+) \|$", (DOCS / "operating.md").read_text(), re.MULTILINE
+    )
     assert rows == [(metric.name, metric.stat, str(metric.kind), metric.help) for metric in METRICS]
+
+
+def test_alerts_and_dashboard_use_what_there_is() -> None:
+    rules = yaml.safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    panels = json.loads((DOCS / "prometheus" / "dashboard.json").read_text())["panels"]
+    queries = [rule["expr"] for rule in rules] + [target["expr"] for panel in panels for target in panel["targets"]]
+    page = (DOCS / "operating.md").read_text()
+    assert [rule["expr"] for rule in rules if "alert" in rule and f"`{rule['expr']}`" not in page] == []
+    kinds = {metric.name: metric.kind for metric in METRICS}
+    for query in queries:
+        names = re.findall(r"(?:(rate|increase)\()?\b(hcache_\w+)", query)
+        assert names
+        for function, name in names:
+            assert (kinds[name] is Kind.COUNTER) == bool(function), query
 
 
 def test_figures_are_published_under_sglangs_labels() -> None:
