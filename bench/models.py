@@ -111,6 +111,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "v_head_dim": 32,
             "head_dim": 16,
             "first_k_dense_replace": 99,  # no layer has experts
+            "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+            | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
 }

@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding.rope_variant import Phi3LongRoPEScaledRotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-Pool = MHATokenToKVPool | MLATokenToKVPool
+Pool: TypeAlias = MHATokenToKVPool | MLATokenToKVPool
 
 _REPLAYED = {"hidden_states", "positions", "forward_batch"}
 

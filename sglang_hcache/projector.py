@@ -149,7 +149,8 @@ def pool_rows(pool: Pool, layer: int, slots: torch.Tensor, out: torch.Tensor) ->
 
 def _parts(rows: torch.Tensor, buffers: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Rows uint8 `[n, bytes]`, split by buffer."""
-    return rows.split([buffer[0].nbytes for buffer in buffers], dim=1)
+    parts: Sequence[torch.Tensor] = rows.split([buffer[0].nbytes for buffer in buffers], dim=1)
+    return parts
 
 
 def _bare_batch(positions: torch.Tensor, slots: torch.Tensor) -> ForwardBatch:

@@ -97,7 +97,7 @@ def configured(path: Path, **options: object) -> str:
 
 
 def test_a_prefetcher_makes_nothing_before_all_is_checked(tmp_path: Path) -> None:
-    assert "no address to listen at" in configured(tmp_path, listen="nowhere")
+    assert "not an address to listen at" in configured(tmp_path, listen="nowhere")
     assert "cannot be read" in configured(tmp_path, keys=str(tmp_path / "none"))
     assert "is not a size" in configured(tmp_path, read_limit="fast")
 

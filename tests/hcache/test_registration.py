@@ -38,7 +38,15 @@ def checkpoint(folder: Path, weights: bytes, configuration: str = "config.json")
 @pytest.fixture
 def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     """`say(model, …)`: the hello of a server with one rank, a pool of 2,000 bytes and these arguments."""
-    parallel = SimpleNamespace(tp_rank=0, tp_size=1)
+    of_first: list[object] = []  # what rank 0 has gathered, for rank 1 after it
+
+    def gather(value: object) -> list[object]:
+        if parallel.tp_rank == 0:
+            of_first.append(value)
+            return [value, value]
+        return [of_first.pop(0), value]
+
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1, tp_group=SimpleNamespace(all_gather_object=gather))
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
@@ -144,15 +152,11 @@ def test_what_cannot_be_identified_goes_to_no_file(
     assert [record.message.count("pages are kept in host memory only") for record in caplog.records] == [1, 1]
 
 
-def test_ranks_share_the_pages_of_a_latent(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_pages_of_a_latent(say: Say, tmp_path: Path) -> None:
     """K and V are of each rank's own heads; and memory that is shared is asked for once for all."""
-    monkeypatch.setattr(ranks, "of_first_rank", lambda value: value)
     model = checkpoint(tmp_path / "model", b"weights")
-    group = SimpleNamespace(all_gather_object=lambda value: [value, value])
     for latent, names, share in ((False, 2, 1), (True, 1, 2)):
-        hellos = []
-        for rank in range(2):
-            hellos.append(say(model, rank=rank, ranks_in_all=2, latent=latent, group=group))
+        hellos = [say(model, rank=rank, ranks_in_all=2, latent=latent) for rank in range(2)]
         assert len({hello.fingerprint for hello in hellos}) == names
         assert hellos[0].host_bytes == share * 10**9
 
