@@ -110,7 +110,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
             "head_dim": 16,
-            "first_k_dense_replace": 99,  # no layer has experts
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "moe_layer_freq": 1,
+            "scoring_func": "softmax",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
             "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
             | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
