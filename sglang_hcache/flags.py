@@ -89,8 +89,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         choices=REPRESENTATION_CHOICES,
         default=None,
         help="What hcache stores of each layer: hidden states, K and V, or (auto, the default) what is restored "
-        "soonest on this machine. With --hcache-plan always, several ranks or --hcache-prefetcher, auto is the "
-        "smaller one.",
+        "soonest on this machine. With --hcache-plan always or --hcache-prefetcher, auto is the smaller one.",
     )
     group.add_argument(
         "--hcache-codec",

@@ -14,6 +14,7 @@ from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
+from sglang_hcache.ranks import of_first_rank
 from sglang_hcache.representation import Formats, Stored
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,18 @@ def choose_by_flag(wanted: str, formats: Formats, layers: int) -> Stored:
 
 
 def choose_by_plan(
-    config: HCacheConfig, formats: Formats, shape: ModelShape, machine: Machine, *, page_tokens: int, most_tokens: int
+    config: HCacheConfig,
+    formats: Formats,
+    shape: ModelShape,
+    machine: Machine,
+    *,
+    page_tokens: int,
+    most_tokens: int,
+    mixed: bool,
 ) -> Stored:
     """The layout that is restored soonest from the tiers of this machine, for several lengths up to `most_tokens`.
 
+    mixed: layers may be stored in different ways. The first rank's choice is that of all, by a collective.
     An earlier start's layout stays unless another is much faster, as its pages would be lost. Where restoring does
     not pay at all the smaller representation is stored: rates may turn out to be better than they were measured.
     """
@@ -50,12 +59,13 @@ def choose_by_plan(
     kept = KeptLayout(
         Path(config.directories[0]), shape, page_tokens, hidden_bytes=hidden_bytes, kv_bytes=formats.kv.row_bytes
     )
-    plan = plan_save(costs, *hits, layerwise=False, in_use=kept.read(), tolerance=_TOLERANCE)
-    if plan.layout.none:
+    plan = plan_save(costs, *hits, layerwise=False, mixed=mixed, in_use=kept.read(), tolerance=_TOLERANCE)
+    layout = of_first_rank(plan.layout)
+    if layout.none:
         stored = choose_by_flag("auto", formats, shape.layers)
         reason = "the smaller one: restoring is not expected to pay on this machine"
     else:
-        stored, reason = Stored(plan.layout, formats, ""), "restored soonest on this machine"
+        stored, reason = Stored(layout, formats, ""), "restored soonest on this machine"
     try:
         kept.write(stored.layout)
     except OSError as error:

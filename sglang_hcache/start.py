@@ -34,11 +34,17 @@ def plan(
     if rates is None:
         return stored, None
     shape, kept = rates
-    # Ranks, and hosts with a common prefetcher, share pages: they must all come to the same.
-    by_itself = get_parallel().tp_size == 1 and config.prefetcher is None
-    if config.representation == "auto" and formats.hidden is not None and by_itself:
-        most = most_tokens(runner, page_tokens)
-        stored = choose_by_plan(config, formats, shape, kept.machine, page_tokens=page_tokens, most_tokens=most)
+    # Hosts with a common prefetcher share pages, but do not hear of each other: all store the smaller representation.
+    if config.representation == "auto" and formats.hidden is not None and config.prefetcher is None:
+        stored = choose_by_plan(
+            config,
+            formats,
+            shape,
+            kept.machine,
+            page_tokens=page_tokens,
+            most_tokens=most_tokens(runner, page_tokens),
+            mixed=get_parallel().tp_size == 1,  # else each rank would store hidden states that are the same on all
+        )
     return stored, LoadPlanner(shape, kept.machine, stored.layout, page_tokens, learned=kept.learned)
 
 

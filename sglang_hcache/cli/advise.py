@@ -158,7 +158,9 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
     tiers = ["host", "ssd"] if arguments.drives else ["host"]
     layout, stored_for = Layout(shape.layers, 0, 0), None
     for tier in reversed(tiers):
-        layout = plan_save(costs, *_hits(tier, arguments), layerwise=arguments.layerwise).layout
+        layout = plan_save(
+            costs, *_hits(tier, arguments), layerwise=arguments.layerwise, mixed=machine.ranks == 1
+        ).layout
         if layout.hidden + layout.kv:
             stored_for = tier
             break
@@ -226,7 +228,7 @@ def limit(
 
     def planned_s(machine: Machine) -> float:
         costs = costs_of(shape, machine, offloaded=offloaded)
-        layout = plan_save(costs, *hits, layerwise=layerwise).layout
+        layout = plan_save(costs, *hits, layerwise=layerwise, mixed=machine.ranks == 1).layout
         return sum(plan_load(costs, layout, hit).seconds for hit in hits)
 
     now_s = planned_s(machine)

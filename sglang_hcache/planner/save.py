@@ -29,18 +29,20 @@ def plan_save(
     costs: Costs,
     *references: Hit,
     layerwise: bool = True,
+    mixed: bool = True,
     splits: bool = True,
     in_use: Layout | None = None,
     tolerance: float = 0.0,
 ) -> SavePlan:
     """The layout that restores `references` with the least slowdown; of equals, the one with the fewest bytes.
 
-    `layerwise`: layers may be left to be recomputed from tokens. `splits`: the load plan will restore a part of the
-    pages only where that is faster; then nothing at all is stored if recomputing is. `tolerance`: layouts slower by
-    up to this part of the least are taken for equals. `in_use`: the layout of what is stored already, which another
-    would make worthless: it stays unless it is slower by more than `WORTH_A_CHANGE`.
+    `layerwise`: layers may be left to be recomputed from tokens. `mixed`: some may be stored as hidden states and
+    others as KV. `splits`: the load plan will restore a part of the pages only where that is faster; then nothing at
+    all is stored if recomputing is. `tolerance`: layouts slower by up to this part of the least are taken for equals.
+    `in_use`: the layout of what is stored already, which another would make worthless: it stays unless it is slower
+    by more than `WORTH_A_CHANGE`.
     """
-    counts = _layouts(costs.layers, layerwise)
+    counts = _layouts(costs.layers, layerwise, mixed)
     seconds = np.array([_seconds(costs, counts, reference, splits) for reference in references])
     slowdown = (seconds / seconds.min(axis=1, keepdims=True)).mean(axis=0)
     none, hidden, kv = counts
@@ -48,8 +50,8 @@ def plan_save(
     equal = slowdown <= slowdown.min() * (1 + tolerance)
     best = int(np.lexsort((slowdown, np.where(equal, stored, np.inf), ~equal))[0])
     if in_use is not None:
-        (used,) = np.flatnonzero((none == in_use.none) & (hidden == in_use.hidden) & (kv == in_use.kv))
-        best = int(used) if slowdown[used] <= slowdown.min() * (1 + WORTH_A_CHANGE) else best
+        used = np.flatnonzero((none == in_use.none) & (hidden == in_use.hidden) & (kv == in_use.kv))
+        best = next((int(i) for i in used if slowdown[i] <= slowdown.min() * (1 + WORTH_A_CHANGE)), best)
     layout = Layout(int(none[best]), int(hidden[best]), int(kv[best]))
     return SavePlan(layout, float(seconds[:, best].sum()), float(slowdown[best]))
 
@@ -68,10 +70,11 @@ def _seconds(costs: Costs, counts: tuple[Any, Any, Any], reference: Hit, splits:
     return seconds
 
 
-def _layouts(layers: int, layerwise: bool) -> tuple[Any, Any, Any]:
+def _layouts(layers: int, layerwise: bool, mixed: bool) -> tuple[Any, Any, Any]:
     """Every count of layers stored as nothing, hidden states, KV."""
     none, hidden = np.meshgrid(np.arange(layers + 1 if layerwise else 1), np.arange(layers + 1), indexing="ij")
-    fits = none + hidden <= layers
+    stored = layers - none
+    fits = (hidden <= stored) & (mixed | (hidden == 0) | (hidden == stored))
     none, hidden = none[fits], hidden[fits]
     if not layerwise:
         none, hidden = np.append(none, layers), np.append(hidden, 0)

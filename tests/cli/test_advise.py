@@ -158,6 +158,18 @@ def test_a_latent_is_stored_as_it_is(capsys: pytest.CaptureFixture[str]) -> None
     assert all(row["plan_s"] < row["recompute_s"] for row in report["times"]["host"])
 
 
+def test_ranks_store_all_layers_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """A drive is shared by all, and the bus to its GPU each rank's own."""
+
+    def stored(ranks: int, drives: int) -> set[str]:
+        return representations(advise(capsys, "Llama-2-7B", "--gpu", "A10G", "--tp", ranks, "--drives", drives))
+
+    assert stored(1, 4) == {"hidden", "kv"}
+    assert len(stored(2, 4)) == 1
+    assert stored(8, 1) == {"hidden"}
+    assert stored(8, 0) == {"kv"}
+
+
 def test_heads_that_ranks_cannot_share_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "Qwen2.5-7B", "--gpu", "H100", "--tp", 8)
     assert "--tp 8 does not divide the heads of Qwen2.5-7B: 28 heads and 4 of K and V" in said

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sglang_hcache import ranks
 from sglang_hcache.config import LAYOUTS, HCacheConfig
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.model import Unsupported
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
+from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.representation import Formats, LayerFormat, Stored
 
 SHAPE = ModelShape("m", 8, 1024, 16, 16, 64, 2816, 32000)
@@ -36,7 +39,13 @@ def formats(*, hidden: bool = True, kv_bytes: int = SHAPE.kv_bytes) -> Formats:
 
 def planned(folder: Path, machine: Machine, **options: Any) -> Stored:
     config = HCacheConfig((str(folder),))
-    return choose_by_plan(config, formats(), SHAPE, machine, **({"page_tokens": 64, "most_tokens": 20000} | options))
+    usual = {"page_tokens": 64, "most_tokens": 20000, "mixed": True}
+    return choose_by_plan(config, formats(), SHAPE, machine, **(usual | options))
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_size=1))
 
 
 @pytest.mark.parametrize(("wanted", "name"), [("auto", "hidden"), ("hidden", "hidden"), ("kv", "kv")])
@@ -62,6 +71,21 @@ def test_the_machine_decides(tmp_path: Path) -> None:
     assert mixed.layout.layers == 8
     assert mixed.row_bytes == (SHAPE.hidden_bytes,) * mixed.layout.hidden + (SHAPE.kv_bytes,) * mixed.layout.kv
     assert mixed.projector_names == "kernels and copy"
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "hidden"), (8, "kv")])
+def test_ranks_store_all_layers_alike(count: int, name: str, tmp_path: Path) -> None:
+    """From memory each rank copies all of the hidden states, but only its own heads' K and V."""
+    machine = replace(FAST_COMPUTE, ranks=count, bus_bytes_per_s=2e9, ssd_bytes_per_s=0.0)
+    assert planned(tmp_path, machine, mixed=False).name == name
+    assert planned(tmp_path / "mixed", replace(BALANCED, ranks=count), mixed=False).name in ("hidden", "kv")
+
+
+def test_the_first_ranks_choice_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned(tmp_path / "a", FAST_IO, mixed=False).name == "kv"
+    group = SimpleNamespace(all_gather_object=lambda mine: [Layout(0, 8, 0), mine])
+    monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_size=2, tp_group=group))
+    assert planned(tmp_path / "b", FAST_IO, mixed=False).name == "hidden"
 
 
 def test_what_is_stored_already_stays_if_it_is_not_much_slower(tmp_path: Path) -> None:
