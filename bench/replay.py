@@ -158,6 +158,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("workloads", nargs="*", default=list(MADE), metavar="WORKLOAD")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--at", metavar="HOST:PORT", help="replay on this server instead of starting any")
+    parser.add_argument("--name", default="replay", help="of the report that --save writes")
     parser.add_argument("--shrink", type=int, default=4, help="prompts and answers are so many times shorter")
     parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a prompt, then")
     parser.add_argument("--lines", type=int, default=None, help="of a trace that are read; default: all")
@@ -205,7 +206,7 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in ("shrink", "clients", "speed", "pool_share")}
     report = {"workloads": found, **settings, "model": MODEL.__dict__, **about(__doc__)}
     if arguments.save:
-        save("replay", report)
+        save(arguments.name, report)
     if arguments.json:
         print(json.dumps(report))
     rows = [row for result in found for row in result["modes"].values()]

@@ -21,6 +21,22 @@ def as_it_comes(store: Path, workshop: Workshop) -> Server:
     return Server(workshop.model(SPEC), args, log=workshop.log("planned"))
 
 
+def test_two_ranks_store_the_same(workshop: Workshop, fresh_store: Path) -> None:
+    """Each measures its own rates; what is stored of all layers is what the first rank finds best."""
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    args = (*SERVER_ARGS, "--tp", "2")
+    tier = ("--hicache-backend", "hcache", "--hcache-dir", str(fresh_store))
+    server = Server(workshop.model(SPEC), (*args, *tier), log=workshop.log("planned"), env=env)
+    with started_together(workshop.stock(SPEC, args, env=env), server) as (stock, planned):
+        wanted, answers = evicted_prefix(stock), evicted_prefix(planned)
+        states = [tier_state(planned, rank) for rank in range(2)]
+    layouts = [(state["layers_hidden"], state["layers_kv"]) for state in states]
+    assert layouts in ([(SPEC.layers, 0)] * 2, [(0, SPEC.layers)] * 2)
+    assert len(list((fresh_store / "layouts").glob("*.json"))) == 1
+    assert states[0]["plans"] > 0
+    assert_equal(answers, wanted)
+
+
 def test_rates_decide_what_is_restored(
     workshop: Workshop, fresh_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
