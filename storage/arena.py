@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -9,7 +10,9 @@ from enum import Enum
 
 import numpy as np
 
-from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.layout import ROOT, Record
+
+REFRESHES = 64  # while as many pages are evicted as there are slots
 
 
 class Backing(Enum):
@@ -30,7 +33,7 @@ class Arena:
 
     A slot is free, open (whoever reserved it fills it) or cached (it holds a page). A cached slot can be leased,
     by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
-    Not thread-safe; no call blocks.
+    Whoever uses a page uses all pages before it, so those go after it. Not thread-safe; no call blocks.
 
     `memory`: uint8 [slots or more, record_bytes], rows aligned to pages of memory. `slots`: how many of them are in
     use. Slots behind these, where there were more, are in no state but for those that are still open, or hold a page
@@ -49,9 +52,12 @@ class Arena:
         self._open: set[int] = set()
         self._slot_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._parent_of: dict[int, bytes] = {}
         self._backing: dict[int, Backing] = {}
         self._leases: dict[int, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._used: dict[int, None] = {}  # since the last refresh, the last of each run, in that order
+        self._until_refresh = 0  # evictions
         self._dirty = 0
 
     def resize(self, slots: int, region: mmap.mmap) -> None:
@@ -76,6 +82,7 @@ class Arena:
         if not self._free:
             if not self._evictable:
                 return None
+            self._refresh()
             self._evict(next(iter(self._evictable)))
         slot = self._free.pop()
         self._open.add(slot)
@@ -85,16 +92,22 @@ class Arena:
         self._open.remove(slot)
         self._give_back(slot)
 
-    def cache(self, key: bytes, slot: int, backing: Backing) -> None:
-        """The open slot holds page `key` from now on."""
+    def cache(self, key: bytes, slot: int, backing: Backing, parent: bytes = ROOT) -> None:
+        """The open slot holds page `key` from now on, which follows page `parent`."""
         assert key not in self._slot_of
         assert slot < self.slots
         self._open.remove(slot)
         self._slot_of[key] = slot
         self._key_of[slot] = key
+        self._parent_of[slot] = parent
         self._backing[slot] = backing
         self._dirty += backing is Backing.DIRTY
+        self._use(slot)
         self._settle(slot)
+
+    def parent(self, slot: int) -> bytes:
+        """Of the page in a cached slot."""
+        return self._parent_of[slot]
 
     def slot_of(self, key: bytes) -> int | None:
         return self._slot_of.get(key)
@@ -111,8 +124,11 @@ class Arena:
         self._evictable.pop(slot, None)
 
     def release(self, slots: Iterable[int]) -> None:
-        """End one lease of each; the first of them are kept longest, as a page needs all pages before it."""
-        for slot in reversed(list(slots)):
+        """End one lease of each of a run's pages, in their order."""
+        run = list(slots)
+        if run:
+            self._use(run[-1])
+        for slot in reversed(run):
             self._leases[slot] -= 1
             if not self._leases[slot]:
                 del self._leases[slot]
@@ -167,13 +183,43 @@ class Arena:
         assert {*self._free, *self._open, *cached} >= set(range(self.slots))
         assert all(self._key_of[slot] == key for key, slot in self._slot_of.items())
         assert all(slot < self.slots for slot in self._slot_of.values())
-        assert set(self._backing) == cached
+        assert set(self._backing) == set(self._parent_of) == cached
+        assert set(self._used) <= cached
         assert set(self._leases) <= cached
         assert all(count > 0 for count in self._leases.values())
         assert self._dirty == sum(backing is Backing.DIRTY for backing in self._backing.values())
         held = {slot for slot in cached if self._backing[slot] is Backing.DIRTY or slot in self._leases}
         assert set(self._evictable) == cached - held
         assert held >= {slot for slot in cached if not self._is_found(slot)}
+
+    def _use(self, slot: int) -> None:
+        """Remember the page: those before it are used with it."""
+        before = self._slot_of.get(self._parent_of[slot])
+        if before is not None:
+            self._used.pop(before, None)
+        self._used.pop(slot, None)
+        self._used[slot] = None
+
+    def _refresh(self) -> None:
+        """Now and then: pages that were used, and all before them, are the last to go, first pages last of all."""
+        if self._until_refresh:
+            self._until_refresh -= 1
+            return
+        self._until_refresh = self.slots // REFRESHES
+        seen: set[int] = set()
+        runs = []
+        for last in reversed(self._used):
+            run: list[int] = []
+            slot: int | None = last
+            while slot is not None and slot not in seen:
+                seen.add(slot)
+                run.append(slot)
+                slot = self._slot_of.get(self._parent_of[slot])
+            runs.append(run)
+        for slot in itertools.chain.from_iterable(reversed(runs)):
+            if slot in self._evictable:
+                self._evictable.move_to_end(slot)
+        self._used.clear()
 
     def _settle(self, slot: int) -> None:
         self._evictable.pop(slot, None)
@@ -187,7 +233,9 @@ class Arena:
         if self._is_found(slot):
             del self._slot_of[self._key_of[slot]]
         del self._key_of[slot]
+        del self._parent_of[slot]
         del self._backing[slot]
+        self._used.pop(slot, None)
         self._give_back(slot)
 
     def _is_found(self, slot: int) -> bool:

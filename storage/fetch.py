@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress
+from sglang_hcache.storage.layout import parent_of
 from sglang_hcache.storage.stripe import Files, Place
 
 
@@ -161,7 +162,7 @@ class Fetches:
         if cached is not None or not sound or read.slot >= self._arena.slots:
             self._arena.abandon(read.slot)
         else:
-            self._arena.cache(read.key, read.slot, Backing.CLEAN)
+            self._arena.cache(read.key, read.slot, Backing.CLEAN, parent_of(self._arena.memory[read.slot]))
             cached = read.slot
         for fetch, index in read.waiting:
             if cached is None:

@@ -109,6 +109,11 @@ class LocalStore:
     def memory(self) -> Record:
         return self._arena.memory[: self._arena.slots]
 
+    def parent(self, slot: int) -> bytes:
+        """Of the page in a leased slot."""
+        with self._lock:
+            return self._arena.parent(slot)
+
     @property
     def lease_limit(self) -> int:
         """Slots that may be leased in all."""

@@ -75,7 +75,6 @@ class Writer:
         self._at_once: int = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
         self._by_volume = {volume: _VolumeQueue(threading.Condition(lock)) for volume in files.volumes}
         self._backlog: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written when slots get short
-        self._parents: dict[int, bytes] = {}  # by slot, as of its last commit
         self._uses: dict[int, int] = {}
         self._draining = 0
         self._room_wanted = False
@@ -96,9 +95,8 @@ class Writer:
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
         """A page has been put into an open slot."""
-        self._parents[slot] = parent
         self._uses[slot] = 1
-        self._arena.cache(key, slot, Backing.UNBACKED)
+        self._arena.cache(key, slot, Backing.UNBACKED, parent)
         if self._policy is WritePolicy.WRITE_THROUGH:
             self._enqueue(slot, key)
         elif self._policy is WritePolicy.WRITE_BACK and self._writes:
@@ -176,7 +174,7 @@ class Writer:
             self._by_volume[volume].work.notify()
             for todo in self._by_volume.values():
                 if todo.batch and len(todo.keep) < MOST_KEPT:
-                    todo.keep += (key, self._parents[slot])
+                    todo.keep += (key, self._arena.parent(slot))
 
     def _give_up(self, slot: int, key: bytes) -> None:
         """For now the page is in memory only, and may be lost."""
@@ -196,7 +194,7 @@ class Writer:
         for todo in self._by_volume.values():
             kept += todo.former.values()
             for pages in (todo.batch, todo.queue):
-                kept += [*pages.values(), *(self._parents[slot] for slot in pages)]
+                kept += [*pages.values(), *map(self._arena.parent, pages)]
         return kept
 
     def _must_write_back(self) -> bool:
@@ -247,7 +245,7 @@ class Writer:
         otherwise: Callable[[int, bytes], None] = self._enqueue
         try:
             for slot, key in pages.items():
-                self._seal(memory[slot], key, self._parents[slot])
+                self._seal(memory[slot], key, self._arena.parent(slot))
             written = volume.write([(key, memory[slot]) for slot, key in pages.items()], todo.keep)
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
             log.exception("hcache: %d pages could not be written.", len(pages))

@@ -11,7 +11,7 @@ import zmq
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.spaces import Space
-from sglang_hcache.storage.layout import ROOT, ChunkDamaged, read_header, seal, verify
+from sglang_hcache.storage.layout import ChunkDamaged, read_header, seal, verify
 from sglang_hcache.storage.store import LocalStore
 
 
@@ -44,7 +44,7 @@ def frames_of(space: Space, keys: Sequence[bytes], slots: Sequence[int]) -> list
     for key, slot in zip(keys, slots, strict=True):
         record = space.store.memory[slot]
         if not _is_sealed(space, record, key):
-            seal(record, space.store.layout, space.fingerprint, key, space.parents.get(slot, ROOT))
+            seal(record, space.store.layout, space.fingerprint, key, space.store.parent(slot))
         frames.append(zmq.Frame(record.data, track=True, copy=False))
     return frames
 
@@ -76,7 +76,6 @@ def take_pages(space: Space, commit: m.Commit, frames: Sequence[memoryview], cou
             store.abandon(slot)
             counts["pages_damaged_on_the_way"] += 1
             continue
-        space.parents[slot] = page.parent
         store.commit(page.key, slot, page.parent)
         counts["pages_received"] += 1
 

@@ -305,7 +305,6 @@ class Server:
     def _commit(self, session: Session, message: m.Commit) -> None:
         for page in message.pages:
             session.take_back(page.slot)
-            session.space.parents[page.slot] = page.parent
             session.space.store.commit(page.key, page.slot, page.parent)
 
     def _commit_remote(self, session: Session, message: m.Commit, payload: Sequence[memoryview]) -> None:

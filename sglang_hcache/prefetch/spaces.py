@@ -35,7 +35,6 @@ class Space:
     region: Region
     made_for: Hello
     sessions: set[int] = field(default_factory=set)
-    parents: dict[int, bytes] = field(default_factory=dict)  # by slot, of the page last committed to it
 
     def resize(self, size: int) -> None:
         """Without a session. Raises OSError, ValueError."""

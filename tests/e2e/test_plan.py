@@ -17,7 +17,9 @@ PREFIX = whole_pages(1200)
 
 
 def as_it_comes(store: Path, workshop: Workshop) -> Server:
-    args = (*SERVER_ARGS, "--hicache-backend", "hcache", "--hcache-dir", str(store), "--hcache-read-limit", "0.0001")
+    """With memory for all pages of the test, and a drive on which reading does not pay."""
+    tier = ("--hicache-backend", "hcache", "--hcache-dir", str(store), "--hicache-ratio", "4")
+    args = (*SERVER_ARGS, *tier, "--hcache-read-limit", "0.0001")
     return Server(workshop.model(SPEC), args, log=workshop.log("planned"))
 
 

@@ -6,7 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sglang_hcache.storage.arena import Arena, Backing
+from sglang_hcache.storage.arena import REFRESHES, Arena, Backing
+from sglang_hcache.storage.layout import ROOT
 
 SLOTS = 4
 MOST = 2 * SLOTS
@@ -116,11 +117,61 @@ def test_the_least_recently_used_page_goes_first() -> None:
 def test_of_a_released_run_the_last_page_goes_first() -> None:
     arena = Arena(2, mmap.PAGESIZE)
     slots = [arena.reserve(), arena.reserve()]
-    for key, slot in zip((b"root", b"leaf"), slots, strict=True):
+    for key, parent, slot in zip((b"root", b"leaf"), (ROOT, b"root"), slots, strict=True):
         assert slot is not None
-        arena.cache(key, slot, Backing.CLEAN)
+        arena.cache(key, slot, Backing.CLEAN, parent)
         arena.lease(slot)
     arena.release(slot for slot in slots if slot is not None)
     arena.reserve()
     assert arena.slot_of(b"root") is not None
     assert arena.slot_of(b"leaf") is None
+
+
+def filled(slots: int, *pages: tuple[bytes, bytes]) -> Arena:
+    """With pages by key and parent, cached in this order."""
+    arena = Arena(slots, mmap.PAGESIZE)
+    for key, parent in pages:
+        slot = arena.reserve()
+        assert slot is not None
+        arena.cache(key, slot, Backing.CLEAN, parent)
+    return arena
+
+
+def evicted(arena: Arena, keys: str) -> str:
+    """In which order the pages of these letters go."""
+    there, order = set(keys), ""
+    while there:
+        assert arena.reserve() is not None
+        (gone,) = {key for key in there if arena.slot_of(key.encode()) is None}
+        there.remove(gone)
+        order += gone
+    return order
+
+
+def test_pages_go_after_those_that_follow_them() -> None:
+    arena = filled(6, (b"a", ROOT), (b"b", b"a"), (b"x", ROOT), (b"c", b"b"), (b"y", b"x"), (b"d", b"b"))
+    assert evicted(arena, "abcdxy") == "cyxdba"
+
+
+def test_whoever_uses_the_end_of_a_run_uses_its_begin() -> None:
+    """Which lies on the device, and is not asked for: a conversation that goes on keeps its first pages."""
+    arena = filled(5, (b"a", ROOT), (b"b", b"a"), (b"x", ROOT), (b"y", b"x"), (b"z", b"y"))
+    slot = arena.slot_of(b"b")
+    assert slot is not None
+    arena.lease(slot)
+    arena.release([slot])
+    assert evicted(arena, "abxyz") == "zyxba"
+
+
+def test_pages_that_follow_each_other_in_a_circle_do_no_harm() -> None:
+    arena = filled(3, (b"a", b"b"), (b"b", b"a"), (b"c", b"c"))
+    assert sorted(evicted(arena, "abc")) == ["a", "b", "c"]
+
+
+def test_large_arenas_look_only_now_and_then() -> None:
+    """Pages that came since are the last to go in any case."""
+    arena = filled(4 * REFRESHES, *((b"%d" % i, b"%d" % (i - 1) if i % 8 else ROOT) for i in range(4 * REFRESHES)))
+    for _ in range(8):
+        assert arena.reserve() is not None
+    assert [arena.slot_of(b"%d" % i) is None for i in range(8)] == [True] * 8
+    assert arena.slot_of(b"8") is not None
