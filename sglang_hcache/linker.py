@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_hcache import scheduler_hooks
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool
 from sglang_hcache.pinning import PinnedMemory
@@ -27,9 +28,8 @@ from sglang_hcache.prefetch_queue import PrefetchQueue
 from sglang_hcache.registration import Registration
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
-from sglang_hcache.start import hold_rule, plan, supervisor_of
+from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of
 from sglang_hcache.storage.layout import ROOT, positions
-from sglang_hcache.storage.store import READ_THREADS
 from sglang_hcache.streams import current_stream, new_stream
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._page_tokens,
             alone=get_parallel().tp_size == 1,
             planner=self._planner,
-            reads_at_once=READ_THREADS * (1 if self._config.prefetcher else len(self._config.directories)),
+            reads_at_once=reads_at_once(self._config),
         )
         scheduler_hooks.linker = self
         self._log_start()
@@ -115,9 +115,20 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """A request has been queued whose pages `keys` are not on the device."""
         self._prefetch_queue.queued(rid, keys, prompt)
 
-    def admissible(self) -> list[str]:
-        """Requests that need not be held any longer, as this rank sees it."""
-        return self._prefetch_queue.admissible()
+    def admissible(self, *, idle: bool = False) -> list[str]:
+        """Requests that need not be held any longer, as this rank sees it; `idle`: the engine has nothing to do."""
+        return self._prefetch_queue.admissible(idle=idle)
+
+    def head_start(self) -> HeadStart | None:
+        """What an idle engine should do for a request that is held, as this rank sees it."""
+        return self._prefetch_queue.head_start()
+
+    def begin_head_start(self, start: HeadStart, keys: Sequence[bytes], prompt: Prompt) -> None:
+        """`keys`: pages of its request that are not on the device."""
+        self._prefetch_queue.begin_head_start(start, keys, prompt)
+
+    def head_start_over(self, rid: str) -> None:
+        self._prefetch_queue.head_start_over(rid)
 
     def admit(self, rids: Sequence[str]) -> None:
         self._prefetch_queue.admit(rids)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.load import plan_head_start, plan_load
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.rate_tracker import PROBE_PAGES, RateTracker, Resource
 from sglang_hcache.planner.shape import ModelShape
@@ -27,6 +27,7 @@ class Prompt:
 
     new_tokens: int  # after the hit
     device_tokens: int  # before it, in the KV pool
+    divisible: bool = False  # a request for its first tokens alone would prefill them alike
 
 
 class LoadPlanner:
@@ -78,20 +79,13 @@ class LoadPlanner:
 
         start_s: until the engine is done with the requests before. queued_pages: what is read for others first.
         """
-        on_ssd = self._lower_tier is Resource.SSD
-        queue_s = self.read_s(queued_pages) if queued_pages else 0.0
-        hit = Hit(
-            self._page_tokens,
-            host_pages,
-            ssd_pages=lower_pages if on_ssd else 0,
-            remote_pages=0 if on_ssd else lower_pages,
-            new_tokens=prompt.new_tokens,
-            device_tokens=prompt.device_tokens,
-            start_s=start_s,
-            ssd_queue_s=queue_s if on_ssd else 0.0,
-            remote_queue_s=0.0 if on_ssd else queue_s,
-        )
+        hit = self._partly_read(host_pages, lower_pages, prompt, start_s=start_s, queued_pages=queued_pages)
         return plan_load(self._now(), self._layout, hit).pages
+
+    def head_start(self, host_pages: int, lower_pages: int, prompt: Prompt, *, queued_pages: int = 0) -> int:
+        """How many leading pages of such a hit an idle engine should prefill while those behind them are read."""
+        hit = self._partly_read(host_pages, lower_pages, prompt, queued_pages=queued_pages)
+        return plan_head_start(self._now(), self._layout, hit)
 
     def pages_to_try(self) -> int:
         """Ask once for a hit that waits for no reads: how many to make all the same, to see how fast that is."""
@@ -146,6 +140,24 @@ class LoadPlanner:
         """Plans made, pages that were left to prefill, and how much slower than calibrated each resource is."""
         factors = {f"slower_{resource}": round(self._tracker.factor(resource), 3) for resource in Resource}
         return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_out, **factors}
+
+    def _partly_read(
+        self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0
+    ) -> Hit:
+        """The next `lower_pages` are on a lower tier, which has other pages to read before."""
+        on_ssd = self._lower_tier is Resource.SSD
+        queue_s = self.read_s(queued_pages) if queued_pages else 0.0
+        return Hit(
+            self._page_tokens,
+            host_pages,
+            ssd_pages=lower_pages if on_ssd else 0,
+            remote_pages=0 if on_ssd else lower_pages,
+            new_tokens=prompt.new_tokens,
+            device_tokens=prompt.device_tokens,
+            start_s=start_s,
+            ssd_queue_s=queue_s if on_ssd else 0.0,
+            remote_queue_s=0.0 if on_ssd else queue_s,
+        )
 
     def _read_s(self, costs: Costs, pages: int) -> float:
         """From the lower tier into host memory."""

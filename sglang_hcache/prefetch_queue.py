@@ -7,8 +7,9 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
+from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.load import AGEING
 from sglang_hcache.storage.contract import ChunkStore
@@ -59,6 +60,14 @@ class _Wait:
     to_try: tuple[bytes, ...]  # pages that it does not wait for: to be read to see how fast that is
 
 
+class _HeadStartOf(Enum):
+    """A held request has one at most."""
+
+    NOT_THOUGHT_OF = auto()
+    UNDER_WAY = auto()
+    NO_MORE = auto()
+
+
 @dataclass
 class _Request:
     keys: tuple[bytes, ...]
@@ -68,6 +77,7 @@ class _Request:
     admit_by: float  # monotonic
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
+    head_start: _HeadStartOf = _HeadStartOf.NOT_THOUGHT_OF
     looked_up: int = 0  # pages, by the last lookup
     found: int = 0  # of these
 
@@ -132,6 +142,8 @@ class PrefetchQueue:
         self._reads_at_once = reads_at_once
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
+        self._start: HeadStart | None = None  # to begin in the next step
+        self.head_starts = self.pages_ahead = 0
         self.requests_held = self.requests_late = self.lookups_late = self.pages_looked_up = self.pages_found = 0
         self.held_s = 0.0
         self._trial = _TrialRead(store)
@@ -161,8 +173,8 @@ class PrefetchQueue:
     def held(self) -> Collection[str]:
         return self._held.keys()
 
-    def admissible(self) -> list[str]:
-        """Held requests that need not wait any longer."""
+    def admissible(self, *, idle: bool = False) -> list[str]:
+        """Held requests that need not wait any longer; `idle`: the engine has nothing to do but to wait for them."""
         if self._planner is not None:
             self._trial.look(self._planner)
         if not self._held:
@@ -170,16 +182,48 @@ class PrefetchQueue:
         now = time.monotonic()
         if len(self._held) > 1:
             self._crowded_at = now
-        free = []
+        free: list[str] = []
         for rid in self._held:
             request = self._requests.get(rid)
-            if request is None or self._has_enough(rid, request):
+            if request is None or self._has_enough(rid, request, idle=idle and not free):
                 free.append(rid)
             elif now > request.admit_by:
                 free.append(rid)
                 self.requests_late += 1
         self._looked_at = now
         return free
+
+    def head_start(self) -> HeadStart | None:
+        """What the engine, if it is idle, should do for a request that is not admissible yet."""
+        start, self._start = self._start, None
+        return start
+
+    def begin_head_start(self, start: HeadStart, keys: Sequence[bytes], prompt: Prompt) -> None:
+        """On all ranks. `keys` and `prompt`: of the request that is made for it, and takes what is in memory."""
+        self.head_starts += 1
+        self.pages_ahead += start.pages
+        if keys:
+            self._ask(start.head, keys, prompt)
+            self._store.cut(start.head)
+        if (request := self._requests.get(start.rid)) is not None:
+            behind = Prompt(request.prompt.new_tokens, start.tokens)
+            rest = self._ask(start.rid, request.keys[start.pages :], behind)
+            rest.head_start = _HeadStartOf.UNDER_WAY
+            rest.admit_by = rest.asked_at + NO_DEADLINE_S
+        if keys:
+            self._store.wait(start.head, ANSWER_WAIT_S)
+
+    def head_start_over(self, rid: str) -> None:
+        """On all ranks, any number of times. From now on it is held for its pages, as any other request."""
+        request = self._requests.get(rid)
+        if request is None or request.head_start is not _HeadStartOf.UNDER_WAY:
+            return
+        request.head_start = _HeadStartOf.NO_MORE
+        request.admit_by = time.monotonic() + self._deadline_s(len(request.keys)) + LATE_S
+        slots, done = self._store.progress(rid)
+        alone = request.asked_at > self._crowded_at
+        if self._planner is not None and done and alone and len(slots) >= MEASURED_PAGES:
+            self._planner.read(len(slots), self._store.took_s(rid))
 
     def admit(self, rids: Iterable[str]) -> None:
         """Hold these no more."""
@@ -237,12 +281,16 @@ class PrefetchQueue:
             "requests_admitted_late": self.requests_late,
             "requests_held_s": round(self.held_s, 3),
             "lookups_not_ahead": self.lookups_late,
+            "head_starts": self.head_starts,
+            "tokens_ahead": self.pages_ahead * self._page_tokens,
             "tokens_looked_up": self.pages_looked_up * self._page_tokens,
             "tokens_found": self.pages_found * self._page_tokens,
         }
 
-    def _has_enough(self, rid: str, request: _Request) -> bool:
+    def _has_enough(self, rid: str, request: _Request, *, idle: bool) -> bool:
         """Whether all of its pages are there, or so many that it is not worth waiting for more."""
+        if request.head_start is _HeadStartOf.UNDER_WAY:
+            return False
         slots, done = self._store.progress(rid)
         if self._planner is None:
             return done
@@ -251,6 +299,8 @@ class PrefetchQueue:
             if not (slots or done or self._may_be_answered(request)):
                 return False
             wait = request.wait = self._plan_wait(self._planner, request, len(slots), done=done)
+        if idle and not done and request.prompt.divisible and self._plan_head_start(self._planner, rid, request):
+            return False
         enough, read = done or len(slots) >= wait.enough, len(slots) - wait.there
         now = time.monotonic()
         timed = now - self._looked_at <= MEASURED_WITHIN * (now - wait.since)
@@ -258,6 +308,24 @@ class PrefetchQueue:
         if enough and timed and alone and read >= MEASURED_PAGES:
             self._planner.read(read, now - wait.since)
         return enough
+
+    def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
+        """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
+        if self._start is not None or request.head_start is not _HeadStartOf.NOT_THOUGHT_OF:
+            return self._start is not None and self._start.rid == rid
+        request.head_start = _HeadStartOf.NO_MORE
+        missing = len(request.keys) - request.there
+        # Those that are being read go on being read.
+        queued = min(missing, self._reads_at_once)
+        queued += sum(other.pages_awaited for before, other in self._before(request).items() if before in self._held)
+        if pages := planner.head_start(request.there, missing, request.prompt, queued_pages=queued):
+            tokens = request.prompt.device_tokens + pages * self._page_tokens
+            self._start = HeadStart(rid, f"{rid} head start {uuid.uuid4()}", pages, tokens)
+        return pages > 0
+
+    def _before(self, request: _Request) -> dict[str, _Request]:
+        """Requests that were queued before it."""
+        return dict(itertools.takewhile(lambda item: item[1] is not request, self._requests.items()))
 
     def _may_be_answered(self, request: _Request) -> bool:
         """Whether pages of which nothing has been said are not in memory: requests are answered one by one."""
@@ -269,7 +337,7 @@ class PrefetchQueue:
 
         done: no more of its pages will come.
         """
-        before = dict(itertools.takewhile(lambda item: item[1] is not request, self._requests.items()))
+        before = self._before(request)
         pages, lower_pages = len(request.keys), 0 if done else len(request.keys) - there
         enough = planner.worth_waiting_for(
             there,
@@ -294,7 +362,7 @@ class PrefetchQueue:
             self._trial.begin(keys)
 
     def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
-        now, deadline_s = time.monotonic(), self._rule.deadline_s(len(keys) * self._page_tokens)
+        now, deadline_s = time.monotonic(), self._deadline_s(len(keys))
         request = self._requests[rid] = _Request(
             tuple(keys),
             {key: i for i, key in enumerate(keys)},
@@ -307,6 +375,9 @@ class PrefetchQueue:
         arrival, page = (int(1e6 * seconds) for seconds in (AGEING * time.time(), read_s))
         self._store.prefetch(rid, keys, priority=arrival, page_priority=page, deadline_s=deadline_s)
         return request
+
+    def _deadline_s(self, pages: int) -> float:
+        return self._rule.deadline_s(pages * self._page_tokens)
 
     def _prompt(self, request: _Request, keys: Sequence[bytes]) -> Prompt:
         """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_hcache import metrics
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.load_planner import Prompt
 from sglang_hcache.model import attention_sites
 from sglang_hcache.storage.layout import ROOT
@@ -26,6 +27,9 @@ _IDLE_WAIT_S = 0.005  # with nothing to do but to wait for pages; new requests a
 runner: Any = None
 capture: Capture | None = None
 linker: HCacheLinker | None = None
+_head_starts = HeadStarts()
+_to_begin: list[HeadStart] = []  # in this step
+_idle = False  # in the last step there was nothing to do but to wait for pages
 _held_meanwhile: list[Any] | None = None  # requests that were queued, and are held, while a batch is made
 
 
@@ -89,6 +93,7 @@ def around_forward(
 
 def before_release_request(_wrapper: object, rid: str) -> None:
     if linker is not None:
+        _head_starts.aborted(rid)
         linker.forget_request(rid)
 
 
@@ -135,7 +140,7 @@ def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
         return [], Prompt(len(tokens) - on_device, on_device)
     keys = [bytes.fromhex(name) for name in tree_cache.linker._tail_hashes(key, match, on_device)]
     covered = on_device + len(keys) * tree_cache.page_size
-    return keys, Prompt(max(1, len(tokens) - covered), on_device)
+    return keys, Prompt(max(1, len(tokens) - covered), on_device, divisible=divisible(req))
 
 
 def around_broadcast(
@@ -143,24 +148,40 @@ def around_broadcast(
 ) -> Any:
     if linker is None:
         return original(receiver, recv_reqs, *args, **kwargs)
-    if recv_reqs is not None and (rids := linker.admissible()):
-        recv_reqs = [*recv_reqs, Admit(tuple(rids))]
-    received = original(receiver, recv_reqs, *args, **kwargs)
-    for message in received:
+    global _idle
+    for rid in _head_starts.over():
+        linker.head_start_over(rid)
+    if recv_reqs is not None:
+        news: list[object] = []
+        if rids := linker.admissible(idle=_idle and not recv_reqs):
+            news.append(Admit(tuple(rids)))
+        if start := linker.head_start():
+            news.append(start)
+        recv_reqs = [*recv_reqs, *news]
+    _idle = False
+    requests = []
+    for message in original(receiver, recv_reqs, *args, **kwargs):
         if isinstance(message, Admit):
             linker.admit(message.rids)
-    return [message for message in received if not isinstance(message, Admit)]
+        elif isinstance(message, HeadStart):
+            _to_begin.append(message)
+        else:
+            requests.append(message)
+    return requests
 
 
 def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Held requests stay in the queue, in their place, but out of the scheduler's sight."""
+    global _idle
     if linker is None:
         return original(scheduler, *args, **kwargs)
     linker.renew_store()
+    _begin_head_starts(scheduler)
     before, held = scheduler.waiting_queue, set(linker.held)
     if held:
         scheduler.waiting_queue = [req for req in before if req.rid not in held]
         if not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None:
+            _idle = True
             linker.wait_for_news(_IDLE_WAIT_S)
     with _out_of_sight() as held_meanwhile:
         result = original(scheduler, *args, **kwargs)
@@ -171,8 +192,19 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
         scheduler.waiting_queue += [req for req in left if id(req) not in known]
     scheduler.waiting_queue += held_meanwhile
     if (batch := result[0]) is not None:
+        _head_starts.scheduled(batch.reqs)
         linker.scheduled([req.rid for req in batch.reqs])
     return result
+
+
+def _begin_head_starts(scheduler: Any) -> None:
+    """What SGLang knows nothing of is queued behind its back: it is not to be counted, refused or asked for ahead."""
+    assert linker is not None
+    while _to_begin:
+        start = _to_begin.pop(0)
+        if (head := _head_starts.begin(scheduler, start)) is not None:
+            linker.begin_head_start(start, *_missing_pages(scheduler.tree_cache, head))
+            scheduler.waiting_queue.append(head)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
 from sglang_hcache.representation import Stored, formats_of
+from sglang_hcache.storage.store import READ_THREADS
 from sglang_hcache.synthetic_forward import most_tokens
 
 
@@ -55,6 +56,13 @@ def supervisor_of(config: HCacheConfig, hello: Callable[[], Hello]) -> SessionSu
     return LocalSupervisor(
         config.directories, config.directory_bytes, hello, read_bytes_per_s=config.read_bytes_per_s
     )
+
+
+def reads_at_once(config: HCacheConfig) -> int:
+    """Pages that are being read at the same time, of all directories."""
+    if config.read_bytes_per_s is not None:
+        return 1
+    return READ_THREADS * (1 if config.prefetcher else len(config.directories))
 
 
 def hold_rule(config: HCacheConfig) -> HoldRule:

@@ -143,17 +143,21 @@ class Fetches:
 
     # ---- for readers ----
 
-    def next_read(self, volume: Files) -> Read | None:
-        """The most urgent page to read of a volume; waits for one, under the lock. None once closed."""
+    def wait_for_read(self, volume: Files) -> bool:
+        """Until there may be a page to read of a volume, under the lock. False once closed."""
         queue = self._queues[volume]
-        while True:
-            queue.readable.wait_for(lambda: queue.reads or self._closed)
-            if self._closed:
-                return None
-            read = heapq.heappop(queue.reads)[2]
+        queue.readable.wait_for(lambda: queue.reads or self._closed)
+        return not self._closed
+
+    def take_read(self, volume: Files) -> Read | None:
+        """The most urgent page to read of a volume, if there is one."""
+        reads = self._queues[volume].reads
+        while reads:
+            read = heapq.heappop(reads)[2]
             if not (read.dropped or read.started):
                 read.started = True
                 return read
+        return None
 
     def finish_read(self, read: Read, *, sound: bool) -> None:
         del self._reads[read.key]

@@ -7,9 +7,13 @@ import time
 
 
 class RateLimit:
-    """At most `bytes_per_s` over any longer while, for all who share the object. Thread-safe."""
+    """At most `bytes_per_s` over any longer while, for all who share the object. Thread-safe.
+
+    Who holds `turn` from choosing what to read until `take` has returned chooses as late as can be.
+    """
 
     def __init__(self, bytes_per_s: float) -> None:
+        self.turn = threading.Lock()
         self._bytes_per_s = bytes_per_s
         self._free_at = 0.0  # monotonic
         self._lock = threading.Lock()

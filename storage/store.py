@@ -13,7 +13,7 @@ from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
 from sglang_hcache.storage.deadlines import Deadlines
 from sglang_hcache.storage.directory import Contents
-from sglang_hcache.storage.fetch import Fetch, Fetches
+from sglang_hcache.storage.fetch import Fetch, Fetches, Read
 from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
 from sglang_hcache.storage.quota import Quota
@@ -319,14 +319,8 @@ class LocalStore:
         self._tell_progress()
 
     def _read_forever(self, volume: Files) -> None:
-        while True:
-            with self._lock:
-                read = self._fetches.next_read(volume)
-            if read is None:
-                return
+        while (read := self._next_read(volume)) is not None:
             try:
-                if self._read_limit is not None:
-                    self._read_limit.take(self.layout.record_bytes)
                 sound = read.place.read(read.key, self._arena.memory[read.slot])
             except Exception:  # a bug of ours must not end the thread: those who wait for the page would hang
                 log.exception("hcache: a page could not be read.")
@@ -337,6 +331,24 @@ class LocalStore:
                 if sound and (slot := self._arena.slot_of(read.key)) is not None:
                     self._writer.used(read.key, slot)
             self._tell_progress()
+
+    def _next_read(self, volume: Files) -> Read | None:
+        """The page to read next of a volume, as soon as there is one; None once closed."""
+        while True:
+            with self._lock:
+                if not self._fetches.wait_for_read(volume):
+                    return None
+            if (limit := self._read_limit) is None:
+                with self._lock:
+                    read = self._fetches.take_read(volume)
+            else:
+                with limit.turn:
+                    with self._lock:
+                        read = self._fetches.take_read(volume)
+                    if read is not None:
+                        limit.take(self.layout.record_bytes)
+            if read is not None:
+                return read
 
     def _cut_late(self, fetch: Fetch) -> None:
         with self._lock:

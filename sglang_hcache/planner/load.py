@@ -11,6 +11,7 @@ import numpy as np
 from sglang_hcache.planner.cost import Costs
 from sglang_hcache.planner.timeline import COEFFICIENTS, Basis, Hit, Layout, recompute_s, stages, waits
 
+LEAST_GAIN = 0.1  # of the time to the first token: a head start that gains less is within the error of a plan
 AGEING = 0.5  # waiting requests are read for by ascending restore_s + AGEING · arrival_s: none waits for ever
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -38,6 +39,63 @@ def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -
     if seconds[best] < alone_s or least:
         return LoadPlan(best + 1, float(seconds[best]), alone_s)
     return LoadPlan(0, alone_s, alone_s)
+
+
+def plan_head_start(costs: Costs, layout: Layout, hit: Hit) -> int:
+    """How many leading pages of a hit to prefill while drives read the pages behind them; 0 where that gains nothing.
+
+    The engine works from the first page on and the drives on the rest, so that both are done at the same time (Cake,
+    arXiv 2410.03065); then the rest is restored, as far as that pays. Leading pages in host memory are not prefilled
+    but restored as well. `hit.start_s` must be all that the engine has to do before.
+    """
+    first, last = hit.host_pages + 1, hit.pages - 1
+    if costs.streams or first > last:
+        return 0
+    while first < last:
+        middle = (first + last) // 2
+        if _head_s(costs, layout, hit, middle) < _read_behind_s(costs, layout, hit, middle):
+            first = middle + 1
+        else:
+            last = middle
+    nearest = range(max(hit.host_pages + 1, first - 1), first + 1)
+    seconds, pages = min((_head_start_s(costs, layout, hit, pages), pages) for pages in nearest)
+    return pages if seconds < (1 - LEAST_GAIN) * plan_load(costs, layout, hit).seconds else 0
+
+
+def _head_start_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
+    """To the first token, with a head start of so many pages."""
+    tokens = pages * hit.page_tokens
+    rest = Hit(
+        hit.page_tokens,
+        hit.pages - pages,
+        new_tokens=hit.new_tokens,
+        device_tokens=hit.device_tokens + tokens,
+    )
+    both_s = max(_head_s(costs, layout, hit, pages), _read_behind_s(costs, layout, hit, pages))
+    return both_s + plan_load(costs, layout, rest).seconds
+
+
+def _head_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
+    """Until the first `pages` are on the device; those of them that are in host memory are restored."""
+    new_tokens = (pages - hit.host_pages) * hit.page_tokens
+    head = Hit(hit.page_tokens, hit.host_pages, new_tokens=new_tokens, device_tokens=hit.device_tokens)
+    return hit.start_s + plan_load(costs, layout, head).seconds
+
+
+def _read_behind_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
+    """Until the pages after the first `pages` are in host memory."""
+    remote = min(hit.remote_pages, hit.pages - pages)
+    ssd = min(hit.ssd_pages, hit.pages - pages - remote)
+    tail = Hit(
+        hit.page_tokens,
+        0,
+        ssd,
+        remote,
+        ssd_queue_s=hit.ssd_queue_s,
+        remote_queue_s=hit.remote_queue_s,
+    )
+    counts = (layout.none, layout.hidden, layout.kv)
+    return float(waits(costs, counts, tail, Basis.of(tail, tail.pages * hit.page_tokens)))
 
 
 def split_seconds(costs: Costs, layout: Layout, hit: Hit) -> Floats:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.load import plan_load, split_seconds
+from sglang_hcache.planner.load import LEAST_GAIN, plan_head_start, plan_load, split_seconds
 from sglang_hcache.planner.machine import Machine, machine_of
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
@@ -128,3 +128,57 @@ def test_planning_a_hit_of_128k_tokens_takes_200_us(streams: bool) -> None:
             times.append(time.thread_time() - began)
         medians.append(np.median(times))
     assert min(medians) <= 200e-6
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs(), hits(60), st.booleans())
+def test_a_head_start_is_the_best_of_all(found: Costs, hit: Hit, kv: bool) -> None:
+    """Of every number of pages, each as two things at a time and a third after them; or it gains too little."""
+    found, hit = replace(found, streams=False), replace(hit, bus_queue_s=0.0)
+    layout = Layout(0, 0, found.layers) if kv else Layout(0, found.layers, 0)
+    row_ssd_s, row_remote_s = (
+        (found.kv_ssd_s_per_token, found.kv_remote_s_per_token)
+        if kv
+        else (found.hidden_ssd_s_per_token, found.hidden_remote_s_per_token)
+    )
+
+    def seconds(pages: int) -> float:
+        tokens = pages * hit.page_tokens
+        computed = tokens - hit.host_pages * hit.page_tokens
+        before, behind = hit.device_tokens, hit.pages - pages
+        engine_s = plan_load(
+            found, layout, Hit(hit.page_tokens, hit.host_pages, new_tokens=computed, device_tokens=before)
+        ).seconds
+        drives_s = 0.0
+        for there, queue_s, latency_s, row_s in (
+            (max(0, behind - hit.remote_pages), hit.ssd_queue_s, found.ssd_latency_s, row_ssd_s),
+            (min(behind, hit.remote_pages), hit.remote_queue_s, found.remote_latency_s, row_remote_s),
+        ):
+            if there:
+                drives_s = max(drives_s, queue_s + latency_s + there * hit.page_tokens * found.layers * row_s)
+        rest = Hit(hit.page_tokens, behind, new_tokens=hit.new_tokens, device_tokens=before + tokens)
+        return max(hit.start_s + engine_s, drives_s) + plan_load(found, layout, rest).seconds
+
+    without = plan_load(found, layout, hit).seconds
+    best = min((seconds(pages) for pages in range(hit.host_pages + 1, hit.pages)), default=without)
+    pages = plan_head_start(found, layout, hit)
+    if pages:
+        assert hit.host_pages < pages < hit.pages
+        assert seconds(pages) <= (1 - LEAST_GAIN) * without * (1 + 1e-9)
+        assert seconds(pages) <= best * 1.02
+    else:
+        assert best > (1 - LEAST_GAIN) * without * 0.98
+
+
+def test_a_head_start_meets_the_drive_half_way() -> None:
+    """Where reading and prefilling take equally long, both together take half as long."""
+    found = costs_of(LLAMA_2_7B, machine_of("A100-80", drives=1, drive_bytes_per_s=1e9))
+    hit = Hit(64, 0, 64, new_tokens=64)
+    even = replace(found, hidden_ssd_s_per_token=found.prefill_s(4096) / 4096 / found.layers)
+    assert 28 <= plan_head_start(even, HIDDEN, hit) <= 36
+    assert plan_head_start(replace(even, hidden_ssd_s_per_token=1e-9), HIDDEN, hit) == 0, "the drive needs no help"
+    assert plan_head_start(replace(even, hidden_ssd_s_per_token=1.0), HIDDEN, hit) == 0, "nor the engine"
+    in_memory = replace(hit, host_pages=16, ssd_pages=48)
+    assert 16 + 16 < plan_head_start(even, HIDDEN, in_memory) < 64
+    assert plan_head_start(even, HIDDEN, replace(hit, host_pages=64, ssd_pages=0)) == 0
+    assert plan_head_start(replace(even, streams=True), HIDDEN, hit) == 0

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sglang_hcache.storage.rate_limit import RateLimit
-from tests.storage.pages import LAYOUT, open_store, save, served
+from tests.storage.pages import LAYOUT, keys_of, open_store, save, served
 
 
 def test_many_threads_share_the_limit() -> None:
@@ -32,4 +32,20 @@ def test_a_store_reads_no_faster(tmp_path: Path) -> None:
     began = time.monotonic()
     assert served(store, range(30)) == list(range(30))
     assert time.monotonic() - began >= 0.29
+    store.close()
+
+
+def test_what_is_left_out_in_the_meantime_takes_none_of_it(tmp_path: Path) -> None:
+    """One reader at most has chosen its page: others choose when it is their turn."""
+    store = open_store(tmp_path, read_limit=RateLimit(10 * LAYOUT.record_bytes))
+    save(store, range(20))
+    assert store.flush(30)
+    store.drop_host()
+    began = time.monotonic()
+    store.prefetch("not needed any more", keys_of(range(10)))
+    time.sleep(0.01)
+    store.prefetch("needed", keys_of(range(10, 15)))
+    store.release("not needed any more")
+    assert len(store.wait("needed", 10).slots) == 5
+    assert 0.5 <= time.monotonic() - began < 0.5 + 0.1 + 0.3, "its own, at most one of the others, and noise"
     store.close()
