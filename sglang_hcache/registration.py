@@ -21,6 +21,12 @@ from sglang_hcache.storage.layout import ChunkLayout
 
 logger = logging.getLogger(__name__)
 
+# Weights are not those on files here with these formats, nor all of what is computed with with these flags.
+_NOT_FROM_FILES = ("dummy", "remote", "remote_instance", "rdma", "ipc_cache", "private")
+_NOT_WEIGHTS_ALONE = ("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks")
+# The same weights are computed with in another way.
+_COMPUTING = ("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target")
+
 
 class Registration:
     """`hello` makes it; it changes with the weights."""
@@ -100,8 +106,11 @@ class Registration:
         """
         model, lora = get_model(), get_lora()
         try:
-            if model.load_format == "dummy":
-                raise OSError("--load-format dummy reads none")
+            if model.load_format in _NOT_FROM_FILES:
+                raise OSError(f"--load-format {model.load_format} reads none")
+            for name in _NOT_WEIGHTS_ALONE:
+                if getattr(self._server_args, name):
+                    raise OSError(f"--{name.replace('_', '-')} changes the model")
             path, revision, cache = self._model.model_path, model.revision, model.download_dir
             identity = checkpoint_identity(path, memo, revision=revision, cache=cache)
             if not lora.enable_lora:
@@ -131,6 +140,7 @@ class Registration:
             ("hidden_layers", self._stored.layout.hidden),
             ("codec", self._config.codec),
         ]
+        parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
         if not self._stored.same_on_all_ranks:
             parallel = get_parallel()
             parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))

@@ -180,7 +180,8 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
     before, held = scheduler.waiting_queue, set(linker.held)
     if held:
         scheduler.waiting_queue = [req for req in before if req.rid not in held]
-        if not scheduler.waiting_queue and scheduler.running_batch.is_empty() and scheduler.chunked_req is None:
+        running = kwargs["running_batch"]  # the last batch, too, which is not in `scheduler.running_batch` yet
+        if not scheduler.waiting_queue and running.is_empty() and scheduler.chunked_req is None:
             _idle = True
             linker.wait_for_news(_IDLE_WAIT_S)
     with _out_of_sight() as held_meanwhile:

@@ -116,6 +116,7 @@ class Arena:
         """Say what stands behind a cached slot now; it becomes the most recently used."""
         self._dirty += (backing is Backing.DIRTY) - (self._backing[slot] is Backing.DIRTY)
         self._backing[slot] = backing
+        self._use(slot)  # again: while it was dirty a refresh did not move it
         self._settle(slot)
 
     def lease(self, slot: int) -> None:

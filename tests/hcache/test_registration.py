@@ -25,7 +25,19 @@ Say = Callable[..., Hello]
 
 MODEL = {"load_format": "auto", "revision": None, "download_dir": None}
 LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
-SERVER = {"quantization_param_path": None, "json_model_override_args": "{}", "nnodes": 1}
+SERVER = {
+    "quantization_param_path": None,
+    "json_model_override_args": "{}",
+    "nnodes": 1,
+    "modelopt_quant": None,
+    "enable_tf32_matmul": None,
+    "enable_deterministic_inference": False,
+    "rl_on_policy_target": None,
+    "kt_weight_path": None,
+    "modelopt_checkpoint_restore_path": None,
+    "rl_quant_profile": None,
+    "forward_hooks": None,
+}
 
 
 def checkpoint(folder: Path, weights: bytes, configuration: str = "config.json") -> Path:
@@ -131,7 +143,29 @@ def test_a_lora_server_without_adapters_at_start_keeps_its_pages(say: Say, tmp_p
     assert say(model, **served()).fingerprint == say(model, **served()).fingerprint
 
 
-@pytest.mark.parametrize("what", ["no weights", "no adapter", "dummy weights", "an id that was never fetched"])
+def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    ways: list[dict[str, object]] = [
+        {},
+        {"modelopt_quant": "fp8"},
+        {"enable_tf32_matmul": True},
+        {"enable_deterministic_inference": True},
+        {"rl_on_policy_target": "fsdp"},
+    ]
+    assert len({say(model, **way).fingerprint for way in ways}) == len(ways)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no weights",
+        "no adapter",
+        "dummy weights",
+        "weights of another server",
+        "weights of experts elsewhere",
+        "an id that was never fetched",
+    ],
+)
 def test_what_cannot_be_identified_goes_to_no_file(
     what: str, say: Say, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +177,10 @@ def test_what_cannot_be_identified_goes_to_no_file(
         arguments = served(tmp_path / "nowhere")
     elif what == "dummy weights":
         arguments = {"load_format": "dummy"}
+    elif what == "weights of another server":
+        arguments = {"load_format": "remote_instance"}
+    elif what == "weights of experts elsewhere":
+        arguments = {"kt_weight_path": str(tmp_path)}
     else:
         model = "nobody/never-fetched"
     with caplog.at_level(logging.WARNING):

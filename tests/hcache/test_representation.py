@@ -30,8 +30,12 @@ class Attention(torch.nn.Module):
         raise ZeroDivisionError
 
 
-def formats(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> tuple[Formats, Any]:
+def formats(
+    monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, *, deterministic: bool = False
+) -> tuple[Formats, Any]:
     """Of a model with one layer, whose forward hands rows over, and the capture that takes them."""
+    execution = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=deterministic))
+    monkeypatch.setattr(representation, "get_exec", lambda: execution, raising=False)
     parallel = SimpleNamespace(tp_rank=0, tp_size=1)
     for where in (representation, ranks):
         monkeypatch.setattr(where, "get_parallel", lambda: parallel)
@@ -46,7 +50,6 @@ def formats(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> tuple[F
     pool = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 1, "cpu", enable_memory_saver=False)
     runner = SimpleNamespace(
         model_config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=False, context_len=99),
-        server_args=SimpleNamespace(enable_deterministic_inference=False),
         max_total_num_tokens=4 * PAGE,
         req_to_token_pool=set(),
         token_to_kv_pool_allocator=set(),
@@ -64,6 +67,18 @@ def test_a_model_whose_replay_raises_is_served_as_k_and_v(
     assert capture.sink is None
     (record,) = (record for record in caplog.records if "by replay FAILED" in record.message)
     assert record.exc_info is not None, "the log says where"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_where_inference_is_deterministic_the_model_projects_by_itself(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As SGLang has resolved it: `--rl-on-policy-target` sets it, too."""
+    monkeypatch.setattr(representation, "KernelProjector", lambda *_: SimpleNamespace(name="kernels"))
+    with caplog.at_level(logging.INFO):
+        formats(monkeypatch, Attention(), deterministic=deterministic)
+    tried = {name for name in ("kernels", "replay") if f"by {name} FAILED" in caplog.text}
+    assert tried == ({"replay"} if deterministic else {"kernels", "replay"})
 
 
 def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

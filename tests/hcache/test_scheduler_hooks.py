@@ -54,7 +54,7 @@ class Scheduler:
         self.waiting_queue.append(req)
         scheduler_hooks.after_request_queued(None, self, req)
 
-    def make_batch(self) -> tuple[Any, None]:
+    def make_batch(self, **_: object) -> tuple[Any, None]:
         for rid in self.late:
             self.add(rid)
         self.late = []
@@ -62,8 +62,8 @@ class Scheduler:
         batch, self.waiting_queue = self.waiting_queue[1:], self.waiting_queue[:1]
         return SimpleNamespace(reqs=batch) if batch else None, None
 
-    def step(self) -> None:
-        scheduler_hooks.around_new_batch(Scheduler.make_batch, self)
+    def step(self, running: Any = None) -> None:
+        scheduler_hooks.around_new_batch(Scheduler.make_batch, self, running_batch=running or self.running_batch)
 
     @property
     def queue(self) -> list[str]:
@@ -109,6 +109,13 @@ def test_with_nothing_to_do_but_to_hold_it_waits_for_news(linker: Linker) -> Non
     scheduler = Scheduler("h1")
     scheduler.step()
     assert linker.waited == 1
+
+
+def test_a_batch_that_has_just_been_prefilled_is_something_to_do(linker: Linker) -> None:
+    """SGLang merges it into the batch that it passes on; into the scheduler's own only after the step."""
+    scheduler = Scheduler("h1")
+    scheduler.step(running=SimpleNamespace(is_empty=lambda: False))
+    assert linker.waited == 0
 
 
 @pytest.mark.parametrize("turn", [1, 2])

@@ -175,3 +175,16 @@ def test_large_arenas_look_only_now_and_then() -> None:
         assert arena.reserve() is not None
     assert [arena.slot_of(b"%d" % i) is None for i in range(8)] == [True] * 8
     assert arena.slot_of(b"8") is not None
+
+
+def test_pages_that_were_being_written_go_after_those_that_follow_them() -> None:
+    """An eviction comes before they are on file, which they are in two parts."""
+    arena = filled(6, (b"x", ROOT), (b"y", ROOT), (b"a", ROOT), (b"b", b"a"), (b"c", b"b"), (b"d", b"c"))
+    slots = [slot for key in (b"a", b"b", b"c", b"d") if (slot := arena.slot_of(key)) is not None]
+    for slot in slots:
+        arena.mark(slot, Backing.DIRTY)
+    assert arena.reserve() is not None
+    for part in (slots[:2], slots[2:]):
+        for slot in reversed(part):
+            arena.mark(slot, Backing.CLEAN)
+    assert evicted(arena, "yabcd") == "ydcba"
