@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table
 
 ROUNDS = 4  # of evicting, where another process gets in between
+TURN_S = 60.0  # waited for others of this process that choose, too; one of them may hang
+
+_turn = threading.Lock()
 
 log = logging.getLogger(__name__)
 
@@ -82,29 +87,49 @@ class Evictor:
         up before any page is given up.
         """
         others = self._siblings()
-        indexes = [self._index, *(others or [])]
-        table = Table.read(indexes)
-        if self._unaccounted(table) >= wanted // 2:
+        own = Table.read([self._index])
+        if self._unaccounted(own) >= wanted // 2:
             wanted -= self._sweep(reuse)
         if wanted <= 0:
             return 0
+        indexes = [self._index, *(others or [])]
+        with _in_turn():
+            places = self._choose(own, others, wanted, keep)
+        count = sum(index.delete_names(chosen) for index, chosen in zip(indexes, places, strict=True))
+        self._quota.evicted += count
+        log.debug("%s: %d pages evicted", self._path, count)
+        self._sweep(reuse)
+        return sum(name.startswith(self._segments.fingerprint) for name, _ in places[0])
+
+    def _choose(
+        self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Collection[bytes]
+    ) -> list[list[tuple[bytes, tuple[str, int]]]]:
+        """What to evict for so many bytes, of this directory and then of each other: names and places."""
+        table = Table.join([own, *(Table.read([index]) for index in others or [])])
         forest = table.forest
         if others is None:
             forest = dataclasses.replace(forest, orphan=np.zeros(len(table.names), np.bool_))
         freed = freeable(self._path, table, held=(self._segments.fingerprint, self._segments.held()))
         victims = choose(forest, table.worth(time.time(), forest, keep), freed, wanted)
-        count = drop(indexes, table, victims)
-        self._quota.evicted += count
-        log.debug("%s: %d pages evicted", self._path, count)
-        self._sweep(reuse)
-        return int((victims & (table.volume == 0) & table.of([self._segments.fingerprint])).sum())
+        return [table.places(victims, volume) for volume in range(1 + len(others or []))]
 
-    def _unaccounted(self, table: Table) -> int:
+    def _unaccounted(self, own: Table) -> int:
         """Bytes that the segments take beyond what the pages in them do."""
-        return self._quota.used - bytes_below(self._path / "index") - int(table.record_bytes[table.volume == 0].sum())
+        return self._quota.used - bytes_below(self._path / "index") - int(own.record_bytes.sum())
 
     def _sweep(self, reuse: Segments | None) -> int:
         return sweep(self._path, self._index, reuse, unlisted=True)
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """The pages of all directories take their memory once, however many directories are full at the same time."""
+    mine = _turn.acquire(timeout=TURN_S)
+    try:
+        yield
+    finally:
+        if mine:
+            _turn.release()
 
 
 def freeable(path: Path, table: Table, held: tuple[bytes, set[str]] = (b"", set())) -> Ints:

@@ -1,0 +1,90 @@
+"""What grows with the number of pages grows no faster: operations and bytes are counted, no time is taken."""
+
+from __future__ import annotations
+
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_hcache.storage import index as index_module
+from sglang_hcache.storage.eviction import choose
+from sglang_hcache.storage.evictor import Evictor
+from sglang_hcache.storage.index import Index, Size
+from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.table import Table
+from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, open_store, save, states
+
+PAGES = 20_000
+PREFIX = 2_000
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """Of long prefixes."""
+    index = Index(tmp_path_factory.mktemp("index"), FINGERPRINT)
+    index.mark(Size(LAYOUT.record_bytes, LAYOUT.page_tokens))
+    keys = [key_of(page) for page in range(PAGES)]
+    index.put_many(
+        (key, Entry(f"{page // 800:016x}", page % 800, keys[page - 1][:8] if page % PREFIX else bytes(8), 0, page))
+        for page, key in enumerate(keys)
+    )
+    return index
+
+
+def peak_bytes_a_page(work: Any) -> float:
+    work()  # what is imported meanwhile does not count
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] / PAGES
+    finally:
+        tracemalloc.stop()
+
+
+def test_choosing_what_to_evict_takes_little_memory_a_page(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "AT_ONCE", 256)
+
+    def work() -> None:
+        table = Table.read([index])
+        freed = np.where(table.segment_number >= 0, table.record_bytes, 0)
+        victims = choose(table.forest, table.worth(time.time()), freed, int(freed.sum()) // 20)
+        assert victims.any()
+
+    peak = peak_bytes_a_page(work)
+    assert peak < 320, "two arrays of what is in the index, and what is computed of that"
+
+
+def test_the_records_that_are_named_take_a_few_bytes_a_page(index: Index) -> None:
+    assert peak_bytes_a_page(lambda: index.used(FINGERPRINT)) < 20
+
+
+def test_full_directories_choose_what_to_evict_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, most, original, lock = 0, 0, Evictor._choose, threading.Lock()
+
+    def choose_slowly(*arguments: Any) -> Any:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.05)
+        try:
+            return original(*arguments)
+        finally:
+            with lock:
+                at_work -= 1
+
+    monkeypatch.setattr(Evictor, "_choose", choose_slowly)
+    store = open_store(*(tmp_path / name for name in "abcd"), slots=256, quota_bytes=20 * LAYOUT.record_bytes)
+    save(store, range(160))
+    assert store.flush(30)
+    assert counters(store)["pages_evicted"]
+    assert most == 1
+    assert states(store) == ["ok"] * 4
+    store.close()
