@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_hcache.storage.eviction import Ints, Mask, choose
+from sglang_hcache.storage.eviction import Ints, choose
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import Quota, bytes_below, is_busy
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep
-from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.table import Places, Table
 
 ROUNDS = 4  # of evicting, where another process gets in between
 TURN_S = 60.0  # waited for others of this process that choose, too; one of them may hang
@@ -95,7 +95,7 @@ class Evictor:
         indexes = [self._index, *(others or [])]
         with _in_turn():
             places = self._choose(own, others, wanted, keep)
-        count = sum(index.delete_names(chosen) for index, chosen in zip(indexes, places, strict=True))
+        count = drop(indexes, places)
         self._quota.evicted += count
         log.debug("%s: %d pages evicted", self._path, count)
         self._sweep(reuse)
@@ -103,7 +103,7 @@ class Evictor:
 
     def _choose(
         self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Collection[bytes]
-    ) -> list[list[tuple[bytes, tuple[str, int]]]]:
+    ) -> list[Places]:
         """What to evict for so many bytes, of this directory and then of each other: names and places."""
         table = Table.join([own, *(Table.read([index]) for index in others or [])])
         forest = table.forest
@@ -111,7 +111,7 @@ class Evictor:
             forest = dataclasses.replace(forest, orphan=np.zeros(len(table.names), np.bool_))
         freed = freeable(self._path, table, held=(self._segments.fingerprint, self._segments.held()))
         victims = choose(forest, table.worth(time.time(), forest, keep), freed, wanted)
-        return [table.places(victims, volume) for volume in range(1 + len(others or []))]
+        return table.places(victims)
 
     def _unaccounted(self, own: Table) -> int:
         """Bytes that the segments take beyond what the pages in them do."""
@@ -142,9 +142,9 @@ def freeable(path: Path, table: Table, held: tuple[bytes, set[str]] = (b"", set(
     return np.where(free[table.segment_number], table.record_bytes, 0) if len(free) else table.record_bytes
 
 
-def drop(indexes: Sequence[Index], table: Table, victims: Mask) -> int:
-    """Delete the victims in the indexes the table was read from; how many there were."""
-    return sum(index.delete_names(table.places(victims, volume)) for volume, index in enumerate(indexes))
+def drop(indexes: Sequence[Index], places: Sequence[Places]) -> int:
+    """Delete these pages, of each index some; how many there were."""
+    return sum(index.delete_names(some) for index, some in zip(indexes, places, strict=True))
 
 
 def segment_file(path: Path, fingerprint: bytes, name: str) -> Path:

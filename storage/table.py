@@ -14,6 +14,8 @@ from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry, decode
 
 _HALVES = np.dtype([("segment", ">u8", 2), ("rest", f"V{VALUE.itemsize - 16}")])  # of a value
 
+Places = list[tuple[bytes, tuple[str, int]]]  # names, and where these pages lie, as `Index.delete_names` takes them
+
 
 @dataclass(frozen=True)
 class Table:
@@ -22,6 +24,7 @@ class Table:
     names: Rows  # fingerprint and key
     value: Rows  # `segment`, `slot`, `parent`, `hits` and `last_use`
     volume: Numbers  # which of the indexes has it
+    indexes: int
     sizes: dict[bytes, Size]  # of the fingerprints that are known to be listed in full
 
     @classmethod
@@ -37,13 +40,14 @@ class Table:
             np.concatenate([np.empty(0, NAME), *(table.names for table in tables)], dtype=NAME),
             np.concatenate([np.empty(0, VALUE), *(table.value for table in tables)], dtype=VALUE),
             np.repeat(np.arange(len(tables), dtype=np.int32), counts),
+            len(tables),
             {fingerprint: size for table in tables for fingerprint, size in table.sizes.items()},
         )
 
     @classmethod
     def _of(cls, index: Index) -> Table:
         names, value = index.raw()
-        return cls(names, value, np.zeros(len(names), np.int32), index.marks())
+        return cls(names, value, np.zeros(len(names), np.int32), 1, index.marks())
 
     @cached_property
     def _groups(self) -> tuple[list[bytes], Numbers]:
@@ -120,10 +124,10 @@ class Table:
         """Name and entry of all pages whose entry is sound."""
         return self._entries(range(len(self.names)))
 
-    def places(self, chosen: Mask, volume: int) -> list[tuple[bytes, tuple[str, int]]]:
-        """Name and place of the chosen pages of one index, as `Index.delete_names` takes them."""
-        pages = np.flatnonzero(chosen & (self.volume == volume))
-        return [(name, entry.place) for name, entry in self._entries(pages)]
+    def places(self, chosen: Mask) -> list[Places]:
+        """Of each index those of the chosen pages that it has."""
+        of_index = (np.flatnonzero(chosen & (self.volume == index)) for index in range(self.indexes))
+        return [[(name, entry.place) for name, entry in self._entries(pages)] for pages in of_index]
 
     def _entries(self, pages: Iterable[int]) -> Iterator[tuple[bytes, Entry]]:
         for page in pages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import tracemalloc
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 
 from sglang_hcache.storage import index as index_module
+from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.eviction import choose
 from sglang_hcache.storage.evictor import Evictor
+from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.stripe import Place
 from sglang_hcache.storage.table import Table
 from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, open_store, save, states
 
@@ -88,3 +92,57 @@ def test_full_directories_choose_what_to_evict_one_after_the_other(
     assert most == 1
     assert states(store) == ["ok"] * 4
     store.close()
+
+
+class CountingSlots(dict[int, int]):
+    looked_up = 0
+
+    def __getitem__(self, index: int) -> int:
+        self.looked_up += 1
+        return super().__getitem__(index)
+
+
+def started(pages: int, owners: int = 1) -> Fetches:
+    """All want the same pages, which are to be read."""
+    lock = threading.Lock()
+    lock.acquire()
+    fetches = Fetches(Arena(2 * pages, 4096), 2 * pages, lock)
+    keys = [key_of(page) for page in range(pages)]
+    nowhere = Place(None, None)  # type: ignore[arg-type]
+    for owner in range(owners):
+        fetches.start(Fetch(str(owner), keys, dict.fromkeys(keys, nowhere), 0), wait_for_room=True)
+    return fetches
+
+
+def test_what_has_been_announced_is_not_looked_at_again() -> None:
+    fetches = started(pages := 300)
+    slots = fetches._by_owner["0"].slots = CountingSlots()
+    told = 0
+    while not fetches.progress("0", told).done:
+        read = fetches.next_read(None)  # type: ignore[arg-type]
+        assert read is not None
+        fetches.finish_read(read, sound=True)
+        told += len(fetches.progress("0", told).slots)
+    assert told == pages
+    assert slots.looked_up <= 3 * pages
+
+
+def test_who_gives_up_looks_at_no_other_who_waits_for_the_same_page() -> None:
+    def calls(owners: int) -> int:
+        fetches, count = started(pages=50, owners=owners), 0
+
+        def note(frame: Any, event: str, _: Any) -> Any:
+            nonlocal count
+            frame.f_trace_lines = True
+            count += event == "line"
+            return note
+
+        sys.settrace(note)
+        try:
+            for owner in range(10):
+                fetches.cut(str(owner))
+        finally:
+            sys.settrace(None)
+        return count
+
+    assert calls(110) < 2 * calls(20)
