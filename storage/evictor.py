@@ -10,7 +10,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Evictor:
         self._quota = quota
         self._siblings = siblings
 
-    def make_room(self, records: int, keep: Collection[bytes] = ()) -> int:
+    def make_room(self, records: int, keep: Iterable[bytes] = ()) -> int:
         """See to it that so many pages can be placed within the quota; how many pages of the fingerprint that cost.
 
         `keep`: keys of pages that are not to be given up, as others are about to follow them. Raises OSError
@@ -80,7 +80,7 @@ class Evictor:
                 self._free(excess)
         log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
 
-    def _free(self, wanted: int, reuse: Segments | None = None, keep: Collection[bytes] = ()) -> int:
+    def _free(self, wanted: int, reuse: Segments | None = None, keep: Iterable[bytes] = ()) -> int:
         """Free so many bytes; how many pages of this fingerprint and directory were evicted for it.
 
         `reuse`: where records are kept for the next pages. What evicting in other directories has left here is swept
@@ -101,9 +101,7 @@ class Evictor:
         self._sweep(reuse)
         return sum(name.startswith(self._segments.fingerprint) for name, _ in places[0])
 
-    def _choose(
-        self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Collection[bytes]
-    ) -> list[Places]:
+    def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Iterable[bytes]) -> list[Places]:
         """What to evict for so many bytes, of this directory and then of each other: names and places."""
         table = Table.join([own, *(Table.read([index]) for index in others or [])])
         forest = table.forest

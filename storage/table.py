@@ -86,7 +86,7 @@ class Table:
         key, parent = self.names["key"].astype(np.uint64), self.value["parent"].astype(np.uint64)
         return Forest.of(self.group, key, parent)
 
-    def worth(self, now: float, forest: Forest | None = None, keep: Collection[bytes] = ()) -> Floats:
+    def worth(self, now: float, forest: Forest | None = None, keep: Iterable[bytes] = ()) -> Floats:
         """Value per byte of each page, as in eviction.py. `keep`: keys of pages that must stay."""
         starts = np.frombuffer(b"".join(key[:8] for key in keep), ">u8").astype(np.uint64)
         return values(

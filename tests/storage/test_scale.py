@@ -21,6 +21,7 @@ from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.stripe import Place
 from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.volume import Volume
 from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, open_store, save, states
 
 PAGES = 20_000
@@ -146,3 +147,27 @@ def test_who_gives_up_looks_at_no_other_who_waits_for_the_same_page() -> None:
         return count
 
     assert calls(110) < 2 * calls(20)
+
+
+def test_a_long_queue_is_not_looked_at_with_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, looked_up, parent = 1024, 0, Arena.parent
+    queued, write = threading.Event(), Volume.write
+
+    def count(arena: Arena, slot: int) -> bytes:
+        nonlocal looked_up
+        looked_up += 1
+        return parent(arena, slot)
+
+    def wait(*arguments: Any) -> bool:
+        queued.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(Arena, "parent", count)
+    monkeypatch.setattr(Volume, "write", wait)
+    store = open_store(tmp_path, slots=pages)
+    save(store, range(pages))
+    queued.set()
+    assert store.flush(60)
+    assert counters(store)["pages_written"] == pages
+    assert looked_up <= 4 * pages
+    store.close()
