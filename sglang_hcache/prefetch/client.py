@@ -16,6 +16,7 @@ from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkLayout, Record
 from sglang_hcache.storage.region import Region
 
+NOTHING_YET = Progress((), False)
 ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 
 

@@ -171,3 +171,15 @@ def test_a_long_queue_is_not_looked_at_with_every_batch(tmp_path: Path, monkeypa
     assert counters(store)["pages_written"] == pages
     assert looked_up <= 4 * pages
     store.close()
+
+
+def test_reads_that_nobody_waits_for_do_not_pile_up_behind_a_drive_that_hangs() -> None:
+    fetches = started(pages := 50)
+    keys = fetches._by_owner["0"].keys
+    nowhere = Place(None, None)  # type: ignore[arg-type]
+    for _ in range(100):
+        fetches.start(Fetch("0", [], {}, 0), wait_for_room=True)
+        fetches.start(Fetch("0", keys, dict.fromkeys(keys, nowhere), 0), wait_for_room=True)
+    assert len(fetches._queues[nowhere.volume].reads) <= 2 * pages
+    assert fetches.reading == pages
+    fetches.check()
