@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_exec, get_lora, get_parallel
+from sglang.srt.runtime_context import get_lora, get_parallel
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
@@ -121,7 +121,7 @@ def _hidden_projector(
         return None, "hidden states are larger than K and V, or the attention modules cannot be replayed"
     if obstacle := _obstacle(runner, capture, pool):
         return None, obstacle
-    deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
+    deterministic = runner.server_args.enable_deterministic_inference
     for projector in _candidates(capture.sites, pool, deterministic=deterministic):
         passed, verdict = _try(projector, runner, capture, pool, page_tokens, codec)
         if all_ranks(passed):

@@ -72,6 +72,15 @@ class _Queue:
 
     readable: threading.Condition
     reads: list[tuple[int, int, Read]] = field(default_factory=list)
+    dropped: int = 0  # since those were last removed; a drive that hangs removes none
+
+    def drop(self, read: Read) -> None:
+        read.dropped = True
+        self.dropped += 1
+        if 2 * self.dropped > len(self.reads):
+            self.dropped = 0
+            self.reads = [item for item in self.reads if not item[2].dropped]
+            heapq.heapify(self.reads)
 
 
 class Fetches:
@@ -324,6 +333,6 @@ class Fetches:
                 continue
             read.waiting.pop(fetch, None)
             if not read.waiting and not read.started:
-                read.dropped = True
+                self._queues[read.place.volume].drop(read)
                 del self._reads[key]
                 self._arena.abandon(read.slot)
