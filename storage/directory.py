@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,7 +120,7 @@ class Directory:
             self._pages -= self._index.delete_many([(key, entry)])
         return damaged is None
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> None:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> None:
         """Write sealed records and name them in the index; durable on return, and not named where it raises.
 
         With a quota the first of them may be named where it raises, and pages whose keys are not in `keep` evicted.
@@ -129,7 +129,7 @@ class Directory:
         for start in range(0, len(pages), max(1, at_once)):
             self._write(pages[start : start + at_once], keep)
 
-    def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes]) -> None:
+    def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes]) -> None:
         if self._evictor is not None:
             self._pages -= self._evictor.make_room(len(pages), keep)
         placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)

@@ -25,7 +25,10 @@ ATTENTION_TOKENS = 32768
 ORPHAN_S = 60
 FRESH_S = 600.0  # two pages used within such a time of each other are about equally recent
 
+AT_ONCE = 1 << 19  # pages, in a call of numpy's that keeps all other threads waiting
+
 Ints = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int32]  # of pages and nodes: there are too many for larger ones
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
@@ -37,12 +40,12 @@ class Forest:
     `jumps[k][i]`: the node 2^k steps before node i.
     """
 
-    jumps: tuple[Ints, ...]
-    depth: Ints  # [n], pages before it that are stored
+    jumps: tuple[Numbers, ...]
+    depth: Numbers  # [n], pages before it that are stored
     orphan: Mask  # [n], some page before it is missing
 
     @classmethod
-    def of(cls, group: Ints, key: npt.NDArray[np.uint64], parent: npt.NDArray[np.uint64]) -> Forest:
+    def of(cls, group: Numbers, key: npt.NDArray[np.uint64], parent: npt.NDArray[np.uint64]) -> Forest:
         """From the starts of each page's key and of its parent's, 0 for none; one group is one tree or several.
 
         A parent that is named by a circle counts as missing. Two keys of a group that start alike are mixed up,
@@ -52,8 +55,8 @@ class Forest:
         before = _find(group, key, parent)
         before[parent == 0] = n
         before[before < 0] = n + 1
-        jump = np.concatenate([before, [n, n + 1]])
-        distance = np.concatenate([np.ones(n, np.int64), [0, 0]])
+        jump = np.concatenate([before, np.array([n, n + 1], np.int32)])
+        distance = np.concatenate([np.ones(n, np.int32), np.zeros(2, np.int32)])
         jumps = [jump]
         while (jump[:n] < n).any() and 1 << len(jumps) <= 2 * n:
             distance = distance + distance[jump]
@@ -67,7 +70,8 @@ class Forest:
         largest = np.concatenate([value, [0.0, 0.0]])
         for jump in self.jumps:
             former = largest.copy()
-            np.maximum.at(largest, jump[:n], former[:n])
+            for pages in (slice(start, min(start + AT_ONCE, n)) for start in range(0, n, AT_ONCE)):
+                np.maximum.at(largest, jump[pages], former[pages])
         return largest[:n]
 
     def with_all_after(self, chosen: Mask) -> Mask:
@@ -111,9 +115,9 @@ def choose(forest: Forest, value: Floats, freed: Ints, wanted: int) -> Mask:
     return forest.with_all_after(chosen & (freed > 0))
 
 
-def _find(group: Ints, key: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]) -> Ints:
+def _find(group: Numbers, key: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]) -> Numbers:
     """For each page the page of its group with the wanted key; -1 where there is none."""
-    found = np.full(len(key), -1, np.int64)
+    found = np.full(len(key), -1, np.int32)
     for one in np.unique(group):
         members = np.flatnonzero(group == one)
         members = members[np.argsort(key[members], kind="stable")]

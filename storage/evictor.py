@@ -8,20 +8,25 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from sglang_hcache.storage.eviction import Ints, Mask, choose
+from sglang_hcache.storage.eviction import Ints, choose
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import Quota, bytes_below, is_busy
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep
-from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.table import Places, Table
 
 ROUNDS = 4  # of evicting, where another process gets in between
+TURN_S = 60.0  # waited for others of this process that choose, too; one of them may hang
+
+_turn = threading.Lock()
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ class Evictor:
         self._quota = quota
         self._siblings = siblings
 
-    def make_room(self, records: int, keep: Collection[bytes] = ()) -> int:
+    def make_room(self, records: int, keep: Iterable[bytes] = ()) -> int:
         """See to it that so many pages can be placed within the quota; how many pages of the fingerprint that cost.
 
         `keep`: keys of pages that are not to be given up, as others are about to follow them. Raises OSError
@@ -75,36 +80,54 @@ class Evictor:
                 self._free(excess)
         log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
 
-    def _free(self, wanted: int, reuse: Segments | None = None, keep: Collection[bytes] = ()) -> int:
+    def _free(self, wanted: int, reuse: Segments | None = None, keep: Iterable[bytes] = ()) -> int:
         """Free so many bytes; how many pages of this fingerprint and directory were evicted for it.
 
         `reuse`: where records are kept for the next pages. What evicting in other directories has left here is swept
         up before any page is given up.
         """
         others = self._siblings()
-        indexes = [self._index, *(others or [])]
-        table = Table.read(indexes)
-        if self._unaccounted(table) >= wanted // 2:
+        own = Table.read([self._index])
+        if self._unaccounted(own) >= wanted // 2:
             wanted -= self._sweep(reuse)
         if wanted <= 0:
             return 0
+        indexes = [self._index, *(others or [])]
+        with _in_turn():
+            places = self._choose(own, others, wanted, keep)
+        count = drop(indexes, places)
+        self._quota.evicted += count
+        log.debug("%s: %d pages evicted", self._path, count)
+        self._sweep(reuse)
+        return sum(name.startswith(self._segments.fingerprint) for name, _ in places[0])
+
+    def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Iterable[bytes]) -> list[Places]:
+        """What to evict for so many bytes, of this directory and then of each other: names and places."""
+        table = Table.join([own, *(Table.read([index]) for index in others or [])])
         forest = table.forest
         if others is None:
             forest = dataclasses.replace(forest, orphan=np.zeros(len(table.names), np.bool_))
         freed = freeable(self._path, table, held=(self._segments.fingerprint, self._segments.held()))
         victims = choose(forest, table.worth(time.time(), forest, keep), freed, wanted)
-        count = drop(indexes, table, victims)
-        self._quota.evicted += count
-        log.debug("%s: %d pages evicted", self._path, count)
-        self._sweep(reuse)
-        return int((victims & (table.volume == 0) & table.of([self._segments.fingerprint])).sum())
+        return table.places(victims)
 
-    def _unaccounted(self, table: Table) -> int:
+    def _unaccounted(self, own: Table) -> int:
         """Bytes that the segments take beyond what the pages in them do."""
-        return self._quota.used - bytes_below(self._path / "index") - int(table.record_bytes[table.volume == 0].sum())
+        return self._quota.used - bytes_below(self._path / "index") - int(own.record_bytes.sum())
 
     def _sweep(self, reuse: Segments | None) -> int:
         return sweep(self._path, self._index, reuse, unlisted=True)
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """The pages of all directories take their memory once, however many directories are full at the same time."""
+    mine = _turn.acquire(timeout=TURN_S)
+    try:
+        yield
+    finally:
+        if mine:
+            _turn.release()
 
 
 def freeable(path: Path, table: Table, held: tuple[bytes, set[str]] = (b"", set())) -> Ints:
@@ -117,9 +140,9 @@ def freeable(path: Path, table: Table, held: tuple[bytes, set[str]] = (b"", set(
     return np.where(free[table.segment_number], table.record_bytes, 0) if len(free) else table.record_bytes
 
 
-def drop(indexes: Sequence[Index], table: Table, victims: Mask) -> int:
-    """Delete the victims in the indexes the table was read from; how many there were."""
-    return sum(index.delete_names(table.places(victims, volume)) for volume, index in enumerate(indexes))
+def drop(indexes: Sequence[Index], places: Sequence[Places]) -> int:
+    """Delete these pages, of each index some; how many there were."""
+    return sum(index.delete_names(some) for index, some in zip(indexes, places, strict=True))
 
 
 def segment_file(path: Path, fingerprint: bytes, name: str) -> Path:

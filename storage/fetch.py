@@ -37,8 +37,8 @@ class Fetch:
     def done(self) -> bool:
         return self.admitted and self.ready == len(self.keys)
 
-    def progress(self) -> Progress:
-        return Progress(tuple(self.slots[i] for i in range(self.ready)), self.done)
+    def progress(self, first: int = 0) -> Progress:
+        return Progress(tuple(self.slots[i] for i in range(first, self.ready)), self.done)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Read:
     slot: int
     place: Place
     priority: int
-    waiting: list[tuple[Fetch, int]]
+    waiting: dict[Fetch, int] = field(default_factory=dict)  # to the page's position in its run
     started: bool = False
     dropped: bool = False
 
@@ -72,6 +72,15 @@ class _Queue:
 
     readable: threading.Condition
     reads: list[tuple[int, int, Read]] = field(default_factory=list)
+    dropped: int = 0  # since those were last removed; a drive that hangs removes none
+
+    def drop(self, read: Read) -> None:
+        read.dropped = True
+        self.dropped += 1
+        if 2 * self.dropped > len(self.reads):
+            self.dropped = 0
+            self.reads = [item for item in self.reads if not item[2].dropped]
+            heapq.heapify(self.reads)
 
 
 class Fetches:
@@ -111,9 +120,9 @@ class Fetches:
             self._give_up(former)
         self.admit_waiting()
 
-    def progress(self, owner: str) -> Progress:
+    def progress(self, owner: str, first: int = 0) -> Progress:
         fetch = self._by_owner.get(owner)
-        return fetch.progress() if fetch else Progress((), True)
+        return fetch.progress(first) if fetch else Progress((), True)
 
     def took_s(self, owner: str) -> float:
         fetch = self._by_owner.get(owner)
@@ -168,7 +177,7 @@ class Fetches:
         else:
             self._arena.cache(read.key, read.slot, Backing.CLEAN, parent_of(self._arena.memory[read.slot]))
             cached = read.slot
-        for fetch, index in read.waiting:
+        for fetch, index in read.waiting.items():
             if cached is None:
                 self._cut(fetch, index)
             else:
@@ -267,12 +276,12 @@ class Fetches:
             if fetch.priority < read.priority and not read.started:
                 read.priority = fetch.priority
                 self._enqueue(read)  # once more; whoever comes to its former place finds it started
-            read.waiting.append((fetch, index))
+            read.waiting[fetch] = index
 
     def _begin_read(self, fetch: Fetch, key: bytes) -> Read | None:
         if key not in fetch.places or (slot := self._arena.reserve()) is None:
             return None
-        read = self._reads[key] = Read(key, slot, fetch.places[key], fetch.priority, [])
+        read = self._reads[key] = Read(key, slot, fetch.places[key], fetch.priority)
         self._enqueue(read)
         return read
 
@@ -326,8 +335,8 @@ class Fetches:
         for key in keys:
             if (read := self._reads.get(key)) is None:
                 continue
-            read.waiting = [(other, index) for other, index in read.waiting if other is not fetch]
+            read.waiting.pop(fetch, None)
             if not read.waiting and not read.started:
-                read.dropped = True
+                self._queues[read.place.volume].drop(read)
                 del self._reads[key]
                 self._arena.abandon(read.slot)

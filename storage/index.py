@@ -8,6 +8,7 @@ version it is rebuilt from the segments.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from typing import ClassVar, NamedTuple
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from sglang_hcache.storage.damage import Damage
@@ -42,12 +44,14 @@ MAX_READERS = 512  # read transactions at once, in all processes
 CHECK_TIMEOUT_S = 20.0  # and a second more for every CHECK_RATE bytes
 CHECK_RATE = 16 << 20
 NAME_BYTES = FINGERPRINT_BYTES + 32
+AT_ONCE = 1 << 14  # entries that are objects of Python at a time, where all are read
 
+NAME = np.dtype([("fingerprint", ">u8", 2), ("key", ">u8"), ("rest", "V24")])
 VALUE = np.dtype(
     [("segment", "S16"), ("slot", "<u4"), ("parent", ">u8"), ("hits", "<u4"), ("last_use", "<u4"), ("sum", "<u8")]
 )
 
-_SEGMENT, _SLOT = slice(0, 16), slice(16, 20)  # of a value
+_SEGMENT, _SLOT, _SLOT_BYTES = slice(0, 16), slice(16, 20), 4  # of a value
 _MARKED = "all pages listed"
 _SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
 _MOST_HITS = (1 << 32) - 1
@@ -64,21 +68,24 @@ _BROKEN = (  # what LMDB says of the file itself, not of the disk or of one call
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 
 
+Rows = npt.NDArray[np.void]
+
+
 class Used(NamedTuple):
     """The records that are named, by segment, as of a transaction."""
 
-    slots: dict[str, list[bytes]]  # as they stand in the entries
+    slots: dict[str, bytearray]  # 4 bytes a record, as they stand in the entries
     transaction: int = -1
 
     @property
     def pages(self) -> int:
-        return sum(map(len, self.slots.values()))
+        return sum(map(len, self.slots.values())) // _SLOT_BYTES
 
     def count(self, segment: str) -> int:
-        return len(self.slots.get(segment, ()))
+        return len(self.slots.get(segment, b"")) // _SLOT_BYTES
 
     def of(self, segment: str) -> set[int]:
-        return set(np.frombuffer(b"".join(self.slots.get(segment, ())), "<u4").tolist())
+        return set(np.frombuffer(self.slots.get(segment, b""), "<u4").tolist())
 
 
 class IndexStillOpen(lmdb.Error):
@@ -311,20 +318,24 @@ class Index:
             transaction = txn.id()
             if former is not None and former.transaction == transaction:
                 return former
-            found = defaultdict[bytes, list[bytes]](list)
+            found = defaultdict[bytes, bytearray](bytearray)
             cursor.set_range(fingerprint)
             for name, value in cursor.iternext():
                 if not name.startswith(fingerprint):
                     break
                 if len(name) == NAME_BYTES and len(value) == ENTRY.size:
-                    found[value[_SEGMENT]].append(value[_SLOT])
+                    found[value[_SEGMENT]] += value[_SLOT]
         return Used({segment.decode("ascii", "replace"): slots for segment, slots in found.items()}, transaction)
 
-    def raw(self) -> tuple[list[bytes], list[bytes]]:
-        """Names and values of the pages of all fingerprints, by name; nothing of them is checked but their size."""
+    def raw(self) -> tuple[Rows, Rows]:
+        """The pages of all fingerprints, by name, as arrays of NAME and of VALUE; only their size is checked."""
+        names, values = [np.empty(0, NAME)], [np.empty(0, VALUE)]
         with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
-            pages = [(name, value) for name, value in cursor if len(name) == NAME_BYTES and len(value) == ENTRY.size]
-        return [name for name, _ in pages], [value for _, value in pages]
+            pages = (item for item in cursor if len(item[0]) == NAME_BYTES and len(item[1]) == ENTRY.size)
+            while some := list(itertools.islice(pages, AT_ONCE)):
+                names.append(np.frombuffer(b"".join(name for name, _ in some), NAME))
+                values.append(np.frombuffer(b"".join(value for _, value in some), VALUE))
+        return np.concatenate(names, dtype=NAME), np.concatenate(values, dtype=VALUE)  # else it swaps bytes
 
     def is_marked(self, size: Size) -> bool:
         """Whether the index is known to name all pages of the fingerprint, and they have this size."""

@@ -204,9 +204,10 @@ class LocalStore:
                 self._deadlines.add(fetch, deadline_s)
         self._tell_progress()
 
-    def progress(self, owner: str) -> Progress:
+    def progress(self, owner: str, first: int = 0) -> Progress:
+        """Of the pages from `first` on."""
         with self._lock:
-            return self._fetches.progress(owner)
+            return self._fetches.progress(owner, first)
 
     def wait(self, owner: str, timeout_s: float) -> Progress:
         with self._lock:

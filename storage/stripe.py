@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class Files(Protocol):
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool: ...
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
         """False where none of the pages counts as written."""
         ...
 

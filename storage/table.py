@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from sglang_hcache.storage.eviction import Floats, Forest, Ints, Mask, values
-from sglang_hcache.storage.index import VALUE, Index, Size
-from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, decode
+from sglang_hcache.storage.eviction import Floats, Forest, Ints, Mask, Numbers, values
+from sglang_hcache.storage.index import NAME, VALUE, Index, Rows, Size
+from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry, decode
 
-_NAME = np.dtype([("fingerprint", ">u8", 2), ("key", ">u8"), ("rest", "V24")])
+_HALVES = np.dtype([("segment", ">u8", 2), ("rest", f"V{VALUE.itemsize - 16}")])  # of a value
+
+Places = list[tuple[bytes, tuple[str, int]]]  # names, and where these pages lie, as `Index.delete_names` takes them
 
 
 @dataclass(frozen=True)
 class Table:
-    """One element a page, everywhere. Entries are as they lie in the index: `places` checks them, nothing else."""
+    """One element a page, everywhere; millions of them. Only `entries` and `places` check what is in the index."""
 
-    names: list[bytes]  # fingerprint and key
-    raw: list[bytes]  # values
-    volume: Ints  # which of the indexes has it
+    names: Rows  # fingerprint and key
+    value: Rows  # `segment`, `slot`, `parent`, `hits` and `last_use`
+    volume: Numbers  # which of the indexes has it
+    indexes: int
     sizes: dict[bytes, Size]  # of the fingerprints that are known to be listed in full
 
     @classmethod
@@ -35,32 +37,26 @@ class Table:
         """One of several, each of one index."""
         counts = np.array([len(table.names) for table in tables], np.int64)
         return cls(
-            [name for table in tables for name in table.names],
-            [value for table in tables for value in table.raw],
-            np.repeat(np.arange(len(tables)), counts),
+            np.concatenate([np.empty(0, NAME), *(table.names for table in tables)], dtype=NAME),
+            np.concatenate([np.empty(0, VALUE), *(table.value for table in tables)], dtype=VALUE),
+            np.repeat(np.arange(len(tables), dtype=np.int32), counts),
+            len(tables),
             {fingerprint: size for table in tables for fingerprint, size in table.sizes.items()},
         )
 
     @classmethod
     def _of(cls, index: Index) -> Table:
-        names, raw = index.raw()
-        return cls(names, raw, np.zeros(len(names), np.int64), index.marks())
+        names, value = index.raw()
+        return cls(names, value, np.zeros(len(names), np.int32), 1, index.marks())
 
     @cached_property
-    def value(self) -> npt.NDArray[np.void]:
-        """`segment`, `slot`, `parent`, `hits` and `last_use` of each page."""
-        return np.frombuffer(b"".join(self.raw), VALUE)
-
-    @cached_property
-    def _name(self) -> npt.NDArray[np.void]:
-        return np.frombuffer(b"".join(self.names), _NAME)
-
-    @cached_property
-    def _groups(self) -> tuple[list[bytes], Ints]:
-        halves = self._name["fingerprint"].astype(np.uint64)
-        mixed = halves[:, 0] ^ (halves[:, 1] * np.uint64(0x9E3779B97F4A7C15))
-        _, first, group = np.unique(mixed, return_index=True, return_inverse=True)
-        return [self.names[i][:FINGERPRINT_BYTES] for i in first], group.astype(np.int64)
+    def _groups(self) -> tuple[list[bytes], Numbers]:
+        halves = self.names["fingerprint"]
+        changes = (halves[1:] != halves[:-1]).any(axis=1)  # seldom: each index is sorted
+        starts = np.flatnonzero(np.concatenate([[True], changes])[: len(halves)])
+        number: dict[bytes, int] = {}
+        group = [number.setdefault(self.names[i].tobytes()[:FINGERPRINT_BYTES], len(number)) for i in starts]
+        return list(number), np.repeat(np.array(group, np.int32), np.diff([*starts, len(halves)]))
 
     @property
     def fingerprints(self) -> list[bytes]:
@@ -68,7 +64,7 @@ class Table:
         return self._groups[0]
 
     @property
-    def group(self) -> Ints:
+    def group(self) -> Numbers:
         return self._groups[1]
 
     def of(self, fingerprints: Collection[bytes]) -> Mask:
@@ -87,10 +83,10 @@ class Table:
 
     @cached_property
     def forest(self) -> Forest:
-        key, parent = self._name["key"].astype(np.uint64), self.value["parent"].astype(np.uint64)
+        key, parent = self.names["key"].astype(np.uint64), self.value["parent"].astype(np.uint64)
         return Forest.of(self.group, key, parent)
 
-    def worth(self, now: float, forest: Forest | None = None, keep: Collection[bytes] = ()) -> Floats:
+    def worth(self, now: float, forest: Forest | None = None, keep: Iterable[bytes] = ()) -> Floats:
         """Value per byte of each page, as in eviction.py. `keep`: keys of pages that must stay."""
         starts = np.frombuffer(b"".join(key[:8] for key in keep), ">u8").astype(np.uint64)
         return values(
@@ -100,35 +96,42 @@ class Table:
             hits=self.value["hits"].astype(np.int64),
             last_use=self.value["last_use"].astype(np.int64),
             now=now,
-            keep=np.isin(self._name["key"].astype(np.uint64), starts),
+            keep=np.isin(self.names["key"].astype(np.uint64), starts),
         )
 
     def segment(self, page: int) -> tuple[bytes, str]:
         """The fingerprint and the name of the segment where a page lies."""
-        return self.names[page][:FINGERPRINT_BYTES], self.value["segment"][page].decode("ascii", "replace")
+        return self.names[page].tobytes()[:FINGERPRINT_BYTES], self.value["segment"][page].decode("ascii", "replace")
 
     @cached_property
-    def _segments(self) -> tuple[Ints, Ints]:
-        text = np.frombuffer(self.value["segment"].tobytes(), ">u8").reshape(-1, 2).astype(np.uint64)
+    def _segments(self) -> tuple[Numbers, Numbers]:
+        text = self.value.view(_HALVES)["segment"].astype(np.uint64)
         mixed = (text[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ (text[:, 1] * np.uint64(0xC2B2AE3D27D4EB4F))
-        mixed ^= (self.group * 1024 + self.volume).astype(np.uint64) * np.uint64(0x165667B19E3779F9)
+        mixed ^= (self.group * np.int64(1024) + self.volume).astype(np.uint64) * np.uint64(0x165667B19E3779F9)
         _, first, number = np.unique(mixed, return_index=True, return_inverse=True)
-        return first.astype(np.int64), number.astype(np.int64)
+        return first.astype(np.int32), number.astype(np.int32)
 
     @property
-    def segment_number(self) -> Ints:
+    def segment_number(self) -> Numbers:
         """A number for each segment file; `segment_example[number]` is one of its pages."""
         return self._segments[1]
 
     @property
-    def segment_example(self) -> Ints:
+    def segment_example(self) -> Numbers:
         return self._segments[0]
 
-    def places(self, chosen: Mask, volume: int) -> list[tuple[bytes, tuple[str, int]]]:
-        """Name and place of the chosen pages of one index, as `Index.delete_names` takes them."""
-        found = []
-        for page in np.flatnonzero(chosen & (self.volume == volume)):
-            entry = decode(self.names[page], self.raw[page])
+    def entries(self) -> Iterator[tuple[bytes, Entry]]:
+        """Name and entry of all pages whose entry is sound."""
+        return self._entries(range(len(self.names)))
+
+    def places(self, chosen: Mask) -> list[Places]:
+        """Of each index those of the chosen pages that it has."""
+        of_index = (np.flatnonzero(chosen & (self.volume == index)) for index in range(self.indexes))
+        return [[(name, entry.place) for name, entry in self._entries(pages)] for pages in of_index]
+
+    def _entries(self, pages: Iterable[int]) -> Iterator[tuple[bytes, Entry]]:
+        for page in pages:
+            name = self.names[page].tobytes()
+            entry = decode(name, self.value[page].tobytes())
             if entry is not None:
-                found.append((self.names[page], entry.place))
-        return found
+                yield name, entry

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,10 +136,10 @@ class Volume:
             self._fail(error, directory)
             return False
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
         """Write sealed records; True once they are durable, False where none of them counts as written.
 
-        `keep`: keys of pages that are not evicted for them; may grow meanwhile.
+        `keep`: keys of pages that are not evicted for them, as of when they are asked for.
         """
         directory = self._directory
         if directory is None or not self.healthy:

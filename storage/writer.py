@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import WritePolicy
@@ -35,13 +37,23 @@ class _VolumeQueue:
     queue: OrderedDict[int, bytes] = field(default_factory=OrderedDict)  # slot → key
     batch: dict[int, bytes] = field(default_factory=dict)  # being written; slot → key
     former: dict[int, bytes] = field(default_factory=dict)  # the batch before it
-    keep: list[bytes] = field(default_factory=list)  # what others follow, or may; grows during a batch
+    keep: list[bytes] = field(default_factory=list)  # of what is in no queue: what others follow, or may; grows
     touched: Counter[bytes] = field(default_factory=Counter)
     touch_at: float = 0.0
 
     @property
     def waiting(self) -> int:
         return len(self.queue) + len(self.batch)
+
+
+class _Kept:
+    """What is not evicted while a batch is written, as of when somebody looks: queues may be long, and few do."""
+
+    def __init__(self, writer: Writer, todo: _VolumeQueue) -> None:
+        self._look = partial(writer.kept, todo)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._look())
 
 
 class Writer:
@@ -172,9 +184,6 @@ class Writer:
             self._arena.mark(slot, Backing.DIRTY)
             self._by_volume[volume].queue[slot] = key
             self._by_volume[volume].work.notify()
-            for todo in self._by_volume.values():
-                if todo.batch and len(todo.keep) < MOST_KEPT:
-                    todo.keep += (key, self._arena.parent(slot))
 
     def _give_up(self, slot: int, key: bytes) -> None:
         """For now the page is in memory only, and may be lost."""
@@ -188,14 +197,20 @@ class Writer:
             self._enqueue(slot, key)
         self._written.notify_all()
 
-    def _under_way(self) -> list[bytes]:
-        """What is written, what it follows, and what was written last: what is committed next may follow that."""
-        kept: list[bytes] = []
-        for todo in self._by_volume.values():
-            kept += todo.former.values()
-            for pages in (todo.batch, todo.queue):
-                kept += [*pages.values(), *map(self._arena.parent, pages)]
-        return kept
+    def _with_parents(self, pages: Mapping[int, bytes]) -> list[bytes]:
+        return [*pages.values(), *map(self._arena.parent, pages)]
+
+    def _begin_batch(self, todo: _VolumeQueue) -> None:
+        """Take pages off the queue. What was written last is kept, too: what is committed next may follow it."""
+        while todo.queue and len(todo.batch) < self._at_once:
+            slot, key = todo.queue.popitem(last=False)
+            todo.batch[slot] = key
+        begun = self._with_parents(todo.batch)
+        todo.keep = []
+        for other in self._by_volume.values():
+            if other is not todo and other.batch and len(other.keep) < MOST_KEPT:
+                other.keep += begun
+            todo.keep += [*other.former.values(), *self._with_parents(other.batch)]
 
     def _must_write_back(self) -> bool:
         short = self._arena.available < SHORT_OF_SLOTS * self._arena.slots
@@ -224,10 +239,7 @@ class Writer:
                     self._write_back()
                 if not volume.healthy:
                     self._pass_on(todo)
-                while todo.queue and len(todo.batch) < self._at_once:
-                    slot, key = todo.queue.popitem(last=False)
-                    todo.batch[slot] = key
-                todo.keep = self._under_way() if todo.batch else []
+                self._begin_batch(todo)
             if volume.retry():
                 self._requeue()
             if todo.batch:
@@ -246,7 +258,7 @@ class Writer:
         try:
             for slot, key in pages.items():
                 self._seal(memory[slot], key, self._arena.parent(slot))
-            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], todo.keep)
+            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], _Kept(self, todo))
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
             log.exception("hcache: %d pages could not be written.", len(pages))
             written, otherwise = False, self._give_up
@@ -261,6 +273,12 @@ class Writer:
                 for slot, key in pages.items():
                     otherwise(slot, key)
             self._written.notify_all()
+
+    def kept(self, todo: _VolumeQueue) -> list[bytes]:
+        """What waits or is written, what it follows, and what was written since the batch began, or just before."""
+        with self._lock:
+            queued = [self._with_parents(other.queue) for other in self._by_volume.values()]
+            return [*todo.keep, *itertools.chain.from_iterable(queued)]
 
     def _requeue(self) -> None:
         """Pages that no volume could take, and that are still in memory, get another chance."""

@@ -17,7 +17,7 @@ from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, 
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.evictor import segment_file
-from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry, decode
+from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry
 from sglang_hcache.storage.layout import ROOT, ChunkDamaged, Record, parent_of, verify
 from sglang_hcache.storage.segment import SegmentReader
 
@@ -121,10 +121,8 @@ def _stored(directories: list[Path]) -> dict[bytes, Pages]:
     stored: dict[bytes, Pages] = {}
     for path in directories:
         table = read_table(path, Damage())
-        for name, value in zip(table.names, table.raw, strict=True):
-            entry = decode(name, value)
-            if entry is not None:
-                stored.setdefault(name[:FINGERPRINT_BYTES], {})[name[FINGERPRINT_BYTES:]] = path, entry
+        for name, entry in table.entries():
+            stored.setdefault(name[:FINGERPRINT_BYTES], {})[name[FINGERPRINT_BYTES:]] = path, entry
     return stored
 
 

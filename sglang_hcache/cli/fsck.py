@@ -36,11 +36,12 @@ from sglang_hcache.storage.about import NAME, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import remove
 from sglang_hcache.storage.index import Index, Size, prepare
-from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry, decode
+from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
 from sglang_hcache.storage.quota import census
 from sglang_hcache.storage.segment import SegmentReader
 from sglang_hcache.storage.sweep import sweep_folder
+from sglang_hcache.storage.table import Table
 
 REPAIRED, UNREPAIRED, FAILED = 1, 2, 3
 _SEGMENT = re.compile(r"[0-9a-f]{16}\.seg")
@@ -185,15 +186,12 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
     found: dict[bytes, dict[tuple[str, int], bytes]] = defaultdict(dict)
     if repair:
         index = Index(path / "index", b"")
-        names, values = index.raw()
+        table = Table.read([index])
         index.close()
     else:
         table = read_table(path, damage)
-        names, values = table.names, table.raw
-    for name, value in zip(names, values, strict=True):
-        entry = decode(name, value)
-        if entry is not None:
-            found[name[:FINGERPRINT_BYTES]][entry.place] = name[FINGERPRINT_BYTES:]
+    for name, entry in table.entries():
+        found[name[:FINGERPRINT_BYTES]][entry.place] = name[FINGERPRINT_BYTES:]
     return found
 
 

@@ -16,6 +16,7 @@ from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkLayout, Record
 from sglang_hcache.storage.region import Region
 
+NOTHING_YET = Progress((), False)
 ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 
 
@@ -26,6 +27,12 @@ class _Wanted:
     done: bool = False
     began_at: float = field(default_factory=time.monotonic)
     ended_at: float = 0.0
+    told: Progress = NOTHING_YET  # the last time somebody asked: a scheduler asks for all, at each step
+
+    def progress(self) -> Progress:
+        if (len(self.told.slots), self.told.done) != (len(self.slots), self.done):
+            self.told = Progress(tuple(self.slots), self.done)
+        return self.told
 
 
 class PrefetchClient:
@@ -205,7 +212,7 @@ class PrefetchClient:
 
     def _progress(self, owner: str) -> Progress:
         wanted = self._wanted.get(owner)
-        return Progress(tuple(wanted.slots), wanted.done) if wanted else Progress((), True)
+        return wanted.progress() if wanted else Progress((), True)
 
     def _receive(self, message: m.FromServer, _: Sequence[memoryview]) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import queue
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from sglang_hcache.storage.files import make_private
 log = logging.getLogger(__name__)
 
 FAILED = 1
+SWITCH_S = 0.0005  # a lookup in the index may wait for other threads so long; Python's 5 ms make seconds of many
 TOUCH_S = 3600.0  # systemd removes what has been left alone in /tmp for ten days
 LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
@@ -37,6 +39,7 @@ def serve(config: ServerConfig) -> int:
         stream=sys.stderr, level=logging.INFO, format="[%(asctime)s prefetcher] %(message)s", datefmt=LOG_DATES
     )
     logging.raiseExceptions = False  # whoever started us may be gone, and our stderr with him
+    settle()
     try:
         endpoint = endpoint_for(config.directories)
         lock = InstanceLock.acquire(endpoint)
@@ -51,6 +54,14 @@ def serve(config: ServerConfig) -> int:
             return _run(config)
     finally:
         lock.release()
+
+
+def settle() -> None:
+    """What a process with many threads and files needs: each directory has up to 450 open, for each model."""
+    sys.setswitchinterval(SWITCH_S)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run(config: ServerConfig) -> int:

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,7 @@ class RemoteFiles:
             return False
         return True
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Collection[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
         """Send sealed records; once this returns their memory can be used again, as the prefetcher verifies them."""
         trackers = []
         for key, record in pages:

@@ -165,6 +165,14 @@ def test_pages_are_shared_and_read_once(join: Join) -> None:
     assert count["pages_open"] == count["pages_granted"] + figures(other)["pages_granted"]
 
 
+def test_asking_for_progress_again_copies_nothing(join: Join) -> None:
+    client = join()
+    save(client, range(4))
+    client.prefetch("request", keys_of(range(4)))
+    assert len(client.wait("request", 10).slots) == 4
+    assert client.progress("request") is client.progress("request")
+
+
 def test_too_much_at_once_waits_for_room(join: Join) -> None:
     client = join(grant=4)
     save(client, range(60))

@@ -101,8 +101,8 @@ def test_marks_tell_the_size_of_each_fingerprint(tmp_path: Path) -> None:
     other.mark(Size(1, 2))
     assert other.marks() == {FINGERPRINT: SIZE, OTHER: Size(1, 2)}
     names, values = other.raw()
-    assert names == sorted(FINGERPRINT + key_of(page) for page in range(50))
-    assert all(decode(name, value) for name, value in zip(names, values, strict=True))
+    assert [name.tobytes() for name in names] == sorted(FINGERPRINT + key_of(page) for page in range(50))
+    assert all(decode(name.tobytes(), value.tobytes()) for name, value in zip(names, values, strict=True))
     other.close()
 
 
