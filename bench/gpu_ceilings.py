@@ -18,7 +18,7 @@ from bench.restore_rig import errors
 from bench.toy_model import CHUNK, Model
 from sglang_hcache.copy_engine import NoCopyEngine
 from sglang_hcache.restore import Copier, EngineCopier, HostPages, KernelCopier, StoredLayer
-from sglang_hcache.triton_kernels.project import project_kv
+from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 
 MOST_ERROR = 1.5  # over that of a forward's own K and V

@@ -32,7 +32,8 @@ import triton
 from bench.gpu import DEVICE, capability, machine, noise, seconds
 from bench.report import arguments_of, method_of, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
-from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.project_kv import project_kv
+from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
 
 TOKENS = (64, 256, 1024, 4096, 16384)

@@ -29,7 +29,8 @@ from sglang_hcache.restore import (
     restorer_for,
 )
 from sglang_hcache.streams import current_stream, new_stream
-from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.project_kv import project_kv
+from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.rows import scatter_kv
 from sglang_hcache.triton_kernels.tuning import choose
 

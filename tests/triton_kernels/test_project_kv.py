@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.project import Projection, _part_rows, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.cublas_epilogue import part_rows
+from sglang_hcache.triton_kernels.project_kv import project_kv, takes
+from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SEVERAL_HEADS, Fused, candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,8 +167,8 @@ def test_several_heads_of_the_size_and_the_tile_that_are_served() -> None:
     ids=["neighbours", "partly turned", "normed", "no power of two", "odd heads", "wide", "not aligned"],
 )
 def test_what_is_not_for_several_heads_is_for_one(projection: Projection) -> None:
-    assert not projection.takes(HEADS)
-    assert projection.takes(SMALL)
+    assert not takes(projection, HEADS)
+    assert takes(projection, SMALL)
     pool = _pool(projection, 4, torch.float32)
     slots = torch.arange(4, device=DEVICE)
     rows = _random(4, projection.weight.shape[1], seed=2, dtype=projection.weight.dtype)
@@ -248,7 +250,7 @@ def test_a_small_workspace_is_used_again(bias: torch.Tensor | None) -> None:
     ("n", "rows"), [(1, 1), (2048, 2048), (3000, 3000), (3100, 1664), (8192, 2048), (8256, 2176)]
 )
 def test_parts_of_a_product_are_about_equal(n: int, rows: int) -> None:
-    assert _part_rows(n) == rows
+    assert part_rows(n) == rows
 
 
 def test_rows_need_not_be_contiguous() -> None:
