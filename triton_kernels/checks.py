@@ -27,3 +27,11 @@ def require_indices(name: str, tensor: torch.Tensor, n: int) -> None:
     """int64: a slot times its stride is beyond int32 in a large pool."""
     if tensor.dtype != torch.int64 or tensor.shape != (n,) or not tensor.is_contiguous():
         raise ValueError(f"{name} are contiguous [{n}] of int64, not {list(tensor.shape)} of {tensor.dtype}")
+
+
+def require_heads(name: str, buffer: torch.Tensor, heads: int, dim: int) -> None:
+    """`[slots, heads, dim]`: slots may be apart, the values of a slot may not."""
+    if buffer.shape[1:] != (heads, dim):
+        raise ValueError(f"{name} has slots of {list(buffer.shape[1:])}, not {[heads, dim]}")
+    if buffer.stride(2) != 1 or (heads > 1 and buffer.stride(1) != dim):
+        raise ValueError(f"the values of a slot of {name} are apart, they must be neighbours")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from sglang_hcache.triton_kernels import cublas_epilogue, fused_gemm, fused_gemm_tma
+from sglang_hcache.triton_kernels.checks import require_heads, require_indices, require_rows
 from sglang_hcache.triton_kernels.projection import Projection
 from sglang_hcache.triton_kernels.tuning import Fused
 
@@ -35,12 +36,19 @@ def project_kv(
 
     rows: `[n, width]`, bf16, fp16 or fp32, as is the weight; positions, slots: int64 `[n]`, slots all different.
     k_buffer: `[slots, k_heads, k_dim]`, v_buffer likewise, in the pool's dtype, fp8 as torch's fp8 dtype; values
-    beyond its range saturate. fused: run so; None for cuBLAS and a second kernel, on as many rows at a time as
-    `workspace`, `[m, N]` of the rows' dtype, has; if left out, on about PART_ROWS. Raises ValueError for a form that
-    the projection does not take.
+    beyond its range saturate; tokens may be apart in rows and buffers, nothing else. fused: run so; None for cuBLAS
+    and a second kernel, on as many rows at a time as `workspace`, `[m, N]` of the rows' dtype, has; if left out, on
+    about PART_ROWS. Raises ValueError for other arguments, and for a form that the projection does not take.
     """
     if not len(rows):
         return
+    require_rows("rows", rows, 2, (projection.weight.dtype,))
+    if rows.shape[1] != projection.width:
+        raise ValueError(f"rows of {rows.shape[1]} values for a weight of {projection.width}")
+    require_indices("positions", positions, len(rows))
+    require_indices("slots", slots, len(rows))
+    require_heads("k_buffer", k_buffer, projection.k_heads, projection.k_dim)
+    require_heads("v_buffer", v_buffer, projection.v_heads, projection.v_dim)
     if fused is None:
         cublas_epilogue.project(rows, projection, positions, slots, k_buffer, v_buffer, workspace)
         return

@@ -19,7 +19,8 @@ class Projection:
     all of them (`[k_heads · k_dim]`); eps is added to the mean square. cos_sin: `[positions, rotary_dim]`, cosines
     then sines, as SGLang's rotary modules keep them; the first rotary_dim columns of a K head are turned, paired by
     halves (NeoX) or with their neighbours (GPT-J). K and V are divided by their scales before they are stored.
-    Raises ValueError where shapes do not fit together.
+    Tensors are contiguous, but rows of
+    the weight may be apart. Raises ValueError where shapes do not fit together, or tensors are not so.
     """
 
     weight: torch.Tensor
@@ -44,6 +45,10 @@ class Projection:
             raise ValueError(f"a norm of {self.norm_weight.numel()} for {self.k_heads} heads of {self.k_dim}")
         if self.k_dim % 2 or self.v_dim % 2 or self.rotary_dim % 2 or self.rotary_dim > self.k_dim:
             raise ValueError(f"heads of {self.k_dim} and {self.v_dim}, {self.rotary_dim} of it turned")
+        for name in ("bias", "norm_weight", "cos_sin"):
+            tensor = getattr(self, name)
+            if tensor is not None and not tensor.is_contiguous():
+                raise ValueError(f"{name} is not contiguous")
 
     @property
     def columns(self) -> int:
