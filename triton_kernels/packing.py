@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.aot import KernelSpec
+from sglang_hcache.triton_kernels.aot import KernelSpec, signature_of
 from sglang_hcache.triton_kernels.checks import require_bytes, require_rows
 
 ESCAPE = 7
@@ -253,12 +253,13 @@ def compile_specs() -> Iterator[KernelSpec]:
     sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
     pointers = {"values": "*i16", "packed": "*u8", "out": "*i16"}
     for name, kernel in (("pack", _pack_kernel), ("unpack", _unpack_kernel)):
-        signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}
+        constants = {"TILE": TILE}
+        signature = signature_of(kernel, pointers | sizes, constants)
         yield KernelSpec(
             name=f"{name}_rows",
             kernel=kernel,
             signature=signature,
-            constexprs={"TILE": TILE},
+            constexprs=constants,
             num_warps=NUM_WARPS,
             aligned=tuple(signature),
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_hcache.triton_kernels.aot import CAPABILITIES, KernelSpec
+from sglang_hcache.triton_kernels.aot import CAPABILITIES, KernelSpec, signature_of
 from sglang_hcache.triton_kernels.epilogue import FP8_SINCE
 from sglang_hcache.triton_kernels.projection import Projection
 from sglang_hcache.triton_kernels.tuning import Shape
@@ -46,8 +46,7 @@ def spec(
     name: str, kernel: Any, constants: dict[str, Any], *, warps: int, stages: int, pool: str = "*bf16"
 ) -> KernelSpec:
     """pool: Triton's type of a pointer into K's and V's pools."""
-    types = _TYPES | {"k_buffer": pool, "v_buffer": pool}
-    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+    signature = signature_of(kernel, _TYPES | {"k_buffer": pool, "v_buffer": pool}, constants)
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name.endswith("stride")]
     capabilities = [c for c in CAPABILITIES if "fp8" not in pool or c >= FP8_SINCE]
     return KernelSpec(name, kernel, signature, constants, warps, stages, aligned, capabilities)

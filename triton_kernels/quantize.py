@@ -19,12 +19,13 @@ scale: its scale is NaN and all of it comes back as NaN, so that it is never mis
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.aot import KernelSpec
+from sglang_hcache.triton_kernels.aot import KernelSpec, signature_of
 from sglang_hcache.triton_kernels.checks import require_bytes, require_rows
 
 FLOOR = 2.0**-100  # far above fp32's denormals, so a scale is never one
@@ -204,16 +205,17 @@ def compile_specs() -> Iterator[KernelSpec]:
     """The configurations that `quantize_rows` and `dequantize_rows` launch."""
     for code in CODE_TYPES:
         for dtype in VALUE_TYPES.values():
-            fp8 = {"FP8": code == "fp8_e4m3", "TILE": TILE}
+            both: dict[str, Any] = {"FP8": code == "fp8_e4m3", "TILE": TILE}
+            of_kernel = {"quantize": both | {"FLOOR": FLOOR}, "dequantize": both}
             sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
             pointers = {"values": dtype, "coded": "*i8", "out": dtype.replace("bf", "i")}
             for name, kernel in (("quantize", _quantize_kernel), ("dequantize", _dequantize_kernel)):
-                signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}
+                signature = signature_of(kernel, pointers | sizes, of_kernel[name])
                 yield KernelSpec(
                     name=f"{name}_rows_{code}_{dtype[1:]}",
                     kernel=kernel,
                     signature=signature,
-                    constexprs=fp8 | ({"FLOOR": FLOOR} if name == "quantize" else {}),
+                    constexprs=of_kernel[name],
                     num_warps=NUM_WARPS,
                     aligned=tuple(signature),
                 )

@@ -42,7 +42,7 @@ SHAPES = {
 }
 
 # By the smallest power of two that holds half a head; all compile without spills for sm_80, sm_90 and sm_100.
-CANDIDATES: dict[int, tuple[Fused, ...]] = {
+_CANDIDATES: dict[int, tuple[Fused, ...]] = {
     32: (Fused(128, 64, 4, 3), Fused(64, 64, 4, 4)),
     64: (Fused(128, 64, 8, 3), Fused(128, 32, 8, 4), Fused(64, 64, 4, 3)),
     128: (Fused(64, 32, 8, 4), Fused(64, 64, 8, 3)),
@@ -54,7 +54,7 @@ SEVERAL_HEADS = {90: Fused(128, 64, 8, 4, heads=2), 100: Fused(128, 64, 16, 4, h
 
 def candidates(head_dim: int, capability: int) -> tuple[Fused, ...]:
     """Configurations worth trying for heads of this size on such a GPU; none where no fused kernel fits."""
-    found = next((found for pairs, found in sorted(CANDIDATES.items()) if 2 * pairs >= head_dim), ())
+    found = next((found for pairs, found in sorted(_CANDIDATES.items()) if 2 * pairs >= head_dim), ())
     several = SEVERAL_HEADS.get(capability) if head_dim == 128 else None
     return found if several is None else (several, *found)
 
