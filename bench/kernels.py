@@ -10,10 +10,10 @@ compared with float64 on 512 tokens, into poisoned pools, by the norm of K's err
 the same error of torch's own matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing
 or strayed, is `wrong`, is not timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`),
 cuBLAS and the second kernel, and the fused kernels in each configuration are timed between events, 8 calls in a row
-that are issued while the device is kept busy, so that launches do not count; median of 7 after 2 that warm up. `ratio`
-is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works on parts
-of the rows; `whole_ms` is the same in one part. `--tune` writes which form was fastest to triton_kernels/tuned.json.
-Both files are written after each model, and to $OUT, too, if that is set.
+that are issued while the device is kept busy, so that launches do not count; median of 7 after 2 that warm up.
+`ratio` is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works
+on parts of the rows; `whole_ms` is the same in one part. `--tune` writes which form was fastest to
+triton_kernels/tuned.json. Both files are written after each model, and to $OUT, too, if that is set.
 """
 
 from __future__ import annotations
