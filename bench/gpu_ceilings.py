@@ -13,12 +13,12 @@ import torch
 
 from bench.gpu import DEVICE, capability, device_copy_gb_s, host_to_device_gb_s, noise, seconds
 from bench.gpu_run import KERNELS, Run, Scale
-from bench.kernels import CALLS, POSITIONS, pool_of, projection_of
+from bench.kernels import CALLS, POSITIONS, misplaced, pool_of, projection_of
 from bench.restore_rig import errors
 from bench.toy_model import CHUNK, Model
 from sglang_hcache.copy_engine import NoCopyEngine
 from sglang_hcache.restore import Copier, EngineCopier, HostPages, KernelCopier, StoredLayer
-from sglang_hcache.triton_kernels.project import project_kv
+from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 
 MOST_ERROR = 1.5  # over that of a forward's own K and V
@@ -147,11 +147,10 @@ def _form_errors(model: Model, form: Fused | None, scale: Scale) -> dict[str, An
     positions = torch.randint(0, POSITIONS, (n,), device=DEVICE)
     pool = pool_of(model.shape, 2 * n, scale.dtype)
     project_kv(rows, projection, positions, slots, *pool, fused=form)
-    others = torch.ones(2 * n, dtype=torch.bool, device=DEVICE)
-    others[slots] = False
+    unwritten, strayed = (sum(counts) for counts in zip(*(misplaced(part, slots) for part in pool), strict=True))
     return {
         "fused": asdict(form) if form else None,
-        "unwritten": sum(int(part[slots].isnan().sum()) for part in pool),
-        "strayed": sum(int((~part[others].isnan()).sum()) for part in pool),
+        "unwritten": unwritten,
+        "strayed": strayed,
         **errors(rows, projection, positions, pool[0][slots], pool[1][slots]),
     }

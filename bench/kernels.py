@@ -4,16 +4,16 @@
     python -m bench.kernels [--json] [--save] [--tune]
 
 Method: `--compile-only` needs no GPU: every kernel in every configuration is compiled for sm_80, sm_90 and sm_100;
-registers, shared memory and spills are what cuobjdump reads in the machine code. On a GPU: for each model's shape
-and number of tokens, random bf16 inputs; the projection's two forms are first compared with float64 on 512 tokens,
-into poisoned pools, by the norm of K's error over K's norm (and V alike), beside the same error of torch's own
-matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing or strayed, is `wrong`, is not
-timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel,
-and the fused kernel in each configuration are timed between events, 8 calls in a row that are issued while the device
-is kept busy, so that launches do not count; median of 7 after 2 that warm up. `ratio` is the product's time over the
-form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works on parts of the rows; `whole_ms` is
-the same in one part. `--tune` writes which form was fastest to triton_kernels/tuned.json. Both files are written
-after each model, and to $OUT, too, if that is set.
+registers, shared memory and spills are what cuobjdump reads in the machine code; a failure or a spill makes the exit
+status 1. On a GPU: for each model's shape and number of tokens, random bf16 inputs; the projection's forms are first
+compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike), beside
+the same error of torch's own matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing
+or strayed, is `wrong`, is not timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`),
+cuBLAS and the second kernel, and the fused kernels in each configuration are timed between events, 8 calls in a row
+that are issued while the device is kept busy, so that launches do not count; median of 7 after 2 that warm up.
+`ratio` is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works
+on parts of the rows; `whole_ms` is the same in one part. `--tune` writes which form was fastest to
+triton_kernels/tuned.json. Both files are written after each model, and to $OUT, too, if that is set.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import triton
 from bench.gpu import DEVICE, capability, machine, noise, seconds
 from bench.report import arguments_of, method_of, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
-from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.project_kv import project_kv
+from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
 
 TOKENS = (64, 256, 1024, 4096, 16384)
@@ -92,14 +93,19 @@ def check(shape: Shape, form: Fused | None, tokens: int = CHECKED_TOKENS) -> dic
     project_kv(rows, projection, positions, slots, *pool, fused=form)
     project_kv_reference(rows, projection, positions, slots, *exact)
     product = rows.double() @ projection.weight.double().T
-    others = torch.ones(2 * tokens, dtype=torch.bool, device=DEVICE)
-    others[slots] = False
     report = {"product": _error(rows @ projection.weight.T, product)}
     for name, got, want in zip("kv", pool, exact, strict=True):
         report[name] = _error(got[slots], want[slots])
-        report[f"{name}_unwritten"] = float(got[slots].isnan().sum())
-        report[f"{name}_strayed"] = float((~got[others].isnan()).sum())
+        report[f"{name}_unwritten"], report[f"{name}_strayed"] = misplaced(got, slots)
     return report
+
+
+def misplaced(buffer: torch.Tensor, slots: torch.Tensor) -> tuple[int, int]:
+    """Elements of these slots that were not written, and of others that were, of a buffer that was full of NaNs."""
+    poisoned = buffer.isnan().flatten(1)
+    others = torch.ones(len(buffer), dtype=torch.bool, device=buffer.device)
+    others[slots] = False
+    return int(poisoned[~others].sum()), int((~poisoned[others]).sum())
 
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -172,8 +178,8 @@ def table(report: dict[str, Any], known: Sequence[dict[str, Any]] = ()) -> dict[
     return {"entries": [*(e for e in known if (e["capability"], e["shape"]) not in replaced), *measured]}
 
 
-def keep(report: dict[str, Any], *, results: bool, tuned: bool) -> None:
-    """Write what there is so far."""
+def write(report: dict[str, Any], *, results: bool, tuned: bool) -> None:
+    """What there is so far."""
     if results:
         save("kernels_gpu", report)
     if tuned:
@@ -194,12 +200,14 @@ def main() -> None:
     elif DEVICE == "cpu":
         sys.exit("bench.kernels: no GPU here; --compile-only needs none")
     else:
-        report = on_gpu(keep=partial(keep, results=arguments.save, tuned=arguments.tune))
+        report = on_gpu(keep=partial(write, results=arguments.save, tuned=arguments.tune))
         for model, found in report["models"].items():
             cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
             print(f"{model:>12}  {cells}   of the matrix product's throughput")
     if arguments.json:
         print(json.dumps(report))
+    if report.get("failed") or report.get("spills"):
+        sys.exit("bench.kernels: not all configurations compile without spills")
     if wrong := sum(form["wrong"] for forms in report.get("errors", {}).values() for form in forms):
         sys.exit(f"bench.kernels: {wrong} forms are wrong")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench.gpu import DEVICE, WARM_UP, capability, noise
-from bench.kernels import POSITIONS, pool_of, projection_of
+from bench.kernels import POSITIONS, misplaced, pool_of, projection_of
 from bench.toy_model import Model, forward_kv
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.restore import (
@@ -29,7 +29,8 @@ from sglang_hcache.restore import (
     restorer_for,
 )
 from sglang_hcache.streams import current_stream, new_stream
-from sglang_hcache.triton_kernels.project import Projection, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.project_kv import project_kv
+from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.rows import scatter_kv
 from sglang_hcache.triton_kernels.tuning import choose
 
@@ -200,14 +201,12 @@ class Rig:
         for part in itertools.chain(*(self.pool.buffers[layer] for layer in layers)):
             part.fill_(torch.nan)
         self.run(load)
-        others = torch.ones(self._slots, dtype=torch.bool, device=DEVICE)
-        others[load.device_slots] = False
         found: dict[str, float] = {"unwritten": 0, "strayed": 0}
         for layer in layers:
             for part in self.pool.buffers[layer]:
-                bad = part.isnan().flatten(1)
-                found["unwritten"] += int(bad[~others].sum())
-                found["strayed"] += int((~bad[others]).sum())
+                unwritten, strayed = misplaced(part, load.device_slots)
+                found["unwritten"] += unwritten
+                found["strayed"] += strayed
             for name, value in self.pool.check(layer, *self._sample(load, layer)).items():
                 found[name] = max(found.get(name, 0.0), value)
         return found

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from bench.gpu import DEVICE, noise
-from sglang_hcache.triton_kernels.project import Projection
+from sglang_hcache.triton_kernels.projection import Projection
 from sglang_hcache.triton_kernels.tuning import SHAPES, Shape
 
 EPS = 1e-6

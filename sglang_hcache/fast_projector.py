@@ -15,7 +15,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.triton_kernels.project import FP8_SINCE, Projection, project_kv
+from sglang_hcache.triton_kernels.epilogue import FP8_SINCE
+from sglang_hcache.triton_kernels.project_kv import project_kv, takes
+from sglang_hcache.triton_kernels.projection import Projection
 from sglang_hcache.triton_kernels.tuning import choose
 
 # Read in SGLang 0.5.23: fused projection, then, where the module has them, K's norm (`k_norm`) and RoPE. Nothing else
@@ -59,7 +61,7 @@ class KernelProjector:
         keys, values = self._keys[layer], self._values[layer]
         projection = self._modules[layer].projection(scaled=keys.dtype != rows.dtype)
         fused = choose(projection.shape, len(rows), self._capability)
-        if fused is not None and not projection.takes(fused):
+        if fused is not None and not takes(projection, fused):
             fused = None
         project_kv(rows, projection, positions, slots, keys, values, fused=fused)
 

@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that need not be there, and says what they cost.
 
-    python -m sglang_hcache.triton_kernels.aot MODULE... [--capability 80 90 100]
+    python -m sglang_hcache.triton_kernels.aot [MODULE ...] [--capability 80 90 100]
 
 A module with kernels offers `compile_specs()`, an iterator of `KernelSpec`. Printed is one JSON line a spec and
 capability. Triton's interpreter takes the place of its compiler in the whole process, so TRITON_INTERPRET must be
@@ -15,7 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,11 @@ class KernelSpec:
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def signature_of(kernel: Any, types: Mapping[str, str], constexprs: Collection[str]) -> dict[str, str]:
+    """The kernel's arguments that are no constexprs, of what several kernels call by the same names."""
+    return {name: types[name] for name in kernel.arg_names if name not in constexprs}
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def reports(modules: Sequence[str], capabilities: Sequence[int] = CAPABILITIES) 
     """One record a configuration and capability, of all `modules`' `compile_specs()`; failures have an `error`."""
     for module in modules:
         for spec in importlib.import_module(module).compile_specs():
-            for capability in set(capabilities) & set(spec.capabilities):
+            for capability in (each for each in capabilities if each in spec.capabilities):
                 record = {"module": module.rpartition(".")[2], "name": spec.name, "capability": capability}
                 try:
                     yield record | spec.options | asdict(compile_spec(spec, capability))

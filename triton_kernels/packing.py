@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.aot import KernelSpec
+from sglang_hcache.triton_kernels.aot import KernelSpec, signature_of
+from sglang_hcache.triton_kernels.checks import require_bytes, require_rows
 
 ESCAPE = 7
 WIDTH_STEP = 64  # values
@@ -224,9 +225,9 @@ def pack_rows(values: torch.Tensor, out: torch.Tensor) -> None:
     launch and without waiting. Byte `fits_at(width)` of each row says whether it can be unpacked. Raises ValueError
     for other arguments.
     """
-    _require_values("values", values, 3)
+    require_rows("values", values, 3, (torch.bfloat16,))
     layers, rows, width = values.shape
-    _require_packed(out, (layers, rows, packed_row_bytes(width)))
+    require_bytes("packed rows", out, (layers, rows, packed_row_bytes(width)), _ALIGNMENT)
     if layers and rows:
         _pack_kernel[(rows, layers)](
             values.view(torch.int16), out, width, values.stride(0), values.stride(1), TILE=TILE, num_warps=NUM_WARPS
@@ -240,25 +241,11 @@ def unpack_rows(packed: torch.Tensor, out: torch.Tensor) -> None:
     Content is not checked, that is for the checksums around it: wrong bytes give wrong values, but no access outside
     of the row. On the current stream. Raises ValueError for arguments of another shape or kind.
     """
-    _require_values("out", out, 2)
+    require_rows("out", out, 2, (torch.bfloat16,))
     rows, width = out.shape
-    _require_packed(packed, (rows, packed_row_bytes(width)))
+    require_bytes("packed rows", packed, (rows, packed_row_bytes(width)), _ALIGNMENT)
     if rows:
         _unpack_kernel[(rows,)](packed, out.view(torch.int16), width, out.stride(0), TILE=TILE, num_warps=NUM_WARPS)
-
-
-def _require_values(name: str, tensor: torch.Tensor, dims: int) -> None:
-    if tensor.dtype != torch.bfloat16 or tensor.dim() != dims:
-        raise ValueError(f"{name} have {dims} dimensions of bf16, not {tuple(tensor.shape)} of {tensor.dtype}")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"the values of a row of {name} are {tensor.stride(-1)} apart, they must be neighbours")
-
-
-def _require_packed(packed: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if packed.dtype != torch.uint8 or packed.shape != shape or not packed.is_contiguous():
-        raise ValueError(f"packed rows are contiguous {shape} of uint8, not {tuple(packed.shape)} of {packed.dtype}")
-    if packed.data_ptr() % _ALIGNMENT:
-        raise ValueError(f"packed rows begin at a multiple of {_ALIGNMENT} bytes")
 
 
 def compile_specs() -> Iterator[KernelSpec]:
@@ -266,12 +253,13 @@ def compile_specs() -> Iterator[KernelSpec]:
     sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
     pointers = {"values": "*i16", "packed": "*u8", "out": "*i16"}
     for name, kernel in (("pack", _pack_kernel), ("unpack", _unpack_kernel)):
-        signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}
+        constants = {"TILE": TILE}
+        signature = signature_of(kernel, pointers | sizes, constants)
         yield KernelSpec(
             name=f"{name}_rows",
             kernel=kernel,
             signature=signature,
-            constexprs={"TILE": TILE},
+            constexprs=constants,
             num_warps=NUM_WARPS,
             aligned=tuple(signature),
         )

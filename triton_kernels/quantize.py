@@ -19,12 +19,14 @@ scale: its scale is NaN and all of it comes back as NaN, so that it is never mis
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.aot import KernelSpec
+from sglang_hcache.triton_kernels.aot import KernelSpec, signature_of
+from sglang_hcache.triton_kernels.checks import require_bytes, require_rows
 
 FLOOR = 2.0**-100  # far above fp32's denormals, so a scale is never one
 CODE_TYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
@@ -166,9 +168,9 @@ def quantize_rows(values: torch.Tensor, out: torch.Tensor, code: str) -> None:
     arguments.
     """
     fp8 = _code_type(code) == torch.float8_e4m3fn
-    _require("values", values, 3, tuple(VALUE_TYPES))
+    require_rows("values", values, 3, VALUE_TYPES)
     layers, rows, width = values.shape
-    _require_coded(out, (layers, rows, lossy_row_bytes(width)))
+    require_bytes("coded rows", out, (layers, rows, lossy_row_bytes(width)), _SCALE_BYTES)
     if layers and rows:
         _quantize_kernel[(rows, layers)](
             values, out.view(torch.int8), width, values.stride(0), values.stride(1),
@@ -183,9 +185,9 @@ def dequantize_rows(coded: torch.Tensor, out: torch.Tensor, code: str) -> None:
     for other arguments.
     """
     fp8 = _code_type(code) == torch.float8_e4m3fn
-    _require("out", out, 2, tuple(VALUE_TYPES))
+    require_rows("out", out, 2, VALUE_TYPES)
     rows, width = out.shape
-    _require_coded(coded, (rows, lossy_row_bytes(width)))
+    require_bytes("coded rows", coded, (rows, lossy_row_bytes(width)), _SCALE_BYTES)
     stored = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
     if rows:
         _dequantize_kernel[(rows, triton.cdiv(width, TILE))](
@@ -199,35 +201,21 @@ def _code_type(code: str) -> torch.dtype:
     return CODE_TYPES[code]
 
 
-def _require(name: str, tensor: torch.Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dim() != dims or tensor.dtype not in dtypes:
-        wanted = f"{dims} dimensions of {dtypes}"
-        raise ValueError(f"{name} have {wanted}, not {tuple(tensor.shape)} of {tensor.dtype}")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"the values of a row of {name} are {tensor.stride(-1)} apart, they must be neighbours")
-
-
-def _require_coded(coded: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if coded.dtype != torch.uint8 or coded.shape != shape or not coded.is_contiguous():
-        raise ValueError(f"coded rows are contiguous {shape} of uint8, not {tuple(coded.shape)} of {coded.dtype}")
-    if coded.data_ptr() % _SCALE_BYTES:
-        raise ValueError(f"coded rows begin at a multiple of {_SCALE_BYTES} bytes")
-
-
 def compile_specs() -> Iterator[KernelSpec]:
     """The configurations that `quantize_rows` and `dequantize_rows` launch."""
     for code in CODE_TYPES:
         for dtype in VALUE_TYPES.values():
-            fp8 = {"FP8": code == "fp8_e4m3", "TILE": TILE}
+            both: dict[str, Any] = {"FP8": code == "fp8_e4m3", "TILE": TILE}
+            of_kernel = {"quantize": both | {"FLOOR": FLOOR}, "dequantize": both}
             sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
             pointers = {"values": dtype, "coded": "*i8", "out": dtype.replace("bf", "i")}
             for name, kernel in (("quantize", _quantize_kernel), ("dequantize", _dequantize_kernel)):
-                signature = {key: kind for key, kind in (pointers | sizes).items() if key in kernel.arg_names}
+                signature = signature_of(kernel, pointers | sizes, of_kernel[name])
                 yield KernelSpec(
                     name=f"{name}_rows_{code}_{dtype[1:]}",
                     kernel=kernel,
                     signature=signature,
-                    constexprs=fp8 | ({"FLOOR": FLOOR} if name == "quantize" else {}),
+                    constexprs=of_kernel[name],
                     num_warps=NUM_WARPS,
                     aligned=tuple(signature),
                 )

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from sglang_hcache.triton_kernels.aot import KernelSpec
+from sglang_hcache.triton_kernels.checks import require_indices
 
 WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multiples
 _WARP_WORDS = 256  # that a warp has on the way
+_KV_WARPS = 4  # of a program of `_move_kv`
 
 
 @triton.jit(do_not_specialize=["n", "tasks"])
@@ -51,14 +53,16 @@ def copy_rows(
     source: the memory, any dtype, contiguous; on the device, or pinned on the host, which the kernel reads over the
     bus. offsets: int64 `[n]`, bytes, on the device; multiples of 8, as all sizes are. target: `[layers, n, …]`,
     contiguous, on the device. programs: how many blocks of threads share the work, of so many warps: few leave the
-    device to others, enough fill the bus. Raises ValueError for sizes that are no multiples of 8.
+    device to others, enough fill the bus. Raises ValueError for sizes that are no multiples of 8, or such offsets.
     """
     layers, n = target.shape[:2]
     if not layers or not n:
         return
+    require_indices("offsets", offsets, n)
     row_bytes = target[0, 0].nbytes
     if any(size % WORD for size in (row_bytes, layer_bytes, source.nbytes)):
-        raise ValueError(f"rows of {row_bytes} bytes cannot be copied in words of {WORD}")
+        sizes = f"{row_bytes} bytes, layers {layer_bytes} apart, of {source.nbytes}"
+        raise ValueError(f"rows of {sizes}, cannot be copied in words of {WORD}")
     row = row_bytes // WORD
     block = _block(row, warps)
     tasks = layers * n * triton.cdiv(row, block)
@@ -126,21 +130,27 @@ def gather_kv(buffers: Sequence[torch.Tensor], slots: torch.Tensor, out: torch.T
 
 
 def _launch_kv(rows: torch.Tensor, slots: torch.Tensor, buffers: Sequence[torch.Tensor], *, gather: bool) -> None:
+    require_indices("slots", slots, len(slots))
     k_buffer, v_buffer = buffers[0], buffers[-1]
-    k_bytes, v_bytes = k_buffer[0].nbytes, v_buffer[0].nbytes * (len(buffers) - 1)
+    k_bytes = k_buffer[0].nbytes
+    v_bytes = v_buffer[0].nbytes if len(buffers) == 2 else 0
     if len(rows) != len(slots) or (len(rows) and rows[0].nbytes != k_bytes + v_bytes):
         raise ValueError(
             f"{len(slots)} slots of {k_bytes} + {v_bytes} bytes for rows {list(rows.shape)} {rows.dtype}"
         )
     if k_bytes % WORD or v_bytes % WORD:
         raise ValueError(f"K and V of {k_bytes} and {v_bytes} bytes cannot be moved in words of {WORD}")
-    words = (k_bytes + v_bytes) // WORD
-    block = min(1024, triton.next_power_of_2(words))
     if len(slots):
+        words = (k_bytes + v_bytes) // WORD
+        block = _kv_block(words)
         _move_kv[(len(slots), triton.cdiv(words, block))](
             _words(rows), slots, _words(k_buffer), _words(v_buffer),
-            k_words=k_bytes // WORD, v_words=v_bytes // WORD, GATHER=gather, BLOCK=block, num_warps=4,
+            k_words=k_bytes // WORD, v_words=v_bytes // WORD, GATHER=gather, BLOCK=block, num_warps=_KV_WARPS,
         )  # fmt: skip
+
+
+def _kv_block(words: int) -> int:
+    return int(min(_WARP_WORDS * _KV_WARPS, triton.next_power_of_2(words)))
 
 
 def compile_specs() -> Iterator[KernelSpec]:
@@ -161,14 +171,13 @@ def compile_specs() -> Iterator[KernelSpec]:
     pool = {"rows": "*i64", "slots": "*i64", "keys": "*i64", "values": "*i64"}
     for (k_bytes, v_bytes), gather in itertools.product(((256, 256), (8192, 8192), (1152, 0)), (False, True)):
         k_words, v_words = k_bytes // WORD, v_bytes // WORD
-        block = min(1024, triton.next_power_of_2(k_words + v_words))
-        sizes = {"k_words": k_words, "v_words": v_words, "BLOCK": block}
+        sizes = {"k_words": k_words, "v_words": v_words, "BLOCK": _kv_block(k_words + v_words)}
         yield KernelSpec(
             name=f"{'gather' if gather else 'scatter'}_kv of {k_bytes} and {v_bytes} bytes",
             kernel=_move_kv,
             signature=pool,
             constexprs={**sizes, "GATHER": gather},
-            num_warps=4,
+            num_warps=_KV_WARPS,
             aligned=tuple(pool),
         )
 

@@ -7,11 +7,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-# cuBLAS' product is made, and finished, in parts of about so many rows: 32 MB of 8,192 columns, which `_finish` finds
-# in the L2 cache (50 MB on an H100), and enough tiles for four rounds of its multiprocessors.
-PART_ROWS = 2048
-FINISH_TOKENS = 16  # of a program of `_finish`
-FINISH_WARPS = 4
 TABLE = Path(__file__).parent / "tuned.json"  # written by bench/kernels.py --tune
 
 
@@ -33,7 +28,7 @@ class Fused:
     depth: int  # of the tile along `width`
     warps: int
     stages: int
-    heads: int = 1  # of a tile; more than one for `_project_heads`
+    heads: int = 1  # of a tile; more than one for `fused_gemm_tma`
 
 
 SHAPES = {
@@ -47,21 +42,19 @@ SHAPES = {
 }
 
 # By the smallest power of two that holds half a head; all compile without spills for sm_80, sm_90 and sm_100.
-CANDIDATES: dict[int, tuple[Fused, ...]] = {
+_CANDIDATES: dict[int, tuple[Fused, ...]] = {
     32: (Fused(128, 64, 4, 3), Fused(64, 64, 4, 4)),
     64: (Fused(128, 64, 8, 3), Fused(128, 32, 8, 4), Fused(64, 64, 4, 3)),
     128: (Fused(64, 32, 8, 4), Fused(64, 64, 8, 3)),
 }
 
-
-# For two heads of 128 at once, by capability: tiles of 128 × 256, as cuBLAS has. Hopper's tensor cores multiply rows
-# by all 256 columns and read them once; the two products of half a head each that `_project` has read them twice.
+# For two heads of 128 at once, by capability: tiles of 128 × 256, as cuBLAS has.
 SEVERAL_HEADS = {90: Fused(128, 64, 8, 4, heads=2), 100: Fused(128, 64, 16, 4, heads=2)}
 
 
 def candidates(head_dim: int, capability: int) -> tuple[Fused, ...]:
     """Configurations worth trying for heads of this size on such a GPU; none where no fused kernel fits."""
-    found = next((found for pairs, found in sorted(CANDIDATES.items()) if 2 * pairs >= head_dim), ())
+    found = next((found for pairs, found in sorted(_CANDIDATES.items()) if 2 * pairs >= head_dim), ())
     several = SEVERAL_HEADS.get(capability) if head_dim == 128 else None
     return found if several is None else (several, *found)
 

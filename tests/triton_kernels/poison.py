@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections.abc import Callable
 
 import torch
@@ -27,3 +30,14 @@ def assert_writes(expected: torch.Tensor, row_gap: int, write: Callable[[torch.T
         whole.view(torch.uint8)[:] = poison
         whole[GAP : GAP + rows, :width] = expected
         assert torch.equal(bits(memory), bits(whole))
+
+
+def vast(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """More memory than a test needs but for its addresses: on a CPU, pages that are not written are not there."""
+    if DEVICE == "cuda":
+        return torch.empty(*shape, dtype=dtype, device=DEVICE)
+    file, n_bytes = os.memfd_create("vast"), math.prod(shape) * dtype.itemsize
+    os.ftruncate(file, n_bytes)
+    memory = torch.frombuffer(mmap.mmap(file, n_bytes), dtype=dtype)
+    os.close(file)
+    return memory.view(shape)

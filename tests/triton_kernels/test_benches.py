@@ -36,6 +36,16 @@ def test_the_kernels_bench_checks_and_times_every_form() -> None:
     assert [row["tokens"] for row in entry["rows"]] == [8, 16]
 
 
+@pytest.mark.parametrize(("failed", "spills", "ends"), [(0, 0, None), (1, 0, "compile"), (0, 1, "compile")])
+def test_a_kernel_that_fails_to_compile_or_spills_fails_the_bench(
+    failed: int, spills: int, ends: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "compile_all", lambda: {"compiled": 2, "failed": failed, "spills": spills})
+    monkeypatch.setattr("sys.argv", ["bench.kernels", "--compile-only"])
+    with pytest.raises(SystemExit, match=ends) if ends else contextlib.nullcontext():
+        kernels.main()
+
+
 def test_what_was_measured_is_kept_after_each_shape_and_handed_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +61,7 @@ def test_what_was_measured_is_kept_after_each_shape_and_handed_back(
     seen: list[int] = []
 
     def keep(found: dict[str, Any]) -> None:
-        kernels.keep(found, results=True, tuned=True)
+        kernels.write(found, results=True, tuned=True)
         for folder, table_file in ((results, tuned), (out, out / "tuned.json")):
             saved = json.loads((folder / "kernels_gpu.json").read_text())
             assert saved["models"].keys() == found["models"].keys()

@@ -145,9 +145,9 @@ def test_wrong_bytes_do_not_lead_the_kernel_astray(seed: int) -> None:
 def test_arguments_are_checked() -> None:
     values = normal(4, 64)
     packed = pack(values)
-    with pytest.raises(ValueError, match="3 dimensions of bf16"):
+    with pytest.raises(ValueError, match="3 dimensions of bfloat16"):
         pack_rows(values[None].float(), packed[None])
-    with pytest.raises(ValueError, match="3 dimensions of bf16"):
+    with pytest.raises(ValueError, match="3 dimensions of bfloat16"):
         pack_rows(values, packed)
     with pytest.raises(ValueError, match="neighbours"):
         pack_rows(normal(64, 64).T[None], pack(normal(64, 64))[None])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from sglang_hcache.triton_kernels.rows import copy_rows, copy_rows_reference, gather_kv, scatter_kv
+from tests.triton_kernels.poison import vast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -84,3 +87,25 @@ def test_rows_of_another_size_are_refused() -> None:
     buffer = torch.zeros(4, 2, 8, device=DEVICE)
     with pytest.raises(ValueError, match="64 \\+ 64 bytes"):
         scatter_kv(torch.zeros(2, 31, device=DEVICE), torch.tensor([0, 1], device=DEVICE), (buffer, buffer.clone()))
+
+
+@pytest.mark.parametrize("change", [lambda index: index.int(), lambda index: index.repeat_interleave(2)[::2]])
+def test_indices_that_the_kernels_would_misread_are_refused(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    buffer, index = torch.zeros(4, 2, 8, device=DEVICE), change(torch.tensor([0, 1], device=DEVICE))
+    with pytest.raises(ValueError, match="slots are contiguous"):
+        scatter_kv(torch.zeros(2, 32, device=DEVICE), index, (buffer, buffer.clone()))
+    with pytest.raises(ValueError, match="offsets are contiguous"):
+        copy_rows(_bytes(64, 0), index, _bytes(32, 1).view(1, 2, 16), programs=1, warps=1)
+
+
+def test_offsets_in_a_large_pool_are_beyond_int32() -> None:
+    """In words of eight bytes, too."""
+    last = 2**31 // 64 + 3
+    pool, slots = vast(last + 1, 512, dtype=torch.uint8), torch.tensor([last, last - 2], device=DEVICE)
+    rows, back = _bytes(2 * 512, seed=1).view(2, 512), torch.zeros(2, 512, dtype=torch.uint8, device=DEVICE)
+    scatter_kv(rows, slots, (pool,))
+    assert torch.equal(pool[slots], rows)
+    gather_kv((pool,), slots, back)
+    assert torch.equal(back, rows)
+    copy_rows(pool, slots[1:] * 512, back[None, 1:], layer_bytes=1024, programs=1, warps=1)
+    assert torch.equal(back[1], rows[1])

@@ -10,8 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_hcache.triton_kernels.project import Projection, _part_rows, project_kv, project_kv_reference
+from sglang_hcache.triton_kernels.cublas_epilogue import part_rows
+from sglang_hcache.triton_kernels.project_kv import project_kv, takes
+from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SEVERAL_HEADS, Fused, candidates
+from tests.triton_kernels.poison import vast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, K_HEADS, V_HEADS, DIM = 160, 3, 2, 64
@@ -165,8 +168,8 @@ def test_several_heads_of_the_size_and_the_tile_that_are_served() -> None:
     ids=["neighbours", "partly turned", "normed", "no power of two", "odd heads", "wide", "not aligned"],
 )
 def test_what_is_not_for_several_heads_is_for_one(projection: Projection) -> None:
-    assert not projection.takes(HEADS)
-    assert projection.takes(SMALL)
+    assert not takes(projection, HEADS)
+    assert takes(projection, SMALL)
     pool = _pool(projection, 4, torch.float32)
     slots = torch.arange(4, device=DEVICE)
     rows = _random(4, projection.weight.shape[1], seed=2, dtype=projection.weight.dtype)
@@ -248,7 +251,7 @@ def test_a_small_workspace_is_used_again(bias: torch.Tensor | None) -> None:
     ("n", "rows"), [(1, 1), (2048, 2048), (3000, 3000), (3100, 1664), (8192, 2048), (8256, 2176)]
 )
 def test_parts_of_a_product_are_about_equal(n: int, rows: int) -> None:
-    assert _part_rows(n) == rows
+    assert part_rows(n) == rows
 
 
 def test_rows_need_not_be_contiguous() -> None:
@@ -259,6 +262,58 @@ def test_rows_need_not_be_contiguous() -> None:
         project_kv(rows, projection, slots, slots, *pool, fused=SMALL)
     for left, right in zip(*pools, strict=True):
         assert torch.equal(left, right)
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, each beside another."""
+    return torch.stack((tensor, torch.zeros_like(tensor)), dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "several heads"])
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("rows", _apart),
+        ("rows", lambda rows: rows[:, 32:]),
+        ("positions", _apart),
+        ("positions", lambda positions: positions[1:]),
+        ("slots", _apart),
+        ("slots", lambda slots: slots.int()),  # times a stride, beyond int32 in a large pool
+        ("k_buffer", _apart),
+        ("k_buffer", lambda keys: keys.transpose(0, 1).contiguous().transpose(0, 1)),
+        ("v_buffer", lambda values: values[:, 1:]),
+    ],
+)
+def test_what_kernels_would_read_or_write_elsewhere_is_refused(argument: str, change: Any, form: str) -> None:
+    several = form == "several heads"
+    projection = (_even if several else _projection)(cos_sin=_angles(DIM))
+    index = torch.arange(8, device=DEVICE)
+    keys, values = _pool(projection, 16, torch.float32)
+    arguments = {
+        "rows": _random(8, WIDTH, seed=2, dtype=projection.weight.dtype),
+        "positions": index,
+        "slots": index,
+        "k_buffer": keys,
+        "v_buffer": values,
+    }
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(ValueError, match=argument):
+        project_kv(projection=projection, **arguments, fused=HEADS if several else FORMS[form])
+    assert all(torch.all(buffer == POISON) for buffer in (keys, values))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "several heads"])
+def test_offsets_in_a_large_pool_are_beyond_int32(form: str) -> None:
+    several = form == "several heads"
+    projection = (_even if several else _projection)(cos_sin=_angles(DIM))
+    rows, positions = _random(4, WIDTH, seed=2, dtype=projection.weight.dtype), torch.arange(4, device=DEVICE)
+    few = _pool(projection, 4, torch.float8_e5m2)
+    last = 2**31 // (projection.v_heads * DIM) + 4
+    many = [vast(last + 1, *buffer.shape[1:], dtype=torch.float8_e5m2) for buffer in few]
+    for pool, slots in ((few, positions), (many, last - positions)):
+        project_kv(rows, projection, positions, slots, *pool, fused=HEADS if several else FORMS[form])
+    for buffer, expected in zip(many, few, strict=True):
+        assert torch.equal(buffer[last - 3 :].flip(0).view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_no_tokens_are_no_work() -> None:
@@ -277,8 +332,11 @@ def test_no_tokens_are_no_work() -> None:
         {"bias": torch.zeros(3)},
         {"norm_weight": torch.zeros(5)},
         {"cos_sin": torch.zeros(8, 2 * DIM)},
+        {"bias": _apart(torch.zeros((K_HEADS + V_HEADS) * DIM))},
+        {"norm_weight": _apart(torch.zeros(DIM))},
+        {"cos_sin": torch.zeros(8, 2 * DIM)[:, :DIM]},
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"for|turned"):
+def test_tensors_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"for|turned|contiguous"):
         _projection(**changes)
