@@ -106,6 +106,7 @@ def _load_public(path: Path) -> bytes:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
+        path.stat()  # else pyzmq calls a missing file invalid
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
         what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it holds no key"
