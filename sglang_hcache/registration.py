@@ -168,15 +168,15 @@ def _ranks_of_a_node(server_args: Any) -> int:
 def warn_of_limits_that_do_not_hold(config: HCacheConfig, welcome: Welcome) -> None:
     """A prefetcher that ran already keeps those it was started with, whatever this server's flags say."""
     limits = (
-        ("--hcache-dir-size", config.directory_bytes, welcome.quota_bytes),
-        ("--hcache-read-limit", config.read_bytes_per_s, welcome.read_bytes_per_s),
+        ("--hcache-dir-size", config.directory_bytes, welcome.quota_bytes, "the default"),
+        ("--hcache-read-limit", config.read_bytes_per_s, welcome.read_bytes_per_s, "no limit"),
     )
-    for flag, wanted, held in limits:
+    for flag, wanted, held, unset in limits:
         if wanted is not None and held != wanted:
             logger.warning(
                 "hcache: %s %g is not in force: the prefetcher of %s runs already, with %s",
                 flag,
                 wanted / GB,
                 ",".join(config.directories),
-                f"{held / GB:g}" if held is not None else "no limit",
+                f"{held / GB:g}" if held is not None else unset,
             )
