@@ -1,4 +1,4 @@
-"""The flags: what `--hicache-backend hcache` means in SGLang's own fields, and what contradicts it.
+"""The flags: translated to SGLang's own fields, after refusing what conflicts with `--hicache-backend hcache`.
 
 SGLang's `ServerArgs` is sealed, so the flags are turned into its external-linker fields before one is made.
 Everything here works on a plain mapping of field names to values: an argparse namespace's `__dict__`, or the
@@ -144,7 +144,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
-    """AROUND hook of `ServerArgs.from_cli_args`: one line on stderr and exit for flags that cannot be."""
+    """AROUND hook of `ServerArgs.from_cli_args`: invalid flags print one line on stderr and exit."""
     try:
         translate(vars(args))
     except FlagError as error:

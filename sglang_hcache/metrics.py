@@ -114,7 +114,7 @@ def numbers_of(stats: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Publisher:
-    """Sets the metrics to the figures; for one thread. `labels` are on every one of them."""
+    """Sets the metrics from `stats`; for one thread. Every metric has `labels`."""
 
     def __init__(
         self, stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object], registry: Any = None
@@ -134,7 +134,7 @@ class Publisher:
         self._last: dict[str, float] = {}  # by stat; of gauges, what they are where there is no figure
 
     def publish(self) -> None:
-        """Once. A counter goes on where its figure begins anew: with another prefetcher, or another store."""
+        """Set all metrics once. Counters keep increasing when their figure restarts (a new prefetcher or store)."""
         numbers = self._last | numbers_of(self._stats())
         for metric in METRICS:
             if (value := numbers.get(metric.stat)) is None:
@@ -149,7 +149,7 @@ class Publisher:
 
 
 def start(stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object]) -> None:
-    """Publish now and then, as long as the process lives. `stats` may wait: it is called by a thread of its own."""
+    """Publish every few seconds for the life of the process. `stats` may block: a separate thread calls it."""
     publisher = Publisher(stats, labels)
 
     def run() -> None:

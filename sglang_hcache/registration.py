@@ -1,4 +1,4 @@
-"""What a scheduler process tells a prefetcher of itself: whose pages these are, and how much memory they may take."""
+"""What a scheduler process tells a prefetcher: which pages it uses, and how much memory it asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CURVE keys: who may talk to a prefetcher over the network, and how each knows the other.
+"""CURVE keys: they authenticate a prefetcher and its clients on other hosts to each other.
 
 The folder that `hcache keygen DIR` makes, and that a prefetcher is given:
 
