@@ -31,7 +31,7 @@ LENGTHS = [1024 << step for step in range(8)]  # tokens
 NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
 MOST_DRIVES = 16
 METHODS = ("recompute", "kv", "hidden", "plan")
-STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
+_STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
 _SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v\d[\d.]*|\d{4}|bf16|fp16)$")
 
 
@@ -286,6 +286,11 @@ def _more(machine: Machine, drives: float) -> Machine:
     return replace(machine, ssd_bytes_per_s=drives * machine.ssd_bytes_per_s)
 
 
+def stored_line(representation: str, first: int, last: int) -> str:
+    layers = f"layer {first}" if first == last else f"layers {first}–{last}"
+    return f"  {layers}: {_STORED_AS[representation]}"
+
+
 def print_report(report: dict[str, Any]) -> None:
     model, machine = report["model"], report["machine"]
     print(f"{model['name']} on {machine['name']}, host to device {machine['bus_bytes_per_s'] / 1e9:.1f} GB/s", end="")
@@ -296,7 +301,7 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"  its weights ({needed}) do not fit in the GPUs' memory ({there}): raise --tp, or set --offload.")
         print("  The times below assume that they fit.")
     for one in report["layers"]:
-        print(f"  layers {one['first_layer']}–{one['last_layer']}: {STORED_AS[one['representation']]}")
+        print(stored_line(one["representation"], one["first_layer"], one["last_layer"]))
     sizes = report["bytes_per_token"]
     share = sizes["plan"] / sizes["kv"]
     print(

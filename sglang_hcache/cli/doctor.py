@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.cli.advise import STORED_AS, limit, times
+from sglang_hcache.cli.advise import limit, stored_line, times
 from sglang_hcache.cli.common import CommandFailed, add_common, explain
 from sglang_hcache.config import CALIBRATION
 from sglang_hcache.layouts import KeptLayout
@@ -139,8 +139,7 @@ def _print(report: dict[str, Any]) -> None:
     about, rates = report["about"], report["rates"]
     print(f"\n{about['model']['name']}, rank {about['rank']} of {about['ranks']}, on {about['machine']}")
     for one in report["stored"]:
-        first, last = one["layers"]
-        print(f"  layers {first}–{last}: {STORED_AS[one['representation']]}")
+        print(stored_line(one["representation"], *one["layers"]))
     print(f"  prefill {rates['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s, attention ", end="")
     print(f"{rates['attention_flop_per_s'] / 1e12:.3g}, projection {rates['projection_flop_per_s'] / 1e12:.3g}")
     print(f"  host to device {rates['bus_bytes_per_s'] / 1e9:.3g} GB/s, drives ", end="")
