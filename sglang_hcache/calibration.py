@@ -1,4 +1,4 @@
-"""What this machine delivers on this model: measured at start, and kept for the next one."""
+"""The rates of this machine on this model: measured at start, and kept for later starts."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ _WORTH_KEEPING = 1.2  # times faster or slower
 def calibrate(
     config: HCacheConfig, runner: Any, formats: Formats, *, page_tokens: int, layers: int, device: str
 ) -> tuple[ModelShape, KeptRates] | None:
-    """The model's shape and this machine's rates on it; None where its cost cannot be told.
+    """The model's shape and this machine's rates on it; None if the model's cost cannot be computed.
 
-    Must be called before any request, on all ranks alike: where the rates are not known yet, it runs the model.
+    Must be called before any request, on all ranks: if the rates are not known yet, it runs the model.
     """
     model, ranks = runner.model_config, get_parallel().tp_size
     try:

@@ -83,14 +83,14 @@ class CaptureSink(Protocol):
         """
 
     def drop(self, slots: torch.Tensor) -> None:
-        """Whatever is held of these device slots is overwritten by a forward that was not captured."""
+        """A forward that was not captured has overwritten these device slots: discard what is held of them."""
 
 
 class Outbox:
-    """Device memory, uint8, where rows lie until they are on the host: a ring.
+    """A ring of device memory, uint8, where rows wait until they have been copied to the host.
 
-    Rows that find it full are moved in once the oldest are away. The stream waits for that, not the caller; it hardly
-    ever does, as a forward takes longer than the bus takes for its rows.
+    When it is full, new rows enter once the oldest have been copied. The stream waits for that, not the caller; it
+    rarely has to, as a forward takes longer than the copy of its rows over the bus.
     """
 
     def __init__(self, memory: torch.Tensor, stream: Stream) -> None:
@@ -100,7 +100,7 @@ class Outbox:
         self._away: deque[tuple[range, Event]] = deque()
 
     def take(self, size: int) -> torch.Tensor:
-        """So many bytes of the memory, for what is queued on the stream from now on; `sent` follows."""
+        """Reserve `size` bytes for work queued on the stream from now on; call `sent` afterwards."""
         begin = -(-self._next // _ALIGNMENT) * _ALIGNMENT
         if begin + size > len(self._memory):
             begin = 0
@@ -117,7 +117,7 @@ class Outbox:
         return self._memory[begin : self._next]
 
     def sent(self, event: Event) -> None:
-        """What was taken last is free at the event, and all before it, too."""
+        """What was taken last, and everything before it, may be overwritten after the event."""
         self._away.append((self._taken, event))
 
 
@@ -175,7 +175,7 @@ class Capture:
 
     @property
     def forward_bytes(self) -> int:
-        """The most that one forward hands over."""
+        """Most bytes that one forward hands to the sink."""
         return self._staging.shape[0] * self._staging.shape[1] * self._row_bytes
 
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

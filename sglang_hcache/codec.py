@@ -1,4 +1,4 @@
-"""Hidden states in fewer bytes: packed, every bit of them; or lossy, in eight bits a value and a scale a token."""
+"""Codecs for hidden states: lossless packing, or lossy with eight bits per value and a scale per token."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class LossyCodec:
 
 
 class DecodingProjector:
-    """Another projector, on rows that were encoded."""
+    """Decodes rows, then passes them to another projector."""
 
     def __init__(self, projector: Projector, codec: Codec) -> None:
         self._projector = projector

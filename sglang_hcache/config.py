@@ -1,4 +1,4 @@
-"""The one configuration object, made from the flags in the launcher, carried to every scheduler process."""
+"""The one configuration object: made from the flags in the launcher, passed to every scheduler process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUTS = "layouts"  # what is stored of each layer
 
 
 class Representation(StrEnum):
-    """What is stored of a page: the inputs of attention, or K and V themselves."""
+    """What is stored of a layer: hidden states (the attention's input), or K and V."""
 
     HIDDEN = "hidden"
     KV = "kv"
@@ -44,12 +44,12 @@ def default_directory() -> Path:
 
 
 def kept_file(folder: Path, about: Mapping[str, Any]) -> Path:
-    """The file of what depends on all that `about` says."""
+    """Path of the file for values that depend on everything in `about`."""
     return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
 
 
 def directories_of(given: str | Sequence[str]) -> list[Path]:
-    """Absolute paths, from PATH[,PATH…] or a list of paths. Raises ValueError, to be read after what was given."""
+    """Absolute paths, from PATH[,PATH…] or a list of paths. Raises ValueError; its message follows the given text."""
     parts = given.split(",") if isinstance(given, str) else given
     if not parts or not all(part.strip() for part in parts):
         raise ValueError("has an empty path in it: give PATH[,PATH…]")

@@ -1,4 +1,4 @@
-"""The GPU's copy engine by CUDA's driver: many copies in one call, none of which takes a multiprocessor."""
+"""The GPU's copy engine through CUDA's driver: many copies in one call, without occupying a multiprocessor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies off the device and the host work that follows them, in order, never waited for by the scheduler."""
+"""Copies from the device and the host work that follows them, in order; the scheduler never waits for them."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class InlineCopyOut:
 
 
 class StreamCopyOut:
-    """Copies on a stream of their own; jobs on one thread, each once the copies before its submission are done.
+    """Copies run on their own stream; jobs on one thread, each after the copies issued before its submission.
 
-    current: the stream on which the tensors are made. copying: threads that a job may have copy for it.
+    current: the stream on which the tensors are made. copying: threads that jobs may use for copies.
     """
 
     def __init__(self, stream: Stream, current: Stream) -> None:

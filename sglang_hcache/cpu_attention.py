@@ -1,4 +1,4 @@
-"""SGLang's `torch_native` attention without the work for tokens that are in the cache already.
+"""SGLang's `torch_native` attention without computing queries for tokens that are already in the cache.
 
 The stock backend attends from every position of a sequence, the cached prefix included, and throws that part away:
 the cost of a prefix hit is then quadratic in the prefix. Here only the new tokens attend.

@@ -1,4 +1,4 @@
-"""The fast projector: K's and V's part of the attention module in kernels of our own, for modules known by name."""
+"""The fast projector: the K and V part of known attention modules, computed by our own kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints: a digest of everything the bytes of a chunk depend on, so that a mismatch is a miss."""
+"""Fingerprints: digests of everything that the bytes of a chunk depend on, so that any difference is a miss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags: what `--hicache-backend hcache` means in SGLang's own fields, and what contradicts it.
+"""The flags: translated to SGLang's own fields, after refusing what conflicts with `--hicache-backend hcache`.
 
 SGLang's `ServerArgs` is sealed, so the flags are turned into its external-linker fields before one is made.
 Everything here works on a plain mapping of field names to values: an argparse namespace's `__dict__`, or the
@@ -63,7 +63,7 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
 
 
 class FlagError(ValueError):
-    """Flags that contradict each other or this machine; the message is one line and says what to do."""
+    """Flags that conflict with each other or with this machine; the message is one line and says what to do."""
 
 
 def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
@@ -89,37 +89,37 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         choices=REPRESENTATION_CHOICES,
         default=None,
         help="What hcache stores of each layer: hidden states, K and V, or (auto, the default) what is restored "
-        "soonest on this machine. With --hcache-plan always or --hcache-prefetcher, auto is the smaller one.",
+        "fastest on this machine. With --hcache-plan always or --hcache-prefetcher, auto is the smaller one.",
     )
     group.add_argument(
         "--hcache-codec",
         choices=CODEC_CHOICES,
         default=None,
-        help="Store hidden states in fewer bytes: packed into three quarters of bf16's, without a change to any; or "
-        "lossy, in eight bits a value, which gives answers that are close, not equal. Default: as they are.",
+        help="Compress hidden states: packed is lossless and takes three quarters of bf16's bytes; the lossy ones "
+        "take eight bits per value, and answers are close, not equal. Default: no compression.",
     )
     group.add_argument(
         "--hcache-plan",
         choices=PLAN_CHOICES,
         default=None,
-        help="How much of a stored prefix is restored: as much as is faster than to prefill it, as measured on this "
-        "machine (auto, the default), or always all of it.",
+        help="How much of a stored prefix is restored: as much as is faster than prefilling it, by rates measured on "
+        "this machine (auto, the default), or always all of it.",
     )
     group.add_argument(
         "--hcache-dir-size",
         type=float,
         default=None,
         metavar="GB",
-        help="What hcache's files may take in each directory; the least valuable pages make room for new ones. "
-        "Default: what they take and what is free at start, but for a tenth of that, 5 %% of the disk or 10 GB, "
-        "whichever is most; a quarter of it at least.",
+        help="Limit on hcache's files in each directory; the least valuable pages are evicted for new ones. Default: "
+        "the space they take plus the space free at start, less the largest of a tenth of that, 5 %% of the disk, "
+        "and 10 GB; at least a quarter of it.",
     )
     group.add_argument(
         "--hcache-read-limit",
         type=float,
         default=None,
         metavar="GB",
-        help="The most that is read from hcache's files in a second, where others need the drives, too.",
+        help="Limit on reads from hcache's files in GB/s, for drives shared with other workloads. Default: none.",
     )
     group.add_argument(
         "--hcache-prefetcher",
@@ -138,13 +138,13 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "--hcache-prefetch-timeout",
         default=None,
         metavar="BASE[,PER_KI_TOKEN]",
-        help="With --hicache-storage-prefetch-policy timeout: a queued request waits for its pages for BASE seconds "
-        "and PER_KI_TOKEN more for every 1,024 tokens, at most. Default: 1,0.25",
+        help="With --hicache-storage-prefetch-policy timeout: how long a queued request waits for its pages at most: "
+        "BASE seconds, plus PER_KI_TOKEN seconds for every 1,024 tokens. Default: 1,0.25",
     )
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
-    """AROUND hook of `ServerArgs.from_cli_args`: one line on stderr and exit for flags that cannot be."""
+    """AROUND hook of `ServerArgs.from_cli_args`: invalid flags print one line on stderr and exit."""
     try:
         translate(vars(args))
     except FlagError as error:

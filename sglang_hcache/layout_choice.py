@@ -1,4 +1,4 @@
-"""What is stored of each layer: as the flag says, by size, or as it is restored soonest on this machine."""
+"""Choose what is stored of each layer: by flag, by size, or by what this machine restores fastest."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def choose_by_plan(
     most_tokens: int,
     mixed: bool,
 ) -> Stored:
-    """The layout that is restored soonest from the tiers of this machine, for several lengths up to `most_tokens`.
+    """The layout that this machine's tiers restore fastest, over several lengths up to `most_tokens`.
 
-    mixed: layers may be stored in different ways. The first rank's choice is that of all, by a collective.
-    An earlier start's layout stays unless another is much faster, as its pages would be lost. Where restoring does
-    not pay at all the smaller representation is stored: rates may turn out to be better than they were measured.
+    mixed: layers may have different representations. All ranks take the first rank's choice, by a collective.
+    An earlier start's layout is kept unless another is much faster, since changing it invalidates its pages. If
+    restoring does not pay at all, the smaller representation is stored: rates may prove better than measured.
     """
     costs = costs_of(shape, machine)
     hits = tuple(_references(machine, page_tokens, most_tokens))

@@ -13,7 +13,7 @@ from sglang_hcache.storage.files import write_atomically
 
 
 class KeptLayout:
-    """Of a model whose layers can be stored in rows of so many bytes a token; `hidden_bytes`: None where not."""
+    """The file with a model's layout. Row sizes are per token and layer; `hidden_bytes`: None if not possible."""
 
     def __init__(
         self, directory: Path, shape: ModelShape, page_tokens: int, *, hidden_bytes: int | None, kv_bytes: int

@@ -1,4 +1,4 @@
-"""The tier's figures as Prometheus metrics, beside SGLang's own, where the server has `--enable-metrics`."""
+"""The tier's figures as Prometheus metrics, beside SGLang's own, if the server has `--enable-metrics`."""
 
 from __future__ import annotations
 
@@ -33,67 +33,67 @@ METRICS = tuple(
     for row in (
         # of the scheduler process
         ("tokens_restored", "hcache_restored_tokens_total", _C, "Tokens restored instead of prefilled"),
-        ("loads_accepted", "hcache_loads_accepted_total", _C, "Requests' loads that were accepted"),
-        ("loads_refused", "hcache_loads_refused_total", _C, "Loads refused, as their lease had ended: prefilled"),
+        ("loads_accepted", "hcache_loads_accepted_total", _C, "Loads accepted: one per request that is restored"),
+        ("loads_refused", "hcache_loads_refused_total", _C, "Loads refused since their lease had ended: prefilled"),
         ("loads_failed", "hcache_loads_failed_total", _C, "Loads that failed: SGLang aborted their requests"),
-        ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue until their pages are there"),
-        ("requests_held_now", "hcache_held_requests", _G, "Requests that are held now"),
+        ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue to wait for pages"),
+        ("requests_held_now", "hcache_held_requests", _G, "Requests held now"),
         ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held past their time-out"),
-        ("requests_held_s", "hcache_held_seconds_total", _C, "Time that requests were held"),
-        ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups of pages that were not prefetched"),
-        ("tokens_looked_up", "hcache_looked_up_tokens_total", _C, "Tokens requests looked for, in whole pages"),
-        ("tokens_found", "hcache_found_tokens_total", _C, "Of these, tokens that were in memory in time"),
-        ("plans", "hcache_plans_total", _C, "Hits for which it was planned how much to restore"),
-        ("pages_left_to_prefill", "hcache_pages_left_to_prefill_total", _C, "Pages of hits that plans left out"),
-        ("slower_bus", "hcache_slower_bus_ratio", _G, "Time of copies to the device, over that measured at start"),
+        ("requests_held_s", "hcache_held_seconds_total", _C, "Seconds that requests were held, summed"),
+        ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
+        ("tokens_looked_up", "hcache_looked_up_tokens_total", _C, "Tokens that requests looked up, in whole pages"),
+        ("tokens_found", "hcache_found_tokens_total", _C, "Of these, tokens in memory in time"),
+        ("plans", "hcache_plans_total", _C, "Hits for which a plan was made"),
+        ("pages_left_to_prefill", "hcache_pages_left_to_prefill_total", _C, "Pages of hits left to prefill"),
+        ("slower_bus", "hcache_slower_bus_ratio", _G, "Time of host-to-device copies, over that at calibration"),
         ("slower_ssd", "hcache_slower_ssd_ratio", _G, "Time of reads from files, likewise"),
-        ("slower_remote", "hcache_slower_remote_ratio", _G, "Time of pages from another host, likewise"),
-        ("slower_projection", "hcache_slower_projection_ratio", _G, "Time of making K and V, likewise"),
+        ("slower_remote", "hcache_slower_remote_ratio", _G, "Time of reads from another host, likewise"),
+        ("slower_projection", "hcache_slower_projection_ratio", _G, "Time of projecting to K and V, likewise"),
         ("slower_prefill", "hcache_slower_prefill_ratio", _G, "Time of prefills, likewise"),
-        ("tokens_captured", "hcache_captured_tokens_total", _C, "Tokens whose hidden states were taken for a page"),
-        ("tokens_not_captured", "hcache_not_captured_tokens_total", _C, "Tokens whose hidden states were left out"),
-        ("tokens_not_encoded", "hcache_not_encoded_tokens_total", _C, "Of these, tokens the codec cannot hold"),
-        ("pages_saved", "hcache_saved_pages_total", _C, "New pages that were given to the store"),
-        ("pages_incomplete", "hcache_incomplete_pages_total", _C, "New pages not stored, for want of rows or a slot"),
-        ("reserve_failed", "hcache_reserve_failed_total", _C, "Times there was no slot for a new page"),
-        ("pages_granted", "hcache_granted_pages", _G, "Slots this process has ready for new pages"),
+        ("tokens_captured", "hcache_captured_tokens_total", _C, "Tokens whose hidden states were captured"),
+        ("tokens_not_captured", "hcache_not_captured_tokens_total", _C, "Tokens that were not captured"),
+        ("tokens_not_encoded", "hcache_not_encoded_tokens_total", _C, "Of these, tokens the codec could not encode"),
+        ("pages_saved", "hcache_saved_pages_total", _C, "New pages committed to the store"),
+        ("pages_incomplete", "hcache_incomplete_pages_total", _C, "New pages not stored for lack of rows or a slot"),
+        ("reserve_failed", "hcache_reserve_failed_total", _C, "Times no slot was free for a new page"),
+        ("pages_granted", "hcache_granted_pages", _G, "Slots granted to this process for new pages"),
         ("layers_hidden", "hcache_hidden_layers", _G, "Layers stored as hidden states"),
         ("layers_kv", "hcache_kv_layers", _G, "Layers stored as K and V"),
-        ("bytes_per_token", "hcache_token_bytes", _G, "What is stored of a token, of all layers"),
-        ("page_size", "hcache_page_tokens", _G, "Tokens of a page"),
-        ("page_bytes", "hcache_page_bytes", _G, "What a page takes in memory or a file"),
+        ("bytes_per_token", "hcache_token_bytes", _G, "Stored bytes per token, all layers"),
+        ("page_size", "hcache_page_tokens", _G, "Tokens per page"),
+        ("page_bytes", "hcache_page_bytes", _G, "Bytes of a page in memory or in a file"),
         # of the prefetcher
-        ("prefetcher_up", "hcache_prefetcher_up", _G, "1 where the prefetcher answers, else 0"),
+        ("prefetcher_up", "hcache_prefetcher_up", _G, "1 if the prefetcher answers, else 0"),
         ("prefetcher_restarts", "hcache_prefetcher_restarts_total", _C, "Prefetchers that replaced a lost one"),
         ("prefetcher_clients", "hcache_prefetcher_clients", _G, "Processes that use the same prefetcher"),
         ("messages_refused", "hcache_messages_refused_total", _C, "Messages the prefetcher refused, of all clients"),
         # of the store: the same from all who share its pages
-        ("pages_total", "hcache_host_capacity_pages", _G, "Slots in host memory"),
-        ("bytes_total", "hcache_host_capacity_bytes", _G, "Host memory of all slots"),
+        ("pages_total", "hcache_host_capacity_pages", _G, "Host memory, in slots of a page"),
+        ("bytes_total", "hcache_host_capacity_bytes", _G, "Host memory"),
         ("pages_host", "hcache_host_pages", _G, "Pages in host memory"),
-        ("bytes_host", "hcache_host_bytes", _G, "Host memory of the pages in it"),
-        ("pages_free", "hcache_free_pages", _G, "Slots that were not used yet, or given back"),
-        ("pages_dirty", "hcache_dirty_pages", _G, "Pages in memory that must be written first"),
-        ("pages_leased", "hcache_leased_pages", _G, "Pages kept in memory for requests"),
-        ("pages_open", "hcache_open_pages", _G, "Slots that are being filled, or kept ready for that"),
-        ("pages_reading", "hcache_reading_pages", _G, "Pages that are being read"),
-        ("prefetches_waiting", "hcache_prefetches_waiting", _G, "Prefetches that wait for slots"),
-        ("hits_host", "hcache_host_hit_pages_total", _C, "Pages asked for that were in memory"),
-        ("hits_file", "hcache_file_hit_pages_total", _C, "Pages read from files, whole"),
-        ("bytes_read", "hcache_read_bytes_total", _C, "Bytes of these"),
+        ("bytes_host", "hcache_host_bytes", _G, "Bytes of the pages in host memory"),
+        ("pages_free", "hcache_free_pages", _G, "Slots that are unused"),
+        ("pages_dirty", "hcache_dirty_pages", _G, "Pages in memory not yet written to a file"),
+        ("pages_leased", "hcache_leased_pages", _G, "Pages in memory leased to requests"),
+        ("pages_open", "hcache_open_pages", _G, "Slots being filled, or granted for that"),
+        ("pages_reading", "hcache_reading_pages", _G, "Pages being read"),
+        ("prefetches_waiting", "hcache_prefetches_waiting", _G, "Prefetches waiting for slots"),
+        ("hits_host", "hcache_host_hit_pages_total", _C, "Requested pages that were in memory"),
+        ("hits_file", "hcache_file_hit_pages_total", _C, "Requested pages read from files"),
+        ("bytes_read", "hcache_read_bytes_total", _C, "Bytes read for these"),
         ("pages_written", "hcache_written_pages_total", _C, "Pages written to files"),
-        ("bytes_written", "hcache_written_bytes_total", _C, "Bytes of these"),
-        ("pages_write_failed", "hcache_write_failed_pages_total", _C, "Pages that no directory took"),
+        ("bytes_written", "hcache_written_bytes_total", _C, "Bytes written for these"),
+        ("pages_write_failed", "hcache_write_failed_pages_total", _C, "Pages that no directory could take"),
         ("pages_file", "hcache_file_pages", _G, "Pages in files"),
-        ("bytes_file", "hcache_file_bytes", _G, "What files take; with a quota, those of other models, too"),
-        ("quota_bytes", "hcache_file_capacity_bytes", _G, "What files may take in all; 0 without a quota"),
-        ("pages_evicted", "hcache_evicted_pages_total", _C, "Pages of any model, deleted to keep the quota"),
-        ("pages_damaged", "hcache_damaged_pages_total", _C, "Pages on file that were not what was written: dropped"),
-        ("pages_unreadable", "hcache_unreadable_pages_total", _C, "Pages that a drive failed to read: misses"),
+        ("bytes_file", "hcache_file_bytes", _G, "Disk space in use; with a quota, of all models"),
+        ("quota_bytes", "hcache_file_capacity_bytes", _G, "Disk quota of all directories; 0 without one"),
+        ("pages_evicted", "hcache_evicted_pages_total", _C, "Pages of all models evicted from files for the quota"),
+        ("pages_damaged", "hcache_damaged_pages_total", _C, "Pages on file that failed verification: dropped"),
+        ("pages_unreadable", "hcache_unreadable_pages_total", _C, "Pages that a drive could not read: misses"),
         ("pages_damaged_on_the_way", "hcache_damaged_on_the_way_pages_total", _C, "Pages damaged between hosts"),
-        ("files_damaged", "hcache_damaged_files_total", _C, "Files that could not be used as they were"),
-        ("index_rebuilt", "hcache_index_rebuilt_total", _C, "Indexes made anew from the segment files"),
-        ("volumes", "hcache_volumes", _G, "Directories in use; 0 once weights were replaced"),
+        ("files_damaged", "hcache_damaged_files_total", _C, "Files that were damaged or unusable"),
+        ("index_rebuilt", "hcache_index_rebuilt_total", _C, "Indexes rebuilt from the segment files"),
+        ("volumes", "hcache_volumes", _G, "Directories in use; 0 after weights were replaced"),
         ("volumes_failed", "hcache_failed_volumes", _G, "Directories that take no writes"),
     )
 )  # fmt: skip
@@ -114,7 +114,7 @@ def numbers_of(stats: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Publisher:
-    """Sets the metrics to the figures; for one thread. `labels` are on every one of them."""
+    """Sets the metrics from `stats`; for one thread. Every metric has `labels`."""
 
     def __init__(
         self, stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object], registry: Any = None
@@ -134,7 +134,7 @@ class Publisher:
         self._last: dict[str, float] = {}  # by stat; of gauges, what they are where there is no figure
 
     def publish(self) -> None:
-        """Once. A counter goes on where its figure begins anew: with another prefetcher, or another store."""
+        """Set all metrics once. Counters keep increasing when their figure restarts (a new prefetcher or store)."""
         numbers = self._last | numbers_of(self._stats())
         for metric in METRICS:
             if (value := numbers.get(metric.stat)) is None:
@@ -149,7 +149,7 @@ class Publisher:
 
 
 def start(stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object]) -> None:
-    """Publish now and then, as long as the process lives. `stats` may wait: it is called by a thread of its own."""
+    """Publish every few seconds for the life of the process. `stats` may block: a separate thread calls it."""
     publisher = Publisher(stats, labels)
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What the tier has to know of a model: its attention modules, and what it costs to store of each."""
+"""What the tier needs to know of a model: its attention modules, and the bytes stored for each."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_pool(pool: Any, components: set[Any]) -> Pool:
 
 
 def has_latent(pool: Pool) -> bool:
-    """Whether it keeps MLA's latent, of which all heads make K and V: it is the same on every rank."""
+    """Whether the pool holds MLA's latent, from which all heads derive K and V; it is the same on every rank."""
     return isinstance(pool, MLATokenToKVPool)
 
 

@@ -1,4 +1,4 @@
-"""Open pages: captured rows on their way from device slots into whole chunks of the store."""
+"""Open pages: collects captured rows, by device slot, into complete chunks of the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store's memory, registered with CUDA: the GPU then copies from it by itself."""
+"""Registers the store's memory with CUDA (pins it), so that the GPU can copy from it directly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class PinnedMemory:
-    """Memory of somebody else, registered until `release`. `pinned`: whether CUDA has taken it."""
+    """Registers the given memory until `release`. `pinned`: whether CUDA accepted it."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._address = memory.data_ptr()

@@ -1,4 +1,4 @@
-"""What a scheduler process tells a prefetcher of itself: whose pages these are, and how much memory they may take."""
+"""What a scheduler process tells a prefetcher: which pages it uses, and how much memory it asks for."""
 
 from __future__ import annotations
 
@@ -178,15 +178,15 @@ def _ranks_of_a_node(server_args: Any) -> int:
 def warn_of_limits_that_do_not_hold(config: HCacheConfig, welcome: Welcome) -> None:
     """A prefetcher that ran already keeps those it was started with, whatever this server's flags say."""
     limits = (
-        ("--hcache-dir-size", config.directory_bytes, welcome.quota_bytes),
-        ("--hcache-read-limit", config.read_bytes_per_s, welcome.read_bytes_per_s),
+        ("--hcache-dir-size", config.directory_bytes, welcome.quota_bytes, "the default"),
+        ("--hcache-read-limit", config.read_bytes_per_s, welcome.read_bytes_per_s, "no limit"),
     )
-    for flag, wanted, held in limits:
+    for flag, wanted, held, unset in limits:
         if wanted is not None and held != wanted:
             logger.warning(
                 "hcache: %s %g is not in force: the prefetcher of %s runs already, with %s",
                 flag,
                 wanted / GB,
                 ",".join(config.directories),
-                f"{held / GB:g}" if held is not None else "no limit",
+                f"{held / GB:g}" if held is not None else unset,
             )

@@ -1,4 +1,4 @@
-"""How a layer can be stored, as hidden states or as K and V: only what has just been proven on this model."""
+"""The formats in which a layer can be stored: hidden states only if the self-test has passed on this model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Savers: how the pages that SGLang inserts in its radix tree get into the store, by representation."""
+"""Savers: put the pages that SGLang inserts in its radix tree into the store, by representation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Saver(Protocol):
         """These device slots are about to be filled by a restore."""
 
     def clear(self) -> None:
-        """Forget all that is on its way and not yet in the store."""
+        """Discard everything that is not yet in the store."""
 
     def stats(self) -> dict[str, int]: ...
 

@@ -1,4 +1,4 @@
-"""What a linker starts with, from the flags and the machine."""
+"""Builds what a linker starts with from the flags, the model and the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forward of random tokens before the server takes requests, to learn from."""
+"""Forwards of random tokens before the server takes requests, for the self-test and calibration."""
 
 from __future__ import annotations
 

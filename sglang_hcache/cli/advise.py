@@ -1,7 +1,7 @@
-"""What to store of a model on a machine, how long restoring will take, and what would make it faster.
+"""Plan what to store of a model on given hardware, how long restoring takes, and which upgrade would help most.
 
-Rates are the GPU's datasheet times stated efficiencies (docs/planner.md), unless given. Nothing is measured.
-Exit status: 0; 2 bad arguments; 3 the model or the machine is none the planner knows.
+Nothing is measured: rates are datasheet values times fixed efficiencies (docs/planner.md), unless given.
+Exit status: 0; 2 bad arguments; 3 the model or the GPU is not known or not supported.
 """
 
 from __future__ import annotations
@@ -31,35 +31,55 @@ LENGTHS = [1024 << step for step in range(8)]  # tokens
 NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
 MOST_DRIVES = 16
 METHODS = ("recompute", "kv", "hidden", "plan")
+_STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
 _SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v\d[\d.]*|\d{4}|bf16|fp16)$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a config.json, its folder, or a name such as Llama-2-7B")
-    parser.add_argument("--list", action=_List, nargs=0, help="print the names of all models it knows, and exit")
+    parser.add_argument("--list", action=_List, nargs=0, help="print the known model names, and exit")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--tp", type=_at_least(1), default=1, metavar="N", help="ranks of tensor parallelism")
-    parser.add_argument("--bus-gb-s", type=_rate, metavar="GB/S", help="host to device, a GPU (default: its PCIe's)")
-    parser.add_argument("--drives", type=_at_least(0), default=1, metavar="N", help="NVMe drives (default: 1)")
-    parser.add_argument("--drive-gb-s", type=_rate, default=7.0, metavar="GB/S", help="reading one (default: 7)")
+    parser.add_argument("--tp", type=_at_least(1), default=1, metavar="N", help="tensor-parallel ranks (default: 1)")
     parser.add_argument(
-        "--offload", type=_part, default=0.0, metavar="PART", help="of the weights in host memory, 0–1"
+        "--bus-gb-s",
+        type=_rate,
+        metavar="GB/S",
+        help="host-to-device rate per GPU (default: from its PCIe generation)",
+    )
+    parser.add_argument(
+        "--drives", type=_at_least(0), default=1, metavar="N", help="number of NVMe drives (default: 1)"
+    )
+    parser.add_argument(
+        "--drive-gb-s", type=_rate, default=7.0, metavar="GB/S", help="read rate of one drive (default: 7)"
+    )
+    parser.add_argument(
+        "--offload",
+        type=_part,
+        default=0.0,
+        metavar="PART",
+        help="fraction of the weights kept in host memory, 0 to 1",
     )
     parser.add_argument(
         "--tokens",
         type=_lengths,
         default=[8192],
         metavar="N[,N…]",
-        help="contexts to plan for, as 8k (the default)",
+        help="prefix lengths to plan for (default: 8k, which is 8192)",
     )
-    parser.add_argument("--new-tokens", type=_at_least(1), default=64, help="of the prompt after it (default: 64)")
+    parser.add_argument(
+        "--new-tokens",
+        type=_at_least(1),
+        default=64,
+        metavar="N",
+        help="prompt tokens after the prefix (default: 64)",
+    )
     parser.add_argument(
         "--layerwise",
         action="store_true",
-        help="allow first layers to be recomputed from tokens (no server does yet)",
+        help="allow the first layers to be recomputed from tokens (no server supports this yet)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times; needs matplotlib")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the times to FILE; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,10 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
     if shape.mixed_attention:
-        raise CommandFailed(f"{shape.name} has layers that see a window only, which are not supported")
+        raise CommandFailed(f"{shape.name} has sliding-window layers, which are not supported")
     kv_heads = shape.query_heads if shape.latent is not None else shape.kv_heads
     if shape.query_heads % ranks or max(ranks, kv_heads) % min(ranks, kv_heads):
-        heads = f"{count(shape.query_heads, 'head')} and {shape.kv_heads} of K and V"
+        heads = f"{count(shape.query_heads, 'query head')}, {count(kv_heads, 'KV head')}"
         raise CommandFailed(f"--tp {ranks} does not divide the heads of {shape.name}: {heads}")
 
 
@@ -108,7 +128,9 @@ def find_shape(model: str) -> ModelShape:
         raise CommandFailed(f"{path} does not exist")
     close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.4)]
     hint = f"did you mean {', '.join(close)}? " if close else ""
-    raise CommandFailed(f"no model {model!r}, nor a file of that name; {hint}`hcache advise --list` names all")
+    raise CommandFailed(
+        f"{model!r} is neither a known model nor a file; {hint}`hcache advise --list` prints all names"
+    )
 
 
 def find_machine(gpu: str, arguments: argparse.Namespace) -> Machine:
@@ -264,6 +286,11 @@ def _more(machine: Machine, drives: float) -> Machine:
     return replace(machine, ssd_bytes_per_s=drives * machine.ssd_bytes_per_s)
 
 
+def stored_line(representation: str, first: int, last: int) -> str:
+    layers = f"layer {first}" if first == last else f"layers {first}–{last}"
+    return f"  {layers}: {_STORED_AS[representation]}"
+
+
 def print_report(report: dict[str, Any]) -> None:
     model, machine = report["model"], report["machine"]
     print(f"{model['name']} on {machine['name']}, host to device {machine['bus_bytes_per_s'] / 1e9:.1f} GB/s", end="")
@@ -271,11 +298,10 @@ def print_report(report: dict[str, Any]) -> None:
     print(f", drives {drives / 1e9:.1f} GB/s" if drives else ", no drives")
     if not report["weights"]["fit"]:
         needed, there = human(report["weights"]["bytes"]), human(report["weights"]["device_bytes"])
-        print(f"  its weights ({needed}) do not fit in the GPUs' memory ({there}): give more --tp, or --offload;")
-        print("  times are as if they did")
+        print(f"  its weights ({needed}) do not fit in the GPUs' memory ({there}): raise --tp, or set --offload.")
+        print("  The times below assume that they fit.")
     for one in report["layers"]:
-        what = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}[one["representation"]]
-        print(f"  layers {one['first_layer']}–{one['last_layer']}: {what}")
+        print(stored_line(one["representation"], one["first_layer"], one["last_layer"]))
     sizes = report["bytes_per_token"]
     share = sizes["plan"] / sizes["kv"]
     print(
@@ -352,7 +378,7 @@ def _length(text: str) -> int:
     tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
     if tokens < DEFAULT_PAGE_SIZE:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of tokens, as 8192 or 8k: {DEFAULT_PAGE_SIZE} at least"
+            f"{text!r} is not a number of tokens of at least {DEFAULT_PAGE_SIZE}, such as 8192 or 8k"
         )
     return tokens
 

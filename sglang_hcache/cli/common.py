@@ -34,9 +34,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         type=_directories,
         default=[default_directory()],
         metavar="PATH[,PATH…]",
-        help=f"directories of the cache, as given to the server (default: {default_directory()})",
+        help=f"the server's --hcache-dir (default: {default_directory()})",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _directories(text: str) -> list[Path]:
@@ -50,7 +50,7 @@ def size(text: str) -> int:
     """Bytes, from "100GB", "1.5T", "64MiB", "4096B"; a number alone could mean any of them."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)", text.strip().upper())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500GB: K, M, G, T, Ki, Mi, Gi, Ti or B")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a number and a unit, such as 500GB or 2TiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2] or ""])
 
 
@@ -58,7 +58,7 @@ def span(text: str) -> int:
     """Seconds, from "30d", "12h"."""
     match = re.fullmatch(r"([0-9]+)([smhd])", text.strip())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30d")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: give a number and s, m, h or d, such as 30d")
     return int(match[1]) * _SPANS[match[2]]
 
 
@@ -94,7 +94,8 @@ def explain(error: Exception, where: Path | None = None) -> str:
 
 def require(path: Path) -> None:
     if not _is_cache(path):
-        raise CommandFailed(f"{path} is not a directory of the cache")
+        why = "it has no segments/" if path.is_dir() else "there is no such directory"
+        raise CommandFailed(f"{path} holds no cache ({why}): give the server's --hcache-dir with --dir")
 
 
 def fingerprint_folders(path: Path) -> list[Path]:

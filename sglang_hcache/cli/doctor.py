@@ -1,7 +1,7 @@
-"""What servers have measured on this machine, the drives as they are now, and what limits restoring.
+"""Show the rates that servers measured on this machine, the drives' read rates now, and what limits restoring.
 
-A server measures its model once a machine and version, and keeps the rates in the first of its directories;
-`--again` has the next one measure anew. Exit status: 0; 2 bad arguments; 3 nothing was measured yet.
+A server measures each model once per machine and version, and keeps the rates in its first directory; `--again` makes
+the next server measure again. Exit status: 0; 2 bad arguments; 3 nothing has been measured yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.cli.advise import limit, times
+from sglang_hcache.cli.advise import limit, stored_line, times
 from sglang_hcache.cli.common import CommandFailed, add_common, explain
 from sglang_hcache.config import CALIBRATION
 from sglang_hcache.layouts import KeptLayout
@@ -47,7 +47,7 @@ class Measured:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
-    parser.add_argument("--again", action="store_true", help="forget the rates: the next server measures them anew")
+    parser.add_argument("--again", action="store_true", help="delete the kept rates: the next server measures again")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,13 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     files = sorted(folder.glob("*.json"))
     if arguments.again:
         return _forget(files, as_json=arguments.json)
-    drives = {str(path): _drive(path) for path in arguments.dir}
+    tried = {str(path): _drive(path) for path in arguments.dir}
+    drives = {path: rate if isinstance(rate, float) else None for path, rate in tried.items()}
     found = [examine(measured, _layout(arguments.dir[0], measured), len(drives)) for measured in _read(files)]
     if arguments.json:
         print(json.dumps({"drives_bytes_per_s": drives, "models": found}, indent=2))
     else:
-        for path, rate in drives.items():
-            print(f"{path}: reads {rate / 1e9:.2f} GB/s now" if rate else f"{path}: cannot be tried")
+        for path, rate in tried.items():
+            now = f"reads {rate / 1e9:.2f} GB/s now" if isinstance(rate, float) else f"cannot be measured ({rate})"
+            print(f"{path}: {now}")
         for report in found:
             _print(report)
     if not found:
@@ -75,7 +77,7 @@ def _forget(files: list[Path], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"forgotten": len(files)}))
     else:
-        print(f"{len(files)} forgotten; the next server measures anew")
+        print(f"{len(files)} forgotten; the next server measures again")
     return 0
 
 
@@ -85,15 +87,15 @@ def _read(files: list[Path]) -> Iterator[Measured]:
             yield Measured.of(json.loads(file.read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else explain(error)
-            raise CommandFailed(f"{file} cannot be read ({what}); --again makes room for another") from error
+            raise CommandFailed(f"{file} cannot be read ({what}): delete it with --again") from error
 
 
-def _drive(directory: Path) -> float | None:
-    """Bytes a second; None where it cannot be tried."""
+def _drive(directory: Path) -> float | str:
+    """Bytes a second, or why it cannot be measured."""
     try:
         return read_bytes_per_s(directory)
-    except OSError:
-        return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _layout(directory: Path, measured: Measured) -> Layout:
@@ -136,8 +138,8 @@ def _hit(tokens: int, page_tokens: int, tier: str) -> Hit:
 def _print(report: dict[str, Any]) -> None:
     about, rates = report["about"], report["rates"]
     print(f"\n{about['model']['name']}, rank {about['rank']} of {about['ranks']}, on {about['machine']}")
-    stored = ("{representation} of layers {layers[0]}-{layers[1]}".format(**one) for one in report["stored"])
-    print(f"  stores {', '.join(stored)}")
+    for one in report["stored"]:
+        print(stored_line(one["representation"], *one["layers"]))
     print(f"  prefill {rates['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s, attention ", end="")
     print(f"{rates['attention_flop_per_s'] / 1e12:.3g}, projection {rates['projection_flop_per_s'] / 1e12:.3g}")
     print(f"  host to device {rates['bus_bytes_per_s'] / 1e9:.3g} GB/s, drives ", end="")

@@ -1,4 +1,4 @@
-"""Write a page and all pages before it, or everything, to one file that `hcache import` reads.
+"""Write one prefix, or everything, to a file that `hcache import` reads. Safe while a server runs.
 
 Exit status: 0; 2 bad arguments; 3 a page is missing or damaged, or the file cannot be written.
 """
@@ -27,9 +27,9 @@ Pages = dict[bytes, tuple[Path, Entry]]  # by key: the directory, and where in i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--key", type=_key, metavar="HEX", help="the last page's key, 64 hexadecimal digits")
-    what.add_argument("--all", action="store_true", help="every page that has all pages before it")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    what.add_argument("--key", type=_key, metavar="HEX", help="key of the prefix's last page, 64 hexadecimal digits")
+    what.add_argument("--all", action="store_true", help="every page whose prefix is complete")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,7 +76,7 @@ class _Reader:
 
     def read(self, key: bytes) -> Record:
         if key not in self._pages:
-            raise CommandFailed(f"page {key.hex()} is not stored, and what comes after it is worth nothing")
+            raise CommandFailed(f"page {key.hex()} is not stored, and without it the pages after it are of no use")
         path, entry = self._pages[key]
         file = segment_file(path, self._fingerprint, entry.segment)
         record = np.empty(self._layout.record_bytes, np.uint8)

@@ -1,10 +1,10 @@
 """Check the index against the files, and every checksum of every page.
 
-Without --repair it changes nothing and may be used while a server runs. --repair drops entries of pages that are not
-whole, lists whole pages that were not, and deletes stray files; nobody else may have the directory open then.
+Without --repair it changes nothing and is safe while a server runs. --repair removes damaged pages from the index,
+adds intact pages that it lacks, and deletes stray files; no other process may have the directory open then.
 
-Exit status: 0 clean; 1 problems, all repaired; 2 problems, not repaired (or bad arguments); 3 it could not check
-everything, and found nothing that is not repaired.
+Exit status: 0 clean; 1 problems, all repaired; 2 problems, not all repaired (or bad arguments); 3 not everything
+could be checked, and what was found has been repaired.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Model:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
-    parser.add_argument("--repair", action="store_true", help="put right what can be")
+    parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(report: Report) -> None:
     for problem in [*report.problems, *report.unchecked]:
         print(problem)
-    whole = f"{count(report.pages, 'page')} {'is' if report.pages == 1 else 'are'} whole"
+    whole = f"{count(report.pages, 'page')} intact"
     unchecked = f", {count(len(report.unchecked), 'model')} not checked" if report.unchecked else ""
     print(f"{report.path}: {whole}, {count(len(report.problems), 'problem')}, {report.repaired} repaired{unchecked}")
 
@@ -135,7 +135,7 @@ def check(path: Path, *, repair: bool) -> Report:
     listed = _listed(path, damage, repair)
     if damage.files:
         lost = count(damage.pages, "entry", "entries") if damage.pages else "everything"
-        report.add(path / "index", f"damaged, and {lost} in it lost", repaired=repair)
+        report.add(path / "index", f"damaged; {lost} in it lost", repaired=repair)
     for folder in sorted((path / "segments").iterdir()):
         if not is_fingerprint(folder):
             _stray(folder, report, repair)
@@ -164,7 +164,7 @@ def _check_model(model: _Model, report: Report, repair: bool) -> None:
     if repair:
         _repair(model, report)
     elif model.unlisted and not model.listed:
-        report.add(model.folder, f"{count(len(model.unlisted), 'whole page')}, and no index lists any")
+        report.add(model.folder, f"{count(len(model.unlisted), 'intact page')}, none of them in the index")
 
 
 def _stray(path: Path, report: Report, repair: bool) -> None:
@@ -174,7 +174,7 @@ def _stray(path: Path, report: Report, repair: bool) -> None:
 def _check_lost(fingerprint: bytes, pages: dict[tuple[str, int], bytes], report: Report, repair: bool) -> None:
     """Pages are listed, and there is no folder for them."""
     folder = report.path / "segments" / fingerprint.hex()
-    report.add(folder, f"missing, and {count(len(pages), 'page')} listed", repaired=repair)
+    report.add(folder, f"missing, but the index lists {count(len(pages), 'page')} in it", repaired=repair)
     if repair:
         index = Index(report.path / "index", fingerprint)
         index.delete_many((key, Entry(*place)) for place, key in pages.items())
@@ -251,7 +251,7 @@ def _repair(model: _Model, report: Report) -> None:
         report.repaired += index.delete_many(model.bad)
         if model.unlisted:
             index.put_many(model.unlisted)
-            report.add(model.folder, f"{count(len(model.unlisted), 'whole page')} not listed", repaired=1)
+            report.add(model.folder, f"{count(len(model.unlisted), 'intact page')} not in the index", repaired=1)
             report.pages += len(model.unlisted)
         index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
         with census(model.folder):

@@ -1,7 +1,7 @@
-"""Delete pages whose parent is gone, models that are not used any more, and pages of least value.
+"""Delete pages whose prefix is incomplete; with options also unused models and the least valuable pages.
 
-May be used while a server runs; what it writes at the moment is left alone. Exit status: 0; 2 bad arguments; 3 a
-directory cannot be used, or could not be shrunk as far as asked.
+Safe while a server runs; files that it is writing are left alone. Exit status: 0; 2 bad arguments; 3 a directory
+cannot be used, or could not be shrunk to --to-size.
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ T = TypeVar("T")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
-    parser.add_argument("--older-than", type=span, metavar="30d", help="also models not used for so long")
-    parser.add_argument("--to-size", type=size, metavar="100GB", help="also what is worth least, in each directory")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    parser.add_argument(
+        "--older-than", type=span, metavar="30d", help="also delete models that have not been used for this long"
+    )
+    parser.add_argument(
+        "--to-size", type=size, metavar="100GB", help="also delete the least valuable pages until each directory fits"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only report what would be deleted")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     short = [one["path"] for one in results if one["short_bytes"] > 0]
     if short and not arguments.dry_run:
         raise CommandFailed(
-            f"{', '.join(short)} takes more than --to-size: the rest is its index, in use or not listed"
+            f"{', '.join(short)} takes more than --to-size: the rest is its index, in use, or not in the index"
         )
     return 0
 
@@ -79,7 +83,7 @@ def _require_room(directories: Sequence[Path], to_size: int) -> None:
     for path in directories:
         least = bytes_below(path / "index")
         if to_size < least:
-            raise CommandFailed(f"--to-size must be at least {least}B: so much does the index of {path} take")
+            raise CommandFailed(f"--to-size must be at least {least}B, the size of the index of {path}")
 
 
 def _print(one: dict[str, Any], does: str) -> None:
@@ -87,7 +91,7 @@ def _print(one: dict[str, Any], does: str) -> None:
     print(f"{one['path']}: {does} {count(one['pages'], 'page')}, {human(one['freed_bytes'])} ({orphans})")
     if one["index_damaged"]:
         lost = count(one["damaged_entries"], "damaged entry", "damaged entries")
-        print(f"{one['path']}: the index is damaged ({lost}); pages that it does not list are left out here")
+        print(f"{one['path']}: the index is damaged ({lost}); pages it does not list are not counted")
 
 
 @dataclass(frozen=True)

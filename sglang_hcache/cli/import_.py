@@ -1,6 +1,6 @@
-"""Store the pages of a file that `hcache export` wrote. The file is verified in full before anything is stored.
+"""Store the pages of a file that `hcache export` wrote. All of it is verified before anything is stored.
 
-May be used while a server runs. Exit status: 0; 2 bad arguments; 3 the file is damaged, or a disk refused.
+Safe while a server runs. Exit status: 0; 2 bad arguments; 3 the file is damaged, or a directory cannot be written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from sglang_hcache.cli.bundle import BundleDamaged, Model, read_header_of, read_records
 from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, require_siblings
 from sglang_hcache.storage.directory import Contents
+from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import SEGMENT_BYTES
 from sglang_hcache.storage.stripe import Files, Stripe
@@ -25,7 +26,7 @@ BATCH_PAGES = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="what `hcache export` wrote")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         header, start = read_header_of(path)
         for _ in read_records(path, start, header.models):
             pass
+        for directory in arguments.dir:
+            make_private(directory)
         for model in header.models:
             added, there = _store(path, start, model, arguments.dir)
             stored, present = stored + added, present + there
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"stored": stored, "present": present}))
     else:
-        print(f"{count(stored, 'page')} stored, {present} {'was' if present == 1 else 'were'} there")
+        print(f"{count(stored, 'page')} stored, {present} already there")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Show what is stored. Reads only, and may be used while a server runs.
+"""List the stored models: pages, bytes, hits and last use. Changes nothing; safe while a server runs.
 
 Exit status: 0; 2 bad arguments; 3 a directory cannot be read.
 """
@@ -42,6 +42,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "bytes": bytes_on_disk(path),
         "index_bytes": bytes_below(path / "index"),
         "free_bytes": shutil.disk_usage(path).free,
+        "index_damaged": damage.files > 0,
         "damaged_entries": damage.pages,
         "fingerprints": [_fingerprint(folder, table) for folder in fingerprint_folders(path)],
     }
@@ -68,6 +69,8 @@ def _fingerprint(folder: Path, table: Table) -> dict[str, Any]:
 
 def print_directory(directory: dict[str, Any]) -> None:
     print(f"{directory['path']}: {human(directory['bytes'])}, {human(directory['free_bytes'])} free on the disk")
+    if directory["index_damaged"]:
+        print("  the index is damaged: lost pages are not listed; the next server rebuilds it from the files")
     for one in directory["fingerprints"]:
         name = ", ".join(one["about"].values()) or "unknown model"
         print(f"  {one['fingerprint'][:12]}  {name}")

@@ -12,16 +12,19 @@ from sglang_hcache import TESTED_SGLANG, __version__
 from sglang_hcache.cli.common import CommandFailed, explain
 
 COMMANDS = {
-    "advise": ("sglang_hcache.cli.advise", "what to store of a model on a machine, and what restoring will take"),
-    "doctor": ("sglang_hcache.cli.doctor", "what a server has measured here, and what limits restoring"),
-    "status": ("sglang_hcache.cli.status", "show what the prefetcher of these directories does now"),
-    "inspect": ("sglang_hcache.cli.inspect", "show what is stored"),
-    "fsck": ("sglang_hcache.cli.fsck", "check the index and every checksum, and repair"),
-    "gc": ("sglang_hcache.cli.gc", "delete what is of no use, or of least"),
-    "export": ("sglang_hcache.cli.export", "write prefixes to one file"),
-    "import": ("sglang_hcache.cli.import_", "store the pages of such a file"),
-    "prefetcher": ("sglang_hcache.cli.prefetcher", "serve servers on this host and on others"),
-    "keygen": ("sglang_hcache.cli.keygen", "make keys for a prefetcher and its clients on other hosts"),
+    "advise": (
+        "sglang_hcache.cli.advise",
+        "plan what to store of a model on given hardware, and how fast it restores",
+    ),
+    "doctor": ("sglang_hcache.cli.doctor", "show the rates measured on this machine, and what limits restoring"),
+    "status": ("sglang_hcache.cli.status", "show the running prefetcher: clients, models, memory, directories"),
+    "inspect": ("sglang_hcache.cli.inspect", "list the stored models and their pages"),
+    "fsck": ("sglang_hcache.cli.fsck", "verify the index and all checksums; optionally repair"),
+    "gc": ("sglang_hcache.cli.gc", "delete orphaned, old or least valuable pages"),
+    "export": ("sglang_hcache.cli.export", "write stored prefixes to one file"),
+    "import": ("sglang_hcache.cli.import_", "store the pages of an exported file"),
+    "prefetcher": ("sglang_hcache.cli.prefetcher", "run a prefetcher in the foreground, also for other hosts"),
+    "keygen": ("sglang_hcache.cli.keygen", "create the keys for a prefetcher and its clients on other hosts"),
 }
 USAGE = 2  # argparse's own
 FAILED = 3
@@ -36,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Others: see the command's --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="hcache", description="The files of the hidden-state cache tier.")
+    parser = argparse.ArgumentParser(
+        prog="hcache", description="Inspect and manage what sglang-hcache stores, and run its prefetcher."
+    )
     parser.add_argument(
         "--version", action="version", version=f"sglang-hcache {__version__}, tested with SGLang {TESTED_SGLANG}"
     )

@@ -1,6 +1,6 @@
 """Run a prefetcher in the foreground, for servers on this host and, with --listen, on others.
 
-It ends on SIGTERM, within 15 s. Exit status: 0 stopped; 1 it cannot serve; 2 bad arguments.
+It ends within 15 s of SIGTERM. Exit status: 0 stopped; 1 it cannot serve; 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ LEAST = {"size_limit": SEGMENTS * _LEAST_PAGE, "host_limit": 2 * _LEAST_PAGE, "r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="JSON or TOML with the options below (size_limit …)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help='the options below in JSON, or in TOML if FILE ends in .toml (size_limit = "2TB")',
     )
-    parser.add_argument("--dir", metavar="PATH[,PATH...]", help="directories for pages, the servers' --hcache-dir")
+    parser.add_argument("--dir", metavar="PATH[,PATH...]", help="directories of the pages: the servers' --hcache-dir")
     parser.add_argument(
-        "--listen", metavar="tcp://HOST:PORT", help="serve other hosts, too; beyond loopback with --keys"
+        "--listen",
+        metavar="tcp://HOST:PORT",
+        help="also serve other hosts; requires --keys unless HOST is a loopback address",
     )
-    parser.add_argument("--keys", metavar="DIR", help="made by `hcache keygen`")
+    parser.add_argument("--keys", metavar="DIR", help="folder of keys that `hcache keygen` made")
     parser.add_argument(
-        "--size-limit", metavar="SIZE", help="bound of each directory, as 500GB or 2TiB; --hcache-dir-size's default"
+        "--size-limit", metavar="SIZE", help="limit for each directory, such as 2TiB (default: as --hcache-dir-size)"
     )
-    parser.add_argument("--read-limit", metavar="SIZE", help="the most that is read from files in a second")
-    parser.add_argument("--host-limit", metavar="SIZE", help="bound of the memory for one model's pages")
+    parser.add_argument("--read-limit", metavar="SIZE", help="limit on bytes read from files per second")
+    parser.add_argument("--host-limit", metavar="SIZE", help="limit on host memory for one model's pages")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,7 +65,7 @@ def configuration(arguments: argparse.Namespace) -> Any:
     values = read_file(arguments.config) if arguments.config else {}
     values |= {name: value for name in NAMES if (value := getattr(arguments, name)) is not None}
     if not values.get("dir"):
-        raise ValueError("give --dir PATH[,PATH...]")
+        raise ValueError("no directory is given: add --dir PATH[,PATH...]")
     given = values["dir"]
     try:
         paths = directories_of([str(part) for part in given] if isinstance(given, list) else str(given))
@@ -94,10 +99,12 @@ def read_file(path: Path) -> dict[str, Any]:
         text = path.read_text()
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--config {path} cannot be parsed: {error}") from None
-    if not isinstance(values, dict) or (unknown := set(values) - set(NAMES)):
-        what = ", ".join(sorted(unknown)) if isinstance(values, dict) else "no table"
-        raise ValueError(f"--config {path}: {what} is not understood; known: {', '.join(NAMES)}")
+        form = "TOML" if path.suffix == ".toml" else "JSON (TOML needs a name in .toml)"
+        raise ValueError(f"--config {path} cannot be parsed as {form}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} is not a JSON object with any of {', '.join(NAMES)}")
+    if unknown := set(values) - set(NAMES):
+        raise ValueError(f"--config {path}: unknown {', '.join(sorted(unknown))}; known are {', '.join(NAMES)}")
     given = {name: value for name, value in values.items() if value is not None}
     for name, value in given.items():
         parts = value if name == "dir" and isinstance(value, list) else [value]
@@ -116,5 +123,5 @@ def limit(name: str, values: dict[str, Any]) -> int | None:
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{flag} {error}") from None
     if bound < LEAST[name]:
-        raise ValueError(f"{flag} {value} holds nothing: give more, or drop it")
+        raise ValueError(f"{flag} {value} is too small to be of use: give more, or drop it")
     return bound

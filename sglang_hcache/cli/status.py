@@ -1,6 +1,6 @@
-"""Show what the prefetcher of these directories does now. Starts none, and takes nothing from it.
+"""Show what the prefetcher of these directories is doing now. Starts none, and does not disturb a running one.
 
-Exit status: 0 it runs, and all directories can be used; 1 it runs, and some cannot; 2 bad arguments; 3 none runs, or
+Exit status: 0 it runs, and all directories are usable; 1 it runs, and some are not; 2 bad arguments; 3 none runs, or
 it does not answer.
 """
 
@@ -48,7 +48,7 @@ def _ask(address: str) -> dict[str, Any]:
         socket.connect(address)
         socket.send(m.encode(m.Overview()))
         if not socket.poll(int(1000 * ANSWER_S)):
-            raise CommandFailed(f"a prefetcher runs, but has not answered in {ANSWER_S:g} s")
+            raise CommandFailed(f"a prefetcher runs, but did not answer within {ANSWER_S:g} s")
         try:
             answer = m.decode_from_server(socket.recv())
         except m.Malformed as error:
@@ -69,6 +69,6 @@ def _print(report: dict[str, Any]) -> None:
             f"  {model['fingerprint'][:12]}  {model['about'] or 'unknown model'}, {count(model['clients'], 'client')}"
         )
         print(f"    {human(model['memory_bytes'])} of memory for {count(model['pages_total'], 'page')}: ", end="")
-        print(f"{model['pages_host']} there, {model['pages_dirty']} not written yet; {model['pages_file']} on file")
+        print(f"{model['pages_host']} in use, {model['pages_dirty']} not yet written; {model['pages_file']} in files")
         for volume in model["volumes"]:
             print(f"    {volume['path']}: {volume['state']}, {count(volume['pages'], 'page')}")

@@ -1,4 +1,4 @@
-"""What things cost: a model on a machine, as seconds per token and layer. docs/planner.md derives the formulas."""
+"""Costs of a model on a machine, in seconds per token and layer. docs/planner.md derives the formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Vector = Any  # a float, or a numpy array of them: the formulas are the same
 
 @dataclass(frozen=True)
 class Costs:
-    """Every layer costs the same; what is called a pass is one forward over all layers."""
+    """All layers cost the same. A pass is one forward over all layers."""
 
     layers: int
     hidden_bytes_per_token: int  # of a layer
@@ -38,7 +38,7 @@ class Costs:
     streams: bool  # see `Machine.streams`
 
     def layer_s(self, tokens: Vector, context_tokens: Vector) -> Vector:
-        """A layer's forward of `tokens` that follow `context_tokens`: each sees those, and half of its fellows."""
+        """A layer's forward of `tokens` after `context_tokens`: each attends to those and half of the new ones."""
         pairs = tokens * (context_tokens + tokens / 2)
         return self.layer_pass_s + tokens * self.linear_s_per_token + pairs * self.attention_s_per_pair
 

@@ -1,4 +1,4 @@
-"""Rates of a machine: measured by the server, or a GPU's datasheet times an efficiency that is stated here."""
+"""Rates of a machine: measured by the server, or a GPU's datasheet times the efficiencies below."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine delivers, not what its datasheet promises. `inf` and 0 s: costs nothing."""
+    """Achievable rates, not those of the datasheet. A rate of `inf`, or a latency of 0, means no cost."""
 
     name: str
     gemm_flop_per_s: float  # of a forward pass' matrix products, one rank

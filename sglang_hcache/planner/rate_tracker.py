@@ -1,7 +1,7 @@
-"""Keeps the rates true: what real loads took, against what the model expected of them.
+"""Keeps the rates accurate by comparing the times of real loads with the expected ones.
 
 Each resource has one factor, the geometric mean of actual over calibrated time with exponential forgetting. A load
-that is far from the middle of the last few is left out; when the middle itself moves, it is no outlier any more.
+far from the median of the last few is discarded as an outlier; when the median itself has moved, the factor follows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROBE_PAGES = 4
 
 @dataclass
 class _Probe:
-    """When a tier is tried again that plans have left alone."""
+    """When to try a tier again that plans have not used."""
 
     plans_since: int = 0  # the last measurement, of those that could have made one
     after: int = PROBE_EVERY  # so many

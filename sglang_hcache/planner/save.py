@@ -1,4 +1,4 @@
-"""What is stored of each layer, so that copies and compute of a restoration end together (HCache's L_H + L_O = N).
+"""Plans what to store of each layer, so that a restoration's copies and compute end together (HCache: L_H + L_O = N).
 
 Where compute is fast, the first layers are recomputed from tokens while the others' hidden states come in; where
 I/O is fast, the last layers are stored as KV. Where KV is smaller than hidden states, no layer is stored as those.
@@ -34,7 +34,7 @@ def plan_save(
     in_use: Layout | None = None,
     tolerance: float = 0.0,
 ) -> SavePlan:
-    """The layout that restores `references` with the least slowdown; of equals, the one with the fewest bytes.
+    """The layout that restores `references` with the least slowdown; of equal ones, that with the fewest bytes.
 
     `layerwise`: layers may be left to be recomputed from tokens. `mixed`: some may be stored as hidden states and
     others as KV. `splits`: the load plan will restore a part of the pages only where that is faster; then nothing at

@@ -1,4 +1,4 @@
-"""What the planner has to know of a model: sizes, and what follows from them per token and layer."""
+"""What the planner needs to know of a model: its dimensions, and bytes and FLOP per token and layer."""
 
 from __future__ import annotations
 

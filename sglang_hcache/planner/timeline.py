@@ -1,4 +1,4 @@
-"""How long a restoration takes: copies and compute of the layers, one after the other, as two stages of a pipeline.
+"""How long a restoration takes: copies and compute of successive layers, as a two-stage pipeline.
 
 Layer l can be computed when its copy and the layer before are done, so the last layer is done after
 
@@ -22,7 +22,7 @@ from sglang_hcache.planner.shape import ModelShape
 
 @dataclass(frozen=True)
 class Layout:
-    """How many layers are stored how, in layer order: nothing can only be stored of the first (HCache, §4)."""
+    """Number of layers stored in each way, in layer order; only the first can be left out (HCache, §4)."""
 
     none: int  # recomputed from tokens
     hidden: int

@@ -1,4 +1,4 @@
-"""The store of pages as a scheduler process sees it: messages to the prefetcher, payload in shared memory."""
+"""The page store in a scheduler process: messages to the prefetcher, payload in shared memory."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ class PrefetchClient:
 
     @property
     def hangs(self) -> bool:
-        """Whether the store is gone because its prefetcher is there, but does not answer."""
+        """Whether the store ended because its prefetcher runs but does not answer."""
         return self._connection.ending is Ending.SILENT
 
     @property
     def lost(self) -> bool:
-        """Whether it is gone although its user had use for it."""
+        """Whether the store ended while it was still needed."""
         return not self.alive and self._connection.ending is not Ending.GIVEN_UP
 
     @property
@@ -182,7 +182,7 @@ class PrefetchClient:
         self._connection.send(m.DropHost())
 
     def stats(self) -> Stats:
-        """What the prefetcher does not say in time is as it said last."""
+        """Figures that the prefetcher does not send in time keep their last values."""
         with self._lock:
             stats: Stats = {"prefetcher": "ok" if self.alive else f"gone: {self.why_ended}"}
             stats["reserve_failed"] = self._reserve_failed

@@ -78,7 +78,7 @@ class InstanceLock:
             os.close(fd)  # its former owner has just removed it
 
     def touch(self) -> None:
-        """Who tidies up /tmp goes by a file's times."""
+        """Keep programs that clean /tmp by age from removing the lock."""
         os.utime(self._fd)
 
     def release(self) -> None:

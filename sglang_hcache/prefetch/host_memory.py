@@ -1,4 +1,4 @@
-"""How much host memory there is: as the machine has it, and as a container may take it."""
+"""How much host memory there is, on the machine and within a container's limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CURVE keys: who may talk to a prefetcher over the network, and how each knows the other.
+"""CURVE keys: they authenticate a prefetcher and its clients on other hosts to each other.
 
 The folder that `hcache keygen DIR` makes, and that a prefetcher is given:
 
@@ -106,6 +106,7 @@ def _load_public(path: Path) -> bytes:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
+        path.stat()  # else pyzmq calls a missing file invalid
         return zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
         what = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "it holds no key"

@@ -1,4 +1,4 @@
-"""What the prefetcher and its clients say to each other.
+"""The messages between the prefetcher and its clients.
 
 A message is one ZeroMQ frame: the bytes `HC`, the protocol's version, a zero byte, then a msgpack array whose first
 element names the type. Between hosts, `Ready` and `Commit` are followed by one frame of payload a page. A client
@@ -61,7 +61,7 @@ class Lookup(Message):
 
 
 class Prefetch(Message):
-    """Get the longest leading run of `keys` into memory and keep it there until `Release`; answered by `Ready`s."""
+    """Read the longest leading run of `keys` into memory, and lease it until `Release`; answered by `Ready`s."""
 
     keys: Keys
     priority: int  # lower is earlier; equal ones in order of arrival
@@ -94,7 +94,7 @@ class Commit(Message):
 
 
 class Want(Message):
-    """Some of the granted slots are being filled: the client asks for so many more."""
+    """The client is filling granted slots, and asks for this many more."""
 
     slots: Count
 
@@ -106,7 +106,7 @@ class Abandon(Message):
 
 
 class Credit(Message):
-    """Between hosts: so many more pages may be sent."""
+    """Between hosts: flow control; the prefetcher may send this many more pages."""
 
     pages: Count
 
@@ -147,7 +147,7 @@ class Welcome(Message):
 
 
 class Waiting(Message):
-    """Comes each second until a `Hello` is answered: directories are being opened, or memory is given back for it."""
+    """Sent each second until a `Hello` is answered: directories are being opened, or memory freed for it."""
 
     pages: Count  # that must be written before that
 

@@ -1,4 +1,4 @@
-"""What stands in for a store while there is none: between a prefetcher's end and the next one's session."""
+"""Stands in for a store while there is none: between a prefetcher's end and the next session."""
 
 from __future__ import annotations
 

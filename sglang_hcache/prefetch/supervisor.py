@@ -1,4 +1,4 @@
-"""Sees to it that a prefetcher runs and that there is a session with it; starts another when one has died."""
+"""Makes sure that a prefetcher runs and that there is a session with it; replaces one that has died."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_a_config_and_its_folder_are_read(tmp_path: Path, capsys: pytest.Capture
 def test_a_wrong_model_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean Llama-3" in refused(capsys, "llama-3-9b", "--gpu", "H100")
     unknown = refused(capsys, "zzzzzzz", "--gpu", "H100")
-    assert "`hcache advise --list` names all" in unknown
+    assert "`hcache advise --list` prints all names" in unknown
     assert "did you mean" not in unknown
     assert "does not exist" in refused(capsys, tmp_path / "config.json", "--gpu", "H100")
     broken = tmp_path / "broken.json"
@@ -144,10 +144,10 @@ def test_a_wrong_model_is_said_in_one_line(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_a_server_refuses_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "see a window only" in refused(capsys, "Gemma-2-9B", "--gpu", "H100", "--json")
+    assert "sliding-window layers" in refused(capsys, "Gemma-2-9B", "--gpu", "H100", "--json")
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA | {"layer_types": ["sliding_attention", "full_attention"]}))
-    assert "see a window only" in refused(capsys, config, "--gpu", "H100")
+    assert "sliding-window layers" in refused(capsys, config, "--gpu", "H100")
 
 
 def test_a_latent_is_stored_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def test_ranks_store_all_layers_alike(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_heads_that_ranks_cannot_share_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "Qwen2.5-7B", "--gpu", "H100", "--tp", 8)
-    assert "--tp 8 does not divide the heads of Qwen2.5-7B: 28 heads and 4 of K and V" in said
+    assert "--tp 8 does not divide the heads of Qwen2.5-7B: 28 query heads, 4 KV heads" in said
     assert "--tp 6 does not" in refused(capsys, "Phi-4-mini", "--gpu", "H100", "--tp", 6)  # 24 heads, 8 of K and V
     for ranks in (2, 4):
         advise(capsys, "Qwen2.5-7B", "--gpu", "H100", "--tp", ranks)

@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import sglang_hcache
 from sglang_hcache.cli import inspect
 from sglang_hcache.cli.common import count, explain
 from sglang_hcache.cli.main import main
-from sglang_hcache.cli.prefetcher import NAMES, configuration
+from sglang_hcache.cli.prefetcher import NAMES, configuration, read_file
 from sglang_hcache.flags import FlagError, server_kwargs
 
 
@@ -98,18 +99,33 @@ def configured(path: Path, **options: object) -> str:
 
 def test_a_prefetcher_makes_nothing_before_all_is_checked(tmp_path: Path) -> None:
     assert "not an address to listen at" in configured(tmp_path, listen="nowhere")
-    assert "cannot be read" in configured(tmp_path, keys=str(tmp_path / "none"))
+    assert "cannot be read (No such file or directory)" in configured(tmp_path, keys=str(tmp_path / "none"))
     assert "is not a size" in configured(tmp_path, read_limit="fast")
 
 
 @pytest.mark.parametrize("limit", ["host_limit", "size_limit"])
 def test_a_limit_that_holds_no_page(limit: str, tmp_path: Path) -> None:
-    assert f"--{limit.replace('_', '-')} 1B holds nothing" in configured(tmp_path, **{limit: "1B"})
+    assert f"--{limit.replace('_', '-')} 1B is too small" in configured(tmp_path, **{limit: "1B"})
 
 
 def test_a_table_is_no_text(tmp_path: Path) -> None:
     assert configured(tmp_path, listen={"port": 7}).endswith("listen is not a string")
     assert configured(tmp_path, dir=["a", ["b"]]).endswith("dir is not a string, nor a list of strings")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", "[1]", "is not a JSON object"),
+        ("a.json", '{"dirr": 1, "quota": 2}', "unknown dirr, quota; known are dir, listen"),
+        ("a.yaml", "dir: /x", "cannot be parsed as JSON (TOML needs a name in .toml)"),
+        ("a.toml", "dir", "cannot be parsed as TOML"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize("clients", [["a", "a"], ["a", "server.key_secret"]])

@@ -60,8 +60,11 @@ def test_inspect_says_what_is_stored_and_changes_nothing(tmp_path: Path, capsys:
 
 def test_a_directory_that_is_none_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["inspect"], ["fsck"], ["gc"], ["export", "--all", "--out", "x"]):
-        assert main([*command, "--dir", str(tmp_path / "none")]) == 3
-        assert capsys.readouterr().err.count("\n") == 1
+        for path, why in ((tmp_path / "none", "there is no such directory"), (tmp_path, "it has no segments/")):
+            assert main([*command, "--dir", str(path)]) == 3
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert f"{path} holds no cache ({why})" in said
 
 
 def test_fsck_finds_a_damaged_page_and_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,10 +163,23 @@ def test_a_damaged_export_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "b").exists()
 
 
+def test_an_import_into_what_is_no_directory_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path / "a", pages=range(3))
+    assert run(capsys, "export", "--dir", tmp_path / "a", "--all", "--out", tmp_path / "out")[0] == 0
+    assert main(["import", str(tmp_path / "out"), "--dir", str(tmp_path / "out")]) == 3
+    assert capsys.readouterr().err == f"hcache import: {tmp_path / 'out'}: File exists\n"
+    assert not caplog.records
+
+
 def test_an_empty_or_damaged_index_is_no_reason_to_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
     (tmp_path / "index" / "data.mdb").write_bytes(b"\xff" * 10000)
-    assert run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]["fingerprints"][0]["pages"] == 0
+    report = run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]
+    assert (report["index_damaged"], report["fingerprints"][0]["pages"]) == (True, 0)
+    assert main(["inspect", "--dir", str(tmp_path)]) == 0
+    assert "the index is damaged" in capsys.readouterr().out
     assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
     assert run(capsys, "fsck", "--dir", tmp_path, "--repair")[0] == 1
     assert found(tmp_path) == list(range(10))

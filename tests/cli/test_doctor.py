@@ -42,7 +42,7 @@ def test_it_says_what_limits(measured: Path, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert f"{measured}: reads " in said
     assert "small, rank 0 of 1, on here" in said
-    assert "stores hidden of layers 0-7" in said
+    assert "layers 0–7: hidden states\n" in said
     assert "a second drive would give" in said
     assert "drives 0.1 GB/s" in said
 
@@ -64,13 +64,13 @@ def test_the_layout_of_what_is_stored(measured: Path, capsys: pytest.CaptureFixt
     KeptLayout(measured, shape, 32, hidden_bytes=None, kv_bytes=0).write(Layout(0, 2, 6))
     (measured / "layouts" / "broken.json").write_text("{")
     assert main(["doctor", "--dir", str(measured)]) == 0
-    assert "stores hidden of layers 0-7" in capsys.readouterr().out
+    assert "layers 0–7: hidden states\n" in capsys.readouterr().out
     KeptLayout(measured, shape, 64, hidden_bytes=None, kv_bytes=0).write(Layout(0, 3, 5))
     assert main(["doctor", "--dir", str(measured)]) == 0
-    assert "stores hidden of layers 0-2, kv of layers 3-7" in capsys.readouterr().out
+    assert "layers 0–2: hidden states\n  layers 3–7: KV\n" in capsys.readouterr().out
     write_rates(measured, ABOUT | {"ranks": 2})
     assert main(["doctor", "--dir", str(measured)]) == 0
-    assert "stores hidden of layers 0-7" in capsys.readouterr().out
+    assert "layers 0–7: hidden states\n" in capsys.readouterr().out
 
 
 def test_where_nothing_was_planned_the_smaller_one_is_stored(
@@ -78,7 +78,7 @@ def test_where_nothing_was_planned_the_smaller_one_is_stored(
 ) -> None:
     write_rates(measured, ABOUT | {"model": MODEL | {"kv_heads": 4}})
     assert main(["doctor", "--dir", str(measured)]) == 0
-    assert "stores kv of layers 0-7" in capsys.readouterr().out
+    assert "layers 0–7: KV\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
@@ -106,3 +106,12 @@ def test_a_file_that_is_none(about: Any, measured: Path, capsys: pytest.CaptureF
     write_rates(measured, about)
     assert main(["doctor", "--dir", str(measured)]) == 3
     assert "--again" in capsys.readouterr().err
+
+
+def test_a_drive_that_cannot_be_measured_is_named_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--dir", str(tmp_path / "none")]) == 3
+    assert f"{tmp_path / 'none'}: cannot be measured (No such file or directory)" in capsys.readouterr().out
+    assert main(["doctor", "--dir", str(tmp_path / "none"), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["drives_bytes_per_s"] == {str(tmp_path / "none"): None}

@@ -77,6 +77,6 @@ def test_one_page_is_no_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     make(tmp_path / "a", pages=range(1))
     assert main(["export", "--all", "--dir", str(tmp_path / "a"), "--out", str(tmp_path / "x")]) == 0
     assert ": 1 page, " in capsys.readouterr().out
-    for expected in ("1 page stored, 0 were there\n", "0 pages stored, 1 was there\n"):
+    for expected in ("1 page stored, 0 already there\n", "0 pages stored, 1 already there\n"):
         assert main(["import", str(tmp_path / "x"), "--dir", str(tmp_path / "b")]) == 0
         assert capsys.readouterr().out == expected

@@ -27,7 +27,7 @@ def test_what_is_not_checked_is_not_clean(tmp_path: Path, capsys: pytest.Capture
     status, report = check(capsys, tmp_path)
     assert (status, report["pages"], report["problems"], len(report["unchecked"])) == (3, 10, [], 1)
     assert main(["fsck", "--dir", str(tmp_path)]) == 3
-    assert capsys.readouterr().out.endswith("10 pages are whole, 0 problems, 0 repaired, 1 model not checked\n")
+    assert capsys.readouterr().out.endswith("10 pages intact, 0 problems, 0 repaired, 1 model not checked\n")
     (tmp_path / "segments" / "stray").touch()
     assert check(capsys, tmp_path)[0] == 2
     assert check(capsys, tmp_path, "--repair")[0] == 3
@@ -57,7 +57,7 @@ def test_pages_whose_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "segments" / FINGERPRINT.hex()).rename(tmp_path / "gone")
     status, report = check(capsys, tmp_path)
     assert (status, len(report["problems"])) == (2, 1)
-    assert "missing, and 10 pages listed" in report["problems"][0]
+    assert "missing, but the index lists 10 pages in it" in report["problems"][0]
     assert check(capsys, tmp_path, "--repair")[0] == 1
     assert check(capsys, tmp_path)[0] == 0
 

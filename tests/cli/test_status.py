@@ -49,7 +49,7 @@ def test_it_says_what_runs_and_takes_nothing(directory: Path, join: Join, capsys
     assert f"process {client.prefetcher_pid}, up for " in shown
     assert "2 clients, 2 models, " in shown
     assert "a/b, 1 client\n" in shown
-    assert "5 there, 0 not written yet; 5 on file" in shown
+    assert "5 in use, 0 not yet written; 5 in files" in shown
     assert f"{directory}: ok, 5 pages" in shown
     assert figures(client) == before
     assert fetched(client, range(5)) == 5
@@ -74,7 +74,7 @@ def test_one_that_hangs(
         assert main(["status", "--dir", str(directory)]) == 3
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert "has not answered in 0.3 s" in capsys.readouterr().err
+    assert "did not answer within 0.3 s" in capsys.readouterr().err
 
 
 def test_one_of_another_version(

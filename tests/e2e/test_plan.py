@@ -56,7 +56,7 @@ def test_rates_decide_what_is_restored(
     assert found["rates"]["ssd_bytes_per_s"] == 100_000
     assert all(found["rates"][name] > 0 for name in ("gemm_flop_per_s", "projection_flop_per_s", "bus_bytes_per_s"))
     assert main(["doctor", "--dir", str(fresh_store)]) == 0
-    assert "  stores " in capsys.readouterr().out
+    assert "\n  layer" in capsys.readouterr().out
 
     fast = dict.fromkeys(("projection_flop_per_s", "scatter_bytes_per_s"), 1e13) | {"bus_bytes_per_s": 1e11}
     found["rates"] |= {"gemm_flop_per_s": 1e9, "attention_flop_per_s": 1e9} | fast
@@ -64,7 +64,7 @@ def test_rates_decide_what_is_restored(
     (layout,) = (fresh_store / "layouts").glob("*.json")
     layout.write_text(json.dumps(json.loads(layout.read_text()) | {"hidden": 1, "kv": 2}))
     assert main(["doctor", "--dir", str(fresh_store)]) == 0
-    assert "  stores hidden of layers 0-0, kv of layers 1-2\n" in capsys.readouterr().out
+    assert "  layer 0: hidden states\n  layers 1–2: KV\n" in capsys.readouterr().out
     with started_together(workshop.stock(SPEC), as_it_comes(fresh_store, workshop)) as (stock, server):
         wanted = evicted_prefix(stock)
         answers = evicted_prefix(server)

@@ -250,7 +250,7 @@ def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplo
         warn_of_limits_that_do_not_hold(mine, store.welcome)
         size, rate = (record.getMessage() for record in caplog.records)
         assert size.startswith("hcache: --hcache-dir-size 5 is not in force")
-        assert size.endswith("with no limit")
+        assert size.endswith("with the default")
         assert rate.startswith("hcache: --hcache-read-limit 3 is not in force")
         assert rate.endswith("with 2")
         caplog.clear()
