@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import threading
@@ -339,15 +340,12 @@ class LocalStore:
             with self._lock:
                 if not self._fetches.wait_for_read(volume):
                     return None
-            if (limit := self._read_limit) is None:
+            limit = self._read_limit
+            with limit.turn if limit is not None else contextlib.nullcontext():
                 with self._lock:
                     read = self._fetches.take_read(volume)
-            else:
-                with limit.turn:
-                    with self._lock:
-                        read = self._fetches.take_read(volume)
-                    if read is not None:
-                        limit.take(self.layout.record_bytes)
+                if read is not None and limit is not None:
+                    limit.take(self.layout.record_bytes)
             if read is not None:
                 return read
 

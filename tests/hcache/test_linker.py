@@ -22,6 +22,7 @@ from sglang_hcache.model import Pool, kv_buffers
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.storage.contract import Progress
 from tests.e2e.conftest import wait_until
+from tests.hcache.test_registration import SERVER
 from tests.storage.pages import key_of, keys_of
 
 PAGE = 16
@@ -66,7 +67,7 @@ def tier(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(scheduler_hooks, "linker", None)
     config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
     made = HCacheLinker(
-        SimpleNamespace(nnodes=1, quantization_param_path=None, json_model_override_args="{}"),
+        SimpleNamespace(**SERVER),
         SimpleNamespace(page_size=PAGE, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool)),
         components={ComponentType.FULL},
         extra_config=config.to_linker_config()["linker_extra_config"],

@@ -120,7 +120,7 @@ def test_what_has_been_announced_is_not_looked_at_again() -> None:
     slots = fetches._by_owner["0"].slots = CountingSlots()
     told = 0
     while not fetches.progress("0", told).done:
-        read = fetches.next_read(None)  # type: ignore[arg-type]
+        read = fetches.take_read(None)  # type: ignore[arg-type]
         assert read is not None
         fetches.finish_read(read, sound=True)
         told += len(fetches.progress("0", told).slots)
