@@ -1,4 +1,4 @@
-"""What planning costs, and what two other ways of restoring would gain.
+"""What planning costs, what head starts gain, and what two other ways of restoring would.
 
     python -m bench.planner [--json] [--save]
 
@@ -7,8 +7,9 @@ tokens; median and 99th percentile of the thread's CPU time in 3,000 calls. `sav
 `layerwise`: for every model of the table on five GPUs with 0 (host memory), 1 and 4 drives of 7 GB/s and hits of 2K,
 8K, 32K and 128K tokens, the time of the plan that splits tokens over that of the plan that may also leave the first
 layers to be recomputed, each with the layout made for that hit. `streams`: likewise, drives that are read before the
-pass starts over drives that feed it layer by layer; `layerwise_streams`: `layerwise` with such drives. The last three
-are the cost model's word, not a measurement of a server.
+pass starts over drives that feed it layer by layer; `layerwise_streams`: `layerwise` with such drives. `head_start`:
+likewise, drives that are read before the pass over those beside which an idle engine prefills the first tokens. The
+last four are the cost model's word, not a measurement of a server.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from bench.report import about, arguments_of, save
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.load import plan_head_start, plan_load
 from sglang_hcache.planner.machine import machine_of
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.timeline import Hit, Layout
@@ -78,6 +79,7 @@ def planned_s(costs: Costs, hit: Hit, *, layerwise: bool) -> float:
 def compare() -> dict[str, Any]:
     """Gains (times faster) over all cases."""
     layerwise, streams, both = dict[str, float](), dict[str, float](), dict[str, float]()
+    head_start = dict[str, float]()
     for name, costs, hit in cases():
         now_s = planned_s(costs, hit, layerwise=False)
         layerwise[name] = now_s / planned_s(costs, hit, layerwise=True)
@@ -85,8 +87,11 @@ def compare() -> dict[str, Any]:
             streaming = replace(costs, streams=True)
             streamed_s = planned_s(streaming, hit, layerwise=False)
             streams[name] = now_s / streamed_s
+            ahead = plan_head_start(costs, plan_save(costs, hit, layerwise=False).layout, hit)
+            head_start[name] = now_s / ahead.seconds if ahead is not None else 1.0
             both[name] = streamed_s / planned_s(streaming, hit, layerwise=True)
-    return {"layerwise": summary(layerwise), "streams": summary(streams), "layerwise_streams": summary(both)}
+    gains = {"layerwise": layerwise, "head_start": head_start, "streams": streams, "layerwise_streams": both}
+    return {name: summary(gain) for name, gain in gains.items()}
 
 
 def summary(gains: dict[str, float]) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def main() -> None:
     for kind, found in report["plan_us"].items():
         print(f"planning 128K tokens ({kind}): {found['p50']:.0f} us, 99 % within {found['p99']:.0f} us")
     print(f"planning what to store: {report['save_ms']:.1f} ms")
-    for kind in ("layerwise", "streams", "layerwise_streams"):
+    for kind in ("layerwise", "head_start", "streams", "layerwise_streams"):
         one = report[kind]
         print(
             f"{kind}: 5 % faster in {one['cases_5_percent_faster']} of {one['cases']} cases, median "

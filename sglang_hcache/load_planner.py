@@ -85,7 +85,8 @@ class LoadPlanner:
     def head_start(self, host_pages: int, lower_pages: int, prompt: Prompt, *, queued_pages: int = 0) -> int:
         """How many leading pages of such a hit an idle engine should prefill while those behind them are read."""
         hit = self._partly_read(host_pages, lower_pages, prompt, queued_pages=queued_pages)
-        return plan_head_start(self._now(), self._layout, hit)
+        plan = plan_head_start(self._now(), self._layout, hit)
+        return 0 if plan is None else plan.pages
 
     def pages_to_try(self) -> int:
         """Ask once for a hit that waits for no reads: how many to make all the same, to see how fast that is."""

@@ -41,6 +41,8 @@ METRICS = tuple(
         ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held past their time-out"),
         ("requests_held_s", "hcache_held_seconds_total", _C, "Seconds that requests were held, summed"),
         ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
+        ("head_starts", "hcache_head_starts_total", _C, "Prefixes begun while drives read their end"),
+        ("tokens_ahead", "hcache_head_start_tokens_total", _C, "Tokens of these beginnings"),
         ("tokens_looked_up", "hcache_looked_up_tokens_total", _C, "Tokens that requests looked up, in whole pages"),
         ("tokens_found", "hcache_found_tokens_total", _C, "Of these, tokens in memory in time"),
         ("plans", "hcache_plans_total", _C, "Hits for which a plan was made"),

@@ -21,7 +21,7 @@ from sglang_hcache.cli.common import CommandFailed, count, explain, human
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
-from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.load import plan_head_start, plan_load
 from sglang_hcache.planner.machine import GPUS, Machine, machine_of
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
@@ -224,15 +224,17 @@ def weights(shape: ModelShape, device_bytes: float, offloaded: float) -> dict[st
 
 
 def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
-    """Of one length by each method; `restored_tokens` of the plan."""
+    """Of one length by each method; `restored_tokens` of the plan. `idle`: with nothing else to do for the engine."""
     tokens = hit.pages * hit.page_tokens
     plan = plan_load(costs, layout, hit)
+    ahead = plan_head_start(costs, layout, hit)
     return {
         "tokens": tokens,
         "recompute_s": recompute_s(costs, hit),
         "kv_s": float(restore_s(costs, (0, 0, costs.layers), hit, tokens)),
         "hidden_s": float(restore_s(costs, (0, costs.layers, 0), hit, tokens)),
         "plan_s": plan.seconds,
+        "idle_s": plan.seconds if ahead is None else ahead.seconds,
         "restored_tokens": plan.pages * hit.page_tokens,
     }
 
@@ -309,10 +311,12 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for tier, rows in report["times"].items():
         print(f"\nfrom {'SSD' if tier == 'ssd' else 'host memory'}, ms to the first token")
-        print(f"{'tokens':>8}" + "".join(f"{method:>11}" for method in METHODS) + "   restored")
+        print(f"{'tokens':>8}" + "".join(f"{method:>11}" for method in METHODS) + "   restored   on idle")
         for row in rows:
             shown = "".join(f"{1000 * row[method + '_s']:11.1f}" for method in METHODS)
-            print(f"{row['tokens']:8}{shown}{row['restored_tokens'] / row['tokens']:10.0%}")
+            print(
+                f"{row['tokens']:8}{shown}{row['restored_tokens'] / row['tokens']:10.0%}{1000 * row['idle_s']:11.1f}"
+            )
         print(report["limits"][tier]["text"])
 
 

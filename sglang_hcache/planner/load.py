@@ -41,8 +41,14 @@ def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -
     return LoadPlan(0, alone_s, alone_s)
 
 
-def plan_head_start(costs: Costs, layout: Layout, hit: Hit) -> int:
-    """How many leading pages of a hit to prefill while drives read the pages behind them; 0 where that gains nothing.
+@dataclass(frozen=True)
+class HeadStartPlan:
+    pages: int  # the first ones: to prefill, or to restore from host memory
+    seconds: float  # expected, to the first token
+
+
+def plan_head_start(costs: Costs, layout: Layout, hit: Hit) -> HeadStartPlan | None:
+    """Which leading pages of a hit to prefill while drives read the pages behind them; None where that gains nothing.
 
     The engine works from the first page on and the drives on the rest, so that both are done at the same time (Cake,
     arXiv 2410.03065); then the rest is restored, as far as that pays. Leading pages in host memory are not prefilled
@@ -50,7 +56,7 @@ def plan_head_start(costs: Costs, layout: Layout, hit: Hit) -> int:
     """
     first, last = hit.host_pages + 1, hit.pages - 1
     if costs.streams or first > last:
-        return 0
+        return None
     while first < last:
         middle = (first + last) // 2
         if _head_s(costs, layout, hit, middle) < _read_behind_s(costs, layout, hit, middle):
@@ -59,7 +65,8 @@ def plan_head_start(costs: Costs, layout: Layout, hit: Hit) -> int:
             last = middle
     nearest = range(max(hit.host_pages + 1, first - 1), first + 1)
     seconds, pages = min((_head_start_s(costs, layout, hit, pages), pages) for pages in nearest)
-    return pages if seconds < (1 - LEAST_GAIN) * plan_load(costs, layout, hit).seconds else 0
+    pays = seconds < (1 - LEAST_GAIN) * plan_load(costs, layout, hit).seconds
+    return HeadStartPlan(pages, seconds) if pays else None
 
 
 def _head_start_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:

@@ -161,11 +161,12 @@ def test_a_head_start_is_the_best_of_all(found: Costs, hit: Hit, kv: bool) -> No
 
     without = plan_load(found, layout, hit).seconds
     best = min((seconds(pages) for pages in range(hit.host_pages + 1, hit.pages)), default=without)
-    pages = plan_head_start(found, layout, hit)
-    if pages:
-        assert hit.host_pages < pages < hit.pages
-        assert seconds(pages) <= (1 - LEAST_GAIN) * without * (1 + 1e-9)
-        assert seconds(pages) <= best * 1.02
+    plan = plan_head_start(found, layout, hit)
+    if plan is not None:
+        assert hit.host_pages < plan.pages < hit.pages
+        assert plan.seconds == pytest.approx(seconds(plan.pages))
+        assert plan.seconds <= (1 - LEAST_GAIN) * without
+        assert plan.seconds <= best * 1.02
     else:
         assert best > (1 - LEAST_GAIN) * without * 0.98
 
@@ -175,10 +176,14 @@ def test_a_head_start_meets_the_drive_half_way() -> None:
     found = costs_of(LLAMA_2_7B, machine_of("A100-80", drives=1, drive_bytes_per_s=1e9))
     hit = Hit(64, 0, 64, new_tokens=64)
     even = replace(found, hidden_ssd_s_per_token=found.prefill_s(4096) / 4096 / found.layers)
-    assert 28 <= plan_head_start(even, HIDDEN, hit) <= 36
-    assert plan_head_start(replace(even, hidden_ssd_s_per_token=1e-9), HIDDEN, hit) == 0, "the drive needs no help"
-    assert plan_head_start(replace(even, hidden_ssd_s_per_token=1.0), HIDDEN, hit) == 0, "nor the engine"
-    in_memory = replace(hit, host_pages=16, ssd_pages=48)
-    assert 16 + 16 < plan_head_start(even, HIDDEN, in_memory) < 64
-    assert plan_head_start(even, HIDDEN, replace(hit, host_pages=64, ssd_pages=0)) == 0
-    assert plan_head_start(replace(even, streams=True), HIDDEN, hit) == 0
+
+    def pages(costs: Costs, hit: Hit = hit) -> int:
+        plan = plan_head_start(costs, HIDDEN, hit)
+        return 0 if plan is None else plan.pages
+
+    assert 28 <= pages(even) <= 36
+    assert pages(replace(even, hidden_ssd_s_per_token=1e-9)) == 0, "the drive needs no help"
+    assert pages(replace(even, hidden_ssd_s_per_token=1.0)) == 0, "nor the engine"
+    assert 16 + 16 < pages(even, replace(hit, host_pages=16, ssd_pages=48)) < 64
+    assert pages(even, replace(hit, host_pages=64, ssd_pages=0)) == 0
+    assert pages(replace(even, streams=True)) == 0
