@@ -73,7 +73,8 @@ class _Request:
     keys: tuple[bytes, ...]
     place: dict[bytes, int]  # of each key in `keys`
     prompt: Prompt
-    asked_at: float
+    arrived_at: float  # by the clock that is the same for all who share a prefetcher
+    asked_at: float  # monotonic
     admit_by: float  # monotonic
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
@@ -207,7 +208,7 @@ class PrefetchQueue:
             self._store.cut(start.head)
         if (request := self._requests.get(start.rid)) is not None:
             behind = Prompt(request.prompt.new_tokens, start.tokens)
-            rest = self._ask(start.rid, request.keys[start.pages :], behind)
+            rest = self._ask(start.rid, request.keys[start.pages :], behind, arrived_at=request.arrived_at)
             rest.head_start = _HeadStartOf.UNDER_WAY
             rest.admit_by = rest.asked_at + NO_DEADLINE_S
         if keys:
@@ -361,18 +362,20 @@ class PrefetchQueue:
         if keys := request.wait.to_try:
             self._trial.begin(keys)
 
-    def _ask(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> _Request:
+    def _ask(
+        self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None, *, arrived_at: float | None = None
+    ) -> _Request:
         now, deadline_s = time.monotonic(), self._deadline_s(len(keys))
         request = self._requests[rid] = _Request(
             tuple(keys),
             {key: i for i, key in enumerate(keys)},
             prompt or Prompt(self._page_tokens, 0),
+            time.time() if arrived_at is None else arrived_at,
             now,
             now + deadline_s + LATE_S,
         )
         read_s = self._planner.read_s(1) if self._planner is not None else 0.0
-        # The clock is the same for all who share a prefetcher.
-        arrival, page = (int(1e6 * seconds) for seconds in (AGEING * time.time(), read_s))
+        arrival, page = (int(1e6 * seconds) for seconds in (AGEING * request.arrived_at, read_s))
         self._store.prefetch(rid, keys, priority=arrival, page_priority=page, deadline_s=deadline_s)
         return request
 

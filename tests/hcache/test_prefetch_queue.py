@@ -656,3 +656,26 @@ def test_a_drive_that_reads_beside_a_head_start_is_timed(store: LocalStore, disk
     requests.head_start_over("a")
     assert float(str(believes.stats()["slower_ssd"])) > 1, "it took 0.5 s, not 6 ms"
     requests.clear()
+
+
+def test_the_end_of_a_prefix_is_read_in_the_turn_of_its_request(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the pages of others that wait for the same prefix, from its first on, would come before."""
+    asked, prefetch = list[tuple[list[bytes], int]](), store.prefetch
+
+    def recorded(owner: str, keys: Sequence[bytes], **options: Any) -> None:
+        if owner == "a":
+            asked.append((list(keys), options["priority"]))
+        prefetch(owner, keys, **options)
+
+    monkeypatch.setattr(store, "prefetch", recorded)
+    requests = evenly_matched(store)
+    requests.queued("a", keys_of(range(10)), LONG)
+    start = head_start_of(requests)
+    assert start is not None
+    requests.begin_head_start(start, [], Prompt(1, 0))
+    (_, first), (rest, second) = asked
+    assert rest == keys_of(range(start.pages, 10))
+    assert first == second
+    requests.clear()
