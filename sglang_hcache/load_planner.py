@@ -82,10 +82,16 @@ class LoadPlanner:
         hit = self._partly_read(host_pages, lower_pages, prompt, start_s=start_s, queued_pages=queued_pages)
         return plan_load(self._now(), self._layout, hit).pages
 
-    def head_start(self, host_pages: int, lower_pages: int, prompt: Prompt, *, queued_pages: int = 0) -> int:
-        """How many leading pages of such a hit an idle engine should prefill while those behind them are read."""
+    def head_start(
+        self, host_pages: int, lower_pages: int, prompt: Prompt, *, queued_pages: int = 0, begun_pages: int = 0
+    ) -> int:
+        """How many leading pages of such a hit an idle engine should prefill while those behind them are read.
+
+        begun_pages: the first to be read; their reads go on in any case.
+        """
         hit = self._partly_read(host_pages, lower_pages, prompt, queued_pages=queued_pages)
-        plan = plan_head_start(self._now(), self._layout, hit)
+        in_vain_s = self.read_s(begun_pages) if begun_pages else 0.0
+        plan = plan_head_start(self._now(), self._layout, hit, in_vain_s=in_vain_s)
         return 0 if plan is None else plan.pages
 
     def pages_to_try(self) -> int:

@@ -316,10 +316,15 @@ class PrefetchQueue:
             return self._start is not None and self._start.rid == rid
         request.head_start = _HeadStartOf.NO_MORE
         missing = len(request.keys) - request.there
-        # Those that are being read go on being read.
-        queued = min(missing, self._reads_at_once)
-        queued += sum(other.pages_awaited for before, other in self._before(request).items() if before in self._held)
-        if pages := planner.head_start(request.there, missing, request.prompt, queued_pages=queued):
+        queued = sum(other.pages_awaited for before, other in self._before(request).items() if before in self._held)
+        pages = planner.head_start(
+            request.there,
+            missing,
+            request.prompt,
+            queued_pages=queued,
+            begun_pages=min(missing, self._reads_at_once),
+        )
+        if pages:
             tokens = request.prompt.device_tokens + pages * self._page_tokens
             self._start = HeadStart(rid, f"{rid} head start {uuid.uuid4()}", pages, tokens)
         return pages > 0

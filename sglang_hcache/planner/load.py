@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -47,24 +47,26 @@ class HeadStartPlan:
     seconds: float  # expected, to the first token
 
 
-def plan_head_start(costs: Costs, layout: Layout, hit: Hit) -> HeadStartPlan | None:
+def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float = 0.0) -> HeadStartPlan | None:
     """Which leading pages of a hit to prefill while drives read the pages behind them; None where that gains nothing.
 
     The engine works from the first page on and the drives on the rest, so that both are done at the same time (Cake,
     arXiv 2410.03065); then the rest is restored, as far as that pays. Leading pages in host memory are not prefilled
-    but restored as well. `hit.start_s` must be all that the engine has to do before.
+    but restored as well. `hit.start_s` must be all that the engine has to do before. `in_vain_s`: of reading the
+    first pages, which has begun and goes on.
     """
+    behind = replace(hit, ssd_queue_s=hit.ssd_queue_s + in_vain_s, remote_queue_s=hit.remote_queue_s + in_vain_s)
     first, last = hit.host_pages + 1, hit.pages - 1
     if costs.streams or first > last:
         return None
     while first < last:
         middle = (first + last) // 2
-        if _head_s(costs, layout, hit, middle) < _read_behind_s(costs, layout, hit, middle):
+        if _head_s(costs, layout, behind, middle) < _read_behind_s(costs, layout, behind, middle):
             first = middle + 1
         else:
             last = middle
     nearest = range(max(hit.host_pages + 1, first - 1), first + 1)
-    seconds, pages = min((_head_start_s(costs, layout, hit, pages), pages) for pages in nearest)
+    seconds, pages = min((_head_start_s(costs, layout, behind, pages), pages) for pages in nearest)
     pays = seconds < (1 - LEAST_GAIN) * plan_load(costs, layout, hit).seconds
     return HeadStartPlan(pages, seconds) if pays else None
 

@@ -187,3 +187,16 @@ def test_a_head_start_meets_the_drive_half_way() -> None:
     assert 16 + 16 < pages(even, replace(hit, host_pages=16, ssd_pages=48)) < 64
     assert pages(even, replace(hit, host_pages=64, ssd_pages=0)) == 0
     assert pages(replace(even, streams=True)) == 0
+
+
+def test_reads_that_go_on_in_vain_count_against_a_head_start_only() -> None:
+    """Without one, they are the first that are needed."""
+    found = costs_of(LLAMA_2_7B, machine_of("H100", drives=4, drive_bytes_per_s=7e9))
+    hit = Hit(64, 0, 32, new_tokens=64)
+    in_vain_s = 32 * 64 * 32 * found.hidden_ssd_s_per_token
+    free, late = (plan_head_start(found, HIDDEN, hit, in_vain_s=s) for s in (0.0, in_vain_s / 16))
+    assert free is not None
+    assert late is not None
+    assert late.pages > free.pages
+    assert free.seconds < late.seconds < plan_load(found, HIDDEN, hit).seconds
+    assert plan_head_start(found, HIDDEN, hit, in_vain_s=in_vain_s) is None
