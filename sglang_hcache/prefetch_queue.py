@@ -313,7 +313,7 @@ class PrefetchQueue:
     def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
         if self._start is not None or request.head_start is not _HeadStartOf.NOT_THOUGHT_OF:
-            return self._start is not None and self._start.rid == rid
+            return False
         request.head_start = _HeadStartOf.NO_MORE
         missing = len(request.keys) - request.there
         queued = sum(other.pages_awaited for before, other in self._before(request).items() if before in self._held)
