@@ -133,6 +133,7 @@ def compete(case: Case, regime: str, plain: Contender, prefill_s: float, folder:
         **seconds,
         "auto_over_best": seconds["auto"] / best,
         "auto_restored": statistics.mean(answer.cached_host for answer in counted["auto"]) / case.prefix_tokens,
+        "auto_head_starts": state["head_starts"],  # of all its requests but the first two
         "auto_stores": {"hidden_layers": state["layers_hidden"], "kv_layers": state["layers_kv"]},
         "all_s": {method: [answer.ttft_s for answer in answers] for method, answers in counted.items()},
         "read_limit_gb_s": limit_gb,
