@@ -159,9 +159,9 @@ class Fetches:
         return not self._closed
 
     def take_read(self, volume: Files) -> Read | None:
-        """The most urgent page to read of a volume, if there is one."""
+        """The most urgent page to read of a volume, if there is one. None once closed."""
         reads = self._queues[volume].reads
-        while reads:
+        while reads and not self._closed:
             read = heapq.heappop(reads)[2]
             if not (read.dropped or read.started):
                 read.started = True
