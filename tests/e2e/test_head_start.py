@@ -14,10 +14,14 @@ from bench.harness import ModelSpec, Server, random_prompt
 from tests.e2e.conftest import Workshop, started_together, tier_state, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs
 
+# A head start pays if reading takes a ninth to nine times as long as prefilling, by the server's rates. What a chunk
+# costs whatever its tokens, much with small models, is in the time measured here and hardly in those rates: half of
+# that time is nearer to their middle.
+READ_OVER_PREFILL = 0.5
 SPEC = ModelSpec("llama", hidden_size=256, layers=4, max_position_embeddings=8192)
 PREFIX = 48 * PAGE
 PREFIXES = range(3)
-ARGS = (*SERVER_ARGS, "--max-total-tokens", "8192")
+ARGS = (*SERVER_ARGS, "--max-total-tokens", "8192", "--chunked-prefill-size", "512")
 BYTES = PREFIX * 256 * 4 * 4  # of a prefix, as hidden states
 
 
@@ -61,7 +65,7 @@ def test_the_beginning_is_prefilled_and_the_end_restored(workshop: Workshop, fre
         prefill_s = statistics.median(stock.send(tail_logprobs(first(prefix))).ttft_s for prefix in PREFIXES)
         stock.flush_cache()
         wanted = [stock.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
-    with started_together(as_it_comes(workshop, fresh_store, args, prefill_s, env)) as (server,):
+    with started_together(as_it_comes(workshop, fresh_store, args, READ_OVER_PREFILL * prefill_s, env)) as (server,):
         for prefix in PREFIXES:
             server.send(tail_logprobs(first(prefix)))
         only_on_disk(server)
