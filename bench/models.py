@@ -88,6 +88,9 @@ class Architecture:
     tied: bool = False  # the family has no head of its own: logits come from the embedding
 
 
+# For three layers.
+_WINDOWED = {"sliding_window": 200, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", {}),
     "llama_gqa": Architecture("llama", {}, heads_per_kv_head=2),
@@ -101,6 +104,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture("opt", {}, intermediate_field="ffn_dim"),
     "gptj": Architecture("gptj", {"rotary_dim": 16}, intermediate_field="n_inner"),
     "gpt_neox": Architecture("gpt_neox", {}),
+    "gemma2": Architecture(
+        "gemma2",
+        _WINDOWED
+        | {"query_pre_attn_scalar": 32, "hidden_act": "gelu_pytorch_tanh"}
+        | {"final_logit_softcapping": None},  # a kernel of SGLang's that needs a GPU
+        heads_per_kv_head=2,
+        tied=True,
+    ),
+    "gemma3": Architecture("gemma3_text", _WINDOWED | {"query_pre_attn_scalar": 32}, heads_per_kv_head=2, tied=True),
+    "olmo3": Architecture("olmo3", _WINDOWED),
+    "mellum": Architecture(
+        "mellum",
+        _WINDOWED | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        heads_per_kv_head=2,
+    ),
     "deepseek_v2": Architecture(
         "deepseek_v2",
         {

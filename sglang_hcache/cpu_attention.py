@@ -31,8 +31,7 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
         sliding_window_size: int | None = None,
     ) -> torch.Tensor:
         """As the stock method: query and output `[tokens, heads, dim]`, caches `[slots, heads, dim]`."""
-        windowed = sliding_window_size is not None and sliding_window_size > -1
-        if encoder_lens is not None or not causal or windowed:
+        if encoder_lens is not None or not causal:
             stock: torch.Tensor = super()._run_sdpa_forward_extend(
                 query,
                 output,
@@ -51,13 +50,17 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
                 sliding_window_size=sliding_window_size,
             )
             return stock
+        window = None if sliding_window_size in (None, -1) else sliding_window_size
         start = 0
         for row, length, prefix in zip(
             req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), strict=True
         ):
             end = start + length - prefix
-            slots = req_to_token[row, :length]
-            output[start:end] = _attend(query[start:end], k_cache[slots], v_cache[slots], scaling, enable_gqa)
+            first_seen = 0 if window is None else max(0, prefix - window)
+            slots = req_to_token[row, first_seen:length]
+            output[start:end] = _attend(
+                query[start:end], k_cache[slots], v_cache[slots], scaling, enable_gqa, window=window
+            )
             start = end
         return output
 
@@ -71,13 +74,24 @@ def attend_to_latents() -> None:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, enable_gqa: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    enable_gqa: bool,
+    *,
+    window: int | None,
 ) -> torch.Tensor:
-    """The last `len(query)` tokens of a sequence attend to all before them; `[tokens, heads, dim]` each."""
+    """The last `len(query)` tokens of a sequence attend to all before them, or to `window` of them and themselves.
+
+    `[tokens, heads, dim]` each.
+    """
     new, length = len(query), len(key)
     mask = None
-    if new < length:
+    if new < length or (window is not None and window < new):
         mask = torch.ones((new, length), dtype=torch.bool).tril(diagonal=length - new)
+        if window is not None:
+            mask = mask.triu(diagonal=length - new - window)
     heads_first = [part.to(query.dtype).movedim(0, 1).unsqueeze(0) for part in (query, key, value)]
     attended = scaled_dot_product_attention(
         heads_first[0],

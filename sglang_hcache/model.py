@@ -69,6 +69,9 @@ def attention_sites(model: torch.nn.Module) -> list[AttentionSite]:
 def check_pool(pool: Any, components: set[Any]) -> Pool:
     """The device pool, if it is of the kind the tier can read and write; raises `Unsupported` if not."""
     names = {component.name for component in components}
+    if "SWA" in names:
+        what_to_do = "add --disable-hybrid-swa-memory, with which it keeps them of all tokens, as other layers do"
+        raise Unsupported(f"the KV pool keeps K and V of sliding-window layers for their window only; {what_to_do}")
     if names != {"FULL"}:
         raise Unsupported(f"the radix cache holds {', '.join(sorted(names))} state; only full attention is supported")
     if type(pool) is MHATokenToKVPool and not (pool.is_quantized_kv_cache or pool.use_hnd):

@@ -99,8 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
-    if shape.mixed_attention:
-        raise CommandFailed(f"{shape.name} has sliding-window layers, which are not supported")
     kv_heads = shape.query_heads if shape.latent is not None else shape.kv_heads
     if shape.query_heads % ranks or max(ranks, kv_heads) % min(ranks, kv_heads):
         heads = f"{count(shape.query_heads, 'query head')}, {count(kv_heads, 'KV head')}"

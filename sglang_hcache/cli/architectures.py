@@ -16,10 +16,10 @@ def _model(
     gated: bool = True,
     experts: tuple[int, int] = (1, 1),
     latent: Latent | None = None,
-    mixed: bool = False,
+    windowed: tuple[int, int] = (0, 0),
 ) -> ModelShape:
     """`heads`: of queries, of K and V, elements each; `experts`: all of a layer, those a token passes;
-    `mixed`: some layers see a window only.
+    `windowed`: layers that see a sliding window, and its tokens.
     """
     query_heads, kv_heads, head_dim = heads
     return ModelShape(
@@ -35,7 +35,8 @@ def _model(
         experts=experts[0],
         active_experts=experts[1],
         latent=latent,
-        mixed_attention=mixed,
+        windowed_layers=windowed[0],
+        window=windowed[1],
     )
 
 
@@ -55,6 +56,7 @@ _ALL = (
     _model("OLMo-7B", 32, 4096, (32, 32, 128), 11008, 50304),
     _model("OLMo-2-7B", 32, 4096, (32, 32, 128), 11008, 100352),
     _model("OLMo-2-13B", 40, 5120, (40, 40, 128), 13824, 100352),
+    _model("OLMo-3-7B", 32, 4096, (32, 32, 128), 11008, 100278, windowed=(24, 4096)),
     _model("Phi-2", 32, 2560, (32, 32, 80), 10240, 51200, gated=False),
     _model("Phi-3-mini", 32, 3072, (32, 32, 96), 8192, 32064),
     _model("StableLM-2-1.6B", 24, 2048, (32, 32, 64), 5632, 100352),
@@ -102,12 +104,12 @@ _ALL = (
     _model("Mixtral-8x7B", 32, 4096, (32, 8, 128), 14336, 32000, experts=(8, 2)),
     _model("Mixtral-8x22B", 56, 6144, (48, 8, 128), 16384, 32768, experts=(8, 2)),
     _model("Gemma-2B", 18, 2048, (8, 1, 256), 16384, 256000),
-    _model("Gemma-2-2B", 26, 2304, (8, 4, 256), 9216, 256000, mixed=True),
-    _model("Gemma-2-9B", 42, 3584, (16, 8, 256), 14336, 256000, mixed=True),
-    _model("Gemma-2-27B", 46, 4608, (32, 16, 128), 36864, 256000, mixed=True),
-    _model("Gemma-3-4B", 34, 2560, (8, 4, 256), 10240, 262208, mixed=True),
-    _model("Gemma-3-12B", 48, 3840, (16, 8, 256), 15360, 262208, mixed=True),
-    _model("Gemma-3-27B", 62, 5376, (32, 16, 128), 21504, 262208, mixed=True),
+    _model("Gemma-2-2B", 26, 2304, (8, 4, 256), 9216, 256000, windowed=(13, 4096)),
+    _model("Gemma-2-9B", 42, 3584, (16, 8, 256), 14336, 256000, windowed=(21, 4096)),
+    _model("Gemma-2-27B", 46, 4608, (32, 16, 128), 36864, 256000, windowed=(23, 4096)),
+    _model("Gemma-3-4B", 34, 2560, (8, 4, 256), 10240, 262208, windowed=(29, 1024)),
+    _model("Gemma-3-12B", 48, 3840, (16, 8, 256), 15360, 262208, windowed=(40, 1024)),
+    _model("Gemma-3-27B", 62, 5376, (32, 16, 128), 21504, 262208, windowed=(52, 1024)),
     _model("OLMo-2-32B", 64, 5120, (40, 8, 128), 27648, 100352),
     _model("Phi-3-medium", 40, 5120, (40, 10, 128), 17920, 32064),
     _model("Phi-4", 40, 5120, (40, 10, 128), 17920, 100352),

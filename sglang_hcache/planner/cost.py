@@ -13,12 +13,12 @@ Vector = Any  # a float, or a numpy array of them: the formulas are the same
 
 @dataclass(frozen=True)
 class Costs:
-    """All layers cost the same. A pass is one forward over all layers."""
+    """All layers cost the same: their mean, where some see a window only. A pass is one forward over all layers."""
 
     layers: int
     hidden_bytes_per_token: int  # of a layer
     kv_bytes_per_token: int
-    linear_s_per_token: float  # matrix products of a layer
+    linear_s_per_token: float  # matrix products of a layer, and attention where it sees a window only
     attention_s_per_pair: float  # a query and a key it sees
     layer_pass_s: float  # reading a layer's weights from device memory, whatever the tokens
     projection_s_per_token: float
@@ -63,12 +63,16 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
     kv_shares = shape.kv_shares(ranks)
     ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)
     weight_bytes = shape.layer_weight_bytes / ranks
+    windowed = shape.windowed_layers / shape.layers
+    pair_s = shape.attention_flop_per_pair / ranks / machine.attention_flop_per_s
     return Costs(
         layers=shape.layers,
         hidden_bytes_per_token=shape.hidden_bytes,
         kv_bytes_per_token=shape.kv_bytes,
-        linear_s_per_token=shape.linear_flop / ranks / machine.gemm_flop_per_s + 4 * half_s,
-        attention_s_per_pair=shape.attention_flop_per_pair / ranks / machine.attention_flop_per_s,
+        linear_s_per_token=shape.linear_flop / ranks / machine.gemm_flop_per_s
+        + 4 * half_s
+        + windowed * shape.window * pair_s,
+        attention_s_per_pair=(1 - windowed) * pair_s,
         layer_pass_s=weight_bytes / machine.memory_bytes_per_s,
         projection_s_per_token=shape.projection_flop / kv_shares / machine.projection_flop_per_s,
         projection_pass_s=shape.projection_parameters * shape.dtype_bytes / kv_shares / machine.memory_bytes_per_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_hcache.planner.shape import Latent, ModelShape
@@ -12,7 +12,8 @@ _PLAIN_MLP = {
     *("opt", "gptj", "gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "falcon", "RefinedWeb", "RefinedWebModel"),
     *("bloom", "mpt", "phi", "starcoder2", "codegen"),
 }
-_MIXED = {"gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "cohere2", "gpt_oss", "llama4_text"}
+# Without `layer_types`: of so many layers each, the last one sees all tokens and the others a window.
+_WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4}
 _LINEAR = {"mamba", "linear_attention", "recurrent", "conv"}
 
 
@@ -27,14 +28,15 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """
     config = _text_part(config)
     model_type = str(config.get("model_type", ""))
-    layer_types = set(config.get("layer_types") or config.get("layers_block_type") or ())
-    if model_type.startswith(("mamba", "rwkv")) or layer_types & _LINEAR:
+    layer_types = list(config.get("layer_types") or config.get("layers_block_type") or ())
+    if model_type.startswith(("mamba", "rwkv")) or not _LINEAR.isdisjoint(layer_types):
         raise UnknownConfig("layers without attention are not supported")
     hidden_size = _size(config, "hidden_size", "n_embd", "d_model")
     query_heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     head_dim = _optional(config, "head_dim", "kv_channels") or hidden_size // query_heads
     experts, active, intermediate_size = _mlp(config, model_type, hidden_size)
+    windowed_layers, window = _windows(config, model_type, layers, layer_types)
     latent = _latent(config)
     if latent is not None:
         head_dim = _size(config, "v_head_dim")
@@ -51,7 +53,8 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         experts=experts,
         active_experts=active,
         latent=latent,
-        mixed_attention=model_type in _MIXED or "sliding_attention" in layer_types,
+        windowed_layers=windowed_layers,
+        window=window,
     )
 
 
@@ -61,6 +64,17 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(config.get(key), Mapping):
             return {"model_type": config.get("model_type", ""), **config[key]}
     return config
+
+
+def _windows(config: Mapping[str, Any], model_type: str, layers: int, layer_types: Sequence[str]) -> tuple[int, int]:
+    """How many layers see a sliding window, and of how many tokens."""
+    windowed = 0
+    if layer_types:
+        windowed = layer_types.count("sliding_attention")
+    elif pattern := _WINDOW_PATTERNS.get(model_type):
+        pattern = _optional(config, "sliding_window_pattern", "_sliding_window_pattern") or pattern
+        windowed = layers - layers // pattern
+    return (windowed, _size(config, "sliding_window")) if windowed else (0, 0)
 
 
 def _kv_heads(config: Mapping[str, Any], query_heads: int) -> int:

@@ -39,7 +39,8 @@ class ModelShape:
     stored_hidden_bytes: int = 0  # of a token in a layer, where hidden states are stored in fewer; 0: as they are
     stored_kv_bytes: int = 0  # likewise, of K and V
     latent: Latent | None = None  # with MLA; `head_dim` is that of V then
-    mixed_attention: bool = False  # some layers see a window only, which is not supported
+    windowed_layers: int = 0  # whose queries see a sliding window of tokens only; their K and V are kept all the same
+    window: int = 0  # tokens
 
     def __post_init__(self) -> None:
         for name in (
@@ -53,6 +54,8 @@ class ModelShape:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.windowed_layers <= self.layers or (self.windowed_layers and self.window < 1):
+            raise ValueError(f"{self.windowed_layers} of {self.layers} layers see {self.window} tokens")
 
     @property
     def activation_bytes(self) -> int:

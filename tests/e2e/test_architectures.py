@@ -23,9 +23,15 @@ REPRESENTATIONS = {
     "phi3": "hidden",  # fused QKV
     "stablelm": "hidden",  # partial RoPE
     "gptj": "hidden",  # interleaved RoPE
+    "olmo3": "hidden",  # layers with a sliding window
     "llama_gqa": "kv",
+    "gemma2": "kv",
+    "gemma3": "kv",
+    "mellum": "kv",
     "deepseek_v2": "kv",  # MLA: its latent
 }
+
+EXTRA_ARGS = {"mellum": ("--disable-hybrid-swa-memory",)}
 
 
 def restore_once(server: Server) -> list[Answer]:
@@ -46,7 +52,8 @@ def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> N
     spec = ModelSpec(architecture)
     changed = random_prompt(PROMPT_TOKENS, seed=1)
     changed[5] += 1
-    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (stock, tiered):
+    args = (*ARGS, *EXTRA_ARGS.get(architecture, ()))
+    with started_together(workshop.stock(spec, args), workshop.tiered(fresh_store, spec, args)) as (stock, tiered):
         wanted, answers = restore_once(stock), restore_once(tiered)
         control = compare(stock.send(tail_logprobs(changed)), wanted[0])
         state = tier_state(tiered)

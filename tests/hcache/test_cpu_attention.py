@@ -13,8 +13,9 @@ RUNNER = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 0, 5, 40, 1000])
 @pytest.mark.parametrize("prefixes", [[0], [60], [0, 33, 64]])
-def test_is_what_the_stock_backend_computes(prefixes: list[int], dtype: torch.dtype) -> None:
+def test_is_what_the_stock_backend_computes(prefixes: list[int], window: int | None, dtype: torch.dtype) -> None:
     """The stock method is the reference; output is poisoned, so each row must be written."""
     torch.manual_seed(0)
     extends = [7, 20, 1][: len(prefixes)]
@@ -30,7 +31,13 @@ def test_is_what_the_stock_backend_computes(prefixes: list[int], dtype: torch.dt
     for backend in (TorchNativeAttnBackend, TorchCpuAttention):
         output = torch.full_like(query, torch.nan)
         backend(RUNNER)._run_sdpa_forward_extend(
-            query, output, *arguments, scaling=DIM**-0.5, enable_gqa=True, causal=True
+            query,
+            output,
+            *arguments,
+            scaling=DIM**-0.5,
+            enable_gqa=True,
+            causal=True,
+            sliding_window_size=window,
         )
         outputs.append(output.float())
     assert torch.allclose(outputs[0], outputs[1], atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)

@@ -217,6 +217,23 @@ def test_queries_of_a_latent_may_be_made_of_the_input() -> None:
     assert latent == Latent(rank=512, rope_dim=64, nope_dim=128, query_rank=0)
 
 
-def test_layers_that_see_a_window_are_noticed() -> None:
-    config = {**CONFIGS["Qwen3-4B"], "layer_types": ["sliding_attention", "full_attention"]}
-    assert shape_of_config(config, "mixed").mixed_attention
+@pytest.mark.parametrize(
+    ("change", "windowed_layers"),
+    [
+        ({}, 0),
+        ({"layer_types": ["full_attention"] * 36}, 0),
+        ({"layer_types": ["sliding_attention"] * 30 + ["full_attention"] * 6}, 30),
+        ({"model_type": "gemma2"}, 18),
+        ({"model_type": "gemma3_text"}, 30),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 5}, 29),
+        ({"model_type": "cohere2", "layer_types": ["sliding_attention"] * 4 + ["full_attention"] * 32}, 4),
+    ],
+)
+def test_layers_that_see_a_window_are_counted(change: dict[str, Any], windowed_layers: int) -> None:
+    shape = shape_of_config({**CONFIGS["Qwen3-4B"], "sliding_window": 1024, **change}, "changed")
+    assert (shape.windowed_layers, shape.window) == (windowed_layers, 1024 if windowed_layers else 0)
+
+
+def test_a_window_has_a_size() -> None:
+    with pytest.raises(UnknownConfig, match="no sliding_window"):
+        shape_of_config({**CONFIGS["Qwen3-4B"], "model_type": "gemma2"}, "changed")

@@ -80,6 +80,21 @@ def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
     assert one.attention_s_per_pair == pytest.approx(2 * 128 * (192 + 128) / machine_of("H200").attention_flop_per_s)
 
 
+def test_a_layer_that_sees_a_window_attends_to_no_more() -> None:
+    """Gemma-3-27B: 10 of 62 layers see all tokens, each of the others 1,024."""
+    shape = ARCHITECTURES["Gemma-3-27B"]
+    found = costs_of(shape, machine_of("H200"))
+    everywhere = costs_of(replace(shape, windowed_layers=0), machine_of("H200"))
+    tokens, context = 512, 8192
+    pairs = 10 * tokens * (context + tokens / 2) + 52 * tokens * 1024
+    attention_s = 62 * found.layer_s(tokens, context) - 62 * (
+        found.layer_pass_s + tokens * everywhere.linear_s_per_token
+    )
+    assert attention_s == pytest.approx(pairs * everywhere.attention_s_per_pair)
+    with pytest.raises(ValueError, match="see 0 tokens"):
+        replace(shape, window=0)
+
+
 def test_weights_in_host_memory_take_their_share_of_the_bus() -> None:
     machine = machine_of("A100-80")
     resident, offloaded = (costs_of(LLAMA_2_7B, machine, offloaded=part) for part in (0.0, 1.0))
