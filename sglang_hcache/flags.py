@@ -47,6 +47,7 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_lmcache": (False, "only one cache tier can serve the radix cache", "drop one"),
     "enable_flexkv": (False, "only one cache tier can serve the radix cache", "drop one"),
     "speculative_algorithm": (None, "the draft model's cache is not captured yet", "drop it"),
+    "enable_mis": (False, "multi-item scoring works without the radix cache", "drop one"),
     "dllm_algorithm": (None, "batches of a diffusion model start no loads", "drop it"),
     "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
     "hicache_mem_layout": ("page_first", "the tier has a layout of its own", "drop it"),

@@ -58,6 +58,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self.forward_stream = forward_stream
         self._page_tokens: int = params.page_size
         try:
+            if params.disable:
+                raise Unsupported("SGLang serves it without a radix cache; the tier restores what that evicts")
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")

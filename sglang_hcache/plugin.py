@@ -56,6 +56,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             hooks.around_forward,
             HookType.AROUND,
         ),
+        (f"{_WRAPPER}.match", hooks.around_match, HookType.AROUND),
         (f"{_WRAPPER}.release_request", hooks.before_release_request, HookType.BEFORE),
         (f"{_WRAPPER}._offload_node", hooks.before_offload_node, HookType.BEFORE),
         (

@@ -97,6 +97,22 @@ def before_release_request(_wrapper: object, rid: str) -> None:
         linker.forget_request(rid)
 
 
+def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any, result: Any) -> Any:
+    """Where requests are sorted by what they find, SGLang looks up all of a prompt, be it usable or not."""
+    usable = _usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids))
+    return original(wrapper, key[:usable], req, result)
+
+
+def _usable_tokens(req: Any, tokens: int) -> int:
+    """How many tokens of a prefix may come from a cache: none of which the request wants log-probabilities.
+
+    tokens: of the request, so far.
+    """
+    if req.positional_embed_overrides is not None:
+        return 0
+    return int(req._compute_max_prefix_len(tokens))
+
+
 def before_offload_node(wrapper: Any, node_id: Any, _transfers: object) -> None:
     if linker is not None:
         before = wrapper.cache.tree_core.get_prefix_hash_values(node_id)
@@ -131,9 +147,9 @@ def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
     from sglang.srt.mem_cache.common import _req_radix_key
 
     tokens = req.origin_input_ids + req.output_ids
-    if req.positional_embed_overrides is not None or tree_cache.session.will_lend_record(req):
+    if tree_cache.session.will_lend_record(req):
         return [], Prompt(len(tokens), 0)
-    key = _req_radix_key(tree_cache, req, tokens, req._compute_max_prefix_len(len(tokens)))
+    key = _req_radix_key(tree_cache, req, tokens, _usable_tokens(req, len(tokens)))
     match = tree_cache.match_prefix(MatchPrefixParams(key=key))
     on_device = match.device_prefix_len
     if on_device >= len(key):
@@ -195,6 +211,8 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
     if (batch := result[0]) is not None:
         _head_starts.scheduled(batch.reqs)
         linker.scheduled([req.rid for req in batch.reqs])
+        for req in batch.reqs:  # SGLang leaves a hit there that the last lookup did not find again
+            scheduler.tree_cache.linker.hit_markers.pop(req.rid, None)
     return result
 
 

@@ -121,3 +121,14 @@ def tier_state(server: Server, rank: int = 0) -> dict[str, Any]:
     """The tier's own account of itself, from `/server_info`."""
     state: dict[str, Any] = server.server_info()["internal_states"][rank]["hcache"]
     return state
+
+
+def only_on_disk(server: Server) -> None:
+    """Wait until everything is written, then empty device and host memory."""
+    wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
+    server.flush_cache()
+
+
+def nothing_is_held(server: Server) -> bool:
+    state = tier_state(server)
+    return bool(state["pages_leased"] == state["requests_held_now"] == state["pages_reading"] == 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state, wait_until
+from tests.e2e.conftest import Workshop, only_on_disk, started_together, tier_state, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs
 
 # A head start pays if reading takes a ninth to nine times as long as prefilling, by the server's rates. What a chunk
@@ -40,11 +40,6 @@ def as_it_comes(
     tier = ("--hicache-backend", "hcache", "--hcache-representation", "hidden", "--hcache-dir", str(store))
     slow = ("--hcache-read-limit", str(BYTES / read_s / 1e9), "--hicache-storage-prefetch-policy", "wait_complete")
     return Server(workshop.model(SPEC), (*args, *tier, *slow), log=workshop.log("head-start"), env=env)
-
-
-def only_on_disk(server: Server) -> None:
-    wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
-    server.flush_cache()
 
 
 def leave(server: Server, prompt: list[int]) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from bench.harness import Answer, Server, free_port, random_prompt
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from tests.e2e.conftest import Workshop, started_together, tier_state, wait_until
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, tier_state, wait_until
 from tests.e2e.scenarios import (
     LLAMA,
     PAGE,
@@ -48,23 +48,12 @@ def server(workshop: Workshop) -> Iterator[Server]:
         yield server
 
 
-def only_on_disk(server: Server) -> None:
-    """Wait until everything is written, then empty device and host memory."""
-    wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
-    server.flush_cache()
-
-
 def runs(pid: int) -> bool:
     """A killed process may stay as a zombie where the machine's first process reaps none."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def nothing_is_held(server: Server) -> bool:
-    state = tier_state(server)
-    return bool(state["pages_leased"] == state["requests_held_now"] == state["pages_reading"] == 0)
 
 
 def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Reference) -> None:

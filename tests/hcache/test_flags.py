@@ -105,6 +105,7 @@ def test_without_the_backend_nothing_changes() -> None:
         ("radix_cache_backend", "other"),
         ("speculative_algorithm", "EAGLE"),
         ("dllm_algorithm", "LowConfidence"),
+        ("enable_mis", True),
         ("hicache_io_backend", "direct"),
         ("hicache_mem_layout", "layer_first"),
         ("disaggregation_mode", "prefill"),

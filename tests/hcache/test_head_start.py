@@ -158,7 +158,8 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     monkeypatch.setattr(scheduler_hooks, "_idle", False)
     monkeypatch.setattr(scheduler_hooks, "_missing_pages", lambda _tree, _req: ([b"key"], Prompt(1, 0)))
     queue = scheduler(req)
-    queue.tree_cache = queue.chunked_req = None
+    queue.chunked_req = None
+    queue.tree_cache = SimpleNamespace(linker=SimpleNamespace(hit_markers={}))
     saw = list[list[str]]()
 
     def step(*, busy: bool, news: tuple[object, ...] = (), said: tuple[object, ...] = ()) -> list[object]:

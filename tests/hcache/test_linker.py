@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ def pool(request: pytest.FixtureRequest) -> Pool:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterator[HCacheLinker]:
+def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., HCacheLinker]:
     context = {
         "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
@@ -66,12 +66,22 @@ def tier(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
     monkeypatch.setattr(scheduler_hooks, "linker", None)
     config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
-    made = HCacheLinker(
-        SimpleNamespace(**SERVER),
-        SimpleNamespace(page_size=PAGE, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool)),
-        components={ComponentType.FULL},
-        extra_config=config.to_linker_config()["linker_extra_config"],
-    )
+    allocator = SimpleNamespace(get_kvcache=lambda: pool)
+
+    def make(*, radix_cache: bool = True) -> HCacheLinker:
+        return HCacheLinker(
+            SimpleNamespace(**SERVER),
+            SimpleNamespace(disable=not radix_cache, page_size=PAGE, token_to_kv_pool_allocator=allocator),
+            components={ComponentType.FULL},
+            extra_config=config.to_linker_config()["linker_extra_config"],
+        )
+
+    return make
+
+
+@pytest.fixture
+def tier(make: Callable[..., HCacheLinker]) -> Iterator[HCacheLinker]:
+    made = make()
     yield made
     made.close()
 
@@ -119,6 +129,29 @@ def test_what_was_not_promised_is_refused(stored: HCacheLinker) -> None:
     assert stored.stats()["loads_refused"] == 2
 
 
+def test_a_request_that_is_gone_before_its_load_begins(stored: HCacheLinker) -> None:
+    promise(stored)
+    stored.forget_request("a")
+    assert stored.stats()["pages_leased"] == 0
+    assert not stored.load("a", transfer(range(2), (5, 6)))
+    promise(stored, "b")
+    assert stored.load("b", transfer(range(2), (5, 6)))
+    assert stored.cancel_queued_load("b")
+    assert not stored.cancel_queued_load("b")
+    assert stored.start_layer_wise_loading() == -1
+    assert stored.stats()["pages_leased"] == 0
+
+
+def test_what_is_being_loaded_stays_leased_until_it_has_landed(stored: HCacheLinker) -> None:
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    stored.forget_request("a")
+    assert stored.stats()["pages_leased"] == 2
+    assert stored.finish_layer_wise_loading(index)
+    assert stored.stats()["pages_leased"] == 0
+
+
 def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: Pool) -> None:
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
@@ -157,3 +190,9 @@ def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkey
     assert tier.admissible() == ["a"]
     tier.admit(["a"])
     assert not tier.held
+
+
+def test_a_model_without_a_radix_cache_is_refused(make: Callable[..., HCacheLinker]) -> None:
+    """SGLang switches it off for some, such as encoders, when the flags have been checked."""
+    with pytest.raises(RuntimeError, match="cannot serve this model: SGLang serves it without a radix cache"):
+        make(radix_cache=False)

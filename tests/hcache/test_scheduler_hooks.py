@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
 from sglang_hcache import scheduler_hooks
@@ -43,7 +45,8 @@ class Scheduler:
     def __init__(self, *rids: str) -> None:
         self.waiting_queue: list[Any] = []
         self.running_batch = SimpleNamespace(is_empty=lambda: True)
-        self.chunked_req = self.tree_cache = None
+        self.chunked_req = None
+        self.tree_cache = SimpleNamespace(linker=SimpleNamespace(hit_markers={}))
         self.late = list[str]()
         self.saw = list[str]()
         for rid in rids:
@@ -109,6 +112,26 @@ def test_with_nothing_to_do_but_to_hold_it_waits_for_news(linker: Linker) -> Non
     scheduler = Scheduler("h1")
     scheduler.step()
     assert linker.waited == 1
+
+
+def test_hits_of_requests_that_run_are_forgotten(linker: Linker) -> None:
+    """SGLang leaves a hit behind that the request did not load after all."""
+    scheduler = Scheduler("waits", "runs")
+    hits = scheduler.tree_cache.linker.hit_markers
+    hits.update(dict.fromkeys(["waits", "runs"]))
+    scheduler.step()
+    assert list(hits) == ["waits"]
+
+
+@pytest.mark.parametrize(("logprobs_from", "overridden", "usable"), [(-1, False, 9), (4, False, 4), (-1, True, 0)])
+def test_no_more_is_looked_up_than_a_request_may_use(logprobs_from: int, overridden: bool, usable: int) -> None:
+    req: Any = Req("a", "", array("q", range(8)), SamplingParams(), return_logprob=logprobs_from >= 0)
+    req.output_ids.extend([8, 9])
+    req.logprob_start_len = logprobs_from
+    req.positional_embed_overrides = object() if overridden else None
+    key = RadixKey(req.origin_input_ids + req.output_ids, cache_salt="salt")
+    found = scheduler_hooks.around_match(lambda _wrapper, key, _req, _result: key, None, key, req, None)
+    assert (list(found.token_ids), found.cache_salt) == (list(range(usable)), "salt")
 
 
 def test_a_batch_that_has_just_been_prefilled_is_something_to_do(linker: Linker) -> None:

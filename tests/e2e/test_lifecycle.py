@@ -1,0 +1,119 @@
+"""Requests that are aborted at any stage, retracted and paused: others get their answers, nothing stays leased.
+
+A server that reads slowly, so that requests are held, retracts a running request every third step, and sorts those
+that wait by what it finds of them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bench.harness import Request, Server, random_prompt
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, tier_state, wait_until
+from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
+
+PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
+TEN_PAGES_A_SECOND = ("--hcache-read-limit", "0.001", "--hicache-storage-prefetch-policy", "wait_complete")
+ARGS = (*SERVER_ARGS, *TEN_PAGES_A_SECOND, "--schedule-policy", "lpm")
+ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+
+
+@pytest.fixture(scope="module")
+def server(workshop: Workshop) -> Iterator[Server]:
+    store = workshop.folder / "store-lifecycle"
+    with workshop.tiered(store, args=ARGS, env=ENV) as server:
+        yield server
+
+
+class Victim:
+    """A streamed request that is gone before its end."""
+
+    def __init__(self, server: Server, rid: str, prompt: list[int]) -> None:
+        self._connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+        sampling = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
+        post(
+            self._connection,
+            "/generate",
+            {"rid": rid, "input_ids": prompt, "stream": True, "sampling_params": sampling},
+        )
+
+    def first_token(self) -> None:
+        assert self._connection.getresponse().readline().startswith(b"data:")
+
+    def hang_up(self) -> None:
+        self._connection.close()
+
+
+def post(connection: http.client.HTTPConnection, path: str, body: dict[str, object]) -> None:
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+
+
+def tell(server: Server, path: str, **body: object) -> None:
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    post(connection, path, body)
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def abort_at_every_stage(server: Server, attempt: int) -> None:
+    """Held for its pages; while it may be loading or in the queue; and running. By its client, and by its id."""
+    prompt = PREFIXES[attempt % 8] + random_prompt(30, seed=200 + attempt)
+    for stage, by_id in itertools.product(("held", "queued", "running"), (False, True)):
+        rid = f"victim {attempt} {stage} {by_id}"
+        victim = Victim(server, rid, prompt)
+        if stage == "queued":
+            wait_until(lambda: tier_state(server)["requests_held_now"] == 0, 60)
+        elif stage == "running":
+            victim.first_token()
+        if by_id:
+            tell(server, "/abort_request", rid=rid)
+        victim.hang_up()
+
+
+def test_what_happens_to_requests_costs_no_other_one_anything(server: Server) -> None:
+    requests = [Request(prefix + random_prompt(20, seed=100), 24) for prefix in PREFIXES]
+    alone = [server.send(request) for request in requests]
+    assert not any(answer.cached_tokens for answer in alone)
+    only_on_disk(server)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(server.send, request) for _ in range(3) for request in requests]
+        for attempt, mode in enumerate(("retract", "in_place")):
+            abort_at_every_stage(server, attempt)
+            tell(server, "/pause_generation", mode=mode)
+            tell(server, "/continue_generation")
+        assert_equal([answer.result() for answer in answers], alone * 3)
+    assert any(answer.result().cached_host for answer in answers)
+    wait_until(lambda: nothing_is_held(server), 10)
+    state = tier_state(server)
+    assert state["requests_held"] > 8
+    assert (state["loads_failed"], state["loads_refused"], state["prefetcher_restarts"]) == (0, 0, 0)
+    assert "#retracted_reqs: 1" in server.log_text()
+    server.flush_cache()
+    assert server.healthy()
+
+
+def test_all_are_aborted_while_they_are_held(server: Server) -> None:
+    only_on_disk(server)
+    victims = [Victim(server, f"held {index}", prefix) for index, prefix in enumerate(PREFIXES)]
+    wait_until(lambda: tier_state(server)["requests_held_now"] > 4, 10)
+    tell(server, "/abort_request", abort_all=True)
+    wait_until(lambda: nothing_is_held(server), 10)
+    for victim in victims:
+        victim.hang_up()
+    server.flush_cache()
+
+
+def test_what_a_request_may_not_use_is_not_read_for_it(server: Server) -> None:
+    """Log-probabilities of the whole prompt are asked for."""
+    server.generate(PREFIXES[0], 1)
+    only_on_disk(server)
+    before = tier_state(server)
+    assert server.generate(PREFIXES[0], 1, logprobs_from=0).cached_tokens == 0
+    after = tier_state(server)
+    assert (after["hits_file"], after["lookups_not_ahead"]) == (before["hits_file"], before["lookups_not_ahead"])
