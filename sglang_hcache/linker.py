@@ -102,7 +102,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             store,
             hold_rule(self._config),
             self._page_tokens,
-            alone=get_parallel().tp_size == 1,
+            alone=get_parallel().attn_tp_size == 1,
             planner=self._planner,
             reads_at_once=reads_at_once(self._config),
         )
@@ -132,6 +132,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def admit(self, rids: Sequence[str]) -> None:
         self._prefetch_queue.admit(rids)
+
+    @property
+    def others_wait_for_us(self) -> bool:
+        """Whether other schedulers, with requests of their own, take each step together with this one."""
+        return bool(get_parallel().attn_dp_enabled)
 
     @property
     def held(self) -> Collection[str]:
@@ -364,10 +369,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
-        """What is the same on every rank is saved by one of each node; K and V are each rank's own."""
+        """What is the same on several ranks is saved by one of them."""
         layout, capture = self._stored.layout, scheduler_hooks.capture
         codec = self._stored.of(0).codec
-        saves = get_parallel().tp_rank % self._registration.ranks_sharing_pages == 0
+        saves = self._registration.saves
         if capture is not None:
             capture.keep(layout.hidden if saves else 0, codec)
         if not saves:

@@ -21,6 +21,7 @@ class Linker:
 
     def __init__(self) -> None:
         self.held = dict[str, None]()
+        self.others_wait_for_us = False
         self.waited = 0
 
     def queued(self, rid: str, _keys: object, _prompt: object) -> None:
@@ -109,6 +110,12 @@ def test_with_nothing_to_do_but_to_hold_it_waits_for_news(linker: Linker) -> Non
     scheduler = Scheduler("h1")
     scheduler.step()
     assert linker.waited == 1
+
+
+def test_it_does_not_wait_while_other_schedulers_wait_for_it(linker: Linker) -> None:
+    linker.others_wait_for_us = True
+    Scheduler("h1").step()
+    assert linker.waited == 0
 
 
 def test_a_batch_that_has_just_been_prefilled_is_something_to_do(linker: Linker) -> None:
