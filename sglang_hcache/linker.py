@@ -25,6 +25,7 @@ from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch_queue import PrefetchQueue
+from sglang_hcache.ranks import rank_name
 from sglang_hcache.registration import Registration
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
@@ -321,6 +322,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def stats(self) -> dict[str, Any]:
         """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
         return {
+            "scheduler": rank_name(),
             "representation": self._stored.name,
             "representation_reason": self._stored.reason,
             "layers_hidden": self._stored.layout.hidden,

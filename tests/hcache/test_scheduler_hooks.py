@@ -112,6 +112,25 @@ def test_with_nothing_to_do_but_to_hold_it_waits_for_news(linker: Linker) -> Non
     assert linker.waited == 1
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
+    first: bool, linker: Linker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With data-parallel attention, the other messages come from the first of all ranks, whatever is given here."""
+    from_all = ["a message to all ranks"]
+
+    def broadcast(_receiver: object, recv_reqs: list[Any] | None, local_reqs: list[Any]) -> list[Any]:
+        return [*local_reqs, *(recv_reqs if first and recv_reqs is not None else from_all)]
+
+    admitted: list[str] = []
+    monkeypatch.setattr(linker, "admissible", lambda *, idle: ["h1"], raising=False)
+    monkeypatch.setattr(linker, "head_start", lambda: None, raising=False)
+    monkeypatch.setattr(linker, "admit", admitted.extend, raising=False)
+    received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
+    assert received == ["an abort", *from_all]
+    assert admitted == ["h1"]
+
+
 def test_it_does_not_wait_while_other_schedulers_wait_for_it(linker: Linker) -> None:
     linker.others_wait_for_us = True
     Scheduler("h1").step()
