@@ -34,7 +34,7 @@ def test_what_one_has_stored_another_restores(
 ) -> None:
     """SGLang gives requests to the two in turn; together they have room for less than what is asked for at once."""
     args, env = (*ARGS, *WAITING, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i)) for i in range(7)]
+    requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
     with workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env) as server:
         fresh = [server.send(requests[0])]
         wait_until(lambda: tier_state(server)["pages_host"] >= PROMPT_TOKENS // 64, 30)
