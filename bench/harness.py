@@ -126,7 +126,9 @@ class Server(Client):
 
     def command(self) -> list[str]:
         words = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
-        words += ["--host", HOST, "--port", str(self.port), "--nccl-port", str(self._nccl_port)]
+        words += ["--host", HOST, "--port", str(self.port)]
+        if "--dp" not in self.args:  # each replica needs another port, which SGLang chooses
+            words += ["--nccl-port", str(self._nccl_port)]
         words += ["--skip-server-warmup"]
         words += ACCELERATOR_ARGS if on_accelerator() else CPU_ARGS
         if "--dtype" not in self.args:

@@ -53,7 +53,7 @@ def calibrate(
 
     Must be called before any request, on all ranks: if the rates are not known yet, it runs the model.
     """
-    model, ranks = runner.model_config, get_parallel().tp_size
+    model, ranks = runner.model_config, get_parallel().attn_tp_size
     try:
         shape = shape_of_config(model.hf_config.to_dict(), Path(model.model_path).name)
         if shape.layers != layers:
@@ -97,14 +97,18 @@ def _measure(
     """Rates of prefill and restoring, in seconds. Attention's follows from the matrix products'.
 
     A rank by itself tries less where the model is slow. Several ranks must all run the same, so they never do less.
+    With data-parallel attention all ranks run the prompt, each its own: as when all are busy.
+
+    ranks: that share the heads of an attention, and so what a token takes.
     """
+    by_itself = get_parallel().tp_size == 1
     limit = most_tokens(runner, page_tokens)
     few, many = (min(tokens, limit) for tokens in _PREFILL_TOKENS[torch.device(device).type])
     with leaving_no_trace(runner):
         first_s = _seconds(lambda: _prefill(runner, page_tokens, few), device, repeats=1)
-        repeats = 1 if ranks == 1 and first_s > _SLOW_S else _REPEATS
+        repeats = 1 if by_itself and first_s > _SLOW_S else _REPEATS
         few_s = _seconds(lambda: _prefill(runner, page_tokens, few), device, repeats)
-        if ranks == 1:
+        if by_itself:
             many = max(few, min(many, int(few * _SLOW_S / few_s)))
         many_s = _seconds(lambda: _prefill(runner, page_tokens, many), device, repeats)
     fixed_s, token_s = _fit((few, few_s), (many, many_s))

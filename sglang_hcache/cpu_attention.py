@@ -12,6 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang is untyped here
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """Length of the sequences that fill up a batch, as data-parallel attention does."""
+        return 1
+
     def _run_sdpa_forward_extend(
         self,
         query: torch.Tensor,

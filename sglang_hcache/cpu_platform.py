@@ -30,6 +30,7 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         register_attention_backend("torch_native")(_make_attention)
+        _batches_are_on_the_cpu()
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
@@ -39,6 +40,16 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
 
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False
+
+
+def _batches_are_on_the_cpu() -> None:
+    """For data-parallel attention: unless its own CPU platform is in use, SGLang takes tokens to be on a GPU."""
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.model_executor import forward_batch_info
+
+    parallel_state._is_cpu = forward_batch_info._is_cpu = True
+    dp_attention.memcpy_func = dp_attention.memcpy_cpu
 
 
 def _make_attention(model_runner: Any) -> object:

@@ -125,7 +125,7 @@ class _Module:
             return
         if type(norm) is not RMSNorm or norm.variance_size_override is not None:
             raise ValueError(f"a norm of K of type {type(norm).__name__}")
-        if norm.weight.numel() != self._attention.qk_head_dim and get_parallel().tp_size > 1:
+        if norm.weight.numel() != self._attention.qk_head_dim and get_parallel().attn_tp_size > 1:
             raise ValueError("a norm over K's heads of all ranks")
 
 

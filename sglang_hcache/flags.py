@@ -57,8 +57,8 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "pp_size": (1, "pipeline parallelism is not supported yet", "use --tp instead"),
     "dcp_size": (1, "context parallelism is not supported yet", "drop it"),
     "attn_cp_size": (1, "context parallelism is not supported yet", "drop it"),
-    "attn_dp_size": (1, "data-parallel attention is not supported yet", "drop it"),
-    "enable_dp_attention": (False, "data-parallel attention is not supported yet", "drop it"),
+    "dwdp_size": (1, "ranks that fetch each other's experts are not supported yet", "drop it"),
+    "elastic_ep_backend": (None, "ranks that come and go are not supported yet", "drop it"),
     "enable_unified_cache_external_linker": (False, "the tier is itself the external linker", "drop one"),
 }
 
@@ -289,7 +289,8 @@ def _check_host_size(values: MutableMapping[str, Any]) -> None:
     size_gb = values.get("hicache_size") or 0
     if size_gb < 0:
         raise FlagError(f"--hicache-size {size_gb} is negative: give gigabytes, or drop it")
-    ranks = max(1, (values.get("tp_size") or 1) // (values.get("nnodes") or 1))
+    replicas = 1 if values.get("enable_dp_attention") else values.get("dp_size") or 1
+    ranks = max(1, replicas * (values.get("tp_size") or 1) // (values.get("nnodes") or 1))
     wanted, total = size_gb * GB * ranks, total_bytes()
     if wanted > total:
         raise FlagError(

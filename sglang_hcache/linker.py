@@ -25,6 +25,7 @@ from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch_queue import PrefetchQueue
+from sglang_hcache.ranks import rank_name
 from sglang_hcache.registration import Registration
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
@@ -104,7 +105,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             store,
             hold_rule(self._config),
             self._page_tokens,
-            alone=get_parallel().tp_size == 1,
+            alone=get_parallel().attn_tp_size == 1,
             planner=self._planner,
             reads_at_once=reads_at_once(self._config),
         )
@@ -134,6 +135,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def admit(self, rids: Sequence[str]) -> None:
         self._prefetch_queue.admit(rids)
+
+    @property
+    def others_wait_for_us(self) -> bool:
+        """Whether other schedulers, with requests of their own, take each step together with this one."""
+        return bool(get_parallel().attn_dp_enabled)
 
     @property
     def held(self) -> Collection[str]:
@@ -318,6 +324,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def stats(self) -> dict[str, Any]:
         """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
         return {
+            "scheduler": rank_name(),
             "representation": self._stored.name,
             "representation_reason": self._stored.reason,
             "layers_hidden": self._stored.layout.hidden,
@@ -366,10 +373,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
-        """What is the same on every rank is saved by one of each node; K and V are each rank's own."""
+        """What is the same on several ranks is saved by one of them."""
         layout, capture = self._stored.layout, scheduler_hooks.capture
         codec = self._stored.of(0).codec
-        saves = get_parallel().tp_rank % self._registration.ranks_sharing_pages == 0
+        saves = self._registration.saves
         if capture is not None:
             capture.keep(layout.hidden if saves else 0, codec)
         if not saves:

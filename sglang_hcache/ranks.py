@@ -1,13 +1,68 @@
-"""What the tensor-parallel ranks of a server settle among themselves, at start only: each call is a collective."""
+"""Which rank this is, and what the ranks of a server settle among themselves.
+
+A server may run several replicas (`--dp-size`), each of as many ranks as `--tp-size` says. All ranks of a replica
+have the same requests; with data-parallel attention, those that share the heads of an attention have (`attn_tp_rank`
+of `attn_tp_size`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from sglang.srt.runtime_context import get_parallel
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+
+def ranks_of_a_node() -> int:
+    """Of one replica; several replicas have one node only."""
+    parallel = get_parallel()
+    return max(1, int(parallel.tp_size) // int(parallel.nnodes))
+
+
+def first_of_its_requests() -> bool:
+    """Whether it is the first rank on its node that has its requests."""
+    parallel = get_parallel()
+    return bool(parallel.attn_tp_rank == 0 or parallel.tp_rank % ranks_of_a_node() == 0)
+
+
+def replica() -> int:
+    parallel = get_parallel()
+    return int(parallel.dp_rank) if parallel.dp_size > 1 else 0
+
+
+def rank_name() -> str:
+    """For people."""
+    parallel = get_parallel()
+    return (f"replica {replica()} " if parallel.dp_size > 1 else "") + f"rank {parallel.tp_rank}"
+
+
+@contextlib.contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """Replicas and servers that start at the same time do this one after the other, if they name the same folder.
+
+    A collective. Where there is no locking files, they do it together.
+    """
+    with contextlib.ExitStack() as stack:
+        if get_parallel().tp_rank == 0:
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = stack.enter_context((folder / "lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.info("hcache: %s cannot be locked (%s)", folder, error)
+        all_ranks(True)
+        yield
+
+
+# ---- collectives of a replica's ranks, at start only ----
 
 
 def of_first_rank(value: T) -> T:
@@ -15,10 +70,10 @@ def of_first_rank(value: T) -> T:
     return _of_all(value)[0]
 
 
-def of_nodes_first_rank(make: Callable[[], T], ranks_of_a_node: int) -> T | None:
+def of_nodes_first_rank(make: Callable[[], T]) -> T | None:
     """What `make` returns on the first rank of this rank's node; it is called on no other."""
     rank: int = get_parallel().tp_rank
-    first = rank - rank % ranks_of_a_node
+    first = rank - rank % ranks_of_a_node()
     return _of_all(make() if rank == first else None)[first]
 
 

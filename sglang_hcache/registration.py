@@ -15,7 +15,14 @@ from sglang_hcache.flags import GB
 from sglang_hcache.model import Pool, kv_buffers
 from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
 from sglang_hcache.prefetch.messages import Hello, Welcome
-from sglang_hcache.ranks import of_first_rank, of_nodes_first_rank
+from sglang_hcache.ranks import (
+    first_of_its_requests,
+    of_first_rank,
+    of_nodes_first_rank,
+    rank_name,
+    ranks_of_a_node,
+    replica,
+)
 from sglang_hcache.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
 
@@ -49,19 +56,18 @@ class Registration:
         self._stored = stored
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
-        self._host_share, self._host_bytes = self._wanted_host_memory(remote=config.prefetcher is not None)
+        self._host_share, self._host_bytes = self._wanted_host_memory()
         scales = server_args.quantization_param_path
         self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
         self._weights = of_nodes_first_rank(
-            lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json"),
-            _ranks_of_a_node(server_args),
+            lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json")
         )
 
     def welcomed(self, welcome: Welcome) -> None:
         """A session has begun: one rank of a node says what is different from what this server asks for."""
-        if get_parallel().tp_rank % _ranks_of_a_node(self._server_args) == 0:
+        if get_parallel().tp_rank % ranks_of_a_node() == 0 and not replica():
             warn_of_limits_that_do_not_hold(self._config, welcome)
 
     def weights_changed(self) -> None:
@@ -70,19 +76,27 @@ class Registration:
         self._weights = None
 
     @property
-    def ranks_sharing_pages(self) -> int:
-        """Ranks of this node that use the same pages: all, if what is stored is the same on each."""
-        return _ranks_of_a_node(self._server_args) if self._stored.same_on_all_ranks else 1
+    def saves(self) -> bool:
+        """Whether this rank saves its pages: of those on a node that compute the same ones, one does."""
+        return not self._stored.same_on_all_ranks or first_of_its_requests()
+
+    @property
+    def _ranks_sharing_pages(self) -> int:
+        """Ranks of this node that say the same fingerprint, and ask for memory for all of them."""
+        replicas = get_parallel().dp_size if self._weights is not None else 1
+        own_pages = 1 if self._stored.same_on_all_ranks else min(get_parallel().attn_tp_size, ranks_of_a_node())
+        return replicas * ranks_of_a_node() // own_pages
 
     def hello(self) -> Hello:
+        sharing = self._ranks_sharing_pages if self._config.prefetcher is None else 1
         return Hello(
             pid=os.getpid(),
-            name=f"{Path(self._model.model_path).name} rank {get_parallel().tp_rank}",
+            name=f"{Path(self._model.model_path).name} {rank_name()}",
             fingerprint=self._fingerprint(),
             page_tokens=self._layout.page_tokens,
             layer_bytes=list(self._layout.layer_bytes),
-            host_bytes=self._host_bytes,
-            host_share=self._host_share,
+            host_bytes=self._host_bytes * sharing,
+            host_share=self._host_share * sharing,
             grant=self._pages_of_a_forward(),
             on_file=self._weights is not None,
             write_policy=get_memory().hicache_write_policy,
@@ -143,36 +157,32 @@ class Registration:
         parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
         if not self._stored.same_on_all_ranks:
             parallel = get_parallel()
-            parts.append(("rank", (parallel.tp_rank, parallel.tp_size)))
+            parts.append(("rank", (parallel.attn_tp_rank, parallel.attn_tp_size)))
         return fingerprint(parts)
 
-    def _wanted_host_memory(self, *, remote: bool) -> tuple[float, int]:
-        """Most of what is free, 0 for all of it, and most bytes, for all ranks that share these pages.
+    def _wanted_host_memory(self) -> tuple[float, int]:
+        """Most of what is free, 0 for all of it, and most bytes, for this rank.
 
         How much is free is for the prefetcher to say: it may hold the arena of a former server. With a remote one
         memory is this process's own.
         """
-        memory, ranks, sharing = get_memory(), _ranks_of_a_node(self._server_args), self.ranks_sharing_pages
+        memory, ranks = get_memory(), get_parallel().dp_size * ranks_of_a_node()
         if memory.hicache_size > 0:
-            return 0.0, int(memory.hicache_size * GB) * sharing
+            return 0.0, int(memory.hicache_size * GB)
         ratio: float = memory.hicache_ratio
         layers = range(self._pool.layer_num)
         pool_bytes = sum(buffer.nbytes for layer in layers for buffer in kv_buffers(self._pool, layer))
         wanted = int(ratio * pool_bytes)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
-            if remote:
-                return 0.0, min(wanted, int(fraction * available_bytes()) // ranks) * sharing
-            return fraction * sharing / ranks, wanted * sharing
+            if self._config.prefetcher is not None:
+                return 0.0, min(wanted, int(fraction * available_bytes()) // ranks)
+            return fraction / ranks, wanted
         if wanted > (total := total_bytes() // ranks):
             raise RuntimeError(
                 f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
                 f"{total / GB:.1f} GB in all; give a smaller ratio, or --hicache-size"
             )
-        return 0.0, wanted * sharing
-
-
-def _ranks_of_a_node(server_args: Any) -> int:
-    return max(1, int(get_parallel().tp_size) // int(server_args.nnodes))
+        return 0.0, wanted
 
 
 def warn_of_limits_that_do_not_hold(config: HCacheConfig, welcome: Welcome) -> None:

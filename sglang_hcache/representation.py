@@ -110,7 +110,7 @@ def formats_of(
         elif projector is not None:
             hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
     kv = LayerFormat(kv_bytes, torch.uint8, KVProjector(pool), "copy")
-    return Formats(hidden, obstacle, kv, kv_bytes * (1 if shared else get_parallel().tp_size), shared)
+    return Formats(hidden, obstacle, kv, kv_bytes * (1 if shared else get_parallel().attn_tp_size), shared)
 
 
 def _hidden_projector(

@@ -60,7 +60,7 @@ def _smaller(width: int, sites: list[Any]) -> bool:
 
     attention = sites[0].attention
     kv_width = attention.tp_k_head_num * attention.qk_head_dim + attention.tp_v_head_num * attention.v_head_dim
-    return bool(width < kv_width * get_parallel().tp_size)
+    return bool(width < kv_width * get_parallel().attn_tp_size)
 
 
 def most_rows_of_a_forward() -> int:
@@ -160,23 +160,22 @@ def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
 
 
 def around_broadcast(
-    original: Callable[..., Any], receiver: Any, recv_reqs: list[Any] | None, *args: Any, **kwargs: Any
+    original: Callable[..., Any], receiver: Any, recv_reqs: list[Any] | None, local_reqs: list[Any] | None = None
 ) -> Any:
     if linker is None:
-        return original(receiver, recv_reqs, *args, **kwargs)
+        return original(receiver, recv_reqs, local_reqs)
     global _idle
     for rid in _head_starts.over():
         linker.head_start_over(rid)
+    news: list[Any] = list(local_reqs or ())
     if recv_reqs is not None:
-        news: list[object] = []
         if rids := linker.admissible(idle=_idle and not recv_reqs):
             news.append(Admit(tuple(rids)))
         if start := linker.head_start():
             news.append(start)
-        recv_reqs = [*recv_reqs, *news]
     _idle = False
     requests = []
-    for message in original(receiver, recv_reqs, *args, **kwargs):
+    for message in original(receiver, recv_reqs, news):
         if isinstance(message, Admit):
             linker.admit(message.rids)
         elif isinstance(message, HeadStart):
@@ -197,7 +196,8 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *args: Any, *
     if held:
         scheduler.waiting_queue = [req for req in before if req.rid not in held]
         running = kwargs["running_batch"]  # the last batch, too, which is not in `scheduler.running_batch` yet
-        if not scheduler.waiting_queue and running.is_empty() and scheduler.chunked_req is None:
+        nothing_to_do = not scheduler.waiting_queue and running.is_empty() and scheduler.chunked_req is None
+        if nothing_to_do and not linker.others_wait_for_us:
             _idle = True
             linker.wait_for_news(_IDLE_WAIT_S)
     with _out_of_sight() as held_meanwhile:
@@ -251,9 +251,15 @@ def after_weights_from_disk(result: tuple[bool, str], _updater: object, *_args: 
 
 
 def after_metrics_constants(_result: None, scheduler: Any) -> None:
-    """The scheduler is complete; it has a collector where the server has `--enable-metrics`."""
+    """The scheduler is complete; it has a collector where the server has `--enable-metrics`.
+
+    `tp_rank` is the one among those that have the same requests, as in SGLang's metrics of the radix cache.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
     if linker is not None and scheduler.metrics_collector is not None:
-        metrics.start(linker.stats, scheduler.metrics_collector.labels)
+        labels = {**scheduler.metrics_collector.labels, "tp_rank": get_parallel().attn_tp_rank}
+        metrics.start(linker.stats, labels)
 
 
 def after_internal_state(result: Any, *_args: object) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.runtime_context import get_memory, get_parallel
 
 from sglang_hcache.calibration import calibrate
 from sglang_hcache.capture import Capture
-from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.config import CALIBRATION, HCacheConfig, Representation
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.load_planner import LoadPlanner
 from sglang_hcache.model import Pool
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
+from sglang_hcache.ranks import taking_turns
 from sglang_hcache.representation import Stored, formats_of
 from sglang_hcache.storage.store import READ_THREADS
 from sglang_hcache.synthetic_forward import most_tokens
@@ -31,21 +33,22 @@ def plan(
     if config.plan != "auto":
         return stored, None
     device = str(pool.device)
-    rates = calibrate(config, runner, formats, page_tokens=page_tokens, layers=pool.layer_num, device=device)
-    if rates is None:
-        return stored, None
-    shape, kept = rates
-    # Hosts with a common prefetcher share pages, but do not hear of each other: all store the smaller representation.
-    if config.representation == "auto" and formats.hidden is not None and config.prefetcher is None:
-        stored = choose_by_plan(
-            config,
-            formats,
-            shape,
-            kept.machine,
-            page_tokens=page_tokens,
-            most_tokens=most_tokens(runner, page_tokens),
-            mixed=get_parallel().tp_size == 1,  # else each rank would store hidden states that are the same on all
-        )
+    with taking_turns(Path(config.directories[0]) / CALIBRATION):  # so that all replicas store the same
+        rates = calibrate(config, runner, formats, page_tokens=page_tokens, layers=pool.layer_num, device=device)
+        if rates is None:
+            return stored, None
+        shape, kept = rates
+        # Hosts with a common prefetcher share pages, but do not hear of each other: all store what is smaller.
+        if config.representation == "auto" and formats.hidden is not None and config.prefetcher is None:
+            stored = choose_by_plan(
+                config,
+                formats,
+                shape,
+                kept.machine,
+                page_tokens=page_tokens,
+                most_tokens=most_tokens(runner, page_tokens),
+                mixed=get_parallel().attn_tp_size == 1,  # else hidden states would be stored by each of the ranks
+            )
     return stored, LoadPlanner(shape, kept.machine, stored.layout, page_tokens, learned=kept.learned)
 
 

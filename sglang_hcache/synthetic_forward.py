@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.scheduler_components.dp_attn import prepare_mlp_sync_batch_raw
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_schedule
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.utils import require_mlp_sync, require_mlp_tp_gather
 
 
 def most_tokens(runner: Any, page_size: int) -> int:
@@ -78,4 +81,19 @@ def prefill_random_prompt(runner: Any, page_size: int, tokens: int) -> None:
     if batch.input_ids is None:
         batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
         batch.prefill_input_ids_cpu = None
+    if require_mlp_sync():
+        _tell_other_ranks(batch, runner)
     runner.forward(ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False))
+
+
+def _tell_other_ranks(batch: ScheduleBatch, runner: Any) -> None:
+    """With data-parallel attention each rank has a batch of its own, and all know the sizes of all."""
+    prepare_mlp_sync_batch_raw(
+        batch,
+        model_runner=runner,
+        get_idle_batch=lambda: batch,
+        disable_cuda_graph=True,
+        require_mlp_tp_gather=require_mlp_tp_gather(),
+        disable_overlap_schedule=get_schedule().disable_overlap_schedule,
+        offload_tags=set(),
+    )

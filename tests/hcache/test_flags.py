@@ -110,7 +110,8 @@ def test_without_the_backend_nothing_changes() -> None:
         ("hicache_mem_layout", "layer_first"),
         ("disaggregation_mode", "prefill"),
         ("pp_size", 2),
-        ("enable_dp_attention", True),
+        ("dwdp_size", 2),
+        ("elastic_ep_backend", "mooncake"),
     ],
 )
 def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object, tmp_path: Path) -> None:
@@ -146,6 +147,9 @@ def test_more_memory_than_the_container_may_take(tmp_path: Path, monkeypatch: py
     assert switched_on(tmp_path, hicache_size=1, tp_size=8, nnodes=2)["hicache_size"] == 1
     with pytest.raises(FlagError, match=r"--hicache-size 1 .* 8.0 GB for 8 rank\(s\) .*4.5 GB .* give at most 0"):
         switched_on(tmp_path, hicache_size=1, tp_size=8)
+    with pytest.raises(FlagError, match=r"8.0 GB for 8 rank\(s\)"):
+        switched_on(tmp_path, hicache_size=1, tp_size=2, dp_size=4)
+    assert switched_on(tmp_path, hicache_size=1, tp_size=4, dp_size=4, enable_dp_attention=True)["hicache_size"] == 1
     with pytest.raises(FlagError, match="give at most 4"):
         switched_on(tmp_path, hicache_size=5)
 

@@ -121,6 +121,7 @@ class Linker:
 
     def __init__(self) -> None:
         self.held = ["a"]
+        self.others_wait_for_us = False
         self.idle = list[bool]()
         self.begun = list[HeadStart]()
         self.ended = list[str]()
@@ -165,8 +166,8 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     def step(*, busy: bool, news: tuple[object, ...] = (), said: tuple[object, ...] = ()) -> list[object]:
         """`said`: by the first rank, where this is another one."""
 
-        def broadcast(_receiver: object, messages: list[object] | None) -> list[object]:
-            return [*said] if messages is None else messages
+        def broadcast(_receiver: object, messages: list[object] | None, local: list[object]) -> list[object]:
+            return [*said] if messages is None else [*messages, *local]
 
         def new_batch(queue: Any, **_: object) -> tuple[Any, None]:
             saw.append([req.rid for req in queue.waiting_queue])

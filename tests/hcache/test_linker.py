@@ -49,7 +49,7 @@ def pool(request: pytest.FixtureRequest) -> Pool:
 @pytest.fixture
 def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., HCacheLinker]:
     context = {
-        "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1),
+        "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
         "get_model": SimpleNamespace(load_format="dummy"),
         "get_lora": SimpleNamespace(enable_lora=False),

@@ -99,5 +99,6 @@ def test_only_where_the_server_has_metrics(labels: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(metrics, "start", lambda *arguments: started.append(arguments))
     monkeypatch.setattr(scheduler_hooks, "linker", SimpleNamespace(stats=dict))
     collector = SimpleNamespace(labels=labels) if labels else None
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(attn_tp_rank=7))
     scheduler_hooks.after_metrics_constants(None, SimpleNamespace(metrics_collector=collector))
-    assert started == ([(dict, labels)] if labels else [])
+    assert started == ([(dict, {**labels, "tp_rank": 7})] if labels else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.runtime_context import derive_attention_ranks
 
 from sglang_hcache import ranks, registration
 from sglang_hcache.config import HCacheConfig
@@ -28,7 +30,6 @@ LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
 SERVER = {
     "quantization_param_path": None,
     "json_model_override_args": "{}",
-    "nnodes": 1,
     "modelopt_quant": None,
     "enable_tf32_matmul": None,
     "enable_deterministic_inference": False,
@@ -38,6 +39,23 @@ SERVER = {
     "rl_quant_profile": None,
     "forward_hooks": None,
 }
+
+
+def placed(
+    rank: int = 0, size: int = 1, *, groups: int = 1, nodes: int = 1, replica: int = 0, replicas: int = 1
+) -> Any:
+    """A rank's place, as SGLang derives it; `groups` of ranks have an attention of their own each."""
+    attn_tp_size = size // groups
+    attn_tp_rank, attn_dp_rank = derive_attention_ranks(tp_rank=rank, attn_tp_size=attn_tp_size, attn_cp_size=1)
+    return SimpleNamespace(
+        tp_rank=rank,
+        tp_size=size,
+        attn_tp_rank=attn_tp_rank,
+        attn_tp_size=attn_tp_size,
+        nnodes=nodes,
+        dp_size=replicas,
+        dp_rank=replica if replicas > 1 else attn_dp_rank if groups > 1 else None,
+    )
 
 
 def checkpoint(folder: Path, weights: bytes, configuration: str = "config.json") -> Path:
@@ -58,7 +76,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             return [value, value]
         return [of_first.pop(0), value]
 
-    parallel = SimpleNamespace(tp_rank=0, tp_size=1, tp_group=SimpleNamespace(all_gather_object=gather))
+    parallel = placed()
+    parallel.tp_group = SimpleNamespace(all_gather_object=gather)
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
@@ -72,9 +91,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         ratio: float = 2.0,
         fraction: float | None = None,
         remote: str | None = None,
-        rank: int = 0,
-        ranks_in_all: int = 1,
         latent: bool = False,
+        place: SimpleNamespace | None = None,
         **arguments: object,
     ) -> Hello:
         memory = SimpleNamespace(
@@ -83,7 +101,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             hicache_host_memory_fraction=fraction,
             hicache_write_policy="write_through",
         )
-        parallel.tp_rank, parallel.tp_size = rank, ranks_in_all
+        vars(parallel).update(vars(place or placed()))
         kv: Any = SimpleNamespace(row_bytes=64, projector_name="copy")
         stored = Stored(Layout(0, 0, 2), Formats(None, "", kv, 64, kv_same_on_all_ranks=latent), "")
         monkeypatch.setattr(registration, "get_memory", lambda: memory)
@@ -194,9 +212,99 @@ def test_ranks_share_the_pages_of_a_latent(say: Say, tmp_path: Path) -> None:
     """K and V are of each rank's own heads; and memory that is shared is asked for once for all."""
     model = checkpoint(tmp_path / "model", b"weights")
     for latent, names, share in ((False, 2, 1), (True, 1, 2)):
-        hellos = [say(model, rank=rank, ranks_in_all=2, latent=latent) for rank in range(2)]
+        hellos = [say(model, latent=latent, place=placed(rank, 2)) for rank in range(2)]
         assert len({hello.fingerprint for hello in hellos}) == names
         assert hellos[0].host_bytes == share * 10**9
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_replicas_share_pages(latent: bool, say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    for size in (0, 1):
+        places = [placed(rank, 2, replica=replica, replicas=3) for rank in range(2) for replica in range(3)]
+        hellos = [say(model, size=size, fraction=0.6, latent=latent, place=place) for place in places]
+        names = {hello.fingerprint for hello in hellos}
+        assert len(names) == (1 if latent else 2)
+        of_one_rank, share = (10**9, 0.0) if size else (4000, 0.1)
+        assert {hello.host_bytes for hello in hellos} == {6 // len(names) * of_one_rank}
+        assert hellos[0].host_share == pytest.approx(6 // len(names) * share)
+    assert [hello.name for hello in hellos] == [f"model replica {i % 3} rank {i // 3}" for i in range(6)]
+
+
+def test_replicas_whose_weights_are_not_known_keep_to_themselves(say: Say, tmp_path: Path) -> None:
+    hellos = [
+        say(tmp_path, latent=True, load_format="dummy", place=placed(rank, 2, replica=replica, replicas=2))
+        for replica in range(2)
+        for rank in range(2)
+    ]
+    names = [hello.fingerprint for hello in hellos]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert {hello.host_bytes for hello in hellos} == {2 * 10**9}
+
+
+def test_ranks_with_an_attention_of_their_own_share_pages(say: Say, tmp_path: Path) -> None:
+    """With others, and with a server that has as many ranks as each of their groups."""
+    model = checkpoint(tmp_path / "model", b"weights")
+    by_itself = say(model)
+    hellos = [say(model, place=placed(rank, 2, groups=2)) for rank in range(2)]
+    assert {hello.fingerprint for hello in hellos} == {by_itself.fingerprint}
+    assert hellos[0].host_bytes == 2 * by_itself.host_bytes
+    halves = [say(model, place=placed(rank, 4, groups=2)) for rank in (0, 1, 0, 3)]
+    assert halves[0].fingerprint != halves[1].fingerprint == halves[3].fingerprint
+    assert halves[0].host_bytes == 2 * by_itself.host_bytes
+
+
+def test_with_a_remote_prefetcher_a_rank_asks_for_no_others_memory(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    hellos = [say(model, latent=True, remote="tcp://there:1", place=placed(rank, 2)) for rank in range(2)]
+    assert {hello.host_bytes for hello in hellos} == {10**9}
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "nodes", "first"),
+    [
+        (1, 1, 1, [0]),
+        (4, 1, 1, [0]),
+        (4, 4, 1, [0, 1, 2, 3]),
+        (4, 2, 1, [0, 2]),
+        (8, 1, 2, [0, 4]),
+        (12, 3, 2, [0, 4, 6, 8]),
+    ],
+)
+def test_one_rank_of_a_node_saves_what_several_compute(
+    size: int, groups: int, nodes: int, first: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_first(rank: int) -> bool:
+        monkeypatch.setattr(ranks, "get_parallel", lambda: placed(rank, size, groups=groups, nodes=nodes))
+        return ranks.first_of_its_requests()
+
+    assert [rank for rank in range(size) if is_first(rank)] == first
+
+
+def test_replicas_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "get_parallel", placed)
+    inside, leave = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def first() -> None:
+        with ranks.taking_turns(tmp_path / "calibration"):
+            inside.set()
+            leave.wait(10)
+            order.append("first")
+
+    def second() -> None:
+        with ranks.taking_turns(tmp_path / "calibration"):
+            order.append("second")
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["first", "second"]
 
 
 def asked(hello: Hello) -> tuple[int, float]:
@@ -233,8 +341,10 @@ def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) 
             return [f"of rank {other}" if other % 4 == 0 else None for other in range(8)]
 
         group = SimpleNamespace(all_gather_object=gather)
-        monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_rank=rank, tp_size=8, tp_group=group))
-        return ranks.of_nodes_first_rank(make, 4)
+        place = placed(rank, 8, nodes=2)
+        place.tp_group = group
+        monkeypatch.setattr(ranks, "get_parallel", lambda: place)
+        return ranks.of_nodes_first_rank(make)
 
     made: list[int] = []
     assert [ask(rank, made) for rank in range(8)] == ["of rank 0"] * 4 + ["of rank 4"] * 4

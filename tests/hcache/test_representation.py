@@ -36,7 +36,7 @@ def formats(
     """Of a model with one layer, whose forward hands rows over, and the capture that takes them."""
     execution = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=deterministic))
     monkeypatch.setattr(representation, "get_exec", lambda: execution, raising=False)
-    parallel = SimpleNamespace(tp_rank=0, tp_size=1)
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1, attn_tp_size=1)
     for where in (representation, ranks):
         monkeypatch.setattr(where, "get_parallel", lambda: parallel)
     monkeypatch.setattr(representation, "get_lora", lambda: SimpleNamespace(enable_lora=False))

@@ -23,6 +23,7 @@ class Linker:
 
     def __init__(self) -> None:
         self.held = dict[str, None]()
+        self.others_wait_for_us = False
         self.waited = 0
 
     def queued(self, rid: str, _keys: object, _prompt: object) -> None:
@@ -132,6 +133,31 @@ def test_no_more_is_looked_up_than_a_request_may_use(logprobs_from: int, overrid
     key = RadixKey(req.origin_input_ids + req.output_ids, cache_salt="salt")
     found = scheduler_hooks.around_match(lambda _wrapper, key, _req, _result: key, None, key, req, None)
     assert (list(found.token_ids), found.cache_salt) == (list(range(usable)), "salt")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
+    first: bool, linker: Linker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With data-parallel attention, the other messages come from the first of all ranks, whatever is given here."""
+    from_all = ["a message to all ranks"]
+
+    def broadcast(_receiver: object, recv_reqs: list[Any] | None, local_reqs: list[Any]) -> list[Any]:
+        return [*local_reqs, *(recv_reqs if first and recv_reqs is not None else from_all)]
+
+    admitted: list[str] = []
+    monkeypatch.setattr(linker, "admissible", lambda *, idle: ["h1"], raising=False)
+    monkeypatch.setattr(linker, "head_start", lambda: None, raising=False)
+    monkeypatch.setattr(linker, "admit", admitted.extend, raising=False)
+    received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
+    assert received == ["an abort", *from_all]
+    assert admitted == ["h1"]
+
+
+def test_it_does_not_wait_while_other_schedulers_wait_for_it(linker: Linker) -> None:
+    linker.others_wait_for_us = True
+    Scheduler("h1").step()
+    assert linker.waited == 0
 
 
 def test_a_batch_that_has_just_been_prefilled_is_something_to_do(linker: Linker) -> None:

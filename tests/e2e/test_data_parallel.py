@@ -1,0 +1,65 @@
+"""Schedulers with requests of their own share one prefetcher: what one has stored, another restores."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from bench.harness import ModelSpec, Server, random_prompt
+from sglang_hcache.metrics import EVERY_S
+from tests.e2e.conftest import Workshop, tier_state, wait_until
+from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
+
+PROMPT_TOKENS = 700
+RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for
+ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics")
+WAITING = ("--hicache-storage-prefetch-policy", "wait_complete")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parallelism", "representation"),
+    [
+        ("llama", ("--dp", "2"), "hidden"),
+        ("qwen3", ("--tp", "2", "--attn-dp-size", "2"), "hidden"),
+        ("deepseek_v2", ("--tp", "2", "--dp", "2", "--enable-dp-attention"), "kv"),
+    ],
+    ids=["replicas", "attention, hidden states", "attention, latents"],
+)
+def test_what_one_has_stored_another_restores(
+    architecture: str, parallelism: tuple[str, ...], representation: str, workshop: Workshop, fresh_store: Path
+) -> None:
+    """SGLang gives requests to the two in turn; together they have room for less than what is asked for at once."""
+    args, env = (*ARGS, *WAITING, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
+    with workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env) as server:
+        fresh = [server.send(requests[0])]
+        wait_until(lambda: tier_state(server)["pages_host"] >= PROMPT_TOKENS // 64, 30)
+        by_the_other = server.send(requests[0])
+        fresh += [server.send(request) for request in requests[1:]]
+        with ThreadPoolExecutor(len(requests)) as pool:
+            at_once = list(pool.map(server.send, requests))
+        states = [state["hcache"] for state in server.server_info()["internal_states"]]
+        restored = {re.findall(r"\d+", state["scheduler"])[0]: state["tokens_restored"] for state in states}
+        wait_until(lambda: restored_by_metrics(server) == restored, 2 * EVERY_S + 10)
+    assert [answer.cached_tokens for answer in fresh] == [0] * len(requests)
+    assert by_the_other.cached_host == RESTORED_TOKENS
+    assert all(answer.cached_tokens >= RESTORED_TOKENS for answer in at_once)
+    assert_equal([by_the_other, *at_once], [fresh[0], *fresh])
+    assert [state["representation"] for state in states] == [representation] * 2
+    assert states[0]["pages_total"] == states[1]["pages_total"]
+    assert {state["prefetcher_clients"] for state in states} == {2}
+    assert sorted(restored) == ["0", "1"]
+    assert all(restored.values())
+
+
+def restored_by_metrics(server: Server) -> dict[str, float]:
+    """Of each scheduler, by its `dp_rank`."""
+    with urllib.request.urlopen(f"http://{server.host}:{server.port}/metrics", timeout=10) as answer:
+        lines = re.findall(r"^hcache_restored_tokens_total\{(.*)\} (\S+)$", answer.read().decode(), re.MULTILINE)
+    series = [(dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for labels, value in lines]
+    assert {labels["tp_rank"] for labels, _ in series} <= {"0"}
+    return {labels["dp_rank"]: value for labels, value in series}
