@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +59,13 @@ def test_alerts_and_dashboard_use_what_there_is() -> None:
         assert names
         for function, name in names:
             assert (kinds[name] is Kind.COUNTER) == bool(function), query
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+def test_alerts_fire_when_they_should() -> None:
+    rules = [DOCS / "prometheus" / "alerts.yml", Path(__file__).with_name("alerts_test.yml")]
+    for command, file in zip(("check", "test"), rules, strict=True):
+        subprocess.run(["promtool", command, "rules", file], check=True)
 
 
 def test_figures_are_published_under_sglangs_labels() -> None:
