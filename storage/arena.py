@@ -131,9 +131,7 @@ class Arena:
         self._slot_of[key] = slot
         self._key_of[slot] = key
         before = self._slot_of.get(parent)
-        self._parent_of[slot] = (
-            parent if before is None else self._key_of[before]
-        )  # one object, not two that are equal
+        self._parent_of[slot] = parent if before is None else self._key_of[before]  # the same, but one object
         self._backing[slot] = backing
         self._dirty += backing is Backing.DIRTY
         self._used_at[slot] = next(self._clock)
@@ -150,15 +148,14 @@ class Arena:
 
     def mark(self, slot: int, backing: Backing) -> None:
         """Say what stands behind a cached slot now."""
-        former, self._backing[slot] = self._backing[slot], backing
-        self._dirty += (backing is Backing.DIRTY) - (former is Backing.DIRTY)
-        if backing is Backing.DIRTY and self._listed[slot]:
-            self._unlist(slot)
-        if self._leases[slot] or (former is Backing.DIRTY) == (backing is Backing.DIRTY):
-            return
-        if backing is Backing.DIRTY:
-            self._evictable -= 1
-        else:
+        was_dirty, is_dirty = self._backing[slot] is Backing.DIRTY, backing is Backing.DIRTY
+        self._backing[slot] = backing
+        self._dirty += is_dirty - was_dirty
+        if is_dirty and not was_dirty:
+            self._evictable -= not self._leases[slot]
+            if self._listed[slot]:
+                self._unlist(slot)
+        elif was_dirty and not is_dirty and not self._leases[slot]:
             self._settle(slot)
 
     def lease(self, slot: int) -> None:

@@ -17,7 +17,7 @@ from sglang_hcache.storage.stripe import Files, Stripe
 
 BATCH_PAGES = 64
 BATCH_BYTES = 64 << 20
-AT_ONCE = 1000  # pages that are looked at without letting go of the lock
+MOST_A_HOLD = 1000  # pages that are looked at without letting go of the lock
 MOST_KEPT = 1 << 17  # pages that are not evicted while a batch is written
 MOST_BEHIND = 2  # batches that one volume may have waiting more than another
 SELECTIVE_USES = 2  # SGLang's threshold for the policy of that name
@@ -287,13 +287,13 @@ class Writer:
     def _requeue(self) -> None:
         """Pages that no volume could take, and that are still in memory, get another chance."""
         found = []
-        for first in range(0, self._arena.slots, AT_ONCE):
+        for first in range(0, self._arena.slots, MOST_A_HOLD):
             with self._lock:
-                found += self._arena.backed_by(Backing.UNBACKED, first, first + AT_ONCE)
+                found += self._arena.backed_by(Backing.UNBACKED, first, first + MOST_A_HOLD)
         found.sort()
-        for first in range(0, len(found), AT_ONCE):
+        for first in range(0, len(found), MOST_A_HOLD):
             with self._lock:
-                for _, slot, key in found[first : first + AT_ONCE]:
+                for _, slot, key in found[first : first + MOST_A_HOLD]:
                     unbacked = self._arena.slot_of(key) == slot and self._arena.backing(slot) is Backing.UNBACKED
                     if unbacked and (self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES):
                         self._enqueue(slot, key)
