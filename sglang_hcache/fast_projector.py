@@ -84,24 +84,38 @@ class _Module:
         if self._rotary is not None and not _turns_plainly(self._rotary):
             raise ValueError(f"rotary embedding {type(self._rotary).__name__}")
         self._check_norm()
-        self._made_of: tuple[int, ...] = ()
+        self._made_of: tuple[float, ...] = ()
         self._projection: Projection
 
     def projection(self, *, scaled: bool) -> Projection:
-        """Of the module's tensors as they are now: weights may be loaded anew, the table of angles may grow.
+        """Of the module as it is now: weights and scales may be loaded anew, the table of angles may grow.
 
         scaled: whether K and V are divided by their scales, as the pool does when it stores another dtype.
         """
         weight, bias = self._qkv.weight, self._qkv.bias
         angles = self._rotary.cos_sin_cache if self._rotary is not None else None
         norm = self._norm.weight if self._norm is not None else None
-        made_of = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias, angles, norm))
+        tensors = (0 if tensor is None else tensor.data_ptr() for tensor in (weight, bias, angles, norm))
+        scales = self._scales() if scaled else (1.0, 1.0)
+        made_of = (*tensors, *scales)
         if made_of != self._made_of:
-            self._made_of, self._projection = made_of, self._make(weight, bias, angles, scaled=scaled)
+            self._made_of, self._projection = made_of, self._make(weight, bias, angles, *scales)
         return self._projection
 
+    def _scales(self) -> tuple[float, float]:
+        """Of K and of V. Those of a checkpoint are tensors, with their values beside them: no look at the device."""
+        attention = self._attention
+        found = (attention.k_scale, attention.k_scale_float), (attention.v_scale, attention.v_scale_float)
+        k, v = (1.0 if scale is None else float(scale if value is None else value) for scale, value in found)
+        return k, v
+
     def _make(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, angles: torch.Tensor | None, *, scaled: bool
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        angles: torch.Tensor | None,
+        k_scale: float,
+        v_scale: float,
     ) -> Projection:
         attention, queries = self._attention, self._qkv.q_proj_shard_size
         return Projection(
@@ -115,8 +129,8 @@ class _Module:
             eps=0.0 if self._norm is None else self._norm.variance_epsilon,
             cos_sin=angles,
             neox=self._rotary is None or self._rotary.is_neox_style,
-            k_scale=_scale(attention.k_scale) if scaled else 1.0,
-            v_scale=_scale(attention.v_scale) if scaled else 1.0,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
     def _check_norm(self) -> None:
@@ -135,7 +149,3 @@ def _turns_plainly(rotary: Any) -> bool:
     return isinstance(rotary, base) and all(
         getattr(type(rotary), method) is getattr(base, method) for method in ("forward_native", "forward_cuda")
     )
-
-
-def _scale(scale: Any) -> float:
-    return 1.0 if scale is None else float(scale)

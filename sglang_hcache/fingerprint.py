@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import xxhash
 from huggingface_hub import constants
 
+from sglang_hcache.storage.files import write_atomically
 from sglang_hcache.storage.layout import SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -122,10 +124,6 @@ def _checksum(digests: dict[str, str]) -> str:
 
 def _write_memo(memo: Path, known: dict[str, str]) -> None:
     """Best effort: without the memo the next start reads the weights again."""
-    temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            json.dump({"digests": known, "checksum": _checksum(known)}, file, indent=1)
-        temporary.replace(memo)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    content = {"digests": known, "checksum": _checksum(known)}
+    with contextlib.suppress(OSError):
+        write_atomically(memo, json.dumps(content, indent=1).encode())

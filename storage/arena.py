@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections import OrderedDict
+from array import array
+from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_hcache.storage.layout import ROOT, Record
-
-REFRESHES = 64  # while as many pages are evicted as there are slots
+from sglang_hcache.storage.steady import SlotQueue, SplitDict
 
 
 class Backing(Enum):
@@ -33,7 +34,10 @@ class Arena:
 
     A slot is free, open (whoever reserved it fills it) or cached (it holds a page). A cached slot can be leased,
     by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
-    Whoever uses a page uses all pages before it, so those go after it. Not thread-safe; no call blocks.
+    Whoever uses a page uses all pages before it, so a page goes after those that follow it, and `_queue` has those
+    that no other follows. One that is dirty is as good as gone to the page before it, and so is, from its turn on,
+    one that is leased. Not thread-safe; no call blocks, and all but `resize`, `evict_all` and
+    `check` take microseconds.
 
     `memory`: uint8 [slots or more, record_bytes], rows aligned to pages of memory. `slots`: how many of them are in
     use. Slots behind these, where there were more, are in no state but for those that are still open, or hold a page
@@ -48,43 +52,70 @@ class Arena:
             region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory = _eager(region, slots, record_bytes)
         self.slots = slots
-        self._free = list(range(slots - 1, -1, -1))
+        self._free: list[int] = []  # below `_fresh`
+        self._fresh = 0  # no slot from here on has been reserved yet
         self._open: set[int] = set()
-        self._slot_of: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
-        self._parent_of: dict[int, bytes] = {}
-        self._backing: dict[int, Backing] = {}
-        self._leases: dict[int, int] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._used: dict[int, None] = {}  # since the last refresh, the last of each run, in that order
-        self._until_refresh = 0  # evictions
-        self._dirty = 0
+        self._behind: set[int] = set()  # slots behind the last that are open or cached
+        self._slot_of = SplitDict[int]()
+        # By slot. Arrays of objects, not lists: the garbage collector would look through those.
+        self._key_of = _nones(slots)  # bytes where a page is cached
+        self._parent_of = _nones(slots)
+        self._backing = _nones(slots)
+        self._listed = bytearray(slots)  # whether it can be evicted, but for a lease since its turn last came
+        self._leases = array("i", [0]) * slots
+        self._used_at = array("q", [0]) * slots  # ticks of `_clock`
+        self._clock = itertools.count(1)
+        self._dirty = self._leased = self._evictable = 0
+        self._followers = SplitDict[int]()  # key → listed pages that follow it, if there are any
+        self._queue = SlotQueue()
+        self._queue.grow(slots)
 
     def resize(self, slots: int, region: mmap.mmap) -> None:
         """Use so many slots from now on. `region`: the same memory, of that size at least."""
         assert slots > 0
         if slots > len(self.memory):
             self.memory = _eager(region, slots, self.memory.shape[1])
+            self._grow(slots)
         former, self.slots = self.slots, slots
+        back = range(former, min(slots, self._fresh))
         self._free = [slot for slot in self._free if slot < slots]
-        self._free += [slot for slot in range(former, slots) if slot not in self._open and slot not in self._key_of]
-        for slot in [slot for slot in self._key_of if slot >= slots and self._is_found(slot)]:
-            del self._slot_of[self._key_of[slot]]
-            self._settle(slot)
+        self._free += [slot for slot in back if slot not in self._behind]
+        gone = range(slots, min(former, self._fresh))
+        self._behind = {slot for slot in self._behind if slot >= slots}
+        self._behind.update(slot for slot in gone if slot in self._open or self._key_of[slot] is not None)
+        for slot in gone:
+            if self._key_of[slot] is not None and self._is_found(slot):
+                del self._slot_of[self._key_of[slot]]
+                if self._listed[slot]:
+                    self._unlist(slot)
+                if self._is_evictable(slot):
+                    self._evict(slot)
+
+    def _grow(self, slots: int) -> None:
+        more = slots - len(self._leases)
+        self._key_of = np.concatenate([self._key_of, _nones(more)])
+        self._parent_of = np.concatenate([self._parent_of, _nones(more)])
+        self._backing = np.concatenate([self._backing, _nones(more)])
+        self._listed.extend(bytes(more))
+        self._leases.extend(array("i", [0]) * more)
+        self._used_at.extend(array("q", [0]) * more)
+        self._queue.grow(slots)
 
     @property
     def used_behind(self) -> bool:
         """Whether a slot behind the last is not done with yet."""
-        return any(slot >= self.slots for slots in (self._open, self._key_of) for slot in slots)
+        return bool(self._behind)
 
     def reserve(self) -> int | None:
         """A slot to fill, open until `cache` or `abandon`; None where nothing can be evicted."""
-        if not self._free:
-            if not self._evictable:
-                return None
-            self._refresh()
-            self._evict(next(iter(self._evictable)))
-        slot = self._free.pop()
+        if not self.available:
+            return None
+        if not self.free:
+            self._evict(self._next_to_go())
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot, self._fresh = self._fresh, self._fresh + 1
         self._open.add(slot)
         return slot
 
@@ -94,35 +125,47 @@ class Arena:
 
     def cache(self, key: bytes, slot: int, backing: Backing, parent: bytes = ROOT) -> None:
         """The open slot holds page `key` from now on, which follows page `parent`."""
-        assert key not in self._slot_of
+        assert self._slot_of.get(key) is None
         assert slot < self.slots
         self._open.remove(slot)
         self._slot_of[key] = slot
         self._key_of[slot] = key
-        self._parent_of[slot] = parent
+        before = self._slot_of.get(parent)
+        self._parent_of[slot] = parent if before is None else self._key_of[before]  # the same, but one object
         self._backing[slot] = backing
         self._dirty += backing is Backing.DIRTY
-        self._use(slot)
-        self._settle(slot)
+        self._used_at[slot] = next(self._clock)
+        if backing is not Backing.DIRTY:
+            self._settle(slot)
 
     def parent(self, slot: int) -> bytes:
         """Of the page in a cached slot."""
-        return self._parent_of[slot]
+        parent: bytes = self._parent_of[slot]
+        return parent
 
     def slot_of(self, key: bytes) -> int | None:
         return self._slot_of.get(key)
 
     def mark(self, slot: int, backing: Backing) -> None:
-        """Say what stands behind a cached slot now; it becomes the most recently used."""
-        self._dirty += (backing is Backing.DIRTY) - (self._backing[slot] is Backing.DIRTY)
+        """Say what stands behind a cached slot now."""
+        was_dirty, is_dirty = self._backing[slot] is Backing.DIRTY, backing is Backing.DIRTY
         self._backing[slot] = backing
-        self._use(slot)  # again: while it was dirty a refresh did not move it
-        self._settle(slot)
+        self._dirty += is_dirty - was_dirty
+        if is_dirty and not was_dirty:
+            self._evictable -= not self._leases[slot]
+            if self._listed[slot]:
+                self._unlist(slot)
+        elif was_dirty and not is_dirty and not self._leases[slot]:
+            self._settle(slot)
 
     def lease(self, slot: int) -> None:
-        assert self._is_found(slot)
-        self._leases[slot] = self._leases.get(slot, 0) + 1
-        self._evictable.pop(slot, None)
+        assert self._backing[slot] is not None
+        self._leases[slot] += 1
+        if self._leases[slot] == 1:
+            self._leased += 1
+            self._evictable -= self._backing[slot] is not Backing.DIRTY
+        if slot in self._queue:
+            self._use(slot)
 
     def release(self, slots: Iterable[int]) -> None:
         """End one lease of each of a run's pages, in their order."""
@@ -132,13 +175,14 @@ class Arena:
         for slot in reversed(run):
             self._leases[slot] -= 1
             if not self._leases[slot]:
-                del self._leases[slot]
-                self._settle(slot)
+                self._leased -= 1
+                if self._backing[slot] is not Backing.DIRTY:
+                    self._settle(slot)
 
     def evict_all(self) -> None:
         """Evict everything that can be."""
-        for slot in list(self._evictable):
-            self._evict(slot)
+        while self._evictable:
+            self._evict(self._next_to_go())
 
     @property
     def cached(self) -> int:
@@ -146,7 +190,7 @@ class Arena:
 
     @property
     def leased(self) -> int:
-        return len(self._leases)
+        return self._leased
 
     @property
     def opened(self) -> int:
@@ -158,94 +202,142 @@ class Arena:
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._free) + max(0, self.slots - self._fresh)
 
     @property
     def available(self) -> int:
         """Slots that `reserve` can give."""
-        return len(self._free) + len(self._evictable)
+        return self.free + self._evictable
 
     def backing(self, slot: int) -> Backing:
-        return self._backing[slot]
+        backing: Backing = self._backing[slot]
+        return backing
 
-    def backed_by(self, backing: Backing) -> list[tuple[int, bytes]]:
-        """Slot and key of each page that has this behind it, in the order they came."""
-        return [(slot, key) for slot, key in self._key_of.items() if self._backing[slot] is backing]
+    def backed_by(self, backing: Backing, first: int, end: int) -> list[tuple[int, int, bytes]]:
+        """Of the pages in slots `first` to `end` - 1 that have this behind them: when each came, its slot and key.
+
+        When is a number: that of a page that came, or was used, later is greater.
+        """
+        return [
+            (self._used_at[slot], slot, self._key_of[slot])
+            for slot in range(first, min(end, self.slots))
+            if self._backing[slot] is backing
+        ]
 
     def is_leased(self, slot: int) -> bool:
-        return slot in self._leases
+        return self._leases[slot] > 0
 
     def check(self) -> None:
         """Assert that each slot is in exactly one state, and that all maps agree."""
-        cached = set(self._key_of)
+        every = range(len(self._leases))
+        cached = {slot for slot in every if self._key_of[slot] is not None}
+        fresh = set(range(self._fresh, self.slots))
         assert len(self._free) == len(set(self._free))
-        assert all(slot < self.slots for slot in self._free)
+        assert all(slot < min(self.slots, self._fresh) for slot in self._free)
         assert len({*self._free, *self._open, *cached}) == len(self._free) + len(self._open) + len(cached)
-        assert {*self._free, *self._open, *cached} >= set(range(self.slots))
-        assert all(self._key_of[slot] == key for key, slot in self._slot_of.items())
-        assert all(slot < self.slots for slot in self._slot_of.values())
-        assert set(self._backing) == set(self._parent_of) == cached
-        assert set(self._used) <= cached
-        assert set(self._leases) <= cached
-        assert all(count > 0 for count in self._leases.values())
-        assert self._dirty == sum(backing is Backing.DIRTY for backing in self._backing.values())
-        held = {slot for slot in cached if self._backing[slot] is Backing.DIRTY or slot in self._leases}
-        assert set(self._evictable) == cached - held
-        assert held >= {slot for slot in cached if not self._is_found(slot)}
+        assert not fresh & {*self._free, *self._open, *cached}
+        assert {*self._free, *self._open, *cached, *fresh} >= set(range(self.slots))
+        assert self._behind == {slot for slot in {*self._open, *cached} if slot >= self.slots}
+        assert all(self._key_of[slot] == key and slot < self.slots for key, slot in self._slot_of.items())
+        for by_slot in (self._backing, self._parent_of):
+            assert {slot for slot in every if by_slot[slot] is not None} == cached
+        leased = {slot for slot in every if self._leases[slot]}
+        assert leased <= cached
+        assert self._leased == len(leased)
+        assert all(self._leases[slot] >= 0 for slot in every)
+        dirty = {slot for slot in cached if self._backing[slot] is Backing.DIRTY}
+        assert self._dirty == len(dirty)
+        evictable = cached - dirty - leased
+        assert self._evictable == len(evictable)
+        assert all(self._is_found(slot) for slot in evictable)
+        listed = {slot for slot in every if self._listed[slot]}
+        assert not listed & dirty
+        assert evictable <= listed <= set(map(self._slot_of.get, map(self._key_of.__getitem__, cached)))
+        assert dict(self._followers.items()) == Counter(self._parent_of[slot] for slot in listed)
+        last = {slot for slot in listed if self._followers.get(self._key_of[slot]) is None}
+        queue = list(self._queue)
+        assert len(queue) == len(set(queue))
+        assert set(queue) == last
 
-    def _use(self, slot: int) -> None:
-        """Remember the page: those before it are used with it."""
-        before = self._slot_of.get(self._parent_of[slot])
-        if before is not None:
-            self._used.pop(before, None)
-        self._used.pop(slot, None)
-        self._used[slot] = None
-
-    def _refresh(self) -> None:
-        """Now and then: pages that were used, and all before them, are the last to go, first pages last of all."""
-        if self._until_refresh:
-            self._until_refresh -= 1
-            return
-        self._until_refresh = self.slots // REFRESHES
-        seen: set[int] = set()
-        runs = []
-        for last in reversed(self._used):
-            run: list[int] = []
-            slot: int | None = last
-            while slot is not None and slot not in seen:
-                seen.add(slot)
-                run.append(slot)
-                slot = self._slot_of.get(self._parent_of[slot])
-            runs.append(run)
-        for slot in itertools.chain.from_iterable(reversed(runs)):
-            if slot in self._evictable:
-                self._evictable.move_to_end(slot)
-        self._used.clear()
-
-    def _settle(self, slot: int) -> None:
-        self._evictable.pop(slot, None)
-        if self._backing[slot] is not Backing.DIRTY and slot not in self._leases:
-            self._evictable[slot] = None
-            if not self._is_found(slot):
-                self._evict(slot)
-
-    def _evict(self, slot: int) -> None:
-        del self._evictable[slot]
-        if self._is_found(slot):
-            del self._slot_of[self._key_of[slot]]
-        del self._key_of[slot]
-        del self._parent_of[slot]
-        del self._backing[slot]
-        self._used.pop(slot, None)
-        self._give_back(slot)
+    def _is_evictable(self, slot: int) -> bool:
+        backing = self._backing[slot]
+        return backing is not None and backing is not Backing.DIRTY and not self._leases[slot]
 
     def _is_found(self, slot: int) -> bool:
         """Whether the page in a cached slot can be found."""
         return self._slot_of.get(self._key_of[slot]) == slot
 
+    def _use(self, slot: int) -> None:
+        self._used_at[slot] = next(self._clock)
+        if slot in self._queue:
+            self._queue.discard(slot)
+            self._queue.append(slot)
+
+    def _settle(self, slot: int) -> None:
+        """The page can be evicted from now on."""
+        self._evictable += 1
+        if not self._is_found(slot):
+            self._evict(slot)
+        elif not self._listed[slot]:
+            self._list(slot)
+
+    def _list(self, slot: int) -> None:
+        """The page before this one goes after it."""
+        self._listed[slot] = True
+        parent = self._parent_of[slot]
+        others = self._followers.get(parent)
+        self._followers[parent] = (others or 0) + 1
+        if others is None and (before := self._slot_of.get(parent)) is not None:
+            self._queue.discard(before)
+        if self._followers.get(self._key_of[slot]) is None:
+            self._queue.append(slot)
+
+    def _unlist(self, slot: int) -> None:
+        """The page before this one need not wait for it any more; if it waits for no other, its turn is now."""
+        self._listed[slot] = False
+        self._queue.discard(slot)
+        parent = self._parent_of[slot]
+        others = self._followers[parent] - 1
+        if others:
+            self._followers[parent] = others
+            return
+        del self._followers[parent]
+        before = self._slot_of.get(parent)
+        if before is None or not self._listed[before]:
+            return
+        if self._used_at[before] > self._used_at[slot]:
+            self._queue.append(before)
+        else:
+            self._used_at[before] = self._used_at[slot]
+            self._queue.push(before)
+
+    def _next_to_go(self) -> int:
+        """A page that can be evicted, of which there are some."""
+        while (slot := self._queue.first()) is not None:
+            if self._is_evictable(slot):
+                return slot
+            self._unlist(slot)
+        # These follow each other in a circle, which the keys of sound clients do not.
+        return next(slot for slot in range(self.slots) if self._is_evictable(slot))
+
+    def _evict(self, slot: int) -> None:
+        if self._is_found(slot):
+            del self._slot_of[self._key_of[slot]]
+        if self._listed[slot]:
+            self._unlist(slot)
+        self._evictable -= 1
+        self._key_of[slot] = self._parent_of[slot] = self._backing[slot] = None
+        self._give_back(slot)
+
     def _give_back(self, slot: int) -> None:
         if slot < self.slots:
             self._free.append(slot)
+        else:
+            self._behind.remove(slot)
+
+
+def _nones(count: int) -> npt.NDArray[np.object_]:
+    return np.full(count, None, object)
 
 
 def _eager(region: mmap.mmap, slots: int, record_bytes: int) -> Record:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from sglang_hcache.storage.stripe import Files, Stripe
 
 BATCH_PAGES = 64
 BATCH_BYTES = 64 << 20
+MOST_A_HOLD = 1000  # pages that are looked at without letting go of the lock
 MOST_KEPT = 1 << 17  # pages that are not evicted while a batch is written
 MOST_BEHIND = 2  # batches that one volume may have waiting more than another
 SELECTIVE_USES = 2  # SGLang's threshold for the policy of that name
@@ -34,7 +34,7 @@ class _VolumeQueue:
     """What is to be written to one volume."""
 
     work: threading.Condition
-    queue: OrderedDict[int, bytes] = field(default_factory=OrderedDict)  # slot → key
+    queue: deque[tuple[int, bytes, bytes]] = field(default_factory=deque)  # slot, key, parent
     batch: dict[int, bytes] = field(default_factory=dict)  # being written; slot → key
     former: dict[int, bytes] = field(default_factory=dict)  # the batch before it
     keep: list[bytes] = field(default_factory=list)  # of what is in no queue: what others follow, or may; grows
@@ -86,8 +86,8 @@ class Writer:
         self._settled = settled
         self._at_once: int = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
         self._by_volume = {volume: _VolumeQueue(threading.Condition(lock)) for volume in files.volumes}
-        self._backlog: OrderedDict[int, bytes] = OrderedDict()  # slot → key, to be written when slots get short
-        self._uses: dict[int, int] = {}
+        self._backlog = deque[tuple[int, bytes]]()  # slot, key; to be written when slots get short
+        self._uses = bytearray(len(arena.memory))  # of the page in each slot, as far as they count
         self._draining = 0
         self._room_wanted = False
         self._closing = False
@@ -107,19 +107,22 @@ class Writer:
 
     def committed(self, key: bytes, slot: int, parent: bytes) -> None:
         """A page has been put into an open slot."""
+        self._uses.extend(bytes(max(0, slot + 1 - len(self._uses))))
         self._uses[slot] = 1
         self._arena.cache(key, slot, Backing.UNBACKED, parent)
         if self._policy is WritePolicy.WRITE_THROUGH:
             self._enqueue(slot, key)
         elif self._policy is WritePolicy.WRITE_BACK and self._writes:
             self._arena.mark(slot, Backing.DIRTY)
-            self._backlog[slot] = key
+            self._backlog.append((slot, key))
 
     def used(self, key: bytes, slot: int) -> None:
         """A page has been asked for, or computed, once more."""
         for todo in self._by_volume.values():
             todo.touched[key] += 1
-        if self._policy is WritePolicy.SELECTIVE and self._arena.backing(slot) is Backing.UNBACKED:
+        if self._policy is not WritePolicy.SELECTIVE or self._arena.backing(slot) is not Backing.UNBACKED:
+            return
+        if self._uses[slot] < SELECTIVE_USES:
             self._uses[slot] += 1
             if self._uses[slot] == SELECTIVE_USES:
                 self._enqueue(slot, key)
@@ -182,7 +185,7 @@ class Writer:
             self._give_up(slot, key)
         else:
             self._arena.mark(slot, Backing.DIRTY)
-            self._by_volume[volume].queue[slot] = key
+            self._by_volume[volume].queue.append((slot, key, self._arena.parent(slot)))
             self._by_volume[volume].work.notify()
 
     def _give_up(self, slot: int, key: bytes) -> None:
@@ -192,8 +195,8 @@ class Writer:
 
     def _pass_on(self, todo: _VolumeQueue) -> None:
         """Have others write what waits for a volume that takes no pages."""
-        pages, todo.queue = todo.queue, OrderedDict()
-        for slot, key in pages.items():
+        pages, todo.queue = todo.queue, deque()
+        for slot, key, _ in pages:
             self._enqueue(slot, key)
         self._written.notify_all()
 
@@ -203,7 +206,7 @@ class Writer:
     def _begin_batch(self, todo: _VolumeQueue) -> None:
         """Take pages off the queue. What was written last is kept, too: what is committed next may follow it."""
         while todo.queue and len(todo.batch) < self._at_once:
-            slot, key = todo.queue.popitem(last=False)
+            slot, key, _ = todo.queue.popleft()
             todo.batch[slot] = key
         begun = self._with_parents(todo.batch)
         todo.keep = []
@@ -224,7 +227,7 @@ class Writer:
     def _write_back(self) -> None:
         """Queue a batch of the backlog, for all volumes."""
         for _ in range(min(self._at_once, len(self._backlog))):
-            self._enqueue(*self._backlog.popitem(last=False))
+            self._enqueue(*self._backlog.popleft())
         self._written.notify_all()
 
     # ---- without it ----
@@ -277,15 +280,23 @@ class Writer:
     def kept(self, todo: _VolumeQueue) -> list[bytes]:
         """What waits or is written, what it follows, and what was written since the batch began, or just before."""
         with self._lock:
-            queued = [self._with_parents(other.queue) for other in self._by_volume.values()]
-            return [*todo.keep, *itertools.chain.from_iterable(queued)]
+            keep = todo.keep.copy()
+            queued = [page for other in self._by_volume.values() for page in other.queue]
+        return keep + [key for _, *keys in queued for key in keys]
 
     def _requeue(self) -> None:
         """Pages that no volume could take, and that are still in memory, get another chance."""
-        with self._lock:
-            for slot, key in self._arena.backed_by(Backing.UNBACKED):
-                if self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES:
-                    self._enqueue(slot, key)
+        found = []
+        for first in range(0, self._arena.slots, MOST_A_HOLD):
+            with self._lock:
+                found += self._arena.backed_by(Backing.UNBACKED, first, first + MOST_A_HOLD)
+        found.sort()
+        for first in range(0, len(found), MOST_A_HOLD):
+            with self._lock:
+                for _, slot, key in found[first : first + MOST_A_HOLD]:
+                    unbacked = self._arena.slot_of(key) == slot and self._arena.backing(slot) is Backing.UNBACKED
+                    if unbacked and (self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES):
+                        self._enqueue(slot, key)
 
     def _touch(self, volume: Files, todo: _VolumeQueue, *, now: bool = False) -> None:
         if not now and time.monotonic() < todo.touch_at:

@@ -1,4 +1,4 @@
-"""Write one prefix, or everything, to a file that `hcache import` reads. Safe while a server runs.
+"""Write what is stored of a prompt, or everything, to a file that `hcache import` reads. Safe while a server runs.
 
 Exit status: 0; 2 bad arguments; 3 a page is missing or damaged, or the file cannot be written.
 """
@@ -6,28 +6,44 @@ Exit status: 0; 2 bad arguments; 3 a page is missing or damaged, or the file can
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import re
+import sys
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from sglang_hcache.cli.bundle import Model, write_bundle
 from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, human, read_table, require_siblings
+from sglang_hcache.page_hash import page_hash
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.evictor import segment_file
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry
-from sglang_hcache.storage.layout import ROOT, ChunkDamaged, Record, parent_of, verify
+from sglang_hcache.storage.layout import ChunkDamaged, Record, verify
 from sglang_hcache.storage.segment import SegmentReader
 
+Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Pages = dict[bytes, tuple[Path, Entry]]  # by key: the directory, and where in it
+
+
+class Tokenized(msgspec.Struct):
+    """The answer of SGLang's `/v1/tokenize`."""
+
+    tokens: list[Token]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--key", type=_key, metavar="HEX", help="key of the prefix's last page, 64 hexadecimal digits")
+    what.add_argument(
+        "--tokens",
+        type=_tokens,
+        metavar="FILE",
+        help="the prompt whose pages to write: a JSON list of token ids, or the answer of /v1/tokenize; - is stdin",
+    )
     what.add_argument("--all", action="store_true", help="every page whose prefix is complete")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
 
@@ -38,20 +54,19 @@ def run(arguments: argparse.Namespace) -> int:
     models, chosen = [], []
     for fingerprint, pages in sorted(stored.items()):
         about = _about(arguments.dir, fingerprint)
-        wanted = list(pages) if arguments.all else [key for key in pages if key == arguments.key]
-        if not wanted:
-            continue
         if about.layout is None:
+            if not arguments.all:
+                continue
             raise CommandFailed(f"the layout of {fingerprint.hex()} is not known: its about.json is missing")
         reader = _Reader(fingerprint, about, pages)
-        if run_ := reader.everything() if arguments.all else reader.prefix(arguments.key):
+        if run_ := reader.everything() if arguments.all else reader.prefix(arguments.tokens):
             models.append(
                 Model(fingerprint.hex(), about.layout.page_tokens, about.layout.layer_bytes, about.texts, len(run_))
             )
             chosen.append((reader, run_))
     if not models:
         where = ", ".join(map(str, arguments.dir))
-        raise CommandFailed(f"{where}: nothing is stored" if arguments.all else f"{where}: no such page is stored")
+        raise CommandFailed(f"{where}: nothing is stored" + ("" if arguments.all else " of this prompt"))
     try:
         write_bundle(arguments.out, models, (reader.read(key) for reader, keys in chosen for key in keys))
         size = arguments.out.stat().st_size
@@ -75,8 +90,6 @@ class _Reader:
         self._pages = pages
 
     def read(self, key: bytes) -> Record:
-        if key not in self._pages:
-            raise CommandFailed(f"page {key.hex()} is not stored, and without it the pages after it are of no use")
         path, entry = self._pages[key]
         file = segment_file(path, self._fingerprint, entry.segment)
         record = np.empty(self._layout.record_bytes, np.uint8)
@@ -89,13 +102,11 @@ class _Reader:
             raise CommandFailed(explain(error, file)) from error
         return record
 
-    def prefix(self, key: bytes) -> list[bytes]:
-        run = [key]
-        while (parent := parent_of(self.read(run[-1]))) != ROOT:
-            if parent in run:
-                raise CommandFailed("the pages name each other as parents")
-            run.append(parent)
-        return run[::-1]
+    def prefix(self, tokens: list[int]) -> list[bytes]:
+        """The first pages of a prompt, as far as they are stored."""
+        hashes = page_hash(tokens, None, self._layout.page_tokens)
+        assert isinstance(hashes, list)
+        return list(itertools.takewhile(self._pages.__contains__, map(bytes.fromhex, hashes)))
 
     def everything(self) -> list[bytes]:
         starts = {key[:8]: key for key in self._pages}
@@ -131,7 +142,12 @@ def _about(directories: list[Path], fingerprint: bytes) -> About:
     return next((about for about in found if about.layout is not None), About())
 
 
-def _key(text: str) -> bytes:
-    if not re.fullmatch("[0-9a-fA-F]{64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a key: give its 64 hexadecimal digits")
-    return bytes.fromhex(text)
+def _tokens(file: str) -> list[int]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        prompt = msgspec.json.decode(data, type=list[Token] | Tokenized)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(explain(error, Path(file))) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{file} is neither a list of token ids nor has one ({error})") from error
+    return prompt if isinstance(prompt, list) else prompt.tokens

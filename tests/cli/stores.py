@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from tests.storage.pages import counters, fill, key_of, open_store, served
 
 
 def make(*directories: Path, pages: range = range(10), **options: Any) -> None:
+    make_prefix(*directories, keys=list(map(key_of, pages)), first=pages[0], **options)
+
+
+def make_prefix(*directories: Path, keys: Sequence[bytes], first: int = 0, **options: Any) -> None:
     store = open_store(*directories, **options)
-    for page in pages:
+    for page, (parent, key) in enumerate(pairwise([ROOT, *keys]), first):
         slot = store.reserve()
         assert slot is not None
         fill(store.memory[slot], page)
-        store.commit(key_of(page), slot, ROOT if page == pages[0] else key_of(page - 1))
+        store.commit(key, slot, parent)
     store.close()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from unittest.mock import Mock
 import pytest
 
 from sglang_hcache.cli.main import main
+from sglang_hcache.page_hash import page_hash
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import bytes_on_disk
-from tests.cli.stores import found, make, run
-from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, keys_of, segment_files
+from tests.cli.stores import found, make, make_prefix, run
+from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, keys_of, open_store, segment_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -137,18 +139,26 @@ def test_gc_deletes_orphans_old_models_and_what_is_worth_least(
 
 def test_a_prefix_travels_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target, file = [tmp_path / "a", tmp_path / "b"], tmp_path / "c", tmp_path / "out.hcache"
-    make(*source, about={"model": "a/b"})
-    dirs = ",".join(map(str, source))
-    assert run(capsys, "export", "--dir", dirs, "--key", key_of(6).hex(), "--out", file)[1]["pages"] == 7
+    prompt = list(range(1000, 1050))
+    keys = [bytes.fromhex(key) for key in page_hash(prompt, None, LAYOUT.page_tokens)]
+    make_prefix(*source, keys=keys, about={"model": "a/b"})
+    make(source[0], pages=range(1), fingerprint=OTHER_FINGERPRINT)
+    dirs, tokens = ",".join(map(str, source)), tmp_path / "tokens.json"
+    export = ["export", "--dir", dirs, "--tokens", tokens, "--out", file]
+    tokens.write_text(json.dumps([*prompt[:38], 7, 7, 7]))
+    assert run(capsys, *export)[1]["pages"] == 7
     assert run(capsys, "import", file, "--dir", target) == (0, {"stored": 7, "present": 0})
     assert run(capsys, "import", file, "--dir", target) == (0, {"stored": 0, "present": 7})
-    assert found(target) == list(range(7))
+    store = open_store(target)
+    assert store.contains(keys) == [True] * 7 + [False] * 3
+    store.close()
     assert run(capsys, "inspect", "--dir", target)[1]["directories"][0]["fingerprints"][0]["about"] == {
         "model": "a/b"
     }
-    assert run(capsys, "export", "--dir", dirs, "--all", "--out", file)[1]["pages"] == 10
+    tokens.write_text(json.dumps({"tokens": prompt, "count": 50, "max_model_len": 99}))
+    assert run(capsys, *export)[1]["pages"] == 10
     assert run(capsys, "import", file, "--dir", target) == (0, {"stored": 3, "present": 7})
-    assert main(["export", "--dir", dirs, "--key", key_of(99).hex(), "--out", str(file)]) == 3
+    assert run(capsys, "export", "--dir", dirs, "--all", "--out", file)[1]["pages"] == 11
 
 
 def test_a_damaged_export_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

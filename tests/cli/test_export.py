@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
@@ -46,19 +47,34 @@ def test_a_negative_number_of_pages_is_damage(tmp_path: Path, capsys: pytest.Cap
     assert "its header cannot be read" in said(capsys, "import", bad, "--dir", tmp_path / "b")
 
 
-def test_a_key_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for key in ("zz", "ab" * 31, " " + "ab" * 32):
+def test_tokens_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tokens"
+    export = ["export", "--tokens", str(file), "--out", "x", "--dir", str(tmp_path)]
+    for text in ("", "[1, 2", "[-1]", "[[1], [2]]", '["a"]', '{"count": 3}', str([1 << 64])):
+        file.write_text(text)
         with pytest.raises(SystemExit) as stopped:
-            main(["export", "--key", key, "--out", "x", "--dir", str(tmp_path)])
+            main(export)
         assert stopped.value.code == 2
-        assert f"{key!r} is not a key: give its 64 hexadecimal digits" in capsys.readouterr().err
+        assert f"{file} is neither a list of token ids nor has one (" in capsys.readouterr().err
+    file.unlink()
+    with pytest.raises(SystemExit):
+        main(export)
+    assert f"{file}: No such file or directory" in capsys.readouterr().err
+
+
+def test_tokens_from_stdin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "a", pages=range(3))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"[1, 2, 3, 4, 5]")))
+    export = ["export", "--tokens", "-", "--out", tmp_path / "x", "--dir", tmp_path / "a"]
+    assert said(capsys, *export).endswith("nothing is stored of this prompt")
 
 
 def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_store(tmp_path / "a").close()
     options = ["--out", tmp_path / "x", "--dir", tmp_path / "a"]
     assert said(capsys, "export", "--all", *options).endswith(f"{tmp_path / 'a'}: nothing is stored")
-    assert said(capsys, "export", "--key", "0" * 64, *options).endswith("no such page is stored")
 
 
 def test_a_file_that_cannot_be_written_or_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.harness import Answer, random_prompt
+from sglang_hcache.cli.bundle import read_header_of
+from sglang_hcache.cli.main import main
 from tests.e2e.conftest import Workshop, started_together, tier_state
 from tests.e2e.scenarios import LLAMA, PAGE, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
 
@@ -39,6 +42,17 @@ def assert_restored(workshop: Workshop, store: Path, reference: Reference) -> No
     assert whole_pages(PREFIX_TOKENS) <= answer.cached_host == state["hits_file"] * PAGE
     assert state["pages_damaged"] == state["files_damaged"] == 0
     assert_equal([answer], [reference["evicted_prefix"][1]])
+
+
+def test_what_is_stored_of_a_prompt_is_exported(store: Path, tmp_path: Path) -> None:
+    prompt = [*random_prompt(PREFIX_TOKENS, seed=1), *random_prompt(200, seed=2)]
+    (tmp_path / "tokens").write_text(json.dumps(prompt))
+    (tmp_path / "salad").write_text(json.dumps(prompt[1:]))
+    export = ["export", "--dir", str(store), "--out", str(tmp_path / "out"), "--tokens"]
+    assert main([*export, str(tmp_path / "tokens")]) == 0
+    header, _ = read_header_of(tmp_path / "out")
+    assert [model.pages for model in header.models] == [PREFIX_TOKENS // PAGE]
+    assert main([*export, str(tmp_path / "salad")]) == 3
 
 
 def test_after_sigterm(workshop: Workshop, store: Path, reference: Reference) -> None:

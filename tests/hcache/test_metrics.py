@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,11 +54,19 @@ def test_alerts_and_dashboard_use_what_there_is() -> None:
     page = (DOCS / "operating.md").read_text()
     assert [rule["expr"] for rule in rules if "alert" in rule and f"`{rule['expr']}`" not in page] == []
     kinds = {metric.name: metric.kind for metric in METRICS}
-    for query in queries:
+    since_start = re.compile(r"\((\w+) > 0 unless \1 offset 1h\)")
+    for query in (since_start.sub(r"increase(\1)", query) for query in queries):
         names = re.findall(r"(?:(rate|increase)\()?\b(hcache_\w+)", query)
         assert names
         for function, name in names:
             assert (kinds[name] is Kind.COUNTER) == bool(function), query
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+def test_alerts_fire_when_they_should() -> None:
+    rules = [DOCS / "prometheus" / "alerts.yml", Path(__file__).with_name("alerts_test.yml")]
+    for command, file in zip(("check", "test"), rules, strict=True):
+        subprocess.run(["promtool", command, "rules", file], check=True)
 
 
 def test_figures_are_published_under_sglangs_labels() -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 from sglang_hcache.storage import index as index_module
-from sglang_hcache.storage.arena import Arena
+from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.eviction import choose
 from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.fetch import Fetch, Fetches
 from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.layout import ROOT
 from sglang_hcache.storage.stripe import Place
 from sglang_hcache.storage.table import Table
 from sglang_hcache.storage.volume import Volume
@@ -113,6 +115,87 @@ def started(pages: int, owners: int = 1) -> Fetches:
     for owner in range(owners):
         fetches.start(Fetch(str(owner), keys, dict.fromkeys(keys, nowhere), 0), wait_for_room=True)
     return fetches
+
+
+def most_lines(work: Callable[[], None], functions: set[str]) -> int:
+    """Of code, that one call of any of these takes, with what it calls."""
+    most = depth = lines = 0
+
+    def note(frame: Any, event: str, _: Any) -> Any:
+        nonlocal most, depth, lines
+        if event == "call":
+            if not depth and frame.f_code.co_qualname not in functions:
+                return None
+            lines = lines if depth else 0
+            depth += 1
+        elif event == "return":
+            depth -= 1
+        lines += 1
+        most = max(most, lines)
+        return note
+
+    sys.settrace(note)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return most
+
+
+def test_no_call_of_an_arena_is_the_longer_the_more_pages_there_are() -> None:
+    """Whoever waits for the store's lock waits for all of it."""
+    slots, run = 4000, 200
+    arena = Arena(slots, 4096)
+
+    def save(prefix: int) -> None:
+        batch = []
+        for page in range(prefix * run, (prefix + 1) * run):
+            slot = arena.reserve()
+            assert slot is not None
+            arena.cache(key_of(page), slot, Backing.UNBACKED, key_of(page - 1) if page % run else ROOT)
+            arena.mark(slot, Backing.DIRTY)
+            batch.append(slot)
+        for slot in reversed(batch):
+            arena.mark(slot, Backing.CLEAN)
+
+    def use(prefix: int) -> None:
+        leased = [arena.slot_of(key_of(prefix * run + page)) for page in range(run)]
+        for slot in leased:
+            assert slot is not None
+            arena.lease(slot)
+        for slot in leased:
+            assert slot is not None
+            arena.release([slot])
+
+    def work() -> None:
+        for prefix in range(slots // run, slots // run + 4):
+            save(prefix)
+            use(prefix - 2)
+
+    for prefix in range(slots // run):
+        save(prefix)
+    calls = {f"Arena.{name}" for name in ("reserve", "cache", "mark", "lease", "release")}
+    assert most_lines(work, calls) < 200
+
+
+def test_pages_in_memory_take_little_more_there() -> None:
+    pages = 50_000
+
+    def fill() -> Arena:
+        arena = Arena(pages, 4096)
+        for page in range(pages):
+            slot = arena.reserve()
+            assert slot is not None
+            arena.cache(key_of(page), slot, Backing.CLEAN, key_of(page - 1) if page % PREFIX else ROOT)
+        return arena
+
+    tracemalloc.start()
+    try:
+        arena = fill()
+        assert tracemalloc.get_traced_memory()[0] / pages < 320
+        assert arena.cached == pages
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_has_been_announced_is_not_looked_at_again() -> None:
