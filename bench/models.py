@@ -104,14 +104,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture("opt", {}, intermediate_field="ffn_dim"),
     "gptj": Architecture("gptj", {"rotary_dim": 16}, intermediate_field="n_inner"),
     "gpt_neox": Architecture("gpt_neox", {}),
-    "gemma2": Architecture(
-        "gemma2",
-        _WINDOWED
-        | {"query_pre_attn_scalar": 32, "hidden_act": "gelu_pytorch_tanh"}
-        | {"final_logit_softcapping": None},  # a kernel of SGLang's that needs a GPU
-        heads_per_kv_head=2,
-        tied=True,
-    ),
     "gemma3": Architecture("gemma3_text", _WINDOWED | {"query_pre_attn_scalar": 32}, heads_per_kv_head=2, tied=True),
     "olmo3": Architecture("olmo3", _WINDOWED),
     "mellum": Architecture(

@@ -25,10 +25,8 @@ REPRESENTATIONS = {
     "gptj": "hidden",  # interleaved RoPE
     "olmo3": "hidden",  # layers with a sliding window
     "llama_gqa": "kv",
-    "gemma2": "kv",
     "gemma3": "kv",
     "mellum": "kv",
-    "deepseek_v2": "kv",  # MLA: its latent
 }
 
 EXTRA_ARGS = {"mellum": ("--disable-hybrid-swa-memory",)}
