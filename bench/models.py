@@ -96,7 +96,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama_gqa": Architecture("llama", {}, heads_per_kv_head=2),
     "qwen2": Architecture("qwen2", {}),
     "qwen3": Architecture("qwen3", {}),
-    "olmo2": Architecture("olmo2", {}),
     "olmoe": Architecture("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
     "gemma": Architecture("gemma", {}, tied=True),
     "phi3": Architecture("phi3", {}),

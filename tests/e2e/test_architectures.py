@@ -16,17 +16,15 @@ ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-si
 
 REPRESENTATIONS = {
     "qwen3": "hidden",  # K norm
-    "olmo2": "hidden",  # K norm over all heads
     "olmoe": "hidden",  # mixture of experts
     "opt": "hidden",  # learned positions, biases
     "gemma": "hidden",
     "phi3": "hidden",  # fused QKV
     "stablelm": "hidden",  # partial RoPE
     "gptj": "hidden",  # interleaved RoPE
-    "olmo3": "hidden",  # layers with a sliding window
-    "llama_gqa": "kv",
-    "gemma3": "kv",
-    "mellum": "kv",
+    "olmo3": "hidden",  # K norm over all heads, layers with a sliding window
+    "gemma3": "kv",  # GQA, layers with a sliding window
+    "mellum": "kv",  # whose layers with a window have a pool of their own, but for the flag
 }
 
 EXTRA_ARGS = {"mellum": ("--disable-hybrid-swa-memory",)}
