@@ -100,7 +100,7 @@ def before_release_request(_wrapper: object, rid: str) -> None:
 def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any, result: Any) -> Any:
     """Where requests are sorted by what they find, SGLang looks up all of a prompt, be it usable or not."""
     usable = _usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids))
-    return original(wrapper, key[:usable], req, result)
+    return original(wrapper, key if len(key) <= usable else key[:usable], req, result)
 
 
 def _usable_tokens(req: Any, tokens: int) -> int:

@@ -14,6 +14,7 @@ _PLAIN_MLP = {
 }
 # Without `layer_types`: of so many layers each, the last one sees all tokens and the others a window.
 _WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4}
+_UNEQUAL_LAYERS = ("gemma3n", "gemma4", "llama4")
 _LINEAR = {"mamba", "linear_attention", "recurrent", "conv"}
 
 
@@ -31,6 +32,8 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     layer_types = list(config.get("layer_types") or config.get("layers_block_type") or ())
     if model_type.startswith(("mamba", "rwkv")) or not _LINEAR.isdisjoint(layer_types):
         raise UnknownConfig("layers without attention are not supported")
+    if model_type.startswith(_UNEQUAL_LAYERS):
+        raise UnknownConfig(f"the layers of {model_type} differ in size")
     hidden_size = _size(config, "hidden_size", "n_embd", "d_model")
     query_heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -205,6 +205,7 @@ def test_the_table_has_many_and_says_how_large_hidden_states_are() -> None:
         ({"intermediate_size": None}, "no intermediate_size"),
         ({"model_type": "mamba2"}, "without attention"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "without attention"),
+        ({"model_type": "gemma4_text"}, "layers of gemma4_text differ in size"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(change: dict[str, Any], message: str) -> None:
