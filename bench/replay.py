@@ -1,6 +1,6 @@
 """Chats, agents and RAG, or a trace of real ones, replayed: what the tier saves, and whether answers stay the same.
 
-    python -m bench.replay [WORKLOAD …] [--modes none,auto,kv,hidden] [--json] [--save]
+    python -m bench.replay [WORKLOAD …] [--modes none,auto,kv,hidden] [--rounds 3] [--json] [--save]
     python -m bench.replay agentic=PATH --shrink 16 --sessions 20
     python -m bench.replay chat --at 127.0.0.1:30000      a server that runs already; any model
 
@@ -14,9 +14,10 @@ the tier as it comes, `kv` and `hidden` restore all that is stored. Each finds a
 of the workload's distinct tokens where that is more; host memory four times as much, files the rest. `--clients`
 sessions are in flight at a time. With `--speed 0` a call is sent once the one before it in its session is answered:
 `seconds` is how long a busy server takes for all of it. With another speed, sessions begin and pause as the workload
-says, so many times faster. Prompt tokens are counted by where they came from. `ideal` is what a prefix cache
-without bounds would find, `lru` what one of the KV pool's size would. Greedy answers of all modes are compared token
-by token with those of the first.
+says, so many times faster. In each of the `--rounds` the modes take turns, on fresh servers: `seconds` is the median,
+percentiles are of the calls of all rounds. Prompt tokens are counted by where they came from. `ideal` is what a
+prefix cache without bounds would find, `lru` what one of the KV pool's size would. Greedy answers of all modes and
+rounds are compared token by token with the first ones.
 """
 
 from __future__ import annotations
@@ -55,21 +56,23 @@ class Replayed:
     def answered(self) -> list[Answer]:
         return [answer for answer in self.answers if answer is not None]
 
-    def row(self) -> dict[str, Any]:
-        """Times in seconds; shares are of all prompt tokens."""
-        answered = self.answered
-        prompt = sum(answer.prompt_tokens for answer in answered)
-        generated = sum(len(answer.output_ids) for answer in answered)
-        times = sorted(answer.ttft_s for answer in answered)
-        return {
-            "seconds": self.seconds,
-            "tokens_per_s": (prompt + generated) / self.seconds,
-            "ttft_mean_s": statistics.fmean(times),
-            **{f"ttft_p{percent}_s": times[(len(times) - 1) * percent // 100] for percent in (50, 90, 99)},
-            "from_device": sum(answer.cached_device for answer in answered) / prompt,
-            "restored": sum(answer.cached_host for answer in answered) / prompt,
-            "failed": len(self.answers) - len(answered),
-        }
+
+def row_of(rounds: Sequence[Replayed]) -> dict[str, Any]:
+    """Times in seconds; shares are of all prompt tokens."""
+    answered = [answer for run in rounds for answer in run.answered]
+    prompt = sum(answer.prompt_tokens for answer in answered)
+    generated = sum(len(answer.output_ids) for answer in answered)
+    times = sorted(answer.ttft_s for answer in answered)
+    return {
+        "seconds": statistics.median(run.seconds for run in rounds),
+        "seconds_each": [run.seconds for run in rounds],
+        "tokens_per_s": (prompt + generated) / sum(run.seconds for run in rounds),
+        "ttft_mean_s": statistics.fmean(times),
+        **{f"ttft_p{percent}_s": times[(len(times) - 1) * percent // 100] for percent in (50, 90, 99)},
+        "from_device": sum(answer.cached_device for answer in answered) / prompt,
+        "restored": sum(answer.cached_host for answer in answered) / prompt,
+        "failed": sum(len(run.answers) for run in rounds) - len(answered),
+    }
 
 
 def replay(client: Client, workload: Workload, *, clients: int, speed: float) -> Replayed:
@@ -114,16 +117,24 @@ def server_for(mode: str, model: Path, tokens: int, folder: Path) -> Server:
 
 
 def compare_modes(
-    workload: Workload, modes: Sequence[str], folder: Path, *, share: float, clients: int, speed: float
+    workload: Workload,
+    modes: Sequence[str],
+    folder: Path,
+    *,
+    share: float,
+    rounds: int,
+    clients: int,
+    speed: float,
 ) -> dict[str, Any]:
     model, tokens = make_model(folder / "model", MODEL), pool_tokens(workload, share)
-    runs: dict[str, Replayed] = {}
-    for mode in modes:
-        own = folder / f"{workload.name}-{mode}"
-        with server_for(mode, model, tokens, own) as server:
-            runs[mode] = replay(server, workload, clients=clients, speed=speed)
-        progress(f"{workload.name}, {mode}: {runs[mode].seconds:.0f} s")
-    first = runs[modes[0]]
+    runs: dict[str, list[Replayed]] = {mode: [] for mode in modes}
+    for turn in range(rounds):
+        for mode in modes:
+            with server_for(mode, model, tokens, folder / f"{workload.name}-{mode}-{turn}") as server:
+                run = replay(server, workload, clients=clients, speed=speed)
+            runs[mode].append(run)
+            progress(f"{workload.name}, {mode}: {run.seconds:.0f} s")
+    first = runs[modes[0]][0]
     return {
         "workload": workload.name,
         "sessions": len(workload.sessions),
@@ -132,7 +143,10 @@ def compare_modes(
         "pool_tokens": tokens,
         "ideal": workload.reusable_share(),
         "lru": workload.reusable_share(tokens),
-        "modes": {mode: run.row() | {"different": _different(run, first)} for mode, run in runs.items()},
+        "modes": {
+            mode: row_of(found) | {"different": sum(_different(run, first) for run in found)}
+            for mode, found in runs.items()
+        },
     }
 
 
@@ -165,6 +179,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--sessions", type=int, default=10**9, help="the first so many of a workload")
     parser.add_argument("--calls", type=int, default=10**9, help="the first so many of each session")
     parser.add_argument("--clients", type=int, default=4, help="sessions in flight")
+    parser.add_argument("--rounds", type=int, default=1, help="of all modes, one after another")
     parser.add_argument("--speed", type=float, default=0.0, help="of the workload's clock; 0: without pauses")
     parser.add_argument("--pool-share", type=float, default=0.1, help="of the distinct tokens that the KV pool holds")
     return parser
@@ -190,12 +205,16 @@ def main() -> None:
         host, _, port = arguments.at.rpartition(":")
         for workload in workloads:
             run = replay(Client(int(port), host or "127.0.0.1"), workload, **pace)
-            print(table([(workload.name, run.row())]))
+            print(table([(workload.name, row_of([run]))]))
         return
     found = []
     with tempfile.TemporaryDirectory(prefix="hcache-replay-") as folder:
         for workload in workloads:
-            found.append(compare_modes(workload, modes, Path(folder), share=arguments.pool_share, **pace))
+            found.append(
+                compare_modes(
+                    workload, modes, Path(folder), share=arguments.pool_share, rounds=arguments.rounds, **pace
+                )
+            )
     for result in found:
         print(
             f"\n{result['workload']}: {result['calls']} calls of {result['sessions']} sessions, "
@@ -203,7 +222,7 @@ def main() -> None:
             f"ideal {result['ideal']:.0%}, an LRU of the pool's size {result['lru']:.0%}"
         )
         print(table(result["modes"].items()))
-    settings = {name: getattr(arguments, name) for name in ("shrink", "clients", "speed", "pool_share")}
+    settings = {name: getattr(arguments, name) for name in ("shrink", "clients", "rounds", "speed", "pool_share")}
     report = {"workloads": found, **settings, "model": MODEL.__dict__, **about(__doc__)}
     if arguments.save:
         save(arguments.name, report)
