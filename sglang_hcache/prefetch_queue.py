@@ -20,7 +20,7 @@ ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers
 ANSWERS_WAIT_S = 0.02  # likewise, for many requests one after the other
 NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
-RETRY_S = 0.5  # a lookup that found nothing may be tried again after this
+RETRY_S = 0.5  # a lookup that found nothing may be tried again after this, and after half of the time waited
 MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
 MEASURED_WITHIN = 0.1  # of the time a read took: if it was last looked at longer before its end, that says little
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
@@ -243,7 +243,10 @@ class PrefetchQueue:
         if not (found := len(self.leased(rid, keys))) and self._worth_asking_again(rid, keys[0]):
             self.lookups_late += 1
             former = self._requests.get(rid)
-            self._ask(rid, keys, None if former is None else self._prompt(former, keys))
+            if former is None:
+                self._ask(rid, keys)
+            else:
+                self._ask(rid, keys, self._prompt(former, keys), arrived_at=former.arrived_at)
             self._wait(rid, LOOKUP_WAIT_S)
             found = len(self.leased(rid, keys))
         request = self._requests[rid]
@@ -402,8 +405,12 @@ class PrefetchQueue:
         return False
 
     def _worth_asking_again(self, rid: str, first: bytes) -> bool:
-        """For pages from `first` on, of which none is there."""
+        """For pages from `first` on, of which none is there: the more rarely, the longer it has been waiting.
+
+        Where requests are sorted by what they find, each of a long queue is looked up in every step.
+        """
         request = self._requests.get(rid)
         if request is None or first not in request.place:
             return True
-        return time.monotonic() - request.asked_at > RETRY_S
+        waiting_s = time.time() - request.arrived_at
+        return time.monotonic() - request.asked_at > max(RETRY_S, waiting_s / 2)

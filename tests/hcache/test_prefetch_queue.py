@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -458,6 +459,29 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     requests.queued("never looked up", keys_of(range(12)))
     requests.forget("never looked up")
     assert requests.stats()["tokens_looked_up"] == stats["tokens_looked_up"]
+
+
+def test_what_was_not_found_is_asked_for_more_and_more_rarely(
+    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policies that sort by prefix look up all that wait, in every step."""
+    disk.set()
+    elapsed_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: 1000 + elapsed_s, time=lambda: 5000 + elapsed_s)
+    monkeypatch.setattr(prefetch_queue, "time", clock)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(90, 95)))
+    asked_at = []
+    for step in range(1, 2001):
+        elapsed_s, before = step / 100, requests.lookups_late
+        assert requests.ready("a", keys_of(range(90, 95))) == 0
+        if requests.lookups_late > before:
+            asked_at.append(elapsed_s)
+    assert asked_at == pytest.approx([0.5, 1.0, 2.0, 4.0, 8.0, 16.0], rel=0.05)
+    save(store, range(90, 95))
+    elapsed_s = 40.0
+    assert requests.ready("a", keys_of(range(90, 95))) == 5
+    requests.clear()
 
 
 def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: threading.Event) -> None:
