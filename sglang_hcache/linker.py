@@ -384,9 +384,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         kv_layers = range(layout.hidden, layout.layers)
         kv = KVRows(store, self._copy_out, self._pool, kv_layers, self.forward_stream) if layout.kv else None
         saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, codec=codec)
+        forward_bytes = layout.kv * scheduler_hooks.most_rows_of_a_forward() * self._stored.formats.kv.row_bytes
         if capture is not None and layout.hidden:
-            self._copy_out.expect(capture.forward_bytes)
+            forward_bytes += capture.forward_bytes
             capture.sink = saver
+        self._copy_out.expect(forward_bytes)
         return saver
 
     def _log_start(self) -> None:

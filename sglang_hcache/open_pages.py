@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_hcache.copy_out import spread
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
 
@@ -46,23 +47,23 @@ class OpenPages:
         self._page_tokens = layout.page_tokens
         self._open: dict[int, _OpenPage] = {}
         self._chunks = chunk_rows(store, range(layers))
-        self._map = copying.map if copying is not None else map
+        self._copying = copying
 
     def write(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> int:
         """slots, positions `[n]`; rows `[layers, n, row_bytes]`. Returns how many tokens were kept."""
-        kept = []
+        kept: list[tuple[int, slice, slice]] = []
         for start, stop, page, offset in self._runs(slots):
             if (chunk := self._chunk_for(page, offset)) is not None:
                 chunk.filled = offset + stop - start
                 kept.append((chunk.slot, slice(offset, chunk.filled), slice(start, stop)))
 
-        def copy(place: tuple[int, slice, slice]) -> int:
+        def copy(place: tuple[int, slice, slice]) -> None:
             slot, into, of = place
             self._chunks[slot, :, into] = rows[:, of]
             chunk_positions(self._store.memory[slot], self._store.layout)[into] = positions[of]
-            return int(of.stop - of.start)
 
-        return sum(self._map(copy, kept))
+        spread(self._copying, copy, kept)
+        return sum(of.stop - of.start for _, _, of in kept)
 
     def forget(self, slots: NDArray[np.int64]) -> None:
         """The device pages of these slots now hold something else."""

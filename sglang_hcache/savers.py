@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_hcache.codec import Codec
-from sglang_hcache.copy_out import CopyOut
+from sglang_hcache.copy_out import CopyOut, spread
 from sglang_hcache.model import Pool
 from sglang_hcache.open_pages import OpenPages, chunk_rows
 from sglang_hcache.projector import pool_rows
@@ -20,6 +20,8 @@ from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.streams import Event
 
 logger = logging.getLogger(__name__)
+
+_GATHERED_BYTES = 256 << 20  # of K and V on the device at once, on their way to the host
 
 
 class Saver(Protocol):
@@ -108,10 +110,11 @@ class PageSaver:
     # ---- capture's sink ----
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
-        if self._copy_out.crowded:
+        host_rows = self._copy_out.rows_to_host(rows)
+        if host_rows is None:
             self.drop(slots)
             return self._copy_out.record()
-        host_slots, host_positions, host_rows = map(self._copy_out.to_host, (slots, positions, rows))
+        host_slots, host_positions = map(self._copy_out.to_host, (slots, positions))
         self._copy_out.submit(
             lambda: self._collect(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())
         )
@@ -140,8 +143,8 @@ class PageSaver:
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
         first_slots = self._copy_out.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
-        rows = None
-        if self._kv is not None and not self._copy_out.crowded:
+        rows: Sequence[torch.Tensor] | None = None
+        if self._kv is not None:
             try:
                 rows = self._kv.gather(slots)
             except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
@@ -149,7 +152,7 @@ class PageSaver:
         self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
 
     def _commit(
-        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: torch.Tensor | None
+        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: Sequence[torch.Tensor] | None
     ) -> None:
         chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
         if self._kv is not None and rows is None:
@@ -200,18 +203,34 @@ class KVRows:
         self._chunks = chunk_rows(store, layers)
         self._forward_stream = forward_stream if torch.cuda.is_available() else None
 
-    def gather(self, slots: torch.Tensor) -> torch.Tensor:
-        """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`."""
+    def gather(self, slots: torch.Tensor) -> Sequence[torch.Tensor] | None:
+        """Copies K and V of device slots `[n]` to the host; the next job finds them.
+
+        Some layers at a time, in their order, uint8 `[layers, n, bytes]`; None where the host has no room for them.
+        """
         if self._forward_stream is not None:
             torch.cuda.current_stream().wait_stream(self._forward_stream)
-        shape = (len(self._layers), len(slots), self._chunks.shape[3])
-        found = torch.empty(shape, dtype=torch.uint8, device=slots.device)
-        for layer, rows in zip(self._layers, found, strict=True):
-            pool_rows(self._pool, layer, slots, rows)
-        return self._copy_out.to_host(found)
+        row_bytes, parts = self._chunks.shape[3], []
+        together = max(1, _GATHERED_BYTES // (len(slots) * row_bytes))
+        for first in range(0, len(self._layers), together):
+            layers = self._layers[first : first + together]
+            found = torch.empty((len(layers), len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
+            for layer, rows in zip(layers, found, strict=True):
+                pool_rows(self._pool, layer, slots, rows)
+            if (part := self._copy_out.rows_to_host(found)) is None:
+                return None
+            parts.append(part)
+        return parts
 
-    def write(self, rows: torch.Tensor, pages: Sequence[int], chunks: Sequence[int]) -> None:
+    def write(self, parts: Sequence[torch.Tensor], pages: Sequence[int], chunks: Sequence[int]) -> None:
         """Page `pages[i]` of what was gathered goes to slot `chunks[i]`."""
-        by_page = rows.numpy().reshape(len(self._layers), -1, *self._chunks.shape[2:])
-        for page, chunk in zip(pages, chunks, strict=True):
-            self._chunks[chunk] = by_page[:, page]
+        by_page = [part.numpy().reshape(len(part), -1, *self._chunks.shape[2:]) for part in parts]
+
+        def copy(place: tuple[int, int]) -> None:
+            page, chunk = place
+            first = 0
+            for layers in by_page:
+                self._chunks[chunk, first : first + len(layers)] = layers[:, page]
+                first += len(layers)
+
+        spread(self._copy_out.copying, copy, list(zip(pages, chunks, strict=True)))

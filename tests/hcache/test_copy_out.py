@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
-from sglang_hcache.copy_out import InlineCopyOut, StreamCopyOut
+from sglang_hcache import copy_out as copy_out_module
+from sglang_hcache.copy_out import InlineCopyOut, StreamCopyOut, spread
 from sglang_hcache.streams import Event, ImmediateStream
 
 
@@ -83,53 +86,96 @@ def test_rows_with_gaps_are_copied_whole(copy_out: StreamCopyOut) -> None:
     assert torch.equal(copy_out.to_host(tensor), tensor)
 
 
-def test_four_forwards_may_wait() -> None:
-    forward_bytes = 1 << 30
-    copy_out = StreamCopyOut(HeldStream(), ImmediateStream())
-    copy_out.expect(forward_bytes)
-    for forwards, crowded in enumerate([False, False, False, False, True]):
-        copy_out._pending = forwards * forward_bytes
-        assert copy_out.crowded is crowded
-    copy_out.close()
+@pytest.mark.parametrize("rounds", [1, 20])
+def test_rows_of_two_forwards_may_wait_always_and_no_more_than_there_is_room_for(
+    copy_out: StreamCopyOut, stream: HeldStream, rounds: int
+) -> None:
+    """Wherever in the memory they begin; and no job finds the rows of another."""
+    forward = 1000
+    copy_out.expect(forward)
+    found: list[torch.Tensor] = []
+
+    def send(number: int, size: int) -> bool:
+        host = copy_out.rows_to_host(torch.full((size,), number, dtype=torch.uint8))
+        copy_out.submit(lambda: found.append(host.clone()) if host is not None else None)
+        return host is not None
+
+    for turn in range(rounds):
+        taken = [send(number, forward - turn) for number in range(6)]
+        assert taken[:2] == [True, True]
+        assert not all(taken)
+        stream.pass_all()
+        finished = threading.Event()
+        copy_out.submit(finished.set)
+        stream.pass_all()
+        assert finished.wait(10)
+        assert [host.unique().tolist() for host in found] == [[n] for n in range(6) if taken[n]]
+        found.clear()
 
 
-def test_pinned_memory_is_ready_for_all_forwards_that_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an allocator that, as torch's, keeps what is given back and takes more only where all of it is in use."""
-    free: list[torch.Tensor] = []
-    taken = 0
+def test_rows_larger_than_a_forward_are_left_out(copy_out: StreamCopyOut) -> None:
+    assert copy_out.rows_to_host(torch.zeros(1)) is None
+    copy_out.expect(1000)
+    assert copy_out.rows_to_host(torch.zeros(10_000)) is None
+    assert copy_out.rows_to_host(torch.zeros(0)) is not None
+
+
+def test_more_room_is_made_once_what_is_under_way_is_done(copy_out: StreamCopyOut, stream: HeldStream) -> None:
+    copy_out.expect(100)
+    rows = copy_out.rows_to_host(torch.ones(25))
+    done: list[float] = []
+    copy_out.submit(lambda: done.append(float(rows.sum())))  # type: ignore[union-attr]
+    threading.Timer(0.2, stream.pass_all).start()
+    copy_out.expect(4000)
+    assert done == [25.0]
+    assert copy_out.rows_to_host(torch.ones(1000)) is not None
+    copy_out.submit(lambda: None)
+
+
+def test_the_memory_is_registered_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[int] = []
 
     class Pinned:
-        def __init__(self, size: int, **_: object) -> None:
-            nonlocal taken
-            taken += not free
-            self.memory = free.pop() if free else torch.zeros(size)
+        def __init__(self, memory: torch.Tensor) -> None:
+            self._size = memory.nbytes
+            registered.append(self._size)
 
-        def __del__(self) -> None:
-            free.append(self.memory)
+        def release(self) -> None:
+            registered.remove(self._size)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", Pinned)
-    copy_out = StreamCopyOut(HeldStream(), ImmediateStream())
-    copy_out.expect(100)
-    readied = taken
-    one_runs_one_is_issued_one_is_copied = [torch.empty(100) for _ in range(3)]
-    assert taken == readied == len(one_runs_one_is_issued_one_is_copied)
-    copy_out.close()
+    monkeypatch.setattr(copy_out_module, "PinnedMemory", Pinned)
+    copies = StreamCopyOut(HeldStream(), ImmediateStream())
+    copies.expect(1 << 20)
+    copies.expect(1 << 20)
+    (size,) = registered
+    assert 3 << 20 <= size < (3 << 20) + 4096
+    copies.close()
+    assert not registered
 
 
-def test_too_much_waiting_memory_makes_it_crowded(copy_out: StreamCopyOut, stream: HeldStream) -> None:
-    copy_out._most_pending = 1000
-    finished = threading.Event()
-    for _ in range(2):
-        copy_out.to_host(torch.zeros(500, dtype=torch.uint8))
-        copy_out.to_host(torch.zeros(1, dtype=torch.uint8))
-        assert not copy_out.crowded
-        copy_out.submit(lambda: None)
-    assert copy_out.crowded
-    copy_out.submit(finished.set)
-    stream.pass_all()
-    assert finished.wait(10)
-    assert not copy_out.crowded
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("items", [0, 1, 3, 4, 5, 250])
+def test_copies_are_spread_over_few_calls(threads: int, items: int) -> None:
+    done: set[int] = set()
+    calls: list[int] = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return super().submit(*args, **kwargs)
+
+    if not threads:
+        spread(None, done.add, range(items))
+    else:
+        with Counting(threads) as copying:
+            spread(copying, done.add, range(items))
+            assert len(calls) <= 4
+    assert done == set(range(items))
+
+
+def test_a_copy_that_fails_is_no_silent_loss() -> None:
+    with ThreadPoolExecutor(2) as copying, pytest.raises(ZeroDivisionError):
+        spread(copying, lambda item: 1 // item, [1, 0, 1])
 
 
 def test_a_failed_job_does_not_end_the_thread(copy_out: StreamCopyOut, stream: HeldStream) -> None:
@@ -154,13 +200,13 @@ def test_after_a_failed_copy_nobody_waits_forever(copy_out: StreamCopyOut, strea
     drained.join(10)
     assert not drained.is_alive()
     assert not done
-    assert not copy_out.crowded
 
 
 def test_on_the_cpu_a_job_is_done_at_once() -> None:
     copy_out, done = InlineCopyOut(), []
     tensor = torch.zeros(3)
     assert copy_out.to_host(tensor) is tensor
+    assert copy_out.rows_to_host(tensor) is tensor
     copy_out.submit(lambda: done.append(1))
     assert done == [1]
     assert copy_out.record().query()

@@ -47,6 +47,7 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 @pytest.fixture(params=["inline", "thread"])
 def copy_out(request: pytest.FixtureRequest) -> Iterator[CopyOut]:
     copy_out = InlineCopyOut() if request.param == "inline" else StreamCopyOut(ImmediateStream(), ImmediateStream())
+    copy_out.expect(1 << 20)
     yield copy_out
     copy_out.close()
 
@@ -76,8 +77,17 @@ def capture(saver: PageSaver, device_page: int, rows: torch.Tensor) -> torch.Ten
     return slots
 
 
-def test_a_page_holds_both(saver: PageSaver, store: LocalStore, pool: MHATokenToKVPool) -> None:
+@pytest.mark.parametrize("layers_together", [1, 2, 3])
+def test_a_page_holds_both(
+    layers_together: int,
+    saver: PageSaver,
+    store: LocalStore,
+    pool: MHATokenToKVPool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pages = (5, 2)
+    of_a_layer = len(pages) * PAGE * 2 * 4 * HEADS * HEAD
+    monkeypatch.setattr(savers, "_GATHERED_BYTES", layers_together * of_a_layer)
     rows = torch.randn(len(pages), len(HIDDEN), PAGE, WIDTH)
     slots = torch.cat([capture(saver, *page) for page in zip(pages, rows, strict=True)])
     saver.save(KEYS[:2], ROOT, slots)
@@ -124,7 +134,7 @@ def test_pages_whose_k_and_v_cannot_be_copied_are_left_out(
     slots = capture(saver, 1, torch.randn(len(HIDDEN), PAGE, WIDTH))
     with monkeypatch.context() as patch:
         if trouble == "crowded":
-            patch.setattr(type(saver._copy_out), "crowded", True)
+            patch.setattr(type(saver._copy_out), "rows_to_host", lambda *_: None)
         else:
             patch.setattr(savers, "pool_rows", no_memory)
         saver.save(KEYS[:1], ROOT, slots)
