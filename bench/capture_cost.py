@@ -13,16 +13,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bench.gpu import DEVICE, noise
 from bench.toy_model import Attend, Decoding, Layer, Model, Prefix, Weights, angles, forward
 from sglang_hcache import capture
 from sglang_hcache.capture import Capture
-from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut, spread
 from sglang_hcache.streams import Event, current_stream, new_stream
 
 Step = Callable[[], torch.Tensor]
+PAGE_TOKENS = 64
 IN_FLIGHT = 2  # forwards issued and not yet done: an overlapping scheduler is one ahead
 
 
@@ -36,31 +38,50 @@ class Site:
 
 
 class HostSink:
-    """Rows to the host and into memory there, as the server's saver takes them."""
+    """Rows to the host and into pages there, as the server's saver takes them: a copy for each run of tokens in one.
+
+    n_bytes: of a forward's rows, at most.
+    """
 
     def __init__(self, n_bytes: int) -> None:
         self.copy_out: CopyOut = InlineCopyOut()
         if DEVICE == "cuda":
             self.copy_out = StreamCopyOut(new_stream(DEVICE), current_stream(DEVICE))
-            self.copy_out.expect(n_bytes)
-        self.rows = torch.empty(0)  # of the last forward that was written
+        self.copy_out.expect(n_bytes)
         self.written = self.dropped = 0
-        self._memory = np.zeros(n_bytes, np.uint8)
+        self._runs: list[slice] = []  # of the last forward that was written
+        self._memory = torch.zeros(n_bytes, dtype=torch.uint8)
+        self._pages = self._memory
         self._lock = threading.Lock()
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """Of the last forward that was written, `[layers, n, width]`."""
+        parts = (page[:, : run.stop - run.start] for page, run in zip(self._pages, self._runs, strict=False))
+        return torch.cat(list(parts), dim=1)
+
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
-        if self.copy_out.crowded:
+        host_rows = self.copy_out.rows_to_host(rows)
+        if host_rows is None:
             self.drop(slots)
             return self.copy_out.record()
-        host_slots, _, host_rows = map(self.copy_out.to_host, (slots, positions, rows))
+        host_slots, _ = map(self.copy_out.to_host, (slots, positions))
 
         def keep() -> None:
-            kept = torch.from_numpy(self._memory[: host_rows.nbytes]).view(host_rows.dtype).view(host_rows.shape)
-            layers = ([layer.view(torch.uint8).numpy() for layer in rows] for rows in (kept, host_rows))
-            spread = self.copy_out.copying.map if self.copy_out.copying is not None else map
-            list(spread(np.copyto, *layers))
+            runs = _runs(host_slots.numpy())
+            layers, _, width = host_rows.shape
+            longest = max(run.stop - run.start for run in runs)
+            page_bytes = layers * longest * width * host_rows.itemsize
+            pages = self._memory[: len(runs) * page_bytes].view(host_rows.dtype)
+            pages = pages.view(len(runs), layers, longest, width)
+            into, of = pages.view(torch.uint8).numpy(), host_rows.view(torch.uint8).numpy()
+
+            def copy(place: int) -> None:
+                into[place, :, : runs[place].stop - runs[place].start] = of[:, runs[place]]
+
+            spread(self.copy_out.copying, copy, range(len(runs)))
             with self._lock:
-                self.rows = kept
+                self._pages, self._runs = pages, runs
                 self.written += len(host_slots)
 
         self.copy_out.submit(keep)
@@ -78,6 +99,13 @@ class HostSink:
         return written / max(1, written + dropped)
 
 
+def _runs(slots: npt.NDArray[np.int64]) -> list[slice]:
+    """Of tokens in consecutive slots of one page."""
+    pages, offsets = np.divmod(slots, PAGE_TOKENS)
+    breaks = np.flatnonzero((np.diff(pages) != 0) | (np.diff(offsets) != 1)) + 1
+    return [slice(start, stop) for start, stop in itertools.pairwise([0, *breaks.tolist(), len(slots)])]
+
+
 @dataclass
 class Forward:
     """One kind of forward: the same weights twice, with capture on one of the two."""
@@ -85,7 +113,7 @@ class Forward:
     plain: Step
     captured: Step
     capture: Capture
-    tokens: torch.Tensor  # stands for slots and positions
+    tokens: torch.Tensor  # slots, and in the place of positions
     from_graph: bool
 
     def issue(self, *, captured: bool) -> None:
@@ -217,7 +245,7 @@ class Bench:
         attends = [Decoding(self._model, self._batch, self._context, self._dtype) for _ in self._plain]
         inputs = self._inputs(self._batch)
         plain, hooked = (self._step(layers, attends, inputs) for layers in (self._plain, self._hooked))
-        tokens = torch.arange(self._batch, device=DEVICE)
+        tokens = PAGE_TOKENS * torch.arange(self._batch, device=DEVICE)  # each request's next one is in another page
         differing = self._check_graph(hooked, inputs, tokens[: self._batch * 3 // 4])
         graphs = [graph_of(step) for step in (plain, hooked)]
         forward_ = Forward(graphs[0].replay, graphs[1].replay, self._capture, tokens, True)  # type: ignore[arg-type]
