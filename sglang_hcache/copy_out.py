@@ -75,7 +75,7 @@ class _Ring:
     def __init__(self, size: int) -> None:
         self.size = size
         self._memory = torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)
-        self._pinned = PinnedMemory(self._memory)
+        self._pinned = PinnedMemory(self._memory[None])  # as a whole: copies go anywhere
         self._next = 0
         self._taken: deque[range] = deque()
         self._lock = threading.Lock()

@@ -79,6 +79,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        self._pinned: dict[PrefetchClient | RemoteClient, PinnedMemory] = {}
         self._registration = Registration(
             self._config,
             server_args,
@@ -89,12 +91,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
         )
         try:
-            self._supervisor = supervisor_of(self._config, self._registration.hello)
+            self._supervisor = supervisor_of(
+                self._config, self._registration.hello, opened=self._opened, closing=self._closing
+            )
             store = self._supervisor.start()
         except (Unavailable, OSError) as error:
             raise RuntimeError(f"--hicache-backend hcache cannot reach or start a prefetcher: {error}") from None
         self._renewing = not store.alive
-        self._memory: PinnedMemory | None = None
         self._restorer: Restorer | None = None
         self._saver: Saver = NoSaver()
         self._store: PrefetchClient | RemoteClient | NoStore = store
@@ -167,9 +170,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._saver = NoSaver()
         if scheduler_hooks.capture is not None:
             scheduler_hooks.capture.sink = None
-        if self._memory is not None:
-            self._memory.release()
-        self._memory = self._restorer = None
+        self._restorer = None
         gone, self._store = self._store, NoStore(self._store.layout, self._store.why_ended, lost=self._store.lost)
         self._prefetch_queue.attach(self._store)
         self._supervisor.replace(gone)
@@ -316,10 +317,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def close(self) -> None:
         self._copy_out.close()
-        if self._memory is not None:
-            self._memory.release()
         self._supervisor.close()
-        self._store.close()
+        if not isinstance(self._store, NoStore):
+            self._supervisor.close_store(self._store)
 
     def stats(self) -> dict[str, Any]:
         """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
@@ -347,6 +347,20 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     # ---- the store ----
 
+    def _opened(self, store: PrefetchClient | RemoteClient) -> None:
+        """Takes a second for ten gigabytes: not on the scheduler's thread, once requests are served."""
+        if torch.cuda.is_available():
+            if isinstance(store, PrefetchClient):
+                store.wait_until_settled()  # else the driver takes the memory, page by page
+            torch.cuda.set_device(self._gpu)  # another thread's is the first one, whatever this rank's is
+        self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
+
+    def _closing(self, store: PrefetchClient | RemoteClient) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self._gpu)
+        if memory := self._pinned.pop(store, None):
+            memory.release()
+
     def _attach(self, store: PrefetchClient | RemoteClient) -> None:
         """Save to, and restore from, this store, in the place of the former one."""
         self._connect(store)
@@ -357,9 +371,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._registration.welcomed(store.welcome)
         self._saver = self._make_saver(store)
         memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
-        if self._memory is not None:
-            self._memory.release()
-        self._memory = PinnedMemory(memory)
         layers = [
             StoredLayer(layout.layer_offset(layer), layout.layer_bytes[layer], way.dtype, way.projector)
             for layer, way in enumerate(map(stored.of, range(layout.n_layers)))
@@ -369,7 +380,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             str(self._pool.device),
             self.forward_stream,
             self.layer_done_counter,
-            pinned=self._memory.pinned,
+            pinned=self._pinned[store].pinned,
         )
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:

@@ -1,4 +1,4 @@
-"""Registers the store's memory with CUDA (pins it), so that the GPU can copy from it directly."""
+"""Registers host memory with CUDA (pins it), so that the GPU can copy from it, and to it, directly."""
 
 from __future__ import annotations
 
@@ -8,31 +8,42 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+# Drivers refuse to register more than some hundred gigabytes in one call, whatever is free.
+_MOST_AT_ONCE = 32 << 30
+
 
 class PinnedMemory:
-    """Registers the given memory until `release`. `pinned`: whether CUDA accepted it."""
+    """Registers the given memory until `release`. `pinned`: whether CUDA accepted it.
+
+    memory: where it is large, it is registered some of its rows at a time: a copy may not cross from one part to
+    another.
+    """
 
     def __init__(self, memory: torch.Tensor) -> None:
-        self._address = memory.data_ptr()
+        self._parts: list[int] = []  # addresses
         self.pinned = False
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or not memory.nbytes:
             return
-        error = torch.cuda.cudart().cudaHostRegister(self._address, memory.nbytes, 0)
-        self.pinned = int(error) == 0
-        if not self.pinned:
-            _forget_error()
-            logger.warning(
-                "hcache: CUDA cannot register %.1f GB of host memory (%s): restoring copies it once more, and the "
-                "scheduler waits for that. A smaller --hicache-size, or a higher limit of locked memory, may help.",
-                memory.nbytes / 1e9,
-                torch.cuda.cudart().cudaGetErrorString(error),
-            )
+        for part in memory.split(max(1, _MOST_AT_ONCE // memory[0].nbytes)):
+            if int(error := torch.cuda.cudart().cudaHostRegister(part.data_ptr(), part.nbytes, 0)):
+                self.release()
+                _forget_error()
+                logger.warning(
+                    "hcache: CUDA cannot register %.1f GB of host memory (%s): copies between it and the device take "
+                    "another step, and the scheduler waits for them. A smaller --hicache-size, or a higher limit of "
+                    "locked memory, may help.",
+                    memory.nbytes / 1e9,
+                    torch.cuda.cudart().cudaGetErrorString(error),
+                )
+                return
+            self._parts.append(part.data_ptr())
+        self.pinned = True
 
     def release(self) -> None:
-        """No copy from it may be under way."""
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
-            self.pinned = False
+        """No copy from it, or to it, may be under way."""
+        while self._parts:
+            torch.cuda.cudart().cudaHostUnregister(self._parts.pop())
+        self.pinned = False
 
 
 def _forget_error() -> None:

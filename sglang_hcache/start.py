@@ -52,12 +52,23 @@ def plan(
     return stored, LoadPlanner(shape, kept.machine, stored.layout, page_tokens, learned=kept.learned)
 
 
-def supervisor_of(config: HCacheConfig, hello: Callable[[], Hello]) -> SessionSupervisor[Any]:
+def supervisor_of(
+    config: HCacheConfig,
+    hello: Callable[[], Hello],
+    *,
+    opened: Callable[[Any], None],
+    closing: Callable[[Any], None],
+) -> SessionSupervisor[Any]:
     """Of a session with the prefetcher that the flags name."""
     if config.prefetcher is not None:
-        return RemoteSupervisor(config.prefetcher, config.keys, hello)
+        return RemoteSupervisor(config.prefetcher, config.keys, hello, opened=opened, closing=closing)
     return LocalSupervisor(
-        config.directories, config.directory_bytes, hello, read_bytes_per_s=config.read_bytes_per_s
+        config.directories,
+        config.directory_bytes,
+        hello,
+        read_bytes_per_s=config.read_bytes_per_s,
+        opened=opened,
+        closing=closing,
     )
 
 

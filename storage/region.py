@@ -8,11 +8,13 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from sglang_hcache.storage.files import punch
 
 LOOK_S = 0.2  # between two looks whether what lies behind is still used
+_POLL_S = 0.02
 _STEP_BYTES = 32 << 20
 _HUGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; needs no huge pages to be reserved or enabled
@@ -122,6 +124,16 @@ class Region:
             if self._stop.is_set():
                 return
             punch(self._fd, start, step)
+
+
+def wait_until_taken(path: str, size: int, *, patience_s: float = 5.0) -> None:
+    """Return once the region at `path` takes `size` bytes of the system's memory, or takes no more for so long."""
+    most, since = 0, time.monotonic()
+    with contextlib.suppress(OSError):  # whoever created it is gone
+        while (taken := os.stat(path).st_blocks * 512) < size and time.monotonic() - since < patience_s:
+            if taken > most:
+                most, since = taken, time.monotonic()
+            time.sleep(_POLL_S)
 
 
 def _steps(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.arena import rows
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkLayout, Record
-from sglang_hcache.storage.region import Region
+from sglang_hcache.storage.region import Region, wait_until_taken
 
 NOTHING_YET = Progress((), False)
 ASK_S = 0.5  # a question on the scheduler's thread may not cost more
@@ -192,6 +192,10 @@ class PrefetchClient:
         except Unavailable as error:
             stats["prefetcher"] = f"gone: {error}"
         return (self._figures if self.alive else {}) | stats
+
+    def wait_until_settled(self) -> None:
+        """Until the system's memory has been taken for all of `memory`, or no more of it is."""
+        wait_until_taken(self.welcome.region, self.memory.nbytes)
 
     def give_up(self, why: str) -> None:
         """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""

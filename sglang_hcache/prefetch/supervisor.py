@@ -48,11 +48,20 @@ class SessionSupervisor(ABC, Generic[Client]):
     A store that is gone is replaced in two steps, as somebody may still be reading its memory: the owner of the
     store calls `replace` once that has ended, and finds the next store in `taken` some time later.
 
-    `hello` is asked for anew for each session.
+    `hello` is asked for anew for each session. `opened` is called before its owner gets a store, and `closing`,
+    perhaps more than once, before a store is closed: by the thread that looks for stores, except at start and end.
     """
 
-    def __init__(self, hello: Callable[[], Hello]) -> None:
+    def __init__(
+        self,
+        hello: Callable[[], Hello],
+        *,
+        opened: Callable[[Client], None] = lambda store: None,
+        closing: Callable[[Client], None] = lambda store: None,
+    ) -> None:
         self._hello = hello
+        self._opened: Callable[[Client], None] = opened
+        self._closing: Callable[[Client], None] = closing
         self.news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.restarts = 0
         self._next: Client | None = None
@@ -67,7 +76,7 @@ class SessionSupervisor(ABC, Generic[Client]):
         Raises Unavailable where it takes a person: keys that cannot be read, a prefetcher that cannot be started.
         """
         try:
-            return self.open(timeout_s)
+            store = self.open(timeout_s)
         except Unavailable as error:
             if isinstance(error, Hopeless) or not self._may_answer():
                 raise
@@ -78,6 +87,8 @@ class SessionSupervisor(ABC, Generic[Client]):
             nothing = NoStore(ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes)), str(error), lost=False)
             self._look_for_another(nothing)
             return nothing
+        self._opened(store)
+        return store
 
     def open(self, timeout_s: float = START_S) -> Client:
         """A session. Raises Unavailable."""
@@ -116,7 +127,12 @@ class SessionSupervisor(ABC, Generic[Client]):
         with self._lock:
             self._unwanted.set()
         if store := self.taken():
-            store.close()
+            self.close_store(store)
+
+    def close_store(self, store: Client) -> None:
+        """Nobody uses it any more."""
+        self._closing(store)
+        store.close()
 
     def close(self) -> None:
         self._closed.set()
@@ -141,7 +157,7 @@ class SessionSupervisor(ABC, Generic[Client]):
             try:
                 if not isinstance(gone, NoStore):
                     self._give_up(gone)
-                gone.close()
+                    self.close_store(gone)
                 store = self.open()
             except (Unavailable, OSError) as error:
                 if self._closed.is_set():
@@ -150,11 +166,12 @@ class SessionSupervisor(ABC, Generic[Client]):
                 self._closed.wait(pause)
                 pause = min(2 * pause, BACK_OFF_S[1])
                 continue
+            self._opened(store)
             with self._lock:
                 if wanted := not unwanted.is_set():
                     self._next = store
             if not wanted:
-                store.close()
+                self.close_store(store)
                 return
             self.restarts += gone.lost
             os.eventfd_write(self.news, 1)
@@ -172,8 +189,10 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         hello: Callable[[], Hello],
         *,
         read_bytes_per_s: float | None = None,
+        opened: Callable[[PrefetchClient], None] = lambda store: None,
+        closing: Callable[[PrefetchClient], None] = lambda store: None,
     ) -> None:
-        super().__init__(hello)
+        super().__init__(hello, opened=opened, closing=closing)
         self._endpoint: Endpoint = endpoint_for(directories)
         self._config = ServerConfig(
             self._endpoint.address, directories, quota_bytes, read_bytes_per_s=read_bytes_per_s
@@ -218,8 +237,16 @@ class RemoteSupervisor(SessionSupervisor[RemoteClient]):
     `keys`: the folder of this client.
     """
 
-    def __init__(self, address: str, keys: str | None, hello: Callable[[], Hello]) -> None:
-        super().__init__(hello)
+    def __init__(
+        self,
+        address: str,
+        keys: str | None,
+        hello: Callable[[], Hello],
+        *,
+        opened: Callable[[RemoteClient], None] = lambda store: None,
+        closing: Callable[[RemoteClient], None] = lambda store: None,
+    ) -> None:
+        super().__init__(hello, opened=opened, closing=closing)
         self._address = address
         self._keys = Path(keys) if keys else None
 

@@ -171,6 +171,46 @@ def test_memory_of_a_replaced_prefetcher_is_given_back_first(directory: Path) ->
     supervisor.close()
 
 
+class Memories:
+    """What an owner does with a store's memory: for as long as it is mapped, and not while requests wait."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []  # addresses
+        self.threads: list[threading.Thread] = []
+
+    def opened(self, store: PrefetchClient) -> None:
+        assert len(store.memory)
+        self.threads.append(threading.current_thread())
+        self.taken.append(store.memory.ctypes.data)
+
+    def closing(self, store: PrefetchClient) -> None:
+        self.threads.append(threading.current_thread())
+        if len(store.memory):
+            self.taken.remove(store.memory.ctypes.data)
+
+
+def test_memory_is_made_ready_and_given_up_while_requests_go_on(directory: Path) -> None:
+    memories = Memories()
+    supervisor = LocalSupervisor((str(directory),), None, hello, opened=memories.opened, closing=memories.closing)
+    first = supervisor.start()
+    assert isinstance(first, PrefetchClient)
+    assert memories.taken == [first.memory.ctypes.data]
+    assert memories.threads == [threading.current_thread()]
+    kill(first)
+    assert until(lambda: not first.alive, 1.0)
+    assert len(memories.taken) == 1, "somebody may still read it"
+    supervisor.replace(first)
+    second = replaced(supervisor)
+    assert memories.taken == [second.memory.ctypes.data]
+    assert threading.current_thread() not in memories.threads[1:]
+    kill(second)
+    assert until(lambda: not second.alive, 1.0)
+    supervisor.replace(second)
+    assert until(lambda: supervisor.restarts == 2, 20)
+    supervisor.close()
+    assert not memories.taken, "the one that nobody has fetched"
+
+
 @pytest.mark.parametrize("found", [False, True])
 def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool) -> None:
     """Its session would be for what the client was before."""

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from sglang_hcache.storage.region import Region
+from sglang_hcache.storage.region import Region, wait_until_taken
 
 SIZE = (70 << 20) + 8192  # two steps and a bit; neither in whole huge pages
 TAKEN_S = 30
@@ -27,6 +27,17 @@ def test_all_memory_is_taken_ahead_of_use_and_no_more() -> None:
     time.sleep(0.1)
     assert os.stat(region.path).st_blocks * 512 == SIZE
     assert not np.frombuffer(region.memory, np.uint8).any()
+    region.close()
+
+
+def test_another_process_can_wait_until_all_is_taken() -> None:
+    region = Region.create("hcache-test", SIZE)
+    wait_until_taken(region.path, SIZE)
+    assert region.taken == SIZE
+    began = time.monotonic()
+    wait_until_taken(region.path, SIZE + 1, patience_s=0.2)  # as where the system has no more
+    wait_until_taken("/proc/self/fd/nowhere", SIZE)
+    assert 0.2 <= time.monotonic() - began < 5
     region.close()
 
 
