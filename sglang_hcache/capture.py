@@ -181,12 +181,17 @@ class Capture:
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)
         if not isinstance(hidden, torch.Tensor):  # quantised already, with its scales
-            self._seen[index] = _UNUSABLE
+            self._usable = False
             return
         torch.ops.hcache.stage_rows(hidden, self._staging, self._seen, index)
 
     def before_forward(self) -> None:
+        self._note_what_is_unusable()  # a graph may have been captured since
         self._seen.zero_()
+
+    def _note_what_is_unusable(self) -> None:
+        """One such call is enough: a graph that was captured with it replays it, and runs no Python then."""
+        self._usable = self._usable and bool((self._seen != _UNUSABLE).all())
 
     def after_forward(self, slots: torch.Tensor, positions: torch.Tensor, *, from_graph: bool) -> None:
         """Hand the rows of the forward that was just issued to the sink.
@@ -197,9 +202,8 @@ class Capture:
         if self.sink is None:
             return
         count = slots.numel()
-        fewest = int(self._seen.min())
-        self._usable = self._usable and fewest != _UNUSABLE
-        complete = from_graph or fewest >= count
+        self._note_what_is_unusable()
+        complete = from_graph or int(self._seen.min()) >= count
         if not (self._usable and complete and count <= self._staging.shape[1]):
             self.sink.drop(slots)
             return

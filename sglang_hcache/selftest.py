@@ -55,9 +55,9 @@ def run_self_test(
 
     codec: encodes the rows, and decodes them again, if it is lossless.
 
-    Must run before any request, on all ranks alike; leaves the pools as it found them, empty. The tolerance is
-    what two GEMMs of different shape may differ by: a few roundings to the pool's dtype, and the growth of
-    float32 accumulation over `width` products.
+    Must run before any request, on all ranks alike; leaves the pools as it found them, empty. The tolerance is what
+    two GEMMs of different shape may differ by: a few roundings to the model's dtype, one to the pool's if that is
+    coarser, and the growth of float32 accumulation over `width` products.
     """
     recorder = _Recorder()
     capture.sink = recorder
@@ -67,7 +67,7 @@ def run_self_test(
             if recorder.rows is None:
                 return SelfTestResult(float("inf"), 0.0)
             rows, positions, slots = recorder.rows, recorder.positions, recorder.slots
-            tolerance = _tolerance(rows.dtype, rows.shape[-1])
+            tolerance = _tolerance(rows.dtype, pool.dtype, rows.shape[-1])
             if codec is None or not codec.lossless:
                 return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)
             coded = torch.empty(*rows.shape[:2], codec.row_bytes, dtype=torch.uint8, device=rows.device)
@@ -91,14 +91,21 @@ def _worst(
     errors = []
     for layer in range(rows.shape[0]):
         buffers = (pool.k_buffer[layer], pool.v_buffer[layer])
-        expected = [buffer[slots].float() for buffer in buffers]
+        expected = [_values(buffer, slots, pool) for buffer in buffers]
         for buffer in buffers:
             buffer[slots] = torch.zeros((), dtype=buffer.dtype, device=buffer.device)
         projector.project(layer, rows[layer], positions, slots)
         for buffer, want in zip(buffers, expected, strict=True):
-            errors.append((buffer[slots].float() - want).abs().max() / want.abs().max())
+            errors.append((_values(buffer, slots, pool) - want).abs().max() / want.abs().max())
     return float(torch.stack(errors).max())
 
 
-def _tolerance(dtype: torch.dtype, width: int) -> float:
-    return float(4 * torch.finfo(dtype).eps + 4 * width**0.5 * torch.finfo(torch.float32).eps)
+def _values(buffer: torch.Tensor, slots: torch.Tensor, pool: MHATokenToKVPool) -> torch.Tensor:
+    """SGLang keeps values of eight bits as bytes."""
+    return buffer[slots].view(pool.dtype).float()
+
+
+def _tolerance(rows: torch.dtype, pool: torch.dtype, width: int) -> float:
+    """A pool of eight bits rounds once more: the same value, a little off, may go to the next one up or down."""
+    once_more = torch.finfo(pool).eps if pool.itemsize < rows.itemsize else 0.0
+    return float(once_more + 4 * torch.finfo(rows).eps + 4 * width**0.5 * torch.finfo(torch.float32).eps)

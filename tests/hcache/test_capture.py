@@ -105,16 +105,29 @@ def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Att
     assert sink.rows is None
 
 
+QUANTISED = (torch.zeros(4, WIDTH, dtype=torch.int8), torch.ones(1), torch.float32)  # values, scales, what they were
+
+
 def test_an_input_that_is_quantised_already_is_not_captured(capture: Capture, modules: list[Attention]) -> None:
-    """SGLang hands attention a tuple then: values, scales, the dtype they had."""
+    """SGLang hands attention a tuple then."""
     capture.before_forward()
     for module in modules:
-        quantised = (torch.zeros(4, WIDTH, dtype=torch.int8), torch.ones(1), torch.float32)
-        module(torch.arange(4), hidden_states=quantised, forward_batch=None)
+        module(torch.arange(4), hidden_states=QUANTISED, forward_batch=None)
     capture.after_forward(torch.arange(4), torch.arange(4), from_graph=False)
     assert isinstance(capture.sink, Sink)
     assert capture.sink.rows is None
     assert capture.sink.dropped == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("recorded", [QUANTISED, torch.zeros(4, WIDTH + 1)], ids=["quantised", "another width"])
+def test_what_a_graph_has_recorded_ends_capture_before_it_is_replayed(
+    recorded: object, capture: Capture, modules: list[Attention]
+) -> None:
+    """The model is called for that by itself, outside of a forward."""
+    modules[1](torch.arange(4), hidden_states=recorded, forward_batch=None)
+    sink = forward(capture, modules, torch.randn(4, WIDTH), count=4, from_graph=True)
+    assert sink.rows is None
+    assert sink.dropped == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", range(20))
