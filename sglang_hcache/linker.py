@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -29,7 +31,7 @@ from sglang_hcache.ranks import rank_name
 from sglang_hcache.registration import Registration
 from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
-from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of
+from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
 from sglang_hcache.streams import current_stream, new_stream
 
@@ -74,6 +76,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._copy_out: CopyOut = _copy_out_of(str(self._pool.device))
         self._queued: list[Load] = []
         self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
+        self._landing: deque[tuple[int, list[Load]]] = deque()  # by batch; SGLang does not ask for these any more
         self._completed_offloads = 0
         self._offload_follows = ROOT
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
@@ -103,6 +106,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store: PrefetchClient | RemoteClient | NoStore = store
         if not isinstance(store, NoStore):
             self._connect(store)
+        warm_up(self._stored, self._pool, self._page_tokens)
         self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
         self._prefetch_queue = PrefetchQueue(
             store,
@@ -155,6 +159,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def renew_store(self) -> None:
         """Called between batches: leave a store that is gone, once nothing reads its memory, and take the next."""
+        self._give_back_what_has_landed()
         if self._store.alive:
             return
         if not self._renewing and not self._under_way:
@@ -212,17 +217,27 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        """Does not wait: whatever uses these slots from now on does so in a forward, behind their loads."""
         if counter_index not in self._started:
             return self._drop_what_was_never_started()
-        seconds = self.layer_done_counter.synchronize(counter_index)
         loads, landed = self._started.pop(counter_index)
-        for load in loads:
-            self.forget_request(load.rid)
-        tokens = sum(len(load.chunks) for load in loads) * self._page_tokens
-        self._tokens_restored += tokens * landed
-        if landed and seconds is not None and self._planner is not None:
-            self._planner.restored(tokens, seconds)
+        self.layer_done_counter.follow(counter_index, current_stream(str(self._pool.device), self.forward_stream))
+        self._tokens_restored += self._tokens_of(loads) * landed
+        self._landing.append((counter_index, loads))
+        self._give_back_what_has_landed()
         return landed
+
+    def _give_back_what_has_landed(self, *, wait: bool = False) -> None:
+        while self._landing and (wait or self.layer_done_counter.is_restored(self._landing[0][0])):
+            index, loads = self._landing.popleft()
+            seconds = self.layer_done_counter.synchronize(index)
+            for load in loads:
+                self.forget_request(load.rid)
+            if seconds is not None and self._planner is not None:
+                self._planner.restored(self._tokens_of(loads), seconds)
+
+    def _tokens_of(self, loads: Sequence[Load]) -> int:
+        return sum(len(load.chunks) for load in loads) * self._page_tokens
 
     def _drop_what_was_never_started(self) -> bool:
         """A forward has run without these loads: SGLang aborts their requests, and frees the slots they are for."""
@@ -235,7 +250,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued."""
-        self._forwards.begin(batch, alone=not self._started)
+        self._forwards.begin(batch, alone=not (self._started or self._landing))
 
     def forward_ended(self) -> None:
         self._forwards.end()
@@ -260,7 +275,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     @property
     def _under_way(self) -> list[Load]:
-        return [*self._queued, *(load for loads, _ in self._started.values() for load in loads)]
+        started, landing = (loads for loads, _ in self._started.values()), (loads for _, loads in self._landing)
+        return list(itertools.chain(self._queued, *started, *landing))
 
     # ---- offload ----
 
@@ -299,6 +315,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """What the store has promised, and what is on its way into it. Loads under way come to their end."""
         for index in self._started:
             self.layer_done_counter.synchronize(index)
+        self._give_back_what_has_landed(wait=True)
         self._queued.clear()
         self._restored.clear()
         self._prefetch_queue.clear()
@@ -316,6 +333,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store.give_up("the weights were changed; from now on pages are kept in host memory only")
 
     def close(self) -> None:
+        self._give_back_what_has_landed(wait=True)
         self._copy_out.close()
         self._supervisor.close()
         if not isinstance(self._store, NoStore):

@@ -12,7 +12,7 @@ from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_para
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.flags import GB
-from sglang_hcache.model import Pool, kv_buffers
+from sglang_hcache.model import Pool
 from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
 from sglang_hcache.prefetch.messages import Hello, Welcome
 from sglang_hcache.ranks import (
@@ -170,8 +170,8 @@ class Registration:
         if memory.hicache_size > 0:
             return 0.0, int(memory.hicache_size * GB)
         ratio: float = memory.hicache_ratio
-        layers = range(self._pool.layer_num)
-        pool_bytes = sum(buffer.nbytes for layer in layers for buffer in kv_buffers(self._pool, layer))
+        tokens = self._pool.size + self._pool.page_size  # buffers may be larger, by addresses without memory
+        pool_bytes = tokens * self._pool.layer_num * self._stored.formats.kv.row_bytes
         wanted = int(ratio * pool_bytes)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
             if self._config.prefetcher is not None:

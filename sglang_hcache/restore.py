@@ -107,6 +107,15 @@ class LayerEvents:
         """The stream that restores batch `index` has nothing else to do from `event` on."""
         self._begins[index] = event
 
+    def follow(self, index: int, stream: Stream) -> None:
+        """The stream goes on only when batch `index` is restored."""
+        if recorded := self._recorded.get(index):
+            stream.wait(recorded[-1])
+
+    def is_restored(self, index: int) -> bool:
+        recorded = self._recorded.get(index)
+        return not recorded or recorded[-1].query()
+
     def synchronize(self, index: int) -> float | None:
         """Wait until batch `index` is restored; seconds it took from its begin, where anything was."""
         begin, recorded = self._begins.pop(index, None), self._recorded.pop(index, [])

@@ -31,6 +31,7 @@ def leaving_no_trace(runner: Any) -> Iterator[None]:
     finally:
         runner.req_to_token_pool.clear()
         runner.token_to_kv_pool_allocator.clear()
+        runner.shared_read_done_event = None  # else a request's first forward would take it for its own
 
 
 class _NoPrefixCache(SimpleNamespace):

@@ -20,7 +20,9 @@ from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
 from sglang_hcache.model import Pool, kv_buffers
 from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.projector import KVProjector
 from sglang_hcache.storage.contract import Progress
+from sglang_hcache.streams import Event, ImmediateStream, _Passed
 from tests.e2e.conftest import wait_until
 from tests.hcache.test_registration import SERVER
 from tests.storage.pages import key_of, keys_of
@@ -152,6 +154,53 @@ def test_what_is_being_loaded_stays_leased_until_it_has_landed(stored: HCacheLin
     assert stored.stats()["pages_leased"] == 0
 
 
+class Forward(ImmediateStream):
+    def __init__(self) -> None:
+        self.waits_for: list[object] = []
+
+    def wait(self, event: Event) -> None:
+        self.waits_for.append(event)
+
+
+class Ahead(_Passed):
+    """A place that the device has not come to yet."""
+
+    passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["next step", "reset"])
+def test_the_scheduler_goes_on_while_a_load_lands(
+    waits: bool, stored: HCacheLinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards wait for it, and what it reads stays leased."""
+    forward, event = Forward(), Ahead()
+    monkeypatch.setattr(linker, "current_stream", lambda *_: forward)
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    stored.layer_done_counter.restored(index, event)
+    assert stored.finish_layer_wise_loading(index)
+    assert forward.waits_for == [event]
+    stored.forget_request("a")
+    stored.renew_store()
+    assert stored.stats()["pages_leased"] == 2
+    assert [load.rid for load in stored._under_way] == ["a"]
+    if waits:
+        stored.reset()
+        assert event.passed
+    event.passed = True
+    stored.renew_store()
+    stats = stored.stats()
+    assert (stats["pages_leased"], stats["tokens_restored"]) == (0, 2 * PAGE)
+    assert not stored._under_way
+
+
 def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: Pool) -> None:
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
@@ -190,6 +239,23 @@ def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkey
     assert tier.admissible() == ["a"]
     tier.admit(["a"])
     assert not tier.held
+
+
+def test_kernels_have_run_before_the_first_request_and_left_no_trace(
+    make: Callable[..., HCacheLinker], pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, ran = [buffer.clone() for buffer in buffers_of(pool)], list[int]()
+    project = KVProjector.project
+
+    def noted(self: KVProjector, layer: int, rows: torch.Tensor, *places: torch.Tensor) -> None:
+        ran.append(len(rows))
+        project(self, layer, rows, *places)
+
+    monkeypatch.setattr(KVProjector, "project", noted)
+    made = make()
+    assert set(ran) == {PAGE}
+    assert all(torch.equal(buffer, was) for buffer, was in zip(buffers_of(pool), before, strict=True))
+    made.close()
 
 
 def test_a_model_without_a_radix_cache_is_refused(make: Callable[..., HCacheLinker]) -> None:

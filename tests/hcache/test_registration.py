@@ -81,8 +81,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
-    halves = [torch.empty(500, dtype=torch.uint8)] * 2
-    pool: Any = SimpleNamespace(dtype=torch.float32, layer_num=2, k_buffer=halves, v_buffer=halves)
+    pool: Any = SimpleNamespace(dtype=torch.float32, layer_num=2, size=32, page_size=8)
 
     def said(
         model: Path | str,
@@ -102,7 +101,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             hicache_write_policy="write_through",
         )
         vars(parallel).update(vars(place or placed()))
-        kv: Any = SimpleNamespace(row_bytes=64, projector_name="copy")
+        kv: Any = SimpleNamespace(row_bytes=25, projector_name="copy")
         stored = Stored(Layout(0, 0, 2), Formats(None, "", kv, 64, kv_same_on_all_ranks=latent), "")
         monkeypatch.setattr(registration, "get_memory", lambda: memory)
         monkeypatch.setattr(registration, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
