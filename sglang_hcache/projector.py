@@ -15,7 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from sglang_hcache.model import AttentionSite, Pool, kv_buffers
-from sglang_hcache.triton_kernels.rows import gather_kv, scatter_kv
+from sglang_hcache.triton_kernels.rows import PoolLayers, scatter_kv
 
 
 class _Stored(Exception):
@@ -137,14 +137,22 @@ class KVProjector:
             buffer[slots] = part.contiguous().view(buffer.dtype).view(-1, *buffer.shape[1:])
 
 
-def pool_rows(pool: Pool, layer: int, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """What the pool keeps in slots `[n]`, as a KVProjector takes it: out uint8 `[n, bytes]`, on the pool's device."""
-    buffers = kv_buffers(pool, layer)
-    if out.device.type == "cuda":
-        gather_kv(buffers, slots, out)
-        return
-    for buffer, part in zip(buffers, _parts(out, buffers), strict=True):
-        part.copy_(buffer[slots].flatten(1).view(torch.uint8))
+class PoolReader:
+    """What the pool keeps of some layers, as a KVProjector takes it."""
+
+    def __init__(self, pool: Pool, layers: range) -> None:
+        self._buffers = [kv_buffers(pool, layer) for layer in layers]
+        on_gpu = self._buffers[0][0].device.type == "cuda"
+        self._layers = PoolLayers(self._buffers) if on_gpu else None
+
+    def read(self, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
+        """Of layers from the `first` one of these on, what is in slots `[n]`: out uint8 `[some layers, n, bytes]`."""
+        if self._layers is not None:
+            self._layers.gather_kv(first, slots, out)
+            return
+        for buffers, rows in zip(self._buffers[first : first + len(out)], out, strict=True):
+            for buffer, part in zip(buffers, _parts(rows, buffers), strict=True):
+                part.copy_(buffer[slots].flatten(1).view(torch.uint8))
 
 
 def _parts(rows: torch.Tensor, buffers: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

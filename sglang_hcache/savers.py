@@ -15,7 +15,7 @@ from sglang_hcache.codec import Codec
 from sglang_hcache.copy_out import CopyOut, spread
 from sglang_hcache.model import Pool
 from sglang_hcache.open_pages import OpenPages, chunk_rows
-from sglang_hcache.projector import pool_rows
+from sglang_hcache.projector import PoolReader
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.streams import Event
 
@@ -198,8 +198,8 @@ class KVRows:
         forward_stream: torch.cuda.Stream | None,
     ) -> None:
         self._copy_out = copy_out
-        self._pool = pool
-        self._layers = layers
+        self._pool = PoolReader(pool, layers)
+        self._layers = len(layers)
         self._chunks = chunk_rows(store, layers)
         self._forward_stream = forward_stream if torch.cuda.is_available() else None
 
@@ -212,11 +212,10 @@ class KVRows:
             torch.cuda.current_stream().wait_stream(self._forward_stream)
         row_bytes, parts = self._chunks.shape[3], []
         together = max(1, _GATHERED_BYTES // (len(slots) * row_bytes))
-        for first in range(0, len(self._layers), together):
-            layers = self._layers[first : first + together]
-            found = torch.empty((len(layers), len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
-            for layer, rows in zip(layers, found, strict=True):
-                pool_rows(self._pool, layer, slots, rows)
+        for first in range(0, self._layers, together):
+            shape = (min(together, self._layers - first), len(slots), row_bytes)
+            found = torch.empty(shape, dtype=torch.uint8, device=slots.device)
+            self._pool.read(first, slots, found)
             if (part := self._copy_out.rows_to_host(found)) is None:
                 return None
             parts.append(part)

@@ -18,7 +18,7 @@ from sglang_hcache.model import Pool
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
-from sglang_hcache.projector import pool_rows
+from sglang_hcache.projector import PoolReader
 from sglang_hcache.ranks import taking_turns
 from sglang_hcache.representation import Stored, formats_of
 from sglang_hcache.storage.store import READ_THREADS
@@ -57,13 +57,13 @@ def plan(
 def warm_up(stored: Stored, pool: Pool, page_tokens: int) -> None:
     """Kernels of a page are compiled before a request waits for them. Leaves the pool as it was."""
     slots, layout = torch.arange(page_tokens, device=pool.device), stored.layout
-    as_it_was = torch.empty(page_tokens, stored.formats.kv.row_bytes, dtype=torch.uint8, device=pool.device)
+    as_it_was = torch.empty(1, page_tokens, stored.formats.kv.row_bytes, dtype=torch.uint8, device=pool.device)
     for layer in {0, layout.hidden} - {layout.layers}:  # the first of each kind
-        pool_rows(pool, layer, slots, as_it_was)
+        PoolReader(pool, range(layout.layers)).read(layer, slots, as_it_was)
         way = stored.of(layer)
         rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=pool.device)
         way.projector.project(layer, rows.view(way.dtype), slots, slots)
-        stored.formats.kv.projector.project(layer, as_it_was, slots, slots)
+        stored.formats.kv.projector.project(layer, as_it_was[0], slots, slots)
 
 
 def supervisor_of(

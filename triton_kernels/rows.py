@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from sglang_hcache.triton_kernels.checks import require_indices
 
 WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multiples
 _WARP_WORDS = 256  # that a warp has on the way
-_KV_WARPS = 4  # of a program of `_move_kv`
+_KV_WARPS = 4  # of a program that moves K and V
 
 
 @triton.jit(do_not_specialize=["n", "tasks"])
@@ -87,14 +88,13 @@ def copy_rows_reference(
 
 
 @triton.jit
-def _move_kv(
+def _scatter_kv(
     rows,  # words [n, k_words + v_words]
     slots,  # int64 [n]
     keys,  # words [slots, k_words]
     values,  # words [slots, v_words]
     k_words: tl.constexpr,
     v_words: tl.constexpr,
-    GATHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: n, blocks of a row."""
@@ -103,16 +103,32 @@ def _move_kv(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     of_k = columns < k_words
     of_v = (columns >= k_words) & (columns < k_words + v_words)
-    row = rows + index * (k_words + v_words) + columns
-    key = keys + slot * k_words + columns
-    value = values + slot * v_words + (columns - k_words)
-    if GATHER:
-        words = tl.load(key, mask=of_k, other=0) | tl.load(value, mask=of_v, other=0)
-        tl.store(row, words, mask=of_k | of_v)
-    else:
-        words = tl.load(row, mask=of_k | of_v)
-        tl.store(key, words, mask=of_k)
-        tl.store(value, words, mask=of_v)
+    words = tl.load(rows + index * (k_words + v_words) + columns, mask=of_k | of_v)
+    tl.store(keys + slot * k_words + columns, words, mask=of_k)
+    tl.store(values + slot * v_words + (columns - k_words), words, mask=of_v)
+
+
+@triton.jit
+def _gather_kv(
+    addresses,  # int64 [layers, 2], of K's and V's words: [slots, k_words], [slots, v_words]
+    slots,  # int64 [n]
+    out,  # words [layers, n, k_words + v_words]
+    k_words: tl.constexpr,
+    v_words: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: n, blocks of a row, layers."""
+    index, layer = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    slot = tl.load(slots + index)
+    keys = tl.load(addresses + 2 * layer).to(tl.pointer_type(tl.int64))
+    values = tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.int64))
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    of_k = columns < k_words
+    of_v = (columns >= k_words) & (columns < k_words + v_words)
+    words = tl.load(keys + slot * k_words + columns, mask=of_k, other=0)
+    words |= tl.load(values + slot * v_words + (columns - k_words), mask=of_v, other=0)
+    row = layer * tl.num_programs(0) + index
+    tl.store(out + row * (k_words + v_words) + columns, words, mask=of_k | of_v)
 
 
 def scatter_kv(rows: torch.Tensor, slots: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
@@ -121,32 +137,63 @@ def scatter_kv(rows: torch.Tensor, slots: torch.Tensor, buffers: Sequence[torch.
     rows: `[n, …]`, contiguous; slots: int64 `[n]`, all different; buffers: K's and V's, or the one of MLA's latent,
     `[slots, …]`, contiguous. One launch. Raises ValueError for sizes that do not agree, or are no multiples of 8.
     """
-    _launch_kv(rows, slots, buffers, gather=False)
+    k_words, v_words = _kv_words(buffers)
+    _require_rows(rows, slots, k_words, v_words)
+    if len(slots):
+        block = _kv_block(k_words + v_words)
+        _scatter_kv[(len(slots), triton.cdiv(k_words + v_words, block))](
+            _words(rows), slots, _words(buffers[0]), _words(buffers[-1]),
+            k_words=k_words, v_words=v_words, BLOCK=block, num_warps=_KV_WARPS,
+        )  # fmt: skip
 
 
-def gather_kv(buffers: Sequence[torch.Tensor], slots: torch.Tensor, out: torch.Tensor) -> None:
-    """The inverse of `scatter_kv`: `out[i]` = K's bytes and then V's of slot `slots[i]`; out may be pinned memory."""
-    _launch_kv(out, slots, buffers, gather=True)
+class PoolLayers:
+    """Where the pool keeps some layers, for a kernel that goes over several of them in one launch.
+
+    layers: for each, its buffers as `scatter_kv` takes them, alike in size. They must stay where they are. Raises
+    ValueError for sizes that differ, or are no multiples of 8.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[torch.Tensor]]) -> None:
+        sizes = {_kv_words(buffers) for buffers in layers}
+        if len(sizes) != 1:
+            raise ValueError(f"layers of {len(sizes)} sizes, not of one")
+        ((self.k_words, self.v_words),) = sizes
+        places = [[buffers[0].data_ptr(), buffers[-1].data_ptr()] for buffers in layers]
+        self.addresses = torch.tensor(places, dtype=torch.int64, device=layers[0][0].device)
+
+    def gather_kv(self, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
+        """The inverse of `scatter_kv`: `out[l, i]` = K's bytes and then V's of slot `slots[i]` in layer `first + l`.
+
+        slots: int64 `[n]`; out `[some layers, n, …]`, contiguous, may be pinned memory. One launch. Raises ValueError
+        for sizes that do not agree, or layers that are not there.
+        """
+        count = len(out)
+        if not count or not 0 <= first <= len(self.addresses) - count:
+            raise ValueError(f"layers {first} to {first + count - 1} of {len(self.addresses)}")
+        _require_rows(out[0], slots, self.k_words, self.v_words)
+        if len(slots):
+            words = self.k_words + self.v_words
+            block = _kv_block(words)
+            _gather_kv[(len(slots), triton.cdiv(words, block), count)](
+                self.addresses[first:], slots, _words(out),
+                k_words=self.k_words, v_words=self.v_words, BLOCK=block, num_warps=_KV_WARPS,
+            )  # fmt: skip
 
 
-def _launch_kv(rows: torch.Tensor, slots: torch.Tensor, buffers: Sequence[torch.Tensor], *, gather: bool) -> None:
-    require_indices("slots", slots, len(slots))
-    k_buffer, v_buffer = buffers[0], buffers[-1]
-    k_bytes = k_buffer[0].nbytes
-    v_bytes = v_buffer[0].nbytes if len(buffers) == 2 else 0
-    if len(rows) != len(slots) or (len(rows) and rows[0].nbytes != k_bytes + v_bytes):
-        raise ValueError(
-            f"{len(slots)} slots of {k_bytes} + {v_bytes} bytes for rows {list(rows.shape)} {rows.dtype}"
-        )
+def _kv_words(buffers: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Of K and of V in a slot; a latent's, and none."""
+    k_bytes, v_bytes = buffers[0][0].nbytes, buffers[1][0].nbytes if len(buffers) == 2 else 0
     if k_bytes % WORD or v_bytes % WORD:
         raise ValueError(f"K and V of {k_bytes} and {v_bytes} bytes cannot be moved in words of {WORD}")
-    if len(slots):
-        words = (k_bytes + v_bytes) // WORD
-        block = _kv_block(words)
-        _move_kv[(len(slots), triton.cdiv(words, block))](
-            _words(rows), slots, _words(k_buffer), _words(v_buffer),
-            k_words=k_bytes // WORD, v_words=v_bytes // WORD, GATHER=gather, BLOCK=block, num_warps=_KV_WARPS,
-        )  # fmt: skip
+    return k_bytes // WORD, v_bytes // WORD
+
+
+def _require_rows(rows: torch.Tensor, slots: torch.Tensor, k_words: int, v_words: int) -> None:
+    require_indices("slots", slots, len(slots))
+    if len(rows) != len(slots) or (len(rows) and rows[0].nbytes != (k_words + v_words) * WORD):
+        sizes = f"{k_words * WORD} + {v_words * WORD} bytes"
+        raise ValueError(f"{len(slots)} slots of {sizes} for rows {list(rows.shape)} {rows.dtype}")
 
 
 def _kv_block(words: int) -> int:
@@ -169,16 +216,22 @@ def compile_specs() -> Iterator[KernelSpec]:
             aligned=tuple(pointers),
         )
     pool = {"rows": "*i64", "slots": "*i64", "keys": "*i64", "values": "*i64"}
-    for (k_bytes, v_bytes), gather in itertools.product(((256, 256), (8192, 8192), (1152, 0)), (False, True)):
+    several = {"addresses": "*i64", "slots": "*i64", "out": "*i64"}
+    kernels: tuple[tuple[str, Any, dict[str, str]], ...] = (
+        ("scatter", _scatter_kv, pool),
+        ("gather", _gather_kv, several),
+    )
+    for (k_bytes, v_bytes), (name, kernel, signature) in itertools.product(
+        ((256, 256), (8192, 8192), (1152, 0)), kernels
+    ):
         k_words, v_words = k_bytes // WORD, v_bytes // WORD
-        sizes = {"k_words": k_words, "v_words": v_words, "BLOCK": _kv_block(k_words + v_words)}
         yield KernelSpec(
-            name=f"{'gather' if gather else 'scatter'}_kv of {k_bytes} and {v_bytes} bytes",
-            kernel=_move_kv,
-            signature=pool,
-            constexprs={**sizes, "GATHER": gather},
+            name=f"{name}_kv of {k_bytes} and {v_bytes} bytes",
+            kernel=kernel,
+            signature=signature,
+            constexprs={"k_words": k_words, "v_words": v_words, "BLOCK": _kv_block(k_words + v_words)},
             num_warps=_KV_WARPS,
-            aligned=tuple(pool),
+            aligned=tuple(signature),
         )
 
 

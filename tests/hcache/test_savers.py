@@ -15,6 +15,7 @@ from sglang_hcache import savers
 from sglang_hcache.codec import PackedCodec
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.open_pages import chunk_rows
+from sglang_hcache.projector import PoolReader
 from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.store import LocalStore
@@ -136,7 +137,7 @@ def test_pages_whose_k_and_v_cannot_be_copied_are_left_out(
         if trouble == "crowded":
             patch.setattr(type(saver._copy_out), "rows_to_host", lambda *_: None)
         else:
-            patch.setattr(savers, "pool_rows", no_memory)
+            patch.setattr(PoolReader, "read", no_memory)
         saver.save(KEYS[:1], ROOT, slots)
     saver.clear()
     assert store.contains(KEYS[:1]) == [False]
