@@ -168,7 +168,8 @@ class Connection:
         while isinstance(answer := self._answer_to_hello(timeout_s, go_on), m.Waiting):
             if time.monotonic() > said_at + WAITING_S:
                 said_at = time.monotonic()
-                log.info("hcache: the prefetcher is not ready yet: %d pages must be written first.", answer.pages)
+                first = f"{answer.pages} pages must be written first" if answer.pages else "it opens its directories"
+                log.info("hcache: the prefetcher is not ready yet: %s.", first)
         if not isinstance(answer, m.Welcome):
             raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
         return answer
