@@ -219,10 +219,14 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     kill(client)
     assert until(lambda: not client.alive, 1.0)
     supervisor.replace(client)
+    search = supervisor._thread
+    assert search is not None
     if found:
         assert until(lambda: supervisor.restarts == 1, 20)
     supervisor.stop_replacing()
     other = supervisor.open()
+    search.join(20)
+    assert not search.is_alive(), "else it may yet start a prefetcher"
     assert until(lambda: figures(other)["prefetcher_clients"] == 1, 20), "no session is left behind"
     assert supervisor.taken() is None
     assert until(lambda: len(prefetchers(directory)) == 1), "what was started beside it sees that it is not needed"
