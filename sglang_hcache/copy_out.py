@@ -19,6 +19,7 @@ from sglang_hcache.streams import Event, ImmediateStream, Stream
 logger = logging.getLogger(__name__)
 
 _FORWARDS_PENDING = 3  # one is being copied, one is issued, and one may lie across the end of the memory
+_LEAST_BYTES = 1 << 30  # a long answer is saved as a whole, and may be more than a forward's tokens
 _ALIGNMENT = 64  # bytes
 _COPYING_THREADS = 4
 
@@ -116,8 +117,8 @@ class StreamCopyOut:
         self._thread.start()
 
     def expect(self, forward_bytes: int) -> None:
-        """One forward hands over so much at most: pinned memory for three such is taken, and kept."""
-        size = _FORWARDS_PENDING * (forward_bytes + _ALIGNMENT)
+        """One forward hands over so much at most: pinned memory for three such, or more, is taken, and kept."""
+        size = max(_LEAST_BYTES, _FORWARDS_PENDING * (forward_bytes + _ALIGNMENT))
         if size > self._ring.size:
             self.drain()
             self._ring.release()

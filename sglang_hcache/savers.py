@@ -142,8 +142,15 @@ class PageSaver:
     # ---- pages that SGLang names ----
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
+        together = len(keys) if self._kv is None else self._kv.pages_together
+        for first in range(0, len(keys), together):
+            some, tokens = slice(first, first + together), self._page_tokens
+            before = keys[first - 1] if first else parent
+            self._save_together(keys[some], before, slots[some.start * tokens : some.stop * tokens])
+
+    def _save_together(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
         first_slots = self._copy_out.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
-        rows: Sequence[torch.Tensor] | None = None
+        rows = None
         if self._kv is not None:
             try:
                 rows = self._kv.gather(slots)
@@ -152,7 +159,7 @@ class PageSaver:
         self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
 
     def _commit(
-        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: Sequence[torch.Tensor] | None
+        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: torch.Tensor | None
     ) -> None:
         chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
         if self._kv is not None and rows is None:
@@ -199,37 +206,28 @@ class KVRows:
     ) -> None:
         self._copy_out = copy_out
         self._pool = PoolReader(pool, layers)
-        self._layers = len(layers)
         self._chunks = chunk_rows(store, layers)
         self._forward_stream = forward_stream if torch.cuda.is_available() else None
+        self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
 
-    def gather(self, slots: torch.Tensor) -> Sequence[torch.Tensor] | None:
-        """Copies K and V of device slots `[n]` to the host; the next job finds them.
+    def gather(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`.
 
-        Some layers at a time, in their order, uint8 `[layers, n, bytes]`; None where the host has no room for them.
+        None where the host has no room for them.
         """
         if self._forward_stream is not None:
             torch.cuda.current_stream().wait_stream(self._forward_stream)
-        row_bytes, parts = self._chunks.shape[3], []
-        together = max(1, _GATHERED_BYTES // (len(slots) * row_bytes))
-        for first in range(0, self._layers, together):
-            shape = (min(together, self._layers - first), len(slots), row_bytes)
-            found = torch.empty(shape, dtype=torch.uint8, device=slots.device)
-            self._pool.read(first, slots, found)
-            if (part := self._copy_out.rows_to_host(found)) is None:
-                return None
-            parts.append(part)
-        return parts
+        _, layers, _, row_bytes = self._chunks.shape
+        found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
+        self._pool.read(0, slots, found)
+        return self._copy_out.rows_to_host(found)
 
-    def write(self, parts: Sequence[torch.Tensor], pages: Sequence[int], chunks: Sequence[int]) -> None:
+    def write(self, rows: torch.Tensor, pages: Sequence[int], chunks: Sequence[int]) -> None:
         """Page `pages[i]` of what was gathered goes to slot `chunks[i]`."""
-        by_page = [part.numpy().reshape(len(part), -1, *self._chunks.shape[2:]) for part in parts]
+        by_page = rows.numpy().reshape(len(rows), -1, *self._chunks.shape[2:])
 
         def copy(place: tuple[int, int]) -> None:
             page, chunk = place
-            first = 0
-            for layers in by_page:
-                self._chunks[chunk, first : first + len(layers)] = layers[:, page]
-                first += len(layers)
+            self._chunks[chunk] = by_page[:, page]
 
         spread(self._copy_out.copying, copy, list(zip(pages, chunks, strict=True)))

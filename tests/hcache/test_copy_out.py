@@ -49,6 +49,11 @@ class HeldStream(ImmediateStream):
             event.passed.set()
 
 
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_out_module, "_LEAST_BYTES", 0)
+
+
 @pytest.fixture
 def stream() -> HeldStream:
     return HeldStream()

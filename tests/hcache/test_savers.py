@@ -53,9 +53,17 @@ def copy_out(request: pytest.FixtureRequest) -> Iterator[CopyOut]:
     copy_out.close()
 
 
-@pytest.fixture
-def saver(copy_out: CopyOut, store: LocalStore, pool: MHATokenToKVPool) -> PageSaver:
+@pytest.fixture(params=[1, 2, 100], ids=lambda pages: f"{pages} together")
+def saver(
+    request: pytest.FixtureRequest,
+    copy_out: CopyOut,
+    store: LocalStore,
+    pool: MHATokenToKVPool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> PageSaver:
+    monkeypatch.setattr(savers, "_GATHERED_BYTES", request.param * len(KV) * PAGE * 2 * 4 * HEADS * HEAD)
     kv = KVRows(store, copy_out, pool, KV, None)
+    assert kv.pages_together == request.param
     return PageSaver(store, copy_out, captured=len(HIDDEN), kv=kv)
 
 
@@ -78,23 +86,14 @@ def capture(saver: PageSaver, device_page: int, rows: torch.Tensor) -> torch.Ten
     return slots
 
 
-@pytest.mark.parametrize("layers_together", [1, 2, 3])
-def test_a_page_holds_both(
-    layers_together: int,
-    saver: PageSaver,
-    store: LocalStore,
-    pool: MHATokenToKVPool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pages = (5, 2)
-    of_a_layer = len(pages) * PAGE * 2 * 4 * HEADS * HEAD
-    monkeypatch.setattr(savers, "_GATHERED_BYTES", layers_together * of_a_layer)
+def test_a_page_holds_both(saver: PageSaver, store: LocalStore, pool: MHATokenToKVPool) -> None:
+    pages = (5, 2, 4)
     rows = torch.randn(len(pages), len(HIDDEN), PAGE, WIDTH)
     slots = torch.cat([capture(saver, *page) for page in zip(pages, rows, strict=True)])
-    saver.save(KEYS[:2], ROOT, slots)
+    saver.save(KEYS, ROOT, slots)
     saver.clear()
-    leased = store.lease("test", KEYS[:2])
-    assert len(leased) == 2
+    leased = store.lease("test", KEYS)
+    assert len(leased) == len(pages)
     hidden, kv = (chunk_rows(store, layers)[leased] for layers in (HIDDEN, KV))
     assert np.array_equal(hidden.view(np.float32), rows.numpy())
     for place, page in enumerate(pages):
