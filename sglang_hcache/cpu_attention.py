@@ -25,8 +25,8 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
         seq_lens: torch.Tensor,
-        extend_prefix_lens: torch.Tensor,
-        extend_seq_lens: torch.Tensor,
+        extend_prefix_lens: torch.Tensor | None,
+        extend_seq_lens: torch.Tensor | None,
         encoder_lens: torch.Tensor | None = None,
         scaling: float | None = None,
         enable_gqa: bool = False,
@@ -55,6 +55,8 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
             )
             return stock
         window = None if sliding_window_size in (None, -1) else sliding_window_size
+        if extend_prefix_lens is None:  # drafts to be verified, equally many of each request, after its tokens
+            seq_lens, extend_prefix_lens = seq_lens + len(query) // len(seq_lens), seq_lens
         start = 0
         for row, length, prefix in zip(
             req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), strict=True

@@ -6,6 +6,7 @@ every platform question with PyTorch's native operators, so the unpatched server
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,15 +32,29 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SG
 
         register_attention_backend("torch_native")(_make_attention)
         _batches_are_on_the_cpu()
+        _speculation().use_pytorch()
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in ("EAGLE", "EAGLE3", "STANDALONE")
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        slots_of: Callable[..., torch.Tensor] = _speculation().slots_of
+        return slots_of
 
     def get_dispatch_key_name(self) -> str:
         return "native"
 
     def is_pin_memory_available(self, device: object = None) -> bool:
         return False
+
+
+def _speculation() -> Any:
+    from sglang_hcache import cpu_speculation  # imports much of SGLang, as all attention does
+
+    return cpu_speculation
 
 
 def _batches_are_on_the_cpu() -> None:

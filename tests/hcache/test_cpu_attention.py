@@ -9,6 +9,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang_hcache.cpu_attention import TorchCpuAttention
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 256
+DRAFTS = 4
 RUNNER = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
 
 
@@ -41,3 +42,25 @@ def test_is_what_the_stock_backend_computes(prefixes: list[int], window: int | N
         )
         outputs.append(output.float())
     assert torch.allclose(outputs[0], outputs[1], atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_drafts_attend_to_those_before_them() -> None:
+    """When they are verified SGLang says how long each request was before; the rest is in the number of queries."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([60, 3])
+    query = torch.randn(len(lengths) * DRAFTS, HEADS, DIM)
+    key, value = (torch.randn(SLOTS, KV_HEADS, DIM) for _ in range(2))
+    req_to_token = torch.stack([torch.randperm(SLOTS) for _ in lengths])
+    backend, rows = TorchCpuAttention(RUNNER), torch.arange(len(lengths))
+    verified, one_by_one = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
+    backend._run_sdpa_forward_extend(
+        query, verified, key, value, req_to_token, rows, lengths, None, None, enable_gqa=True, causal=True
+    )
+    for draft in range(DRAFTS):
+        backend._run_sdpa_forward_decode(
+            query[draft::DRAFTS],
+            one_by_one[draft::DRAFTS],
+            *(key, value, req_to_token, rows, lengths + draft + 1),
+            enable_gqa=True,
+        )
+    assert torch.allclose(verified, one_by_one, atol=1e-6)

@@ -1,0 +1,86 @@
+"""Chains of drafts in PyTorch: what SGLang's kernels do, by their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hcache import cpu_speculation
+
+TOKENS = 4  # the last of a request, and drafts after it
+
+chains = st.lists(st.lists(st.integers(0, 2), min_size=2 * TOKENS, max_size=2 * TOKENS), min_size=1, max_size=3)
+
+
+def chain(lengths: torch.Tensor, *, topk: int = 1) -> list[torch.Tensor]:
+    """Positions, and of each request's tokens the place, the next one and the sibling."""
+    tokens, unused = len(lengths) * TOKENS, torch.empty(0)
+    positions, places, following, siblings = (torch.empty(tokens, dtype=torch.int64) for _ in range(4))
+    tree = [part.view(-1, TOKENS) for part in (places, following, siblings)]
+    cpu_speculation._build_chain(
+        unused, unused, lengths, unused, positions, tree[0], tree[1], tree[2], topk, TOKENS - 1, TOKENS, None
+    )
+    return [positions, *tree]
+
+
+@given(chains)
+def test_drafts_are_accepted_up_to_the_first_that_is_wrong(requests: list[list[int]]) -> None:
+    count = len(requests)
+    candidates = torch.tensor([request[:TOKENS] for request in requests])
+    predicted = torch.tensor([request[TOKENS:] for request in requests])
+    _, *tree = chain(torch.arange(count))
+    tokens, accepted, numbers = cpu_speculation._verify_chain(
+        predicts=torch.zeros(count * TOKENS, dtype=torch.int32),
+        accept_index=torch.full((count, TOKENS), -1, dtype=torch.int32),
+        accept_token_num=torch.empty(count, dtype=torch.int32),
+        candidates=candidates,
+        retrieve_index=tree[0],
+        retrieve_next_token=tree[1],
+        retrieve_next_sibling=tree[2],
+        target_predict=predicted,
+        topk=1,
+    )
+    for request, (drafts, right) in enumerate(zip(candidates.tolist(), predicted.tolist(), strict=True)):
+        kept = 0
+        while kept < TOKENS - 1 and drafts[kept + 1] == right[kept]:
+            kept += 1
+        assert numbers[request] == kept
+        begin = request * TOKENS
+        assert accepted[request].tolist() == [*range(begin, begin + kept + 1), *[-1] * (TOKENS - 1 - kept)]
+        assert tokens[begin : begin + kept + 1].tolist() == right[: kept + 1]
+    last = torch.empty(count, dtype=torch.int32)
+    cpu_speculation._fill_bonus_tokens(tokens[accepted], numbers + 1, last, TOKENS, count)
+    assert last.tolist() == predicted[torch.arange(count), numbers.long()].tolist()
+
+
+def test_positions_follow_each_requests_tokens() -> None:
+    lengths = torch.tensor([7, 100])
+    positions, places, following, siblings = chain(lengths)
+    assert positions.tolist() == [7, 8, 9, 10, 100, 101, 102, 103]
+    assert places.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert following.tolist() == [[1, 2, 3, -1]] * 2
+    assert siblings.eq(-1).all()
+    with pytest.raises(ValueError, match="--speculative-eagle-topk 1"):
+        chain(lengths, topk=2)
+
+
+def test_slots_are_given_and_found_again() -> None:
+    table = torch.full((3, 12), -1, dtype=torch.int32)
+    rows, starts, ends = torch.tensor([2, 0]), torch.tensor([1, 5]), torch.tensor([4, 10])
+    slots = torch.randperm(100)[:8]
+    cpu_speculation._give_slots(rows, table, starts, ends, slots, 2)
+    assert (table >= 0).sum() == 8
+    found = cpu_speculation.slots_of(req_pool_indices=rows, req_to_token=table, start_offset=starts, end_offset=ends)
+    assert torch.equal(found, slots)
+    drafts = torch.empty(2 * 3, dtype=torch.int64)
+    cpu_speculation._assign_draft_slots(rows, table, starts, drafts, 1, 3, positions=None, mrope=None)
+    assert torch.equal(drafts, torch.cat([slots[:3], slots[3:6]]))
+
+
+def test_k_and_v_stay_where_they_are() -> None:
+    here, there = torch.zeros(3), torch.ones(3)
+    cpu_speculation._move_nothing(here, here, here, here, 1, 3, {})
+    with pytest.raises(ValueError, match="not moved"):
+        cpu_speculation._move_nothing(here, here, there, here, 1, 3, {})
