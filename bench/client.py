@@ -51,6 +51,7 @@ class Answer:
     ttft_s: float  # seconds from sending to the first token; the whole time if not streamed
     total_s: float  # seconds from sending to the last token
     finish_reason: str  # "length", "stop", "abort"
+    verifications: int = 0  # forwards that verified drafts, where the server speculates
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,7 @@ def _native_answer(event: dict[str, Any], ttft_s: float, total_s: float) -> Answ
         ttft_s=ttft_s,
         total_s=total_s,
         finish_reason=(meta["finish_reason"] or {}).get("type", ""),
+        verifications=meta.get("spec_verify_ct") or 0,
     )
 
 

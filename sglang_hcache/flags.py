@@ -46,7 +46,8 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "radix_cache_backend": (None, "the tier needs SGLang's default radix cache", "drop it"),
     "enable_lmcache": (False, "only one cache tier can serve the radix cache", "drop one"),
     "enable_flexkv": (False, "only one cache tier can serve the radix cache", "drop one"),
-    "speculative_algorithm": (None, "the draft model's cache is not captured yet", "drop it"),
+    "speculative_eagle_topk": (1, "accepted drafts of a tree are moved after their forward", "use 1"),
+    "enable_multi_layer_eagle": (False, "several draft models are not supported yet", "drop it"),
     "enable_mis": (False, "multi-item scoring works without the radix cache", "drop one"),
     "dllm_algorithm": (None, "batches of a diffusion model start no loads", "drop it"),
     "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
@@ -61,6 +62,8 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "elastic_ep_backend": (None, "ranks that come and go are not supported yet", "drop it"),
     "enable_unified_cache_external_linker": (False, "the tier is itself the external linker", "drop one"),
 }
+
+_DRAFTING = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")  # a chain of drafts, by a draft model
 
 
 class FlagError(ValueError):
@@ -227,6 +230,11 @@ def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and value != harmless:
             raise FlagError(f"{_flag(name)} cannot be combined with --hicache-backend hcache: {why}; {what_to_do}")
+    if (algorithm := values.get("speculative_algorithm")) is not None and algorithm.upper() not in _DRAFTING:
+        raise FlagError(
+            f"--speculative-algorithm {algorithm} cannot be combined with --hicache-backend hcache: it is not "
+            f"supported yet; use {', '.join(_DRAFTING[:-1])} or {_DRAFTING[-1]}, or drop it"
+        )
 
 
 def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, object]) -> None:

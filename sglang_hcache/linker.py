@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_spec
 
 from sglang_hcache import scheduler_hooks
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import ForwardTimer, Prompt
-from sglang_hcache.model import Unsupported, check_pool
+from sglang_hcache.model import Unsupported, check_pool, draft_pools
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
@@ -66,8 +66,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
+            self._drafts = draft_pools(params, get_spec().speculative_eagle_topk or 1)
             self._stored, self._planner = plan(
-                self._config, scheduler_hooks.runner, scheduler_hooks.capture, self._pool, self._page_tokens
+                self._config,
+                scheduler_hooks.runner,
+                scheduler_hooks.capture,
+                self._pool,
+                self._drafts,
+                self._page_tokens,
             )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
@@ -106,7 +112,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store: PrefetchClient | RemoteClient | NoStore = store
         if not isinstance(store, NoStore):
             self._connect(store)
-        warm_up(self._stored, self._pool, self._page_tokens)
+        warm_up(self._stored, self._pool, self._drafts, self._page_tokens)
         self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
         self._prefetch_queue = PrefetchQueue(
             store,
@@ -347,6 +353,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "representation_reason": self._stored.reason,
             "layers_hidden": self._stored.layout.hidden,
             "layers_kv": self._stored.layout.kv,
+            "layers_draft": len(self._stored.formats.drafts),
             "projector": self._stored.projector_names,
             "codec": self._config.codec,
             "bytes_per_token": sum(self._stored.row_bytes),
@@ -410,21 +417,33 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             capture.keep(layout.hidden if saves else 0, codec)
         if not saves:
             return NoSaver()
-        kv_layers = range(layout.hidden, layout.layers)
-        kv = KVRows(store, self._copy_out, self._pool, kv_layers, self.forward_stream) if layout.kv else None
-        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, codec=codec)
-        forward_bytes = layout.kv * scheduler_hooks.most_rows_of_a_forward() * self._stored.formats.kv.row_bytes
+        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=self._kv_rows(store), codec=codec)
+        forward_bytes = sum(self._stored.row_bytes[layout.hidden :]) * scheduler_hooks.most_rows_of_a_forward()
         if capture is not None and layout.hidden:
             forward_bytes += capture.forward_bytes
             capture.sink = saver
         self._copy_out.expect(forward_bytes)
         return saver
 
+    def _kv_rows(self, store: PrefetchClient | RemoteClient) -> list[KVRows]:
+        """Of the model's layers that are stored as K and V, and of each draft model's."""
+        layout, found = self._stored.layout, []
+        if layout.kv:
+            layers = range(layout.hidden, layout.layers)
+            found.append(KVRows(store, self._copy_out, self._pool, layers, self.forward_stream))
+        before = layout.layers
+        for draft in self._drafts:
+            layers = range(draft.layer_num)
+            found.append(KVRows(store, self._copy_out, draft, layers, self.forward_stream, before=before))
+            before += draft.layer_num
+        return found
+
     def _log_start(self) -> None:
         config = self._config
         logger.info(
-            "hcache: storing %s (%s); host tier %d pages of %d tokens; files %s",
+            "hcache: storing %s%s (%s); host tier %d pages of %d tokens; files %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
+            f", kv of {len(self._stored.formats.drafts)} draft layer(s)" if self._drafts else "",
             self._stored.reason,
             len(self._store.memory),
             self._page_tokens,

@@ -74,6 +74,21 @@ def check_pool(pool: Any, components: set[Any]) -> Pool:
         raise Unsupported(f"the KV pool keeps K and V of sliding-window layers for their window only; {what_to_do}")
     if names != {"FULL"}:
         raise Unsupported(f"the radix cache holds {', '.join(sorted(names))} state; only full attention is supported")
+    return _of_a_kind_we_know(pool)
+
+
+def draft_pools(params: Any, topk: int) -> tuple[Pool, ...]:
+    """Those of a draft model, if there is one: each token has the same slot as in the model's own pool.
+
+    params: SGLang's for its radix cache. topk: drafts that follow each token. Raises `Unsupported`.
+    """
+    if topk > 1:
+        why = "accepted drafts of a tree are moved after their forward"
+        raise Unsupported(f"{why}; add --speculative-eagle-topk 1, with the numbers of steps and of draft tokens")
+    return tuple(map(_of_a_kind_we_know, (*params.mtp_draft_device_pools, *params.sidecar_draft_device_pools)))
+
+
+def _of_a_kind_we_know(pool: Any) -> Pool:
     if type(pool) is MHATokenToKVPool and not (pool.is_quantized_kv_cache or pool.use_hnd):
         return pool
     if type(pool) is MLATokenToKVPool and not pool.use_dsa:

@@ -36,8 +36,9 @@ class _OpenPage:
 class OpenPages:
     """Collects rows of the first `layers` layers by device page, in slots of the store, until SGLang names the page.
 
-    A device page is written front to back by one sequence: a row 0 starts the page anew, a gap abandons it, and
-    only a page with all its rows is ever handed out. What cannot be kept is left out, never waited for.
+    A device page is written front to back by one sequence: a row 0 starts the page anew, a row written again replaces
+    that one and all after it (rejected drafts), a gap abandons the page. Only a whole page is ever handed out; what
+    cannot be kept is left out, never waited for.
     """
 
     def __init__(self, store: ChunkStore, *, layers: int, copying: Executor | None = None) -> None:
@@ -102,7 +103,7 @@ class OpenPages:
                     return None
                 chunk = self._open[page] = _OpenPage(slot, 0)
             return chunk
-        if chunk is not None and chunk.filled == offset:
+        if chunk is not None and chunk.filled >= offset:
             return chunk
         self._abandon(page)
         return None

@@ -16,13 +16,14 @@ import numpy as np
 def page_hash(token_ids: Any, prior_digest: bytes | None, page_size: int | None = None) -> str | list[str]:
     """Chained SHA-256 of each page of tokens, as hex; of all tokens at once where `page_size` is None.
 
-    token_ids: a sequence of ids, or a radix key over one. A page with an id of more than 32 bits is hashed as
-    64-bit words behind a tag byte. Raises ValueError for a key of bigrams, which only speculative decoding makes.
+    token_ids: a sequence of ids, or a radix key over one, or over its bigrams (each token with the next: a draft
+    model's K and V depend on both). A page with an id of more than 32 bits is hashed as 64-bit words behind a tag.
     """
-    if getattr(token_ids, "is_bigram", False):
-        raise ValueError("keys of bigrams are not supported")
     raw: Sequence[int] = getattr(token_ids, "token_ids", token_ids)
-    tokens = np.asarray(raw[: len(token_ids)], dtype=np.int64)
+    count = len(token_ids)
+    tokens = np.asarray(raw[:count], dtype=np.int64)
+    if getattr(token_ids, "is_bigram", False):
+        tokens = np.stack((tokens, np.asarray(raw[1 : count + 1], dtype=np.int64)), axis=1)
     digest = prior_digest or b""
     if page_size is None:
         return _chain(digest, tokens).hex()

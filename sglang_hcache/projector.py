@@ -123,13 +123,16 @@ def _project_keys_and_values(projection: Any, rows: torch.Tensor) -> tuple[torch
 
 
 class KVProjector:
-    """Stored K and V, or MLA's latent, go back as they are: rows are K then V of each token, or the latent."""
+    """Stored K and V, or MLA's latent, go back as they are: rows are K then V of each token, or the latent.
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    Layers of draft models, each with a pool of its own, are numbered after the model's.
+    """
+
+    def __init__(self, pool: Pool, drafts: Sequence[Pool] = ()) -> None:
+        self._buffers = [kv_buffers(one, layer) for one in (pool, *drafts) for layer in range(one.layer_num)]
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        buffers = kv_buffers(self._pool, layer)
+        buffers = self._buffers[layer]
         if rows.device.type == "cuda":
             scatter_kv(rows, slots, buffers)
             return

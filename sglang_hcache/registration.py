@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule, get_spec
 
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
@@ -113,7 +113,7 @@ class Registration:
         return 2 * pages + (get_schedule().max_running_requests or 64)
 
     def _weights_on_disk(self, memo: Path) -> str | None:
-        """A digest of the model's weights and of all adapters known at start; None where there is none to be had.
+        """The weights of the model, of all adapters known at start, and of a draft model; None if they are unknown.
 
         Keys of pages name an adapter by name and path, or, where it was loaded later, by an id that is never used
         again: what is in it must be named here.
@@ -126,13 +126,15 @@ class Registration:
                 if getattr(self._server_args, name):
                     raise OSError(f"--{name.replace('_', '-')} changes the model")
             path, revision, cache = self._model.model_path, model.revision, model.download_dir
-            identity = checkpoint_identity(path, memo, revision=revision, cache=cache)
-            if not lora.enable_lora:
-                return identity
-            adapters = [
-                (one.lora_id, checkpoint_identity(one.lora_path, memo, cache=cache)) for one in lora.lora_paths
-            ]
-            return repr((identity, adapters))
+            parts: list[object] = [checkpoint_identity(path, memo, revision=revision, cache=cache)]
+            if lora.enable_lora:
+                adapters = lora.lora_paths
+                parts.append(
+                    [(one.lora_id, checkpoint_identity(one.lora_path, memo, cache=cache)) for one in adapters]
+                )
+            if self._stored.formats.drafts:
+                parts.append(self._draft_on_disk(memo))
+            return repr(parts) if len(parts) > 1 else str(parts[0])
         except (OSError, ValueError) as error:
             logger.warning(
                 "hcache: the weights of %s cannot be identified (%s): pages are kept in host memory only",
@@ -140,6 +142,16 @@ class Registration:
                 error,
             )
             return None
+
+    def _draft_on_disk(self, memo: Path) -> tuple[object, ...]:
+        """Its weights, and what is computed with them. Raises OSError."""
+        spec = get_spec()
+        if spec.speculative_draft_load_format in _NOT_FROM_FILES:
+            raise OSError(f"--speculative-draft-load-format {spec.speculative_draft_load_format} reads none")
+        path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
+        weights = checkpoint_identity(path, memo, revision=revision, cache=get_model().download_dir)
+        quantized = spec.speculative_draft_model_quantization, spec.speculative_draft_kv_cache_dtype
+        return spec.speculative_algorithm, weights, quantized
 
     def _fingerprint(self) -> bytes:
         parts: list[tuple[str, object]] = [

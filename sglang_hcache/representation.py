@@ -45,6 +45,7 @@ class Formats:
     kv: LayerFormat
     kv_bytes_all_ranks: int  # K and V of a token in a layer
     kv_same_on_all_ranks: bool  # MLA's latent is; K and V are of each rank's own heads
+    drafts: tuple[LayerFormat, ...] = ()  # of the layers of a draft model
 
     @property
     def hidden_is_smaller(self) -> bool:
@@ -53,13 +54,16 @@ class Formats:
 
 @dataclass(frozen=True)
 class Stored:
-    """What is stored of each layer: hidden states of the first, K and V of the others."""
+    """What is stored of each layer: hidden states of the first, K and V of the others, and of a draft model's."""
 
-    layout: Layout
+    layout: Layout  # of the model itself
     formats: Formats
     reason: str
 
     def of(self, layer: int) -> LayerFormat:
+        """Those of a draft model come after the model's."""
+        if layer >= self.layout.layers:
+            return self.formats.drafts[layer - self.layout.layers]
         if layer >= self.layout.hidden:
             return self.formats.kv
         assert self.formats.hidden is not None
@@ -68,12 +72,12 @@ class Stored:
     @property
     def row_bytes(self) -> tuple[int, ...]:
         """Of a token, in each layer."""
-        return tuple(self.of(layer).row_bytes for layer in range(self.layout.layers))
+        return tuple(self.of(layer).row_bytes for layer in range(self.layout.layers + len(self.formats.drafts)))
 
     @property
     def same_on_all_ranks(self) -> bool:
         """As hidden states are."""
-        return not self.layout.kv or self.formats.kv_same_on_all_ranks
+        return self.formats.kv_same_on_all_ranks or not (self.layout.kv or self.formats.drafts)
 
     @property
     def name(self) -> str:
@@ -93,33 +97,47 @@ def formats_of(
     *,
     hidden_wanted: bool,
     codec_name: str | None,
+    drafts: Sequence[Pool] = (),
 ) -> Formats:
     """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
 
-    codec_name: how they are stored, if not as they are. A lossy one has no part in the test.
+    codec_name: how they are stored, if not as they are. A lossy one has no part in the test. drafts: pools of draft
+    models.
     """
-    kv_bytes, shared = kv_row_bytes(pool), has_latent(pool)
+    kv_bytes, shared = kv_row_bytes(pool), all(map(has_latent, (pool, *drafts)))
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         model = model_runner.model_config
         codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
-        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec)
+        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec, drafts)
         if projector is not None and codec is not None:
             name = f"{projector.name}, from {codec.name}"
             hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
         elif projector is not None:
             hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
-    kv = LayerFormat(kv_bytes, torch.uint8, KVProjector(pool), "copy")
-    return Formats(hidden, obstacle, kv, kv_bytes * (1 if shared else get_parallel().attn_tp_size), shared)
+    copy = KVProjector(pool, drafts)
+    kv = LayerFormat(kv_bytes, torch.uint8, copy, "copy")
+    of_drafts = [
+        LayerFormat(kv_row_bytes(draft), torch.uint8, copy, "copy")
+        for draft in drafts
+        for _ in range(draft.layer_num)
+    ]
+    all_ranks_bytes = kv_bytes * (1 if has_latent(pool) else get_parallel().attn_tp_size)
+    return Formats(hidden, obstacle, kv, all_ranks_bytes, shared, tuple(of_drafts))
 
 
 def _hidden_projector(
-    runner: Any, capture: Capture | None, pool: Pool, page_tokens: int, codec: Codec | None
+    runner: Any,
+    capture: Capture | None,
+    pool: Pool,
+    page_tokens: int,
+    codec: Codec | None,
+    drafts: Sequence[Pool],
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
         return None, "hidden states are larger than K and V, or the attention modules cannot be replayed"
-    if obstacle := _obstacle(runner, capture, pool):
+    if obstacle := _obstacle(runner, capture, pool, drafts):
         return None, obstacle
     deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
     for projector in _candidates(capture.sites, pool, deterministic=deterministic):
@@ -129,19 +147,27 @@ def _hidden_projector(
     return None, f"the self-test failed ({verdict})"
 
 
-def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
+def _obstacle(runner: Any, capture: Capture, pool: Pool, drafts: Sequence[Pool]) -> str | None:
     """What the self-test, of one short prompt, would not show."""
-    if has_latent(pool):
-        return "the latent of MLA is smaller than hidden states"
-    if len(capture.sites) != pool.layer_num:
-        return f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool"
-    if get_lora().enable_lora:  # which --lora-paths sets, too, but not in what was given
-        return "with LoRA the projection depends on the request"
-    if runner.model_config.model_is_mrope:
-        return "positions of several dimensions (M-RoPE) are not stored"
-    if any(site.rotates_by_forward for site in capture.sites):
-        return "with LongRoPE a token's K depends on the longest prompt of its forward"
-    return None
+    obstacles = (
+        (has_latent(pool), "the latent of MLA is smaller than hidden states"),
+        (
+            len(capture.sites) != pool.layer_num,
+            f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool",
+        ),
+        (
+            bool(drafts) and get_parallel().attn_tp_size > 1,
+            "a draft model's K and V are of each rank's own heads, so each would store the hidden states, too",
+        ),
+        # --lora-paths sets this, too, but not in what was given.
+        (get_lora().enable_lora, "with LoRA the projection depends on the request"),
+        (runner.model_config.model_is_mrope, "positions of several dimensions (M-RoPE) are not stored"),
+        (
+            any(site.rotates_by_forward for site in capture.sites),
+            "with LongRoPE a token's K depends on the longest prompt of its forward",
+        ),
+    )
+    return next((why for holds, why in obstacles if holds), None)
 
 
 def _try(

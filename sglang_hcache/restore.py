@@ -83,7 +83,8 @@ class Load:
 class LayerEvents:
     """SGLang's layer counter: the pool's getters ask it to wait until a layer has been restored.
 
-    `reader`: the stream that reads the pool; it waits for an event, and the CPU goes on.
+    `reader`: the stream that reads the pool; it waits for an event, and the CPU goes on. With the last of `layers` it
+    waits for what is restored after them, too: layers of a draft model, which runs next, and asks for nothing.
     """
 
     def __init__(self, reader: Stream, layers: int) -> None:
@@ -129,7 +130,7 @@ class LayerEvents:
 
     def wait_until(self, layer: int) -> None:
         if recorded := self._recorded.get(self.consumer_index):
-            self._reader.wait(recorded[layer])
+            self._reader.wait(recorded[layer if layer < self.num_layers - 1 else -1])
 
 
 class Copier(Protocol):

@@ -84,7 +84,7 @@ class NoSaver:
 class PageSaver:
     """Commits whole pages: rows of the first layers as capture has collected them, K and V of the others.
 
-    It is capture's sink, too. With no layers captured, all are K and V.
+    It is capture's sink, too.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class PageSaver:
         copy_out: CopyOut,
         *,
         captured: int = 0,
-        kv: KVRows | None = None,
+        kv: Sequence[KVRows] = (),
         codec: Codec | None = None,
     ) -> None:
-        """captured: layers. codec: what has encoded the rows that capture hands over."""
+        """captured: layers. kv: the others. codec: what has encoded the rows that capture hands over."""
         self._store = store
         self._copy_out = copy_out
         self._page_tokens = store.layout.page_tokens
@@ -142,7 +142,7 @@ class PageSaver:
     # ---- pages that SGLang names ----
 
     def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        together = len(keys) if self._kv is None else self._kv.pages_together
+        together = min((kv.pages_together for kv in self._kv), default=len(keys))
         for first in range(0, len(keys), together):
             some, tokens = slice(first, first + together), self._page_tokens
             before = keys[first - 1] if first else parent
@@ -150,26 +150,29 @@ class PageSaver:
 
     def _save_together(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
         first_slots = self._copy_out.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
-        rows = None
-        if self._kv is not None:
-            try:
-                rows = self._kv.gather(slots)
-            except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
-                logger.warning("hcache: no device memory to save %d pages by; they are not stored", len(keys))
+        rows: list[torch.Tensor | None]
+        try:
+            rows = [kv.gather(slots) for kv in self._kv]
+        except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
+            logger.warning("hcache: no device memory to save %d pages by; they are not stored", len(keys))
+            rows = [None]
         self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
 
     def _commit(
-        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: torch.Tensor | None
+        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: Sequence[torch.Tensor | None]
     ) -> None:
+        """rows: of each of `kv`, None where they could not be gathered."""
         chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
-        if self._kv is not None and rows is None:
+        gathered = [there for there in rows if there is not None]
+        if len(gathered) < len(rows):
             for chunk in chunks:
                 if chunk is not None:
                     self._store.abandon(chunk)
             chunks = [None] * len(keys)
         whole = [(index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
-        if self._kv is not None and rows is not None and whole:
-            self._kv.write(rows, *zip(*whole, strict=True))
+        if whole:
+            for kv, there in zip(self._kv, gathered, strict=True):
+                kv.write(there, *zip(*whole, strict=True))
         before = [parent, *keys]
         for index, chunk in whole:
             self._store.commit(keys[index], chunk, before[index])
@@ -194,7 +197,7 @@ class PageSaver:
 
 
 class KVRows:
-    """K and V of some layers, on their way from the device pool into slots of the store."""
+    """K and V of some layers, on their way from a device pool into slots of the store."""
 
     def __init__(
         self,
@@ -203,10 +206,13 @@ class KVRows:
         pool: Pool,
         layers: range,
         forward_stream: torch.cuda.Stream | None,
+        *,
+        before: int = 0,
     ) -> None:
+        """layers: of the pool. before: of the store, which the pool's follow."""
         self._copy_out = copy_out
         self._pool = PoolReader(pool, layers)
-        self._chunks = chunk_rows(store, layers)
+        self._chunks = chunk_rows(store, range(before + layers.start, before + layers.stop))
         self._forward_stream = forward_stream if torch.cuda.is_available() else None
         self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
 

@@ -64,11 +64,12 @@ def _smaller(width: int, sites: list[Any]) -> bool:
 
 
 def most_rows_of_a_forward() -> int:
-    from sglang.srt.runtime_context import get_schedule
+    from sglang.srt.runtime_context import get_schedule, get_spec
 
     schedule = get_schedule()
     prefill = schedule.chunked_prefill_size or 0
-    return int(max(prefill if prefill > 0 else schedule.max_prefill_tokens, schedule.max_running_requests or 0, 512))
+    decode = (schedule.max_running_requests or 0) * (get_spec().speculative_num_draft_tokens or 1)
+    return int(max(prefill if prefill > 0 else schedule.max_prefill_tokens, decode, 512))
 
 
 def around_forward(
@@ -99,7 +100,7 @@ def before_release_request(_wrapper: object, rid: str) -> None:
 
 def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any, result: Any) -> Any:
     """Where requests are sorted by what they find, SGLang looks up all of a prompt, be it usable or not."""
-    usable = _usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids))
+    usable = _usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids)) - key.is_bigram
     return original(wrapper, key if len(key) <= usable else key[:usable], req, result)
 
 
@@ -150,13 +151,15 @@ def _missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
     if tree_cache.session.will_lend_record(req):
         return [], Prompt(len(tokens), 0)
     key = _req_radix_key(tree_cache, req, tokens, _usable_tokens(req, len(tokens)))
+    key, _ = key.maybe_to_bigram_view(tree_cache.tree_core.is_eagle)
     match = tree_cache.match_prefix(MatchPrefixParams(key=key))
     on_device = match.device_prefix_len
     if on_device >= len(key):
         return [], Prompt(len(tokens) - on_device, on_device)
     keys = [bytes.fromhex(name) for name in tree_cache.linker._tail_hashes(key, match, on_device)]
     covered = on_device + len(keys) * tree_cache.page_size
-    return keys, Prompt(max(1, len(tokens) - covered), on_device, divisible=divisible(req))
+    whole = divisible(req) and not key.is_bigram  # of a beginning the last page would miss the token after it
+    return keys, Prompt(max(1, len(tokens) - covered), on_device, divisible=whole)
 
 
 def around_broadcast(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sglang_hcache.capture import Capture
 from sglang_hcache.config import CALIBRATION, HCacheConfig, Representation
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.load_planner import LoadPlanner
-from sglang_hcache.model import Pool
+from sglang_hcache.model import Pool, kv_row_bytes
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
@@ -26,11 +26,24 @@ from sglang_hcache.synthetic_forward import most_tokens
 
 
 def plan(
-    config: HCacheConfig, runner: Any, capture: Capture | None, pool: Pool, page_tokens: int
+    config: HCacheConfig,
+    runner: Any,
+    capture: Capture | None,
+    pool: Pool,
+    drafts: Sequence[Pool],
+    page_tokens: int,
 ) -> tuple[Stored, LoadPlanner | None]:
     """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
     hidden_wanted = config.representation != Representation.KV
-    formats = formats_of(runner, capture, pool, page_tokens, hidden_wanted=hidden_wanted, codec_name=config.codec)
+    formats = formats_of(
+        runner,
+        capture,
+        pool,
+        page_tokens,
+        hidden_wanted=hidden_wanted,
+        codec_name=config.codec,
+        drafts=drafts,
+    )
     stored = choose_by_flag(config.representation, formats, pool.layer_num)
     if config.plan != "auto":
         return stored, None
@@ -54,16 +67,22 @@ def plan(
     return stored, LoadPlanner(shape, kept.machine, stored.layout, page_tokens, learned=kept.learned)
 
 
-def warm_up(stored: Stored, pool: Pool, page_tokens: int) -> None:
-    """Kernels of a page are compiled before a request waits for them. Leaves the pool as it was."""
+def warm_up(stored: Stored, pool: Pool, drafts: Sequence[Pool], page_tokens: int) -> None:
+    """Kernels of a page are compiled before a request waits for them. Leaves the pools as they were."""
     slots, layout = torch.arange(page_tokens, device=pool.device), stored.layout
-    as_it_was = torch.empty(1, page_tokens, stored.formats.kv.row_bytes, dtype=torch.uint8, device=pool.device)
-    for layer in {0, layout.hidden} - {layout.layers}:  # the first of each kind
-        PoolReader(pool, range(layout.layers)).read(layer, slots, as_it_was)
-        way = stored.of(layer)
+    firsts = [(pool, 0, layer) for layer in {0, layout.hidden} - {layout.layers}]  # of each kind
+    before = layout.layers
+    for draft in drafts:
+        firsts.append((draft, before, 0))
+        before += draft.layer_num
+    for one, before, layer in firsts:
+        place = before + layer
+        as_it_was = torch.empty(1, page_tokens, kv_row_bytes(one), dtype=torch.uint8, device=pool.device)
+        PoolReader(one, range(one.layer_num)).read(layer, slots, as_it_was)
+        way = stored.of(place)
         rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=pool.device)
-        way.projector.project(layer, rows.view(way.dtype), slots, slots)
-        stored.formats.kv.projector.project(layer, as_it_was[0], slots, slots)
+        way.projector.project(place, rows.view(way.dtype), slots, slots)
+        stored.formats.kv.projector.project(place, as_it_was[0], slots, slots)
 
 
 def supervisor_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,27 @@ def test_rows_of_several_pages_in_one_forward(pages: OpenPages, store: LocalStor
     assert commit(pages, store, 2, b"b" * 32)
     assert np.array_equal(held(store, b"a" * 32), values[:, :PAGE])
     assert np.array_equal(held(store, b"b" * 32), values[:, PAGE:])
+
+
+def test_drafts_that_were_rejected_are_replaced(pages: OpenPages, store: LocalStore) -> None:
+    """Four tokens are verified at once, of which fewer are accepted; the next come right behind these."""
+    values = rows(2 * PAGE)
+    at = 0
+    for accepted in itertools.cycle((1, 3, 4)):
+        drafts = rows(4, seed=at)
+        drafts[:, :accepted] = values[:, at : at + accepted]
+        write(pages, at, drafts)
+        if (at := at + accepted) >= PAGE:
+            break
+    assert commit(pages, store, 0, bytes(32))
+    assert np.array_equal(held(store, bytes(32)), values[:, :PAGE])
+    assert not commit(pages, store, 1, b"a" * 32)
+
+
+def test_what_a_rejected_draft_had_filled_is_not_whole(pages: OpenPages, store: LocalStore) -> None:
+    write(pages, 0, rows(PAGE))
+    write(pages, PAGE - 4, rows(3, seed=1))
+    assert not commit(pages, store, 0, bytes(32))
 
 
 @pytest.mark.parametrize("harm", ["gap", "forget"])

@@ -103,7 +103,9 @@ def test_without_the_backend_nothing_changes() -> None:
         ("hicache_storage_backend", "file"),
         ("disable_radix_cache", True),
         ("radix_cache_backend", "other"),
-        ("speculative_algorithm", "EAGLE"),
+        ("speculative_algorithm", "NGRAM"),
+        ("speculative_eagle_topk", 4),
+        ("enable_multi_layer_eagle", True),
         ("dllm_algorithm", "LowConfidence"),
         ("enable_mis", True),
         ("hicache_io_backend", "direct"),
@@ -124,7 +126,13 @@ def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object
 
 
 @pytest.mark.parametrize(
-    "harmless", [{"disaggregation_mode": "null"}, {"pp_size": 1}, {"disable_radix_cache": False}]
+    "harmless",
+    [
+        {"disaggregation_mode": "null"},
+        {"pp_size": 1},
+        {"disable_radix_cache": False},
+        {"speculative_algorithm": "eagle3", "speculative_eagle_topk": 1},
+    ],
 )
 def test_a_default_is_no_contradiction(harmless: dict[str, Any], tmp_path: Path) -> None:
     assert switched_on(tmp_path, **harmless)["enable_unified_cache_external_linker"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,8 @@ PAGE = 16
 PAGES = 8  # of the pool
 
 
-def buffers_of(pool: Pool) -> list[torch.Tensor]:
-    return [buffer for layer in range(pool.layer_num) for buffer in kv_buffers(pool, layer)]
+def buffers_of(*pools: Pool) -> list[torch.Tensor]:
+    return [buffer for pool in pools for layer in range(pool.layer_num) for buffer in kv_buffers(pool, layer)]
 
 
 @pytest.fixture(params=["K and V", "latent"])
@@ -51,6 +51,9 @@ def pool(request: pytest.FixtureRequest) -> Pool:
 @pytest.fixture
 def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., HCacheLinker]:
     context = {
+        "get_spec": SimpleNamespace(
+            speculative_eagle_topk=None, speculative_draft_load_format=None, speculative_algorithm="STANDALONE"
+        ),
         "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
         "get_model": SimpleNamespace(load_format="dummy"),
@@ -70,10 +73,16 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
     config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
 
-    def make(*, radix_cache: bool = True) -> HCacheLinker:
+    def make(*, radix_cache: bool = True, drafts: Sequence[Pool] = ()) -> HCacheLinker:
         return HCacheLinker(
             SimpleNamespace(**SERVER),
-            SimpleNamespace(disable=not radix_cache, page_size=PAGE, token_to_kv_pool_allocator=allocator),
+            SimpleNamespace(
+                disable=not radix_cache,
+                page_size=PAGE,
+                token_to_kv_pool_allocator=allocator,
+                mtp_draft_device_pools=(),
+                sidecar_draft_device_pools=drafts,
+            ),
             components={ComponentType.FULL},
             extra_config=config.to_linker_config()["linker_extra_config"],
         )
@@ -100,6 +109,10 @@ def transfer(pages: range, device_pages: tuple[int, ...] = ()) -> list[PoolTrans
 @pytest.fixture
 def stored(tier: HCacheLinker) -> HCacheLinker:
     """Pages 0 and 1 are in the store, from device pages 1 and 2."""
+    return store_two(tier)
+
+
+def store_two(tier: HCacheLinker) -> HCacheLinker:
     wait_until(lambda: tier.stats()["pages_granted"] > 0, 10)
     assert tier.offload(transfer(range(2), (1, 2)))
     wait_until(lambda: tier.stats()["pages_host"] == 2, 10)
@@ -121,6 +134,23 @@ def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: Pool) -> None:
         assert torch.equal(buffer[slots_of(5, 6)], buffer[slots_of(1, 2)])
     stats = stored.stats()
     assert (stats["tokens_restored"], stats["loads_accepted"], stats["pages_leased"]) == (2 * PAGE, 1, 0)
+
+
+def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HCacheLinker], pool: Pool) -> None:
+    drafts = [
+        MHATokenToKVPool(PAGES * PAGE, PAGE, torch.bfloat16, heads, 8, layers, "cpu", enable_memory_saver=False)
+        for heads, layers in ((3, 1), (1, 2))
+    ]
+    for buffer in buffers_of(*drafts):
+        buffer.normal_()
+    tier = store_two(make(drafts=drafts))
+    assert tier.stats()["layers_draft"] == 3
+    kept = [buffer[slots_of(1, 2)].clone() for buffer in buffers_of(pool, *drafts)]
+    promise(tier)
+    assert tier.load("a", transfer(range(2), (5, 6)))
+    assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
+    assert all(map(torch.equal, kept, (buffer[slots_of(5, 6)] for buffer in buffers_of(pool, *drafts))))
+    tier.close()
 
 
 def test_what_was_not_promised_is_refused(stored: HCacheLinker) -> None:

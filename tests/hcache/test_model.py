@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from sglang_hcache.model import Unsupported, check_pool
+from sglang_hcache.model import Unsupported, check_pool, draft_pools
 
 
 @pytest.mark.parametrize(
@@ -13,3 +17,17 @@ from sglang_hcache.model import Unsupported, check_pool
 def test_a_pool_of_its_own_for_some_layers_is_refused(component: ComponentType, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         check_pool(None, {ComponentType.FULL, component})
+
+
+def test_pools_of_draft_models() -> None:
+    """Of layers of the model's own checkpoint, or of another model; SGLang names one kind or the other."""
+    own, other = (
+        MHATokenToKVPool(64, 16, torch.float32, 2, 4, layers, "cpu", enable_memory_saver=False) for layers in (1, 3)
+    )
+    params = SimpleNamespace(mtp_draft_device_pools=(own,), sidecar_draft_device_pools=(other,))
+    assert draft_pools(params, topk=1) == (own, other)
+    with pytest.raises(Unsupported, match="add --speculative-eagle-topk 1"):
+        draft_pools(params, topk=4)
+    params.sidecar_draft_device_pools = (object(),)
+    with pytest.raises(Unsupported, match="a KV pool of type object"):
+        draft_pools(params, topk=1)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_hcache.page_hash import page_hash
 
@@ -16,6 +19,13 @@ def _native() -> None:
         get_native_hash([0], None)
     except RuntimeError as error:
         pytest.skip(f"SGLang's native hash cannot be compiled here: {error}")
+
+
+@settings(deadline=None)
+@given(tokens, st.one_of(st.none(), st.binary(min_size=32, max_size=32)), st.sampled_from([None, 1, 4, 16]))
+def test_of_bigrams_it_is_sglangs_own_too(token_ids: list[int], prior: bytes | None, page_size: int | None) -> None:
+    key = RadixKey(array("q", token_ids), is_bigram=True)
+    assert page_hash(key, prior, page_size) == get_native_hash(key, prior, page_size)
 
 
 @settings(deadline=None)  # the first call loads the native extension

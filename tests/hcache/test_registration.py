@@ -27,6 +27,13 @@ Say = Callable[..., Hello]
 
 MODEL = {"load_format": "auto", "revision": None, "download_dir": None}
 LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
+SPECULATION: dict[str, object] = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_draft_model_revision": None,
+    "speculative_draft_load_format": None,
+    "speculative_draft_model_quantization": None,
+    "speculative_draft_kv_cache_dtype": None,
+}
 SERVER = {
     "quantization_param_path": None,
     "json_model_override_args": "{}",
@@ -91,6 +98,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         fraction: float | None = None,
         remote: str | None = None,
         latent: bool = False,
+        draft: Path | None = None,
         place: SimpleNamespace | None = None,
         **arguments: object,
     ) -> Hello:
@@ -102,7 +110,10 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         )
         vars(parallel).update(vars(place or placed()))
         kv: Any = SimpleNamespace(row_bytes=25, projector_name="copy")
-        stored = Stored(Layout(0, 0, 2), Formats(None, "", kv, 64, kv_same_on_all_ranks=latent), "")
+        formats = Formats(None, "", kv, 64, kv_same_on_all_ranks=latent, drafts=(kv,) if draft else ())
+        stored = Stored(Layout(0, 0, 2), formats, "")
+        spec = {**SPECULATION, "speculative_draft_model_path": str(draft), **arguments}
+        monkeypatch.setattr(registration, "get_spec", lambda: SimpleNamespace(**spec))
         monkeypatch.setattr(registration, "get_memory", lambda: memory)
         monkeypatch.setattr(registration, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
         monkeypatch.setattr(registration, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
@@ -126,6 +137,18 @@ def test_the_same_server_finds_its_pages_again(say: Say, tmp_path: Path) -> None
     assert before.on_file
     checkpoint(tmp_path / "model", b"others!")
     assert say(model).fingerprint != before.fingerprint
+
+
+def test_a_draft_model_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
+    model, draft = checkpoint(tmp_path / "model", b"weights"), checkpoint(tmp_path / "draft", b"drafts")
+    alone, before = say(model), say(model, draft=draft)
+    assert say(model, draft=draft).fingerprint == before.fingerprint
+    assert before.on_file
+    assert not say(model, draft=draft, speculative_draft_load_format="dummy").on_file
+    coarser = say(model, draft=draft, speculative_draft_kv_cache_dtype="fp8_e5m2")
+    checkpoint(draft, b"trained")
+    fingerprints = {one.fingerprint for one in (alone, before, coarser, say(model, draft=draft))}
+    assert len(fingerprints) == 4
 
 
 def served(*paths: Path) -> dict[str, object]:

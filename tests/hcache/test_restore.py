@@ -309,6 +309,31 @@ def test_a_forward_without_a_load_waits_for_nothing() -> None:
     assert not forward.queue
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_with_its_last_layer_a_model_waits_for_those_of_its_draft_model(seed: int) -> None:
+    """Which has a pool of its own: nothing asks for these."""
+    device = Device()
+    forward, projecting = FakeStream(device), FakeStream(device)
+    events = LayerEvents(forward, 2)
+    index = events.new_batch()
+    done: list[str] = []
+
+    def queue(stream: FakeStream, what: str) -> None:
+        with stream.active():
+            device.submit(lambda: done.append(what))
+
+    for restored in ("0", "1", "draft 0", "draft 1"):
+        queue(projecting, restored)
+        events.restored(index, projecting.record())
+    events.set_consumer(index)
+    for layer in range(2):
+        events.wait_until(layer)
+        queue(forward, f"forward of {layer}")
+    device.finish(random.Random(seed))
+    assert done.index("forward of 0") > done.index("0")
+    assert done[-1] == "forward of 1"
+
+
 def test_a_graph_of_a_whole_prefill_can_wait_for_all_layers() -> None:
     """As SGLang does it: by two attributes of its own counter."""
     device = Device()

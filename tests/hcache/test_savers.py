@@ -15,7 +15,7 @@ from sglang_hcache import savers
 from sglang_hcache.codec import PackedCodec
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.open_pages import chunk_rows
-from sglang_hcache.projector import PoolReader
+from sglang_hcache.projector import KVProjector, PoolReader
 from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.store import LocalStore
@@ -64,7 +64,7 @@ def saver(
     monkeypatch.setattr(savers, "_GATHERED_BYTES", request.param * len(KV) * PAGE * 2 * 4 * HEADS * HEAD)
     kv = KVRows(store, copy_out, pool, KV, None)
     assert kv.pages_together == request.param
-    return PageSaver(store, copy_out, captured=len(HIDDEN), kv=kv)
+    return PageSaver(store, copy_out, captured=len(HIDDEN), kv=[kv])
 
 
 def slots_of(*device_pages: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool)
     layout = ChunkLayout(PAGE, (PAGE * 2 * 4 * HEADS * HEAD,) * pool.layer_num)
     store = LocalStore(layout, bytes(16), 4 * layout.record_bytes, [])
     others = [store.reserve(), store.reserve()]
-    saver = PageSaver(store, copy_out, kv=KVRows(store, copy_out, pool, layers, None))
+    saver = PageSaver(store, copy_out, kv=[KVRows(store, copy_out, pool, layers, None)])
     saver.save(KEYS, ROOT, slots_of(6, 1, 3))
     saver.clear()
     assert store.contains(KEYS) == [True, True, False]
@@ -164,6 +164,33 @@ def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool)
     stats = saver.stats()
     assert (stats["pages_saved"], stats["pages_incomplete"], stats["tokens_captured"]) == (2, 1, 0)
     assert None not in others
+    store.check()
+
+
+def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MHATokenToKVPool) -> None:
+    """In a pool of its own, with other heads; its layers follow the model's."""
+    draft = MHATokenToKVPool(8 * PAGE, PAGE, torch.bfloat16, HEADS + 1, HEAD, 2, "cpu", enable_memory_saver=False)
+    buffers = [*draft.k_buffer, *draft.v_buffer]
+    for buffer in buffers:
+        buffer.normal_()
+    sizes = [4 * WIDTH] * len(HIDDEN) + [2 * 2 * (HEADS + 1) * HEAD] * draft.layer_num
+    layout = ChunkLayout(PAGE, tuple(PAGE * size for size in sizes))
+    store = LocalStore(layout, bytes(16), 4 * layout.record_bytes, [])
+    kv = KVRows(store, copy_out, draft, range(draft.layer_num), None, before=len(HIDDEN))
+    saver = PageSaver(store, copy_out, captured=len(HIDDEN), kv=[kv])
+    rows, slots = torch.randn(len(HIDDEN), PAGE, WIDTH), slots_of(3)
+    saver.save(KEYS[:1], ROOT, capture(saver, 3, rows))
+    saver.clear()
+    (leased,) = store.lease("test", KEYS[:1])
+    assert np.array_equal(chunk_rows(store, HIDDEN)[leased].view(np.float32), rows.numpy())
+    expected = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        buffer[slots] = 0
+    projector, record = KVProjector(pool, [draft]), store.memory[leased]
+    for index in range(draft.layer_num):
+        stored = torch.from_numpy(layout.payload(record, len(HIDDEN) + index)).view(PAGE, -1)
+        projector.project(pool.layer_num + index, stored, slots, slots)
+    assert all(map(torch.equal, buffers, expected))
     store.check()
 
 

@@ -135,6 +135,16 @@ def test_no_more_is_looked_up_than_a_request_may_use(logprobs_from: int, overrid
     assert (list(found.token_ids), found.cache_salt) == (list(range(usable)), "salt")
 
 
+def test_of_bigrams_a_token_fewer_is_looked_up() -> None:
+    """Each takes the next token, too, of which a request may want the log-probability."""
+    req: Any = Req("a", "", array("q", range(8)), SamplingParams(), return_logprob=True)
+    req.logprob_start_len = 4
+    req.positional_embed_overrides = None
+    key, _ = RadixKey(req.origin_input_ids).maybe_to_bigram_view(is_eagle=True)
+    found = scheduler_hooks.around_match(lambda _wrapper, key, _req, _result: key, None, key, req, None)
+    assert list(found) == [(0, 1), (1, 2), (2, 3)]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
     first: bool, linker: Linker, monkeypatch: pytest.MonkeyPatch
@@ -178,6 +188,7 @@ def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None
         swa_reprefill_tail_tokens=lambda _req: 0,
         match_prefix=lambda _params: SimpleNamespace(device_prefix_len=0),
         linker=SimpleNamespace(_tail_hashes=lambda *_: ["01"]),
+        tree_core=SimpleNamespace(is_eagle=False),
     )
     req = SimpleNamespace(
         origin_input_ids=array("q", [1, 2]),

@@ -19,7 +19,8 @@ PAGE = 64
 
 def register() -> None:
     if "sglang.srt.managers.scheduler" in sys.modules:
-        HookRegistry.register("sglang_hcache.projector.ReplayProjector._replay", _spoilt, HookType.AROUND)
+        for target, hook in (("ReplayProjector._replay", _spoilt), ("KVProjector.project", _spoilt_drafts)):
+            HookRegistry.register(f"sglang_hcache.projector.{target}", hook, HookType.AROUND)
 
 
 def _spoilt(
@@ -41,3 +42,12 @@ def _spoilt(
     if way == "shift positions":
         positions += 1
     original(projector, layer, rows, positions, slots)
+
+
+def _spoilt_drafts(
+    original: Callable[..., None], projector: Any, layer: int, rows: torch.Tensor, *places: Any
+) -> None:
+    """Of these models nothing else is stored as K and V."""
+    if Path(os.environ["HCACHE_SPOIL"]).read_text() == "zero what is the draft model's":
+        rows = torch.zeros_like(rows)
+    original(projector, layer, rows, *places)
