@@ -6,6 +6,8 @@ the cost of a prefix hit is then quadratic in the prefix. Here only the new toke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,6 +17,42 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
     def get_cpu_graph_seq_len_fill_value(self) -> int:
         """Length of the sequences that fill up a batch, as data-parallel attention does."""
         return 1
+
+    def _in_the_layers_pool(
+        self, req_to_token: torch.Tensor, rows: torch.Tensor, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A table of slots, and the requests' rows in it: layers with a window may have a pool of their own."""
+        if window is None or not self.use_sliding_window_kv_pool:
+            return req_to_token, rows
+        return self.token_to_kv_pool.translate_loc_from_full_to_swa(req_to_token[rows]), torch.arange(len(rows))
+
+    def _run_sdpa_forward_decode(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *args: Any,
+        sliding_window_size: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        table, rows = self._in_the_layers_pool(req_to_token, req_pool_indices, sliding_window_size)
+        attended: torch.Tensor = super()._run_sdpa_forward_decode(
+            query,
+            output,
+            k_cache,
+            v_cache,
+            table,
+            rows,
+            seq_lens,
+            *args,
+            sliding_window_size=sliding_window_size,
+            **kwargs,
+        )
+        return attended
 
     def _run_sdpa_forward_extend(
         self,
@@ -57,13 +95,12 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
         window = None if sliding_window_size in (None, -1) else sliding_window_size
         if extend_prefix_lens is None:  # drafts to be verified, equally many of each request, after its tokens
             seq_lens, extend_prefix_lens = seq_lens + len(query) // len(seq_lens), seq_lens
+        table, rows = self._in_the_layers_pool(req_to_token, req_pool_indices, window)
         start = 0
-        for row, length, prefix in zip(
-            req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), strict=True
-        ):
+        for row, length, prefix in zip(rows.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(), strict=True):
             end = start + length - prefix
             first_seen = 0 if window is None else max(0, prefix - window)
-            slots = req_to_token[row, first_seen:length]
+            slots = table[row, first_seen:length]
             output[start:end] = _attend(
                 query[start:end], k_cache[slots], v_cache[slots], scaling, enable_gqa, window=window
             )

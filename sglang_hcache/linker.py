@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.runtime_context import get_parallel, get_spec
 
-from sglang_hcache import scheduler_hooks
+from sglang_hcache import scheduler_hooks, windows
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import ForwardTimer, Prompt
-from sglang_hcache.model import Unsupported, check_pool, draft_pools
+from sglang_hcache.model import Pool, Unsupported, check_pool, draft_pools
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
@@ -77,7 +78,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
-        self.pools = {PoolName.KV: self._pool}
+        self.pools: dict[PoolName, object] = {PoolName.KV: self._pool}
+        self._window_pages = 0  # that windowed layers are restored of, if these have slots of their own
+        if self._stored.formats.windowed:
+            self.pools[PoolName.SWA] = self._pool.swa_kv_pool
+            self._window_pages = -(-params.swa_retain_window // self._page_tokens)
         self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
         self._copy_out: CopyOut = _copy_out_of(str(self._pool.device))
         self._queued: list[Load] = []
@@ -191,10 +196,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
         queued_pages = sum(len(load.chunks) for load in self._under_way)
-        return list(range(1, self._prefetch_queue.ready(rid, keys, queued_pages=queued_pages) + 1))
+        pages = self._prefetch_queue.ready(rid, keys, queued_pages=queued_pages)
+        if not (self._window_pages and pages):
+            return list(range(1, pages + 1))
+        chunks = self._prefetch_queue.leased(rid, keys)[:pages]
+        return windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        transfer = transfers[0]
+        transfer, *of_window = transfers
         keys = [bytes.fromhex(key) for key in transfer.keys]
         chunks = self._prefetch_queue.leased(rid, keys)
         if len(chunks) < len(keys):
@@ -203,7 +212,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             return False
         self._saver.overwrite(transfer.device_indices)
         self._restored.add(keys)
-        self._queued.append(Load(rid, tuple(chunks), transfer.device_indices))
+        window_slots = of_window[0].device_indices if of_window else None
+        self._queued.append(Load(rid, tuple(chunks), transfer.device_indices, window_slots))
         self._loads["accepted"] += 1
         return True
 
@@ -287,12 +297,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     # ---- offload ----
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        transfer = transfers[0]
+        transfer, *of_window = transfers
         keys = [bytes.fromhex(key) for key in transfer.keys]
         known = self._restored.take_leading(keys)
         if known < len(keys):
             parent = keys[known - 1] if known else self._offload_follows
-            self._saver.save(keys[known:], parent, transfer.device_indices[known * self._page_tokens :])
+            slots = transfer.device_indices[known * self._page_tokens :]
+            window_slots = of_window[0].device_indices[-len(slots) :] if of_window else None
+            self._saver.save(keys[known:], parent, slots, window_slots)
         # What the store needs of the device pages is copied or captured by now: they need not stay locked.
         self._completed_offloads += 1
         return True
@@ -353,6 +365,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "representation_reason": self._stored.reason,
             "layers_hidden": self._stored.layout.hidden,
             "layers_kv": self._stored.layout.kv,
+            "layers_windowed": len(self._stored.formats.windowed),
             "layers_draft": len(self._stored.formats.drafts),
             "projector": self._stored.projector_names,
             "codec": self._config.codec,
@@ -397,8 +410,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._saver = self._make_saver(store)
         memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
         layers = [
-            StoredLayer(layout.layer_offset(layer), layout.layer_bytes[layer], way.dtype, way.projector)
-            for layer, way in enumerate(map(stored.of, range(layout.n_layers)))
+            StoredLayer(
+                layout.layer_offset(place),
+                layout.layer_bytes[place],
+                stored.of(layer).dtype,
+                stored.of(layer).projector,
+                windowed=layer in stored.formats.windowed,
+            )
+            for layer, place in sorted((layer, place) for place, layer in enumerate(stored.order))
         ]
         self._restorer = restorer_for(
             HostPages(memory, positions(store.memory, layout), layers),
@@ -417,7 +436,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             capture.keep(layout.hidden if saves else 0, codec)
         if not saves:
             return NoSaver()
-        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=self._kv_rows(store), codec=codec)
+        kv, windowed = self._kv_rows(store)
+        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, windowed=windowed, codec=codec)
         forward_bytes = sum(self._stored.row_bytes[layout.hidden :]) * scheduler_hooks.most_rows_of_a_forward()
         if capture is not None and layout.hidden:
             forward_bytes += capture.forward_bytes
@@ -425,18 +445,24 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._copy_out.expect(forward_bytes)
         return saver
 
-    def _kv_rows(self, store: PrefetchClient | RemoteClient) -> list[KVRows]:
-        """Of the model's layers that are stored as K and V, and of each draft model's."""
-        layout, found = self._stored.layout, []
-        if layout.kv:
-            layers = range(layout.hidden, layout.layers)
-            found.append(KVRows(store, self._copy_out, self._pool, layers, self.forward_stream))
+    def _kv_rows(self, store: PrefetchClient | RemoteClient) -> tuple[list[KVRows], KVRows | None]:
+        """Of the model's layers that are stored as K and V, and of each draft model's; and of windowed ones."""
+
+        def rows_of(pool: Pool, layers: range, before: int = 0) -> KVRows:
+            return KVRows(store, self._copy_out, pool, layers, self.forward_stream, before=before)
+
+        layout, pool, found, windowed = self._stored.layout, self._pool, list[KVRows](), None
+        if isinstance(pool, SWAKVPool):
+            full, window = pool.full_kv_pool, pool.swa_kv_pool
+            found.append(rows_of(full, range(full.layer_num)))
+            windowed = rows_of(window, range(window.layer_num), full.layer_num)
+        elif layout.kv:
+            found.append(rows_of(pool, range(layout.hidden, layout.layers)))
         before = layout.layers
         for draft in self._drafts:
-            layers = range(draft.layer_num)
-            found.append(KVRows(store, self._copy_out, draft, layers, self.forward_stream, before=before))
+            found.append(rows_of(draft, range(draft.layer_num), before))
             before += draft.layer_num
-        return found
+        return found, windowed
 
     def _log_start(self) -> None:
         config = self._config

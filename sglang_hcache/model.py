@@ -12,8 +12,10 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding.rope_variant import Phi3LongRoPEScaledRotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-Pool: TypeAlias = MHATokenToKVPool | MLATokenToKVPool
+OnePool: TypeAlias = MHATokenToKVPool | MLATokenToKVPool
+Pool: TypeAlias = OnePool | SWAKVPool  # the last has two: layers with a sliding window are in one of their own
 
 _REPLAYED = {"hidden_states", "positions", "forward_batch"}
 
@@ -69,15 +71,21 @@ def attention_sites(model: torch.nn.Module) -> list[AttentionSite]:
 def check_pool(pool: Any, components: set[Any]) -> Pool:
     """The device pool, if it is of the kind the tier can read and write; raises `Unsupported` if not."""
     names = {component.name for component in components}
-    if "SWA" in names:
-        what_to_do = "add --disable-hybrid-swa-memory, with which it keeps them of all tokens, as other layers do"
-        raise Unsupported(f"the KV pool keeps K and V of sliding-window layers for their window only; {what_to_do}")
+    if names == {"FULL", "SWA"}:
+        if type(pool) is SWAKVPool and type(pool.full_kv_pool) is type(pool.swa_kv_pool) is MHATokenToKVPool:
+            _of_a_kind_we_know(pool.full_kv_pool)
+            _of_a_kind_we_know(pool.swa_kv_pool)
+            return pool
+        what_to_do = "add --disable-hybrid-swa-memory, with which all layers keep K and V of all tokens"
+        raise Unsupported(
+            f"a KV pool of type {type(pool).__name__} for sliding windows is not supported; {what_to_do}"
+        )
     if names != {"FULL"}:
         raise Unsupported(f"the radix cache holds {', '.join(sorted(names))} state; only full attention is supported")
     return _of_a_kind_we_know(pool)
 
 
-def draft_pools(params: Any, topk: int) -> tuple[Pool, ...]:
+def draft_pools(params: Any, topk: int) -> tuple[OnePool, ...]:
     """Those of a draft model, if there is one: each token has the same slot as in the model's own pool.
 
     params: SGLang's for its radix cache. topk: drafts that follow each token. Raises `Unsupported`.
@@ -88,7 +96,7 @@ def draft_pools(params: Any, topk: int) -> tuple[Pool, ...]:
     return tuple(map(_of_a_kind_we_know, (*params.mtp_draft_device_pools, *params.sidecar_draft_device_pools)))
 
 
-def _of_a_kind_we_know(pool: Any) -> Pool:
+def _of_a_kind_we_know(pool: Any) -> OnePool:
     if type(pool) is MHATokenToKVPool and not (pool.is_quantized_kv_cache or pool.use_hnd):
         return pool
     if type(pool) is MLATokenToKVPool and not pool.use_dsa:
@@ -101,13 +109,24 @@ def has_latent(pool: Pool) -> bool:
     return isinstance(pool, MLATokenToKVPool)
 
 
+def windowed_layers(pool: Pool) -> list[int]:
+    """Those in a pool of their own, with slots of their own, in that pool's order."""
+    if not isinstance(pool, SWAKVPool):
+        return []
+    places = {layer: place for layer, (place, windowed) in pool.layers_mapping.items() if windowed}
+    return sorted(places, key=places.__getitem__)
+
+
 def kv_buffers(pool: Pool, layer: int) -> tuple[torch.Tensor, ...]:
     """What this rank's pool keeps of a layer: K and V, or MLA's latent; `[slots, heads, elements]` each."""
+    if isinstance(pool, SWAKVPool):
+        place, windowed = pool.layers_mapping[layer]
+        return kv_buffers(pool.swa_kv_pool if windowed else pool.full_kv_pool, place)
     if isinstance(pool, MLATokenToKVPool):
         return (pool.kv_buffer[layer],)
     return pool.k_buffer[layer], pool.v_buffer[layer]
 
 
-def kv_row_bytes(pool: Pool) -> int:
-    """Bytes of a token in each layer of this rank's pool."""
-    return sum(buffer[0].nbytes for buffer in kv_buffers(pool, 0))
+def kv_row_bytes(pool: Pool, layer: int = 0) -> int:
+    """Bytes of a token in a layer of this rank's pool."""
+    return sum(buffer[0].nbytes for buffer in kv_buffers(pool, layer))

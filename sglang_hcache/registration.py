@@ -166,6 +166,8 @@ class Registration:
             ("hidden_layers", self._stored.layout.hidden),
             ("codec", self._config.codec),
         ]
+        if windowed := [*self._stored.formats.windowed]:
+            parts.append(("windowed_layers", windowed))
         parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
         if not self._stored.same_on_all_ranks:
             parallel = get_parallel()

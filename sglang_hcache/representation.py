@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
-from sglang_hcache.model import Pool, has_latent, kv_row_bytes
+from sglang_hcache.model import Pool, has_latent, kv_row_bytes, windowed_layers
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.ranks import all_ranks
@@ -46,6 +46,7 @@ class Formats:
     kv_bytes_all_ranks: int  # K and V of a token in a layer
     kv_same_on_all_ranks: bool  # MLA's latent is; K and V are of each rank's own heads
     drafts: tuple[LayerFormat, ...] = ()  # of the layers of a draft model
+    windowed: Mapping[int, LayerFormat] = field(default_factory=dict)  # by layer, in the order of their pool
 
     @property
     def hidden_is_smaller(self) -> bool:
@@ -64,15 +65,25 @@ class Stored:
         """Those of a draft model come after the model's."""
         if layer >= self.layout.layers:
             return self.formats.drafts[layer - self.layout.layers]
+        if layer in self.formats.windowed:
+            return self.formats.windowed[layer]
         if layer >= self.layout.hidden:
             return self.formats.kv
         assert self.formats.hidden is not None
         return self.formats.hidden
 
     @property
+    def order(self) -> list[int]:
+        """Layers as they lie in a record: those of a pool together."""
+        layers = range(self.layout.layers + len(self.formats.drafts))
+        others = [layer for layer in layers if layer not in self.formats.windowed]
+        own = self.layout.layers - len(self.formats.windowed)
+        return [*others[:own], *self.formats.windowed, *others[own:]]
+
+    @property
     def row_bytes(self) -> tuple[int, ...]:
-        """Of a token, in each layer."""
-        return tuple(self.of(layer).row_bytes for layer in range(self.layout.layers + len(self.formats.drafts)))
+        """Of a token, in each layer, in their order."""
+        return tuple(self.of(layer).row_bytes for layer in self.order)
 
     @property
     def same_on_all_ranks(self) -> bool:
@@ -104,7 +115,8 @@ def formats_of(
     codec_name: how they are stored, if not as they are. A lossy one has no part in the test. drafts: pools of draft
     models.
     """
-    kv_bytes, shared = kv_row_bytes(pool), all(map(has_latent, (pool, *drafts)))
+    others = set(range(pool.layer_num)) - set(windowed_layers(pool))
+    kv_bytes, shared = kv_row_bytes(pool, min(others)), all(map(has_latent, (pool, *drafts)))
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         model = model_runner.model_config
@@ -122,8 +134,11 @@ def formats_of(
         for draft in drafts
         for _ in range(draft.layer_num)
     ]
+    windowed = {
+        layer: LayerFormat(kv_row_bytes(pool, layer), torch.uint8, copy, "copy") for layer in windowed_layers(pool)
+    }
     all_ranks_bytes = kv_bytes * (1 if has_latent(pool) else get_parallel().attn_tp_size)
-    return Formats(hidden, obstacle, kv, all_ranks_bytes, shared, tuple(of_drafts))
+    return Formats(hidden, obstacle, kv, all_ranks_bytes, shared, tuple(of_drafts), windowed)
 
 
 def _hidden_projector(
@@ -151,6 +166,7 @@ def _obstacle(runner: Any, capture: Capture, pool: Pool, drafts: Sequence[Pool])
     """What the self-test, of one short prompt, would not show."""
     obstacles = (
         (has_latent(pool), "the latent of MLA is smaller than hidden states"),
+        (bool(windowed_layers(pool)), "layers with a sliding window have a KV pool of their own"),
         (
             len(capture.sites) != pool.layer_num,
             f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool",

@@ -56,6 +56,7 @@ class StoredLayer:
     page_bytes: int
     dtype: torch.dtype
     projector: Projector
+    windowed: bool = False  # restored of the last pages of a load only, into slots of its own
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Load:
     rid: str
     chunks: tuple[int, ...]  # slots in the store's memory, leased by `rid`
     device_slots: torch.Tensor  # int64 `[pages × page_tokens]`
+    window_slots: torch.Tensor | None = None  # likewise, of its last pages, for windowed layers
 
 
 class LayerEvents:
@@ -220,6 +222,7 @@ class _Step(NamedTuple):
 
     layers: range
     pages: slice
+    windowed: bool  # of the pages of windows
 
 
 class _Copied(NamedTuple):
@@ -268,18 +271,21 @@ class Restorer:
         """
         index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.chunks]
+        windows = [chunk for load in loads for chunk in self._window(load)]
         try:
             for stream in self._before:
                 self._projecting.wait(stream.record())
             self._events.begin(index, self._projecting.record(timed=True))
-            copies = self._copies(chunks)
+            copies = self._copies(chunks, windows)
             first = list(itertools.islice(copies, 1))  # the bus is busy while positions and slots are made
             with self._projecting.active():
-                host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
-                positions = _to(self._device, torch.from_numpy(host_positions))
-                slots = torch.cat([load.device_slots for load in loads])
+                positions, slots = self._positions(chunks), torch.cat([load.device_slots for load in loads])
+                of_windows = positions, slots
+                if windows:
+                    window_slots = [load.window_slots for load in loads if load.window_slots is not None]
+                    of_windows = self._positions(windows), torch.cat(window_slots)
                 for copied in itertools.chain(first, copies):
-                    self._project(index, copied, positions, slots)
+                    self._project(index, copied, *(of_windows if copied.step.windowed else (positions, slots)))
         except BaseException:
             for stream in (self._copying, self._projecting):
                 stream.record().synchronize()
@@ -292,7 +298,7 @@ class Restorer:
         Overwrites the pool's first slots: only before requests are served.
         """
         n_pages = min(n_pages, self._half_pages, len(self._pages.memory))
-        step = _Step(range(1), slice(0, n_pages))
+        step = _Step(range(1), slice(0, n_pages), windowed=False)
         places = self._places(range(n_pages))
         with self._projecting.active():
             tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
@@ -314,33 +320,46 @@ class Restorer:
             projections.append(recorded[2].elapsed_time(recorded[3]) / 1000)
         return min(copies[1:]), min(projections[1:])
 
+    def _window(self, load: Load) -> Sequence[int]:
+        """Its chunks that windowed layers are restored of."""
+        if load.window_slots is None:
+            return ()
+        return load.chunks[-(len(load.window_slots) // self._pages.page_tokens) :]
+
+    def _positions(self, chunks: Sequence[int]) -> torch.Tensor:
+        host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
+        return _to(self._device, torch.from_numpy(host_positions))
+
     def _places(self, chunks: Sequence[int]) -> torch.Tensor:
         with self._copying.active():
             return _to(self._copier.indexed_on, self._copier.places(self._pages, chunks))
 
-    def _copies(self, chunks: Sequence[int]) -> Iterator[_Copied]:
+    def _copies(self, chunks: Sequence[int], windows: Sequence[int]) -> Iterator[_Copied]:
         """The batch's steps in order, each issued when it is asked for."""
         places = self._places(chunks)
-        for turn, step in enumerate(self._steps(len(chunks))):
-            yield self._copy(turn % 2, step, places)
+        of_windows = self._places(windows) if windows else places
+        for turn, step in enumerate(self._steps(len(chunks), len(windows))):
+            yield self._copy(turn % 2, step, of_windows if step.windowed else places)
 
-    def _steps(self, n_pages: int) -> Iterator[_Step]:
+    def _steps(self, n_pages: int, n_window_pages: int) -> Iterator[_Step]:
         """In the order of layers; a layer of many pages takes several steps, small ones share a step."""
-        parts = [slice(page, min(page + self._half_pages, n_pages)) for page in range(0, n_pages, self._half_pages)]
         first = 0
         while first < len(self._pages.layers):
-            last = self._last_together(first, n_pages)
-            for part in parts:
-                yield _Step(range(first, last), part)
+            windowed = self._pages.layers[first].windowed
+            count = n_window_pages if windowed else n_pages
+            last = self._last_together(first, count)
+            for page in range(0, count, self._half_pages):
+                yield _Step(range(first, last), slice(page, min(page + self._half_pages, count)), windowed)
             first = last
 
     def _last_together(self, first: int, n_pages: int) -> int:
         """Where the layers from the first on end that are copied at once: equal in size and distance, and small."""
         layers, last = self._pages.layers, first + 1
-        size = layers[first].page_bytes
-        while last < len(layers) and (last + 1 - first) * n_pages * size <= self._together_bytes:
+        kind = layers[first].page_bytes, layers[first].windowed
+        while last < len(layers) and (last + 1 - first) * n_pages * kind[0] <= self._together_bytes:
             distance = layers[last].offset - layers[last - 1].offset
-            if layers[last].page_bytes != size or distance != layers[first + 1].offset - layers[first].offset:
+            alike = (layers[last].page_bytes, layers[last].windowed) == kind
+            if not alike or distance != layers[first + 1].offset - layers[first].offset:
                 break
             last += 1
         return last

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sglang_hcache import windows
 from sglang_hcache.codec import Codec
 from sglang_hcache.copy_out import CopyOut, spread
 from sglang_hcache.model import Pool
 from sglang_hcache.open_pages import OpenPages, chunk_rows
 from sglang_hcache.projector import PoolReader
 from sglang_hcache.storage.contract import ChunkStore
+from sglang_hcache.storage.layout import positions as chunk_positions
 from sglang_hcache.streams import Event
 
 logger = logging.getLogger(__name__)
@@ -27,8 +29,13 @@ _GATHERED_BYTES = 256 << 20  # of K and V on the device at once, on their way to
 class Saver(Protocol):
     """Called on the scheduler's thread; may not block on I/O."""
 
-    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        """Device slots `[len(keys) × page_tokens]` hold the pages `keys`, which follow `parent`: store them."""
+    def save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
+    ) -> None:
+        """Device slots `[len(keys) × page_tokens]` hold the pages `keys`, which follow `parent`: store them.
+
+        window_slots: of the last of these pages, where windowed layers have slots of their own.
+        """
 
     def overwrite(self, slots: torch.Tensor) -> None:
         """These device slots are about to be filled by a restore."""
@@ -68,7 +75,9 @@ class Restored:
 class NoSaver:
     """Another rank saves the same pages."""
 
-    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
+    def save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
+    ) -> None:
         pass
 
     def overwrite(self, slots: torch.Tensor) -> None:
@@ -94,14 +103,20 @@ class PageSaver:
         *,
         captured: int = 0,
         kv: Sequence[KVRows] = (),
+        windowed: KVRows | None = None,
         codec: Codec | None = None,
     ) -> None:
-        """captured: layers. kv: the others. codec: what has encoded the rows that capture hands over."""
+        """captured: layers. kv: the others, but for windowed ones, if these have slots of their own.
+
+        codec: what has encoded the rows that capture hands over.
+        """
         self._store = store
         self._copy_out = copy_out
         self._page_tokens = store.layout.page_tokens
         self._open = OpenPages(store, layers=captured, copying=copy_out.copying) if captured else None
         self._kv = kv
+        self._windowed = windowed
+        self._positions = chunk_positions(store.memory, store.layout)
         self._codec = codec
         self._counts = dict.fromkeys(
             ("tokens_captured", "tokens_not_captured", "tokens_not_encoded", "pages_saved", "pages_incomplete"), 0
@@ -141,40 +156,71 @@ class PageSaver:
 
     # ---- pages that SGLang names ----
 
-    def save(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
-        together = min((kv.pages_together for kv in self._kv), default=len(keys))
+    def save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
+    ) -> None:
+        together, tokens = min((kv.pages_together for kv in self._kv), default=len(keys)), self._page_tokens
+        window_slots = slots[:0] if window_slots is None else window_slots
+        before_window = len(keys) - len(window_slots) // tokens
         for first in range(0, len(keys), together):
-            some, tokens = slice(first, first + together), self._page_tokens
-            before = keys[first - 1] if first else parent
-            self._save_together(keys[some], before, slots[some.start * tokens : some.stop * tokens])
+            last = min(first + together, len(keys))
+            of_window = slice(max(0, first - before_window) * tokens, max(0, last - before_window) * tokens)
+            self._save_together(
+                keys[first:last],
+                keys[first - 1] if first else parent,
+                slots[first * tokens : last * tokens],
+                window_slots[of_window],
+            )
 
-    def _save_together(self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor) -> None:
+    def _save_together(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor
+    ) -> None:
         first_slots = self._copy_out.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
-        rows: list[torch.Tensor | None]
-        try:
-            rows = [kv.gather(slots) for kv in self._kv]
-        except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
-            logger.warning("hcache: no device memory to save %d pages by; they are not stored", len(keys))
-            rows = [None]
-        self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), rows))
+        gathered = self._gather(slots, window_slots)
+        self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), gathered))
+
+    def _gather(self, slots: torch.Tensor, window_slots: torch.Tensor) -> list[tuple[KVRows, torch.Tensor]] | None:
+        """What of K and V the host will have; None where there is no room for all of it."""
+        wanted = [(kv, slots) for kv in self._kv]
+        if self._windowed is not None and len(window_slots):
+            wanted.append((self._windowed, window_slots))
+        found = []
+        for kv, where in wanted:
+            try:
+                rows = kv.gather(where)
+            except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
+                pages = len(slots) // self._page_tokens
+                logger.warning("hcache: no device memory to save %d pages by; they are not stored", pages)
+                return None
+            if rows is None:
+                return None
+            found.append((kv, rows))
+        return found
 
     def _commit(
-        self, keys: Sequence[bytes], parent: bytes, first_slots: list[int], rows: Sequence[torch.Tensor | None]
+        self,
+        keys: Sequence[bytes],
+        parent: bytes,
+        first_slots: list[int],
+        gathered: Sequence[tuple[KVRows, torch.Tensor]] | None,
     ) -> None:
-        """rows: of each of `kv`, None where they could not be gathered."""
         chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
-        gathered = [there for there in rows if there is not None]
-        if len(gathered) < len(rows):
+        if gathered is None:
             for chunk in chunks:
                 if chunk is not None:
                     self._store.abandon(chunk)
             chunks = [None] * len(keys)
         whole = [(index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
-        if whole:
-            for kv, there in zip(self._kv, gathered, strict=True):
-                kv.write(there, *zip(*whole, strict=True))
+        windowed_from = len(keys)
+        for kv, rows in gathered or ():
+            missing = len(keys) - rows.shape[1] // self._page_tokens  # the first ones, of windowed layers
+            kv.write(rows, [(index - missing, chunk) for index, chunk in whole if index >= missing])
+            if kv is self._windowed:
+                windowed_from = missing
         before = [parent, *keys]
         for index, chunk in whole:
+            if self._windowed is not None:
+                windows.note(self._positions, chunk, windowed=index >= windowed_from)
             self._store.commit(keys[index], chunk, before[index])
         self._counts["pages_saved"] += len(whole)
         self._counts["pages_incomplete"] += len(keys) - len(whole)
@@ -228,12 +274,12 @@ class KVRows:
         self._pool.read(0, slots, found)
         return self._copy_out.rows_to_host(found)
 
-    def write(self, rows: torch.Tensor, pages: Sequence[int], chunks: Sequence[int]) -> None:
-        """Page `pages[i]` of what was gathered goes to slot `chunks[i]`."""
+    def write(self, rows: torch.Tensor, places: Sequence[tuple[int, int]]) -> None:
+        """Of what was gathered, by page: the page, and the slot that it goes to."""
         by_page = rows.numpy().reshape(len(rows), -1, *self._chunks.shape[2:])
 
         def copy(place: tuple[int, int]) -> None:
             page, chunk = place
             self._chunks[chunk] = by_page[:, page]
 
-        spread(self._copy_out.copying, copy, list(zip(pages, chunks, strict=True)))
+        spread(self._copy_out.copying, copy, places)

@@ -70,19 +70,19 @@ def plan(
 def warm_up(stored: Stored, pool: Pool, drafts: Sequence[Pool], page_tokens: int) -> None:
     """Kernels of a page are compiled before a request waits for them. Leaves the pools as they were."""
     slots, layout = torch.arange(page_tokens, device=pool.device), stored.layout
-    firsts = [(pool, 0, layer) for layer in {0, layout.hidden} - {layout.layers}]  # of each kind
-    before = layout.layers
+    kinds = {stored.order[0], layout.hidden, *list(stored.formats.windowed)[:1]} - {layout.layers}  # a layer of each
+    firsts = [(layer, pool, layer) for layer in kinds]
+    number = layout.layers
     for draft in drafts:
-        firsts.append((draft, before, 0))
-        before += draft.layer_num
-    for one, before, layer in firsts:
-        place = before + layer
-        as_it_was = torch.empty(1, page_tokens, kv_row_bytes(one), dtype=torch.uint8, device=pool.device)
-        PoolReader(one, range(one.layer_num)).read(layer, slots, as_it_was)
-        way = stored.of(place)
+        firsts.append((number, draft, 0))
+        number += draft.layer_num
+    for number, one, layer in firsts:
+        as_it_was = torch.empty(1, page_tokens, kv_row_bytes(one, layer), dtype=torch.uint8, device=pool.device)
+        PoolReader(one, range(layer, layer + 1)).read(0, slots, as_it_was)
+        way = stored.of(number)
         rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=pool.device)
-        way.projector.project(place, rows.view(way.dtype), slots, slots)
-        stored.formats.kv.projector.project(place, as_it_was[0], slots, slots)
+        way.projector.project(number, rows.view(way.dtype), slots, slots)
+        stored.formats.kv.projector.project(number, as_it_was[0], slots, slots)
 
 
 def supervisor_of(

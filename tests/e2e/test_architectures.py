@@ -9,7 +9,16 @@ import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
 from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights
-from tests.e2e.scenarios import FLOAT32_TOLERANCE, LLAMA, assert_equal, tail_logprobs, whole_pages, worst
+from tests.e2e.scenarios import (
+    FLOAT32_TOLERANCE,
+    LLAMA,
+    SCENARIOS,
+    assert_equal,
+    evict_everything,
+    tail_logprobs,
+    whole_pages,
+    worst,
+)
 
 PROMPT_TOKENS = 700
 ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "256", "--sleep-on-idle")
@@ -24,10 +33,8 @@ REPRESENTATIONS = {
     "gptj": "hidden",  # interleaved RoPE
     "olmo3": "hidden",  # K norm over all heads, layers with a sliding window
     "gemma3": "kv",  # GQA, layers with a sliding window
-    "mellum": "kv",  # whose layers with a window have a pool of their own, but for the flag
+    "mellum": "kv",  # GQA, mixture of experts, layers with a window in a KV pool of their own
 }
-
-EXTRA_ARGS = {"mellum": ("--disable-hybrid-swa-memory",)}
 
 
 def restore_once(server: Server) -> list[Answer]:
@@ -48,8 +55,7 @@ def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> N
     spec = ModelSpec(architecture)
     changed = random_prompt(PROMPT_TOKENS, seed=1)
     changed[5] += 1
-    args = (*ARGS, *EXTRA_ARGS.get(architecture, ()))
-    with started_together(workshop.stock(spec, args), workshop.tiered(fresh_store, spec, args)) as (stock, tiered):
+    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (stock, tiered):
         wanted, answers = restore_once(stock), restore_once(tiered)
         control = compare(stock.send(tail_logprobs(changed)), wanted[0])
         state = tier_state(tiered)
@@ -57,6 +63,37 @@ def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> N
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
     assert control.logprob > 5 * FLOAT32_TOLERANCE, "the model's output does not depend on its prefix"
+
+
+def test_of_windowed_layers_the_ends_are_restored(workshop: Workshop, fresh_store: Path) -> None:
+    """With slots of their own: inside an answer longer than the window (200 tokens) there is nothing left of them."""
+    spec, window = ModelSpec("mellum"), 200
+    pool = ("--max-total-tokens", "4096")
+    with started_together(
+        workshop.stock(spec, (*ARGS, *pool)), workshop.tiered(fresh_store, spec, (*ARGS, *pool))
+    ) as servers:
+        answers = [SCENARIOS["eight_conversations"](server) + long_answer(server, 2 * window) for server in servers]
+        state = tier_state(servers[1])
+    wanted, restored = answers
+    assert_equal(restored, wanted)
+    former, answer = restored[-2:]
+    assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
+    assert sum(answer.cached_host for answer in restored[:-2]) > 0
+    assert (state["layers_windowed"], state["layers_kv"], state["loads_failed"], state["pages_leased"]) == (
+        2,
+        3,
+        0,
+        0,
+    )
+    assert "leak" not in servers[1].log_text()
+
+
+def long_answer(server: Server, tokens: int) -> list[Answer]:
+    """To a short prompt; then, evicted, with another question after it."""
+    prompt = random_prompt(100, seed=60)
+    answer = server.send(tail_logprobs(prompt, new_tokens=tokens))
+    evict_everything(server)
+    return [answer, server.send(tail_logprobs([*prompt, *answer.output_ids, *random_prompt(30, seed=61)]))]
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "opt"])

@@ -12,13 +12,14 @@ import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
 from sglang_hcache import linker, ranks, registration, representation, scheduler_hooks, start
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
-from sglang_hcache.model import Pool, kv_buffers
+from sglang_hcache.model import OnePool, Pool, kv_buffers
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.projector import KVProjector
 from sglang_hcache.storage.contract import Progress
@@ -36,9 +37,9 @@ def buffers_of(*pools: Pool) -> list[torch.Tensor]:
 
 
 @pytest.fixture(params=["K and V", "latent"])
-def pool(request: pytest.FixtureRequest) -> Pool:
+def pool(request: pytest.FixtureRequest) -> OnePool:
     common = {"size": PAGES * PAGE, "page_size": PAGE, "dtype": torch.float32, "layer_num": 2, "device": "cpu"}
-    pool: Pool
+    pool: OnePool
     if request.param == "latent":
         pool = MLATokenToKVPool(kv_lora_rank=8, qk_rope_head_dim=4, enable_memory_saver=False, **common)
     else:
@@ -73,17 +74,20 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
     config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
 
-    def make(*, radix_cache: bool = True, drafts: Sequence[Pool] = ()) -> HCacheLinker:
+    def make(
+        *, radix_cache: bool = True, drafts: Sequence[Pool] = (), windowed: SWAKVPool | None = None
+    ) -> HCacheLinker:
         return HCacheLinker(
             SimpleNamespace(**SERVER),
             SimpleNamespace(
                 disable=not radix_cache,
                 page_size=PAGE,
-                token_to_kv_pool_allocator=allocator,
+                token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: windowed) if windowed else allocator,
                 mtp_draft_device_pools=(),
                 sidecar_draft_device_pools=drafts,
+                swa_retain_window=PAGE,
             ),
-            components={ComponentType.FULL},
+            components={ComponentType.FULL, ComponentType.SWA} if windowed else {ComponentType.FULL},
             extra_config=config.to_linker_config()["linker_extra_config"],
         )
 
@@ -150,6 +154,43 @@ def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HC
     assert tier.load("a", transfer(range(2), (5, 6)))
     assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
     assert all(map(torch.equal, kept, (buffer[slots_of(5, 6)] for buffer in buffers_of(pool, *drafts))))
+    tier.close()
+
+
+def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker]) -> None:
+    """Of four layers the first and the third have a window; the first two pages lack them, and so end no prefix."""
+    pool = SWAKVPool(
+        PAGES * PAGE, 6 * PAGE, PAGE, torch.float32, 2, 4,
+        swa_attention_layer_ids=[0, 2], full_attention_layer_ids=[1, 3], device="cpu",
+    )  # fmt: skip
+    for buffer in buffers_of(pool):
+        buffer.normal_()
+    tier = make(windowed=pool)
+    wait_until(lambda: tier.stats()["pages_granted"] > 0, 10)
+
+    def both(pages: range, device_pages: tuple[int, ...] = (), window: tuple[int, ...] = ()) -> list[PoolTransfer]:
+        full = transfer(pages, device_pages)
+        slots = slots_of(*window) if window else None
+        return [
+            *full,
+            PoolTransfer(name=PoolName.SWA, keys=full[0].keys[-len(window or (0,)) :], device_indices=slots),
+        ]
+
+    assert tier.offload(transfer(range(2), (1, 2)))
+    tier.offload_follows(key_of(1))
+    assert tier.offload(both(range(2, 4), (3, 4), (2, 1)))
+    wait_until(lambda: tier.stats()["pages_host"] == 4, 10)
+    tier.queued("a", keys_of(range(4)), Prompt(PAGE, 0))
+    wait_until(lambda: tier.lookup("a", both(range(4))) == [3, 4], 10)
+    assert tier.load("a", both(range(4), (5, 6, 7, 8), (4,)))
+    assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
+    for layer in (1, 3):
+        for buffer in kv_buffers(pool, layer):
+            assert torch.equal(buffer[slots_of(5, 6, 7, 8)], buffer[slots_of(1, 2, 3, 4)])
+    for layer in (0, 2):
+        for buffer in kv_buffers(pool, layer):
+            assert torch.equal(buffer[slots_of(4)], buffer[slots_of(1)])
+    assert tier.stats()["layers_windowed"] == 2
     tier.close()
 
 

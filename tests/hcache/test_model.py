@@ -12,9 +12,12 @@ from sglang_hcache.model import Unsupported, check_pool, draft_pools
 
 @pytest.mark.parametrize(
     ("component", "message"),
-    [(ComponentType.SWA, "add --disable-hybrid-swa-memory"), (ComponentType.MAMBA, "holds FULL, MAMBA state")],
+    [
+        (ComponentType.SWA, "NoneType for sliding windows is not supported; add --disable-hybrid-swa-memory"),
+        (ComponentType.MAMBA, "holds FULL, MAMBA state"),
+    ],
 )
-def test_a_pool_of_its_own_for_some_layers_is_refused(component: ComponentType, message: str) -> None:
+def test_a_pool_that_is_not_known_is_refused(component: ComponentType, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         check_pool(None, {ComponentType.FULL, component})
 

@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,32 @@ def test_every_row_lands_in_its_slot_and_nowhere_else(half_rows: int, together_b
         rows, positions = expect(pool, pages, loads)
         assert torch.equal(pool.rows, rows)
         assert torch.equal(pool.positions, positions)
+
+
+@pytest.mark.parametrize("together_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("half_rows", [1, 3 * PAGE, 1024])
+def test_of_windowed_layers_only_the_last_pages_are_restored(half_rows: int, together_bytes: int) -> None:
+    """Into slots of their own."""
+    pool, stream, windowed = Pool(5), ImmediateStream(), (1, 3, 4)
+    plain = host_pages(pool)
+    layers = [replace(stored, windowed=layer in windowed) for layer, stored in enumerate(plain.layers)]
+    pages = replace(plain, layers=layers)
+    restorer = Restorer(
+        pages, device="cpu", copier=IndexCopier(), copying=stream, projecting=stream, before=[stream],
+        events=LayerEvents(stream, 5), staging=Staging(half_rows, together_bytes),
+    )  # fmt: skip
+    loads = some_loads(seed=3, pages=9)
+    in_windows = [
+        Load(load.rid, load.chunks[-2:], torch.arange(first, first + 2 * PAGE))
+        for load, first in zip(loads, (20 * PAGE, 4 * PAGE), strict=True)
+    ]
+    restorer.run(
+        [replace(load, window_slots=window.device_slots) for load, window in zip(loads, in_windows, strict=True)]
+    )
+    for layer in range(5):
+        expected = expect(pool, plain, in_windows if layer in windowed else loads)
+        assert torch.equal(pool.rows[layer], expected[0][layer])
+        assert torch.equal(pool.positions[layer], expected[1][layer])
 
 
 def deferred(

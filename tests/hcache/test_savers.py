@@ -11,13 +11,13 @@ import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_hcache import savers
+from sglang_hcache import savers, windows
 from sglang_hcache.codec import PackedCodec
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.open_pages import chunk_rows
 from sglang_hcache.projector import KVProjector, PoolReader
 from sglang_hcache.savers import KVRows, PageSaver, Restored
-from sglang_hcache.storage.layout import ROOT, ChunkLayout
+from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.streams import ImmediateStream
 
@@ -191,6 +191,38 @@ def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MH
         stored = torch.from_numpy(layout.payload(record, len(HIDDEN) + index)).view(PAGE, -1)
         projector.project(pool.layer_num + index, stored, slots, slots)
     assert all(map(torch.equal, buffers, expected))
+    store.check()
+
+
+@pytest.mark.parametrize("together", [1, 2, 100])
+def test_windowed_layers_are_saved_of_the_last_pages(
+    together: int, copy_out: CopyOut, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From slots of their own; of each page it is noted whether it has them."""
+    monkeypatch.setattr(savers, "_GATHERED_BYTES", together * pool.layer_num * PAGE * 2 * 4 * HEADS * HEAD)
+    window = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 2, "cpu", enable_memory_saver=False)
+    for buffer in (*window.k_buffer, *window.v_buffer):
+        buffer.normal_()
+    layers = pool.layer_num + window.layer_num
+    layout = ChunkLayout(PAGE, (PAGE * 2 * 4 * HEADS * HEAD,) * layers)
+    store = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
+    full = KVRows(store, copy_out, pool, range(pool.layer_num), None)
+    windowed = KVRows(store, copy_out, window, range(window.layer_num), None, before=pool.layer_num)
+    saver = PageSaver(store, copy_out, kv=[full], windowed=windowed)
+    saver.save(KEYS, ROOT, slots_of(6, 1, 3), slots_of(2, 1))
+    saver.clear()
+    leased = store.lease("test", KEYS)
+    assert windows.ends(positions(store.memory, layout), leased, 1) == [2, 3]
+    rows = chunk_rows(store, range(layers))[leased]
+    for place, device_page in enumerate((6, 1, 3)):
+        for layer in range(pool.layer_num):
+            assert_kv(rows[place, layer], pool, device_page, layer)
+    for place, device_page in ((1, 2), (2, 1)):
+        for layer in range(window.layer_num):
+            assert_kv(rows[place, pool.layer_num + layer], window, device_page, layer)
+    saver.save([b"d" * 32], KEYS[-1], slots_of(7))
+    saver.clear()
+    assert windows.ends(positions(store.memory, layout), store.lease("test", [*KEYS, b"d" * 32]), 1) == [2, 3]
     store.check()
 
 

@@ -1,0 +1,33 @@
+"""Layers with a sliding window, of which SGLang keeps K and V of a prefix's last tokens only, in slots of their own.
+
+A page can then lack these layers, which does not matter inside a prefix: they are needed where a prefix ends, for the
+length of the window. Whether a page has them stands in its first position, as K and V need no positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+_MISSING = -1
+
+Positions = npt.NDArray[np.int32]  # [slots, page_tokens], of a store's pages
+
+
+def note(positions: Positions, slot: int, *, windowed: bool) -> None:
+    """That the page in a slot has its windowed layers, or not."""
+    positions[slot] = 0 if windowed else _MISSING
+
+
+def ends(positions: Positions, slots: Sequence[int], window_pages: int) -> list[int]:
+    """Where a prefix of the pages in these slots may end: after so many, of which the last have windowed layers.
+
+    Fewer pages than a window have all: what is before them is in the device pool.
+    """
+    there = positions[list(slots), 0] != _MISSING
+    lengths = np.arange(1, len(there) + 1)
+    last_missing = np.maximum.accumulate(np.where(there, 0, lengths)) if len(there) else lengths
+    found: list[int] = lengths[lengths - last_missing >= np.minimum(lengths, window_pages)].tolist()
+    return found
