@@ -85,15 +85,18 @@ def check_pool(pool: Any, components: set[Any]) -> Pool:
     return _of_a_kind_we_know(pool)
 
 
-def draft_pools(params: Any, topk: int) -> tuple[OnePool, ...]:
+def draft_pools(params: Any, topk: int, pool: Pool) -> tuple[OnePool, ...]:
     """Those of a draft model, if there is one: each token has the same slot as in the model's own pool.
 
-    params: SGLang's for its radix cache. topk: drafts that follow each token. Raises `Unsupported`.
+    params: SGLang's for its radix cache. topk: drafts after each token. pool: the model's. Raises `Unsupported`.
     """
     if topk > 1:
         why = "accepted drafts of a tree are moved after their forward"
         raise Unsupported(f"{why}; add --speculative-eagle-topk 1, with the numbers of steps and of draft tokens")
-    return tuple(map(_of_a_kind_we_know, (*params.mtp_draft_device_pools, *params.sidecar_draft_device_pools)))
+    drafts = (*params.mtp_draft_device_pools, *params.sidecar_draft_device_pools)
+    if drafts and isinstance(pool, SWAKVPool):
+        raise Unsupported("a draft model beside layers with slots of their own; add --disable-hybrid-swa-memory")
+    return tuple(map(_of_a_kind_we_know, drafts))
 
 
 def _of_a_kind_we_know(pool: Any) -> OnePool:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from sglang_hcache.model import Unsupported, check_pool, draft_pools
@@ -28,9 +29,15 @@ def test_pools_of_draft_models() -> None:
         MHATokenToKVPool(64, 16, torch.float32, 2, 4, layers, "cpu", enable_memory_saver=False) for layers in (1, 3)
     )
     params = SimpleNamespace(mtp_draft_device_pools=(own,), sidecar_draft_device_pools=(other,))
-    assert draft_pools(params, topk=1) == (own, other)
+    assert draft_pools(params, 1, own) == (own, other)
     with pytest.raises(Unsupported, match="add --speculative-eagle-topk 1"):
-        draft_pools(params, topk=4)
+        draft_pools(params, 4, own)
+    windowed = SWAKVPool(
+        64, 32, 16, torch.float32, 2, 4, swa_attention_layer_ids=[0], full_attention_layer_ids=[1], device="cpu"
+    )
+    with pytest.raises(Unsupported, match="add --disable-hybrid-swa-memory"):
+        draft_pools(params, 1, windowed)
+    assert draft_pools(SimpleNamespace(mtp_draft_device_pools=(), sidecar_draft_device_pools=()), 1, windowed) == ()
     params.sidecar_draft_device_pools = (object(),)
     with pytest.raises(Unsupported, match="a KV pool of type object"):
-        draft_pools(params, topk=1)
+        draft_pools(params, 1, own)
