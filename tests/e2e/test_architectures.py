@@ -33,7 +33,6 @@ REPRESENTATIONS = {
     "gptj": "hidden",  # interleaved RoPE
     "olmo3": "hidden",  # K norm over all heads, layers with a sliding window
     "gemma3": "kv",  # GQA, layers with a sliding window
-    "mellum": "kv",  # GQA, mixture of experts, layers with a window in a KV pool of their own
 }
 
 
@@ -66,7 +65,10 @@ def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> N
 
 
 def test_of_windowed_layers_the_ends_are_restored(workshop: Workshop, fresh_store: Path) -> None:
-    """With slots of their own: inside an answer longer than the window (200 tokens) there is nothing left of them."""
+    """With slots of their own: inside an answer longer than the window (200 tokens) there is nothing left of them.
+
+    The model has GQA, and a mixture of experts.
+    """
     spec, window = ModelSpec("mellum"), 200
     pool = ("--max-total-tokens", "4096")
     with started_together(
