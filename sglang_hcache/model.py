@@ -72,9 +72,10 @@ def check_pool(pool: Any, components: set[Any]) -> Pool:
     """The device pool, if it is of the kind the tier can read and write; raises `Unsupported` if not."""
     names = {component.name for component in components}
     if names == {"FULL", "SWA"}:
-        if type(pool) is SWAKVPool and type(pool.full_kv_pool) is type(pool.swa_kv_pool) is MHATokenToKVPool:
-            _of_a_kind_we_know(pool.full_kv_pool)
-            _of_a_kind_we_know(pool.swa_kv_pool)
+        parts = (pool.full_kv_pool, pool.swa_kv_pool) if type(pool) is SWAKVPool else ()
+        if parts and all(type(part) is MHATokenToKVPool and part.layer_num for part in parts):
+            for part in parts:
+                _of_a_kind_we_know(part)
             return pool
         what_to_do = "add --disable-hybrid-swa-memory, with which all layers keep K and V of all tokens"
         raise Unsupported(

@@ -8,7 +8,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from sglang_hcache.model import Unsupported, check_pool, draft_pools
+from sglang_hcache.model import Unsupported, check_pool, draft_pools, kv_buffers, windowed_layers
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,24 @@ def test_a_pool_that_is_not_known_is_refused(component: ComponentType, message: 
         check_pool(None, {ComponentType.FULL, component})
 
 
+def with_windows(full_layers: list[int], windowed_layers: list[int]) -> SWAKVPool:
+    return SWAKVPool(
+        64, 32, 16, torch.float32, 2, 4,
+        swa_attention_layer_ids=windowed_layers, full_attention_layer_ids=full_layers, device="cpu",
+    )  # fmt: skip
+
+
+def test_a_pool_of_its_own_for_layers_with_windows() -> None:
+    components = {ComponentType.FULL, ComponentType.SWA}
+    pool = with_windows([1, 4], [3, 0, 2])
+    assert check_pool(pool, components) is pool
+    assert windowed_layers(pool) == [3, 0, 2]
+    assert kv_buffers(pool, 4) == (pool.full_kv_pool.k_buffer[1], pool.full_kv_pool.v_buffer[1])
+    assert kv_buffers(pool, 0) == (pool.swa_kv_pool.k_buffer[1], pool.swa_kv_pool.v_buffer[1])
+    with pytest.raises(Unsupported, match="add --disable-hybrid-swa-memory"):
+        check_pool(with_windows([], [0, 1]), components)
+
+
 def test_pools_of_draft_models() -> None:
     """Of layers of the model's own checkpoint, or of another model; SGLang names one kind or the other."""
     own, other = (
@@ -32,9 +50,7 @@ def test_pools_of_draft_models() -> None:
     assert draft_pools(params, 1, own) == (own, other)
     with pytest.raises(Unsupported, match="add --speculative-eagle-topk 1"):
         draft_pools(params, 4, own)
-    windowed = SWAKVPool(
-        64, 32, 16, torch.float32, 2, 4, swa_attention_layer_ids=[0], full_attention_layer_ids=[1], device="cpu"
-    )
+    windowed = with_windows([1], [0])
     with pytest.raises(Unsupported, match="add --disable-hybrid-swa-memory"):
         draft_pools(params, 1, windowed)
     assert draft_pools(SimpleNamespace(mtp_draft_device_pools=(), sidecar_draft_device_pools=()), 1, windowed) == ()
