@@ -61,6 +61,8 @@ METRICS = tuple(
         ("pages_granted", "hcache_granted_pages", _G, "Slots granted to this process for new pages"),
         ("layers_hidden", "hcache_hidden_layers", _G, "Layers stored as hidden states"),
         ("layers_kv", "hcache_kv_layers", _G, "Layers stored as K and V"),
+        ("layers_windowed", "hcache_windowed_layers", _G, "Of these, layers in a KV pool for sliding windows"),
+        ("layers_draft", "hcache_draft_layers", _G, "Layers of a draft model, stored as K and V"),
         ("bytes_per_token", "hcache_token_bytes", _G, "Stored bytes per token, all layers"),
         ("page_size", "hcache_page_tokens", _G, "Tokens per page"),
         ("page_bytes", "hcache_page_bytes", _G, "Bytes of a page in memory or in a file"),
