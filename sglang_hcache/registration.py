@@ -149,6 +149,8 @@ class Registration:
         if spec.speculative_draft_load_format in _NOT_FROM_FILES:
             raise OSError(f"--speculative-draft-load-format {spec.speculative_draft_load_format} reads none")
         path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
+        if path is None:  # layers of the model's own checkpoint
+            path, revision = self._model.model_path, get_model().revision
         weights = checkpoint_identity(path, memo, revision=revision, cache=get_model().download_dir)
         quantized = spec.speculative_draft_model_quantization, spec.speculative_draft_kv_cache_dtype
         return spec.speculative_algorithm, weights, quantized

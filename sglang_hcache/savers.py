@@ -159,7 +159,8 @@ class PageSaver:
     def save(
         self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
     ) -> None:
-        together, tokens = min((kv.pages_together for kv in self._kv), default=len(keys)), self._page_tokens
+        every = (*self._kv, self._windowed) if self._windowed is not None else self._kv
+        together, tokens = min((kv.pages_together for kv in every), default=len(keys)), self._page_tokens
         window_slots = slots[:0] if window_slots is None else window_slots
         before_window = len(keys) - len(window_slots) // tokens
         for first in range(0, len(keys), together):

@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,8 +49,7 @@ def speculating(workshop: Workshop) -> Iterator[Speculating]:
         )
         for algorithm, draft in drafts.items()
     }
-    with ExitStack() as stack:
-        stack.enter_context(started_together(*servers.values()))
+    with started_together(*servers.values()):
         yield Speculating(servers, way)
 
 

@@ -198,9 +198,16 @@ def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MH
 def test_windowed_layers_are_saved_of_the_last_pages(
     together: int, copy_out: CopyOut, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From slots of their own; of each page it is noted whether it has them."""
-    monkeypatch.setattr(savers, "_GATHERED_BYTES", together * pool.layer_num * PAGE * 2 * 4 * HEADS * HEAD)
-    window = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 2, "cpu", enable_memory_saver=False)
+    """From slots of their own; of each page it is noted whether it has them. Here most layers have windows."""
+    window = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 11, "cpu", enable_memory_saver=False)
+    monkeypatch.setattr(savers, "_GATHERED_BYTES", together * window.layer_num * PAGE * 2 * 4 * HEADS * HEAD)
+    gathered, read = list[int](), PoolReader.read
+
+    def noted(self: PoolReader, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
+        gathered.append(out.nbytes)
+        read(self, first, slots, out)
+
+    monkeypatch.setattr(PoolReader, "read", noted)
     for buffer in (*window.k_buffer, *window.v_buffer):
         buffer.normal_()
     layers = pool.layer_num + window.layer_num
@@ -220,6 +227,8 @@ def test_windowed_layers_are_saved_of_the_last_pages(
     for place, device_page in ((1, 2), (2, 1)):
         for layer in range(window.layer_num):
             assert_kv(rows[place, pool.layer_num + layer], window, device_page, layer)
+    saver.save([b"e" * 32, b"f" * 32], ROOT, slots_of(2, 4), slots_of(3, 1))
+    assert max(gathered) <= savers._GATHERED_BYTES
     saver.save([b"d" * 32], KEYS[-1], slots_of(7))
     saver.clear()
     assert windows.ends(positions(store.memory, layout), store.lease("test", [*KEYS, b"d" * 32]), 1) == [2, 3]
