@@ -187,8 +187,7 @@ class Registration:
             return 0.0, int(memory.hicache_size * GB)
         ratio: float = memory.hicache_ratio
         tokens = self._pool.size + self._pool.page_size  # buffers may be larger, by addresses without memory
-        pool_bytes = tokens * self._pool.layer_num * self._stored.formats.kv.row_bytes
-        wanted = int(ratio * pool_bytes)
+        wanted = int(ratio * tokens * self._stored.pool_row_bytes)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
             if self._config.prefetcher is not None:
                 return 0.0, min(wanted, int(fraction * available_bytes()) // ranks)

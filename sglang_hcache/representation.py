@@ -86,6 +86,14 @@ class Stored:
         return tuple(self.of(layer).row_bytes for layer in self.order)
 
     @property
+    def pool_row_bytes(self) -> int:
+        """Of a token, in all layers of this rank's pools, a draft model's among them."""
+        formats = self.formats
+        own = self.layout.layers - len(formats.windowed)
+        others = (*formats.windowed.values(), *formats.drafts)
+        return own * formats.kv.row_bytes + sum(layer.row_bytes for layer in others)
+
+    @property
     def same_on_all_ranks(self) -> bool:
         """As hidden states are."""
         return self.formats.kv_same_on_all_ranks or not (self.layout.kv or self.formats.drafts)

@@ -27,6 +27,7 @@ from tests.e2e.scenarios import (
 SPOILT_PLUGIN = Path(__file__).parent / "spoilt"
 ALGORITHMS = ("STANDALONE", "EAGLE")
 DRAFTS = 3  # at once
+ROOM_FOR_ALL = ("--hicache-ratio", "8")  # so that what is not captured is so for the drafts, not for a slow disk
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def speculating(workshop: Workshop) -> Iterator[Speculating]:
     drafts = {"STANDALONE": workshop.model(LLAMA), "EAGLE": eagle_draft(workshop)}
     servers = {
         algorithm: workshop.tiered(
-            workshop.folder / f"store-{algorithm}", args=(*SERVER_ARGS, *flags(algorithm, draft)), env=env
+            workshop.folder / f"store-{algorithm}",
+            args=(*SERVER_ARGS, *flags(algorithm, draft), *ROOM_FOR_ALL),
+            env=env,
         )
         for algorithm, draft in drafts.items()
     }

@@ -343,6 +343,11 @@ def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monke
         say(model, size=0, ratio=1.6)
 
 
+def test_host_memory_by_ratio_counts_the_draft_models_pool(say: Say, tmp_path: Path) -> None:
+    model, draft = checkpoint(tmp_path / "model", b"weights"), checkpoint(tmp_path / "draft", b"drafts")
+    assert asked(say(model, size=0, fraction=0.8, draft=draft)) == (6000, 0.8), "one layer beside two"
+
+
 def test_with_a_remote_prefetcher_memory_is_the_servers_own(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
