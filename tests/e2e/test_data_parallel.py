@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 
 PROMPT_TOKENS = 700
 RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for
+RANKS = int(os.environ.get("HCACHE_GROUP_RANKS", "1"))  # that have the same requests
 ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics")
 WAITING = ("--hicache-storage-prefetch-policy", "wait_complete")
 
@@ -23,9 +25,9 @@ WAITING = ("--hicache-storage-prefetch-policy", "wait_complete")
 @pytest.mark.parametrize(
     ("architecture", "parallelism", "representation"),
     [
-        ("llama", ("--dp", "2"), "hidden"),
-        ("qwen3", ("--tp", "2", "--attn-dp-size", "2"), "hidden"),
-        ("deepseek_v2", ("--tp", "2", "--dp", "2", "--enable-dp-attention"), "kv"),
+        ("llama", ("--tp", str(RANKS), "--dp", "2"), "hidden"),
+        ("qwen3", ("--tp", str(2 * RANKS), "--attn-dp-size", "2"), "hidden"),
+        ("deepseek_v2", ("--tp", str(2 * RANKS), "--dp", "2", "--enable-dp-attention"), "kv"),
     ],
     ids=["replicas", "attention, hidden states", "attention, latents"],
 )
@@ -33,7 +35,8 @@ def test_what_one_has_stored_another_restores(
     architecture: str, parallelism: tuple[str, ...], representation: str, workshop: Workshop, fresh_store: Path
 ) -> None:
     """SGLang gives requests to the two in turn; together they have room for less than what is asked for at once."""
-    args, env = (*ARGS, *WAITING, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    cores = "|".join(str(rank % 2) for rank in range(2 * RANKS))
+    args, env = (*ARGS, *WAITING, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": cores}
     requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
     with workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env) as server:
         fresh = [server.send(requests[0])]
@@ -43,7 +46,7 @@ def test_what_one_has_stored_another_restores(
         with ThreadPoolExecutor(len(requests)) as pool:
             at_once = list(pool.map(server.send, requests))
         states = [state["hcache"] for state in server.server_info()["internal_states"]]
-        restored = {re.findall(r"\d+", state["scheduler"])[0]: state["tokens_restored"] for state in states}
+        restored = {group_of(state["scheduler"]): state["tokens_restored"] for state in states}
         wait_until(lambda: restored_by_metrics(server) == restored, 2 * EVERY_S + 10)
     assert [answer.cached_tokens for answer in fresh] == [0] * len(requests)
     assert by_the_other.cached_host == RESTORED_TOKENS
@@ -51,15 +54,21 @@ def test_what_one_has_stored_another_restores(
     assert_equal([by_the_other, *at_once], [fresh[0], *fresh])
     assert [state["representation"] for state in states] == [representation] * 2
     assert states[0]["pages_total"] == states[1]["pages_total"]
-    assert {state["prefetcher_clients"] for state in states} == {2}
-    assert sorted(restored) == ["0", "1"]
+    assert {state["prefetcher_clients"] for state in states} == {2 * RANKS}
+    assert sorted(restored) == [0, 1]
     assert all(restored.values())
 
 
-def restored_by_metrics(server: Server) -> dict[str, float]:
-    """Of each scheduler, by its `dp_rank`."""
+def group_of(scheduler: str) -> int:
+    """Its `dp_rank`."""
+    number = int(re.findall(r"\d+", scheduler)[0])
+    return number if scheduler.startswith("replica") else number // RANKS
+
+
+def restored_by_metrics(server: Server) -> dict[int, float]:
+    """Of the first rank of each group, by its `dp_rank`."""
     with urllib.request.urlopen(f"http://{server.host}:{server.port}/metrics", timeout=10) as answer:
         lines = re.findall(r"^hcache_restored_tokens_total\{(.*)\} (\S+)$", answer.read().decode(), re.MULTILINE)
     series = [(dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for labels, value in lines]
-    assert {labels["tp_rank"] for labels, _ in series} <= {"0"}
-    return {labels["dp_rank"]: value for labels, value in series}
+    assert {labels["tp_rank"] for labels, _ in series} <= {str(rank) for rank in range(RANKS)}
+    return {int(labels["dp_rank"]): value for labels, value in series if labels["tp_rank"] == "0"}
