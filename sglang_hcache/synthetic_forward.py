@@ -19,8 +19,9 @@ from sglang.srt.utils import require_mlp_sync, require_mlp_tp_gather
 
 
 def most_tokens(runner: Any, page_size: int) -> int:
-    """The longest prompt that can be prefilled at once."""
-    return int(min(runner.max_total_num_tokens - 2 * page_size, runner.model_config.context_len - 2))
+    """The longest prompt that can be prefilled at once, and that all of its layers' pools hold."""
+    slots = min(runner.max_total_num_tokens, runner.token_to_kv_pool_allocator.size)  # one for windows may be smaller
+    return int(min(slots - 2 * page_size, runner.model_config.context_len - 2))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+from sglang_hcache.synthetic_forward import most_tokens
+
+PAGE, SLOTS, WINDOW_SLOTS = 16, 512, 128
+
+
+def test_a_prompt_is_no_longer_than_the_smallest_pool() -> None:
+    plain = PagedTokenToKVPoolAllocator(SLOTS, PAGE, torch.float32, "cpu", None, False)
+    pool = SWAKVPool(
+        SLOTS, WINDOW_SLOTS, PAGE, torch.float32, 2, 4,
+        swa_attention_layer_ids=[0], full_attention_layer_ids=[1], device="cpu",
+    )  # fmt: skip
+    windowed = SWATokenToKVPoolAllocator(SLOTS, WINDOW_SLOTS, PAGE, torch.float32, "cpu", pool, False)
+    found = [
+        most_tokens(
+            SimpleNamespace(
+                max_total_num_tokens=SLOTS,
+                token_to_kv_pool_allocator=allocator,
+                model_config=SimpleNamespace(context_len=context),
+            ),
+            PAGE,
+        )
+        for allocator, context in ((plain, 4096), (windowed, 4096), (plain, 100))
+    ]
+    assert found == [SLOTS - 2 * PAGE, WINDOW_SLOTS - 2 * PAGE, 98]
