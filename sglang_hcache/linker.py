@@ -199,8 +199,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         pages = self._prefetch_queue.ready(rid, keys, queued_pages=queued_pages)
         if not (self._window_pages and pages):
             return list(range(1, pages + 1))
-        chunks = self._prefetch_queue.leased(rid, keys)[:pages]
-        return windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
+        chunks = self._prefetch_queue.leased(rid, keys)
+        found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
+        return windows.up_to(found, pages)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers

@@ -6,6 +6,7 @@ length of the window. Whether a page has them stands in its first position, as K
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,3 +32,11 @@ def ends(positions: Positions, slots: Sequence[int], window_pages: int) -> list[
     last_missing = np.maximum.accumulate(np.where(there, 0, lengths)) if len(there) else lengths
     found: list[int] = lengths[lengths - last_missing >= np.minimum(lengths, window_pages)].tolist()
     return found
+
+
+def up_to(found: list[int], pages: int) -> list[int]:
+    """Of the ends that were found those up to so many pages, and the next one where it is nearer than the last."""
+    count = bisect_right(found, pages)
+    last = found[count - 1] if count else 0
+    next_is_nearer = count < len(found) and found[count] - pages < pages - last
+    return found[: count + next_is_nearer]

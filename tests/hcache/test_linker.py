@@ -157,7 +157,7 @@ def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HC
     tier.close()
 
 
-def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker]) -> None:
+def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four layers the first and the third have a window; the first two pages lack them, and so end no prefix."""
     pool = SWAKVPool(
         PAGES * PAGE, 6 * PAGE, PAGE, torch.float32, 2, 4,
@@ -182,6 +182,9 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker]) -> No
     wait_until(lambda: tier.stats()["pages_host"] == 4, 10)
     tier.queued("a", keys_of(range(4)), Prompt(PAGE, 0))
     wait_until(lambda: tier.lookup("a", both(range(4))) == [3, 4], 10)
+    with monkeypatch.context() as planner:
+        planner.setattr(tier._prefetch_queue, "ready", lambda *_, **__: 2)
+        assert tier.lookup("a", both(range(4))) == [3], "what is planned is rounded to an end"
     assert tier.load("a", both(range(4), (5, 6, 7, 8), (4,)))
     assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
     for layer in (1, 3):
