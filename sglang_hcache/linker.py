@@ -67,7 +67,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
-            self._drafts = draft_pools(params, get_spec().speculative_eagle_topk or 1, self._pool)
+            self._drafts = draft_pools(params, get_spec(), self._pool)
             self._stored, self._planner = plan(
                 self._config,
                 scheduler_hooks.runner,

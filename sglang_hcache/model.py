@@ -86,15 +86,19 @@ def check_pool(pool: Any, components: set[Any]) -> Pool:
     return _of_a_kind_we_know(pool)
 
 
-def draft_pools(params: Any, topk: int, pool: Pool) -> tuple[OnePool, ...]:
+def draft_pools(params: Any, spec: Any, pool: Pool) -> tuple[OnePool, ...]:
     """Those of a draft model, if there is one: each token has the same slot as in the model's own pool.
 
-    params: SGLang's for its radix cache. topk: drafts after each token. pool: the model's. Raises `Unsupported`.
+    params: SGLang's for its radix cache. spec: its settings of speculative decoding, some of which it chooses by the
+    model. pool: the model's. Raises `Unsupported`.
     """
-    if topk > 1:
+    if (spec.speculative_eagle_topk or 1) > 1:
         why = "accepted drafts of a tree are moved after their forward"
         raise Unsupported(f"{why}; add --speculative-eagle-topk 1, with the numbers of steps and of draft tokens")
     drafts = (*params.mtp_draft_device_pools, *params.sidecar_draft_device_pools)
+    if drafts and spec.enable_multi_layer_eagle:
+        why = "SGLang drafts with several models at once for it, which is not supported yet"
+        raise Unsupported(f"{why}; drop --speculative-algorithm")
     if drafts and isinstance(pool, SWAKVPool):
         raise Unsupported("a draft model beside layers with slots of their own; add --disable-hybrid-swa-memory")
     return tuple(map(_of_a_kind_we_know, drafts))

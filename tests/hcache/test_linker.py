@@ -53,7 +53,10 @@ def pool(request: pytest.FixtureRequest) -> OnePool:
 def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., HCacheLinker]:
     context = {
         "get_spec": SimpleNamespace(
-            speculative_eagle_topk=None, speculative_draft_load_format=None, speculative_algorithm="STANDALONE"
+            speculative_eagle_topk=None,
+            enable_multi_layer_eagle=False,
+            speculative_draft_load_format=None,
+            speculative_algorithm="STANDALONE",
         ),
         "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),

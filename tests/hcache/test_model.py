@@ -47,13 +47,21 @@ def test_pools_of_draft_models() -> None:
         MHATokenToKVPool(64, 16, torch.float32, 2, 4, layers, "cpu", enable_memory_saver=False) for layers in (1, 3)
     )
     params = SimpleNamespace(mtp_draft_device_pools=(own,), sidecar_draft_device_pools=(other,))
-    assert draft_pools(params, 1, own) == (own, other)
+    none, chain, windowed = drafting(None), drafting(1), with_windows([1], [0])
+    assert draft_pools(params, chain, own) == (own, other)
     with pytest.raises(Unsupported, match="add --speculative-eagle-topk 1"):
-        draft_pools(params, 4, own)
-    windowed = with_windows([1], [0])
+        draft_pools(params, drafting(4), own)
+    with pytest.raises(Unsupported, match="several models at once for it"):
+        draft_pools(params, drafting(1, several=True), own)
     with pytest.raises(Unsupported, match="add --disable-hybrid-swa-memory"):
-        draft_pools(params, 1, windowed)
-    assert draft_pools(SimpleNamespace(mtp_draft_device_pools=(), sidecar_draft_device_pools=()), 1, windowed) == ()
+        draft_pools(params, chain, windowed)
+    assert (
+        draft_pools(SimpleNamespace(mtp_draft_device_pools=(), sidecar_draft_device_pools=()), none, windowed) == ()
+    )
     params.sidecar_draft_device_pools = (object(),)
     with pytest.raises(Unsupported, match="a KV pool of type object"):
-        draft_pools(params, 1, own)
+        draft_pools(params, chain, own)
+
+
+def drafting(topk: int | None, *, several: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(speculative_eagle_topk=topk, enable_multi_layer_eagle=several)
