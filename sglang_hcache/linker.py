@@ -126,6 +126,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             alone=get_parallel().attn_tp_size == 1,
             planner=self._planner,
             reads_at_once=reads_at_once(self._config),
+            in_whole=self._window_pages > 0,
         )
         scheduler_hooks.linker = self
         self._log_start()

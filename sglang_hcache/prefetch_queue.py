@@ -130,10 +130,12 @@ class PrefetchQueue:
         alone: bool,
         planner: LoadPlanner | None = None,
         reads_at_once: int = READ_THREADS,
+        in_whole: bool = False,
     ) -> None:
         """`alone`: there is no other rank to agree with. Without a planner all of a hit is waited for, and loaded.
 
-        `reads_at_once`: pages that are read at the same time, on all drives.
+        `reads_at_once`: pages that are read at the same time, on all drives. `in_whole`: of a part of a hit it may be
+        that nothing can be loaded.
         """
         self._store = store
         self._planner = planner
@@ -141,6 +143,7 @@ class PrefetchQueue:
         self._rule = rule
         self._page_tokens = page_tokens
         self._reads_at_once = reads_at_once
+        self._in_whole = in_whole
         self._requests: dict[str, _Request] = {}
         self._held: dict[str, float] = {}  # request id → when it was queued
         self._start: HeadStart | None = None  # to begin in the next step
@@ -355,6 +358,8 @@ class PrefetchQueue:
             start_s=sum(other.wait.pass_s for other in before.values() if other.wait is not None),
             queued_pages=sum(other.pages_awaited for rid, other in before.items() if rid in self._held),
         )
+        if self._in_whole and 2 * enough > pages:
+            enough = pages
         # The next pages are being read already when the request is admitted, and its last ones may be in memory, as
         # they were stored last: neither would say anything.
         first = there + self._reads_at_once

@@ -358,6 +358,30 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
     requests.clear()
 
 
+@pytest.mark.parametrize(("in_whole", "worth", "waits"), [(False, 6, False), (True, 6, True), (True, 5, False)])
+def test_what_can_be_loaded_in_whole_only_is_waited_for_if_most_is_worth_it(
+    store: LocalStore,
+    disk: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    in_whole: bool,
+    worth: int,
+    waits: bool,
+) -> None:
+    disk.set()
+    plans, rest, read = planner(ssd_bytes_per_s=1e10), threading.Event(), Place.read
+    monkeypatch.setattr(plans, "worth_waiting_for", lambda *_, **__: worth)
+    first = keys_of(range(6))
+    monkeypatch.setattr(Place, "read", lambda *args: (args[1] in first or rest.wait(30)) and read(*args))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans, in_whole=in_whole)
+    requests.queued("a", keys_of(range(10)))
+    while len(store.progress("a").slots) < len(first):
+        time.sleep(0.01)
+    assert requests.admissible() == ([] if waits else ["a"])
+    rest.set()
+    wait_until_admissible(requests, "a")
+    requests.clear()
+
+
 def test_what_is_read_for_others_is_what_they_still_wait_for(
     store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
