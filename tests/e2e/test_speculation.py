@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from tests.e2e.scenarios import (
 )
 
 SPOILT_PLUGIN = Path(__file__).parent / "spoilt"
-ALGORITHMS = ("STANDALONE", "EAGLE")
+DRAFT_LAYERS = {"STANDALONE": 3, "EAGLE": 1, "EAGLE3": 1}
+ONE_LAYER, WIDTH = replace(LLAMA, layers=1), LLAMA.hidden_size
 DRAFTS = 3  # at once
 ROOM_FOR_ALL = ("--hicache-ratio", "8")  # so that what is not captured is so for the drafts, not for a slow disk
 
@@ -43,7 +45,11 @@ def speculating(workshop: Workshop) -> Iterator[Speculating]:
     way = workshop.folder / "way-to-spoil-drafts"
     way.write_text("not at all")
     env = {"HCACHE_SPOIL": str(way), "PYTHONPATH": str(SPOILT_PLUGIN)}
-    drafts = {"STANDALONE": workshop.model(LLAMA), "EAGLE": eagle_draft(workshop)}
+    drafts = {
+        "STANDALONE": workshop.model(LLAMA),
+        "EAGLE": eagle_draft(workshop),
+        "EAGLE3": eagle3_draft(workshop),
+    }
     servers = {
         algorithm: workshop.tiered(
             workshop.folder / f"store-{algorithm}",
@@ -66,22 +72,41 @@ def flags(algorithm: str, draft: Path) -> tuple[str, ...]:
 
 def eagle_draft(workshop: Workshop) -> Path:
     """One layer of a Llama that takes the next token, and what the model made of the last; random: rarely right."""
-    made_of = workshop.model(replace(LLAMA, layers=1))
-    folder = workshop.folder / "models" / "eagle"
-    shutil.copytree(made_of, folder)
-    left_out = ("lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
-    weights = load_file(folder / "model.safetensors")
-    weights = {name.removeprefix("model."): weight for name, weight in weights.items() if name not in left_out}
-    width = LLAMA.hidden_size
-    noise = torch.randn(width, 2 * width, generator=torch.Generator().manual_seed(0))
-    weights |= {"fc.weight": noise / (2 * width) ** 0.5, "fc.bias": torch.zeros(width)}
+    left_out = ("lm_head.weight", "norm.weight", "layers.0.input_layernorm.weight")
+    weights = {name: weight for name, weight in one_layer(workshop).items() if name not in left_out}
+    weights |= {"fc.weight": noise(WIDTH, 2 * WIDTH), "fc.bias": torch.zeros(WIDTH)}
+    return saved(workshop, "LlamaForCausalLMEagle", weights, {})
+
+
+def eagle3_draft(workshop: Workshop) -> Path:
+    """Likewise, but of the last token it takes what two layers of the model were given, beside the next token's."""
+    weights = one_layer(workshop)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weights[f"layers.0.self_attn.{name}.weight"] = noise(WIDTH, 2 * WIDTH)
+    weights |= {"fc.weight": noise(WIDTH, 2 * WIDTH), "layers.0.hidden_norm.weight": torch.ones(WIDTH)}
+    of_the_model = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]}}
+    return saved(workshop, "LlamaForCausalLMEagle3", weights, {"draft_vocab_size": LLAMA.vocab, **of_the_model})
+
+
+def one_layer(workshop: Workshop) -> dict[str, torch.Tensor]:
+    weights = load_file(workshop.model(ONE_LAYER) / "model.safetensors")
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / math.sqrt(shape[-1])
+
+
+def saved(workshop: Workshop, name: str, weights: dict[str, torch.Tensor], fields: dict[str, object]) -> Path:
+    folder = workshop.folder / "models" / name
+    shutil.copytree(workshop.model(ONE_LAYER), folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaForCausalLMEagle"]}
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": [name]} | fields
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", DRAFT_LAYERS)
 @pytest.mark.parametrize("scenario", ["conversation", "eight_conversations", "two_tenants"])
 def test_outputs_equal_those_of_a_plain_server(
     algorithm: str, scenario: str, speculating: Speculating, reference: dict[str, list[Answer]]
@@ -96,7 +121,7 @@ def test_outputs_equal_those_of_a_plain_server(
             assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
             assert 0 < answer.verifications < len(answer.output_ids)
     state = tier_state(server)
-    assert (state["representation"], state["layers_draft"]) == ("hidden", {"STANDALONE": 3, "EAGLE": 1}[algorithm])
+    assert (state["representation"], state["layers_draft"]) == ("hidden", DRAFT_LAYERS[algorithm])
     assert state["loads_failed"] == state["pages_leased"] == state["tokens_not_captured"] == 0
     assert "leak" not in server.log_text()
 
