@@ -52,7 +52,7 @@ def formats(
         model_config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=False, context_len=99),
         max_total_num_tokens=4 * PAGE,
         req_to_token_pool=set(),
-        token_to_kv_pool_allocator=set(),
+        token_to_kv_pool_allocator=SimpleNamespace(size=4 * PAGE, clear=lambda: None),
     )
     return formats_of(runner, capture, pool, PAGE, hidden_wanted=True, codec_name=None), capture
 
