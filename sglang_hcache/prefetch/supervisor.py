@@ -30,12 +30,7 @@ BACK_OFF_S = (0.1, 30.0)  # first pause before another try, and longest
 REMOTE_OPEN_S = 10.0  # for one attempt
 POLL_S = 0.02
 
-# In a process of its own that ends at once, so that the prefetcher is nobody's child: SGLang kills all its children
-# when it stops, before the prefetcher could have written what is left. Its log goes where ours goes, to stderr, and
-# to a file; whoever reads our stdout to its end must not wait for it.
-_LAUNCHER = """import sys
-from subprocess import DEVNULL, Popen
-Popen(sys.argv[1:], stdin=DEVNULL, stdout=DEVNULL, start_new_session=True)"""
+_LAUNCHER = Path(__file__).with_name("launcher.py")
 
 Client = TypeVar("Client", PrefetchClient, RemoteClient)
 
@@ -220,7 +215,8 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
 
     def _launch(self) -> None:
         config = json.dumps(dataclasses.asdict(self._config))
-        command = [sys.executable, "-S", "-c", _LAUNCHER, sys.executable, "-m", "sglang_hcache.prefetch", config]
+        launcher = [sys.executable, "-S", "-P", str(_LAUNCHER), str(os.getppid())]
+        command = [*launcher, sys.executable, "-m", "sglang_hcache.prefetch", config]
         try:
             subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
         except (OSError, subprocess.SubprocessError) as error:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -8,17 +10,19 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from sglang_hcache.prefetch import connection, process
+from sglang_hcache.prefetch import connection, launcher, process
 from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Hopeless, Unavailable
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
+from sglang_hcache.prefetch.launcher import memory_policy
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from tests.prefetch.clients import (
@@ -519,18 +523,47 @@ def test_a_prefetcher_that_is_busy_keeps_no_server_from_starting(
     supervisor.close()
 
 
-def test_a_prefetcher_that_cannot_be_started_is_said_loudly(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    supervisor = supervisor_of(directory)
+def test_a_prefetcher_that_cannot_be_started_is_said_loudly(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor, program = supervisor_of(directory), tmp_path / "launcher.py"
+    program.touch()
     with monkeypatch.context() as patch:
         patch.setattr(supervision, "LOCKED_S", 0.1)
-        patch.setattr(supervision, "_LAUNCHER", "pass")
+        patch.setattr(supervision, "_LAUNCHER", program)
         with pytest.raises(Unavailable):
             supervisor.start(0.5)
-        patch.setattr(supervision, "_LAUNCHER", "raise SystemExit(1)")
+        program.write_text("raise SystemExit(1)")
         began = time.monotonic()
         with pytest.raises(Hopeless, match="cannot be started"):
             supervisor.start()
         assert time.monotonic() - began < 10
+    supervisor.close()
+
+
+@contextlib.contextmanager
+def bound_to(cpu: int) -> Iterator[None]:
+    """This thread, as SGLang binds a rank to a NUMA node: strictly, if a container lets it."""
+    cpus, set_policy = os.sched_getaffinity(0), launcher._SET_MEMPOLICY[os.uname().machine]
+    libc, nodes = ctypes.CDLL(None), ctypes.c_ulong(1)
+    os.sched_setaffinity(0, {cpu})
+    libc.syscall(set_policy, 2, ctypes.byref(nodes), 64)
+    try:
+        yield
+    finally:
+        libc.syscall(set_policy, 0, None, 0)
+        os.sched_setaffinity(0, cpus)
+
+
+def test_it_is_not_bound_as_the_rank_that_starts_it_is(directory: Path) -> None:
+    parent = os.getppid()
+    cpus = os.sched_getaffinity(parent)
+    supervisor = supervisor_of(directory)
+    with bound_to(min(cpus)):
+        client = supervisor.open()
+    assert os.sched_getaffinity(client.prefetcher_pid) == cpus
+    assert memory_policy(client.prefetcher_pid) == memory_policy(parent)
+    client.close()
     supervisor.close()
 
 
