@@ -23,6 +23,7 @@ MOST_BEHIND = 2  # batches that one volume may have waiting more than another
 SELECTIVE_USES = 2  # SGLang's threshold for the policy of that name
 SHORT_OF_SLOTS = 0.25  # write_back begins when fewer slots than this fraction can be reserved
 TOUCH_EVERY_S = 5.0
+MOST_TOUCHED = 1 << 18  # pages whose use a volume has still to note: one that hangs notes none
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class Writer:
     def used(self, key: bytes, slot: int) -> None:
         """A page has been asked for, or computed, once more."""
         for todo in self._by_volume.values():
-            todo.touched[key] += 1
+            if len(todo.touched) < MOST_TOUCHED:
+                todo.touched[key] += 1
         if self._policy is not WritePolicy.SELECTIVE or self._arena.backing(slot) is not Backing.UNBACKED:
             return
         if self._uses[slot] < SELECTIVE_USES:

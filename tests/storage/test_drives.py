@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 
 from sglang_hcache.storage import store as store_module
+from sglang_hcache.storage import writer
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import ROOT
@@ -119,6 +120,19 @@ def test_a_drive_that_hangs_does_not_keep_others_from_evicting(tmp_path: Path, h
             time.sleep(0.02)
         assert counters(store)["pages_written"] >= 60 + 150
         assert counters(store)["pages_evicted"] > 0
+    hang.end()
+    assert store.close()
+
+
+def test_what_a_drive_that_hangs_has_to_note_takes_no_more_and_more_memory(
+    tmp_path: Path, hang: Hang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MOST_TOUCHED", 10)
+    store = open_store(tmp_path / "a", tmp_path / "b")
+    hang(SegmentWriter, "write", tmp_path / "a")
+    save(store, range(30))
+    assert served(store, range(30)) == list(range(30))
+    assert len(store._writer._by_volume[store._volumes[0]].touched) == 10
     hang.end()
     assert store.close()
 
