@@ -18,7 +18,7 @@ import numpy as np
 
 from sglang_hcache.storage.eviction import Ints, choose
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import Quota, bytes_below, is_busy
+from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, is_busy
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Places, Table
@@ -56,7 +56,7 @@ class Evictor:
         """
         lost = 0
         while self._segments.free_records() < records:
-            with self._quota.locked():
+            with self._quota.locked(EVICTING_S):
                 for _ in range(ROUNDS):
                     excess = self._quota.excess(self._segments.growth_bytes())
                     if excess <= 0 or self._segments.free_records() >= records:

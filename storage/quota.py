@@ -13,6 +13,7 @@ from sglang_hcache.storage.files import lock_within, make_private
 from sglang_hcache.storage.segment import SegmentWriter
 
 LOCK_WAIT_S = 30.0
+EVICTING_S = 300.0  # as above, where others may be evicting one after the other, each some ten seconds
 BATCH = 20  # a twentieth of the quota is evicted at once
 SEGMENTS = 8  # at least so many segments fit in the quota
 FILL = 0.9  # of what a directory could have, where nobody says how much it may take, or it was full
@@ -73,16 +74,16 @@ class Quota:
         return self.used + growth + slack - self.limit
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """While it lasts no other process that keeps the quota grows or evicts here."""
-        with _directory_lock(self._path / "segments"):
+    def locked(self, timeout_s: float = LOCK_WAIT_S) -> Iterator[None]:
+        """While it lasts nobody else who keeps the quota grows or evicts here."""
+        with _directory_lock(self._path / "segments", timeout_s):
             yield
 
 
 @contextmanager
 def census(folder: Path) -> Iterator[None]:
     """While it lasts no process creates, adopts or deletes a segment in this folder of a fingerprint."""
-    with _directory_lock(folder):
+    with _directory_lock(folder, LOCK_WAIT_S):
         yield
 
 
@@ -121,11 +122,11 @@ def is_busy(file: Path) -> bool:
 
 
 @contextmanager
-def _directory_lock(folder: Path) -> Iterator[None]:
+def _directory_lock(folder: Path, timeout_s: float) -> Iterator[None]:
     make_private(folder)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        lock_within(fd, exclusive=True, timeout_s=LOCK_WAIT_S)
+        lock_within(fd, exclusive=True, timeout_s=timeout_s)
         yield
     finally:
         os.close(fd)

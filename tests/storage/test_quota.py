@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -121,6 +122,24 @@ def test_pages_of_a_model_that_is_not_used_any_more_make_room(tmp_path: Path) ->
     assert 0 < len(kept) < 70
     assert counters(other)["pages_damaged"] == 0
     other.close()
+
+
+def test_others_that_evict_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many pages that takes longer than any other lock is kept."""
+    monkeypatch.setattr(quotas, "LOCK_WAIT_S", 0.1)
+    store = open_store(tmp_path, quota_bytes=QUOTA)
+    lock = os.open(tmp_path / "segments", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    slot = store.reserve()
+    assert slot is not None
+    fill(store.memory[slot], 0)
+    store.commit(key_of(0), slot, ROOT)
+    assert not store.flush(1.0)
+    assert states(store) == ["ok"]
+    os.close(lock)
+    assert store.flush(30)
+    assert on_file(store, range(1)) == [0]
+    store.close()
 
 
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
