@@ -134,7 +134,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     # ---- ahead of scheduling ----
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt) -> None:
-        """A request has been queued whose pages `keys` are not on the device."""
+        """A request has been queued whose pages `keys` are not on the device.
+
+        Perhaps once more, retracted or preempted while its load lands: what is given back then is not what it asks
+        for now.
+        """
+        if any(load.rid == rid for load in self._under_way):
+            self._give_back_what_has_landed(wait=True)
         self._prefetch_queue.queued(rid, keys, prompt)
 
     def admissible(self, *, idle: bool = False) -> list[str]:

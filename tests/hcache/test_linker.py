@@ -278,6 +278,27 @@ def test_the_scheduler_goes_on_while_a_load_lands(
     assert not stored._under_way
 
 
+def test_a_request_that_is_queued_again_while_its_load_lands(
+    stored: HCacheLinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was retracted, or preempted: with its load ends what it had asked for before, and not what it does now."""
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    event = Ahead()
+    stored.layer_done_counter.restored(index, event)
+    assert stored.finish_layer_wise_loading(index)
+    monkeypatch.setattr(PrefetchClient, "wait", lambda *_: Progress((), False))
+    stored.queued("a", [key_of(0), key_of(1)], Prompt(PAGE, 0))
+    event.passed = True
+    stored.renew_store()
+    assert list(stored.held) == ["a"]
+    wait_until(lambda: stored.admissible() == ["a"], 10)
+    assert stored.lookup("a", transfer(range(2))) == [1, 2]
+    stored.forget_request("a")
+    assert stored.stats()["pages_leased"] == 0
+
+
 def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: Pool) -> None:
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
