@@ -172,7 +172,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Until a prefetch is done; there is nothing else to do."""
-        if select.select([self._supervisor.news], [], [], timeout_s)[0]:
+        news = select.poll()  # `select.select` takes no descriptor beyond 1023, of which a server may have more
+        news.register(self._supervisor.news, select.POLLIN)
+        if news.poll(1000 * timeout_s):
             os.eventfd_read(self._supervisor.news)
 
     def renew_store(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -297,6 +300,20 @@ def test_a_request_that_is_queued_again_while_its_load_lands(
     assert stored.lookup("a", transfer(range(2))) == [1, 2]
     stored.forget_request("a")
     assert stored.stats()["pages_leased"] == 0
+
+
+def test_news_come_from_any_descriptor(tier: HCacheLinker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has many files and sockets open; `select` takes 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2048)), hard))
+    high = fcntl.fcntl(tier._supervisor.news, fcntl.F_DUPFD_CLOEXEC, 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(tier._supervisor, "news", high)
+        os.eventfd_write(high, 1)
+        tier.wait_for_news(10)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(high)
+    os.close(high)
 
 
 def test_a_forward_that_started_no_load_has_none_that_landed(stored: HCacheLinker, pool: Pool) -> None:
