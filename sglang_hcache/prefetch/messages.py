@@ -99,12 +99,6 @@ class Want(Message):
     slots: Count
 
 
-class Abandon(Message):
-    """Granted slots that will not be filled."""
-
-    slots: Slots
-
-
 class Credit(Message):
     """Between hosts: flow control; the prefetcher may send this many more pages."""
 
@@ -209,7 +203,6 @@ FromClient = (
     | Release
     | Commit
     | Want
-    | Abandon
     | Credit
     | Flush
     | DropHost

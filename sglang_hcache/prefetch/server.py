@@ -88,7 +88,6 @@ class Server:
             m.Release: self._release,
             m.Commit: self._commit,
             m.Want: self._want,
-            m.Abandon: self._abandon,
             m.Credit: self._credit,
             m.Flush: self._flush,
             m.DropHost: self._drop_host,
@@ -326,11 +325,6 @@ class Server:
     def _want(self, session: Session, message: m.Want) -> None:
         session.wanted = min(session.wanted + message.slots, session.hello.grant)
         self._grant(session)
-
-    def _abandon(self, session: Session, message: m.Abandon) -> None:
-        for slot in message.slots:
-            session.take_back(slot)
-            session.space.store.abandon(slot)
 
     def _flush(self, session: Session, message: m.Flush) -> None:
         session.flushes.append((message.seq, time.monotonic() + FLUSH_S))

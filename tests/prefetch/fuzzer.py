@@ -99,7 +99,6 @@ class Fuzzer(Raw):
                 ),
                 m.Cancel(prefetch=former),
                 m.Release(prefetch=former),
-                m.Abandon(slots=[self.granted.pop()] if self.granted else []),
                 m.Want(slots=self.chance.randrange(10)),
                 m.Credit(pages=self.chance.randrange(10)),
                 m.Health(),
@@ -203,8 +202,7 @@ class Fuzzer(Raw):
     def not_granted(self) -> list[bytes]:
         slot = self.chance.choice([0, 1, 63, 64, 1 << 40])
         page = m.Page(self.chance.choice(KEYS), KEYS[0], slot)
-        message = self.chance.choice([m.Commit(pages=[page] * 3), m.Abandon(slots=[slot])])
-        return [self.numbered(message)] if slot not in self.granted else self.noise()
+        return [self.numbered(m.Commit(pages=[page] * 3))] if slot not in self.granted else self.noise()
 
     def giant(self) -> list[bytes]:
         count = self.chance.choice([m.MAX_KEYS // 8, m.MAX_KEYS + 1])

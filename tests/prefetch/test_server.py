@@ -47,7 +47,7 @@ def test_a_second_hello_is_refused_and_harms_nobody(directory: Path, join: Join)
         (m.Lookup(seq=5, keys=[]), "out_of_order", True),
         (m.Lookup(seq=0, keys=[]), "replayed", False),
         (m.Commit(seq=1, pages=[m.Page(key_of(1), key_of(0), 60)]), "not_granted", True),
-        (m.Abandon(seq=1, slots=[1 << 40]), "not_granted", True),
+        (m.Commit(seq=1, pages=[m.Page(key_of(1), key_of(0), 1 << 40)]), "not_granted", True),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
