@@ -427,16 +427,26 @@ def restorer_for(
 
 
 def copier_of(pages: HostPages, device: str, stream: Stream) -> EngineCopier | KernelCopier:
-    """The copy engine for large pages, once it has copied one of them; else the kernel."""
-    if min(layer.page_bytes for layer in pages.layers) < ENGINE_PAGE_BYTES:
-        return KernelCopier()
-    page = torch.empty(1, 1, pages.layers[0].page_bytes, dtype=torch.uint8, device=device)
-    try:
-        copier = EngineCopier()
-        with stream.active():
-            copier.copy(pages, range(1), copier.places(pages, [0]), page)
-    except NoCopyEngine as error:
-        logger.warning("hcache: pages are copied by a kernel, beside which forwards are slower: %s", error)
-        return KernelCopier()
+    """The copy engine for large pages, else the kernel; once it has copied one of them."""
+    if min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
+        try:
+            engine = EngineCopier()
+            _copy_a_page(engine, pages, device, stream)
+        except NoCopyEngine as error:
+            logger.warning("hcache: pages are copied by a kernel, beside which forwards are slower: %s", error)
+        else:
+            return engine
+    kernel = KernelCopier()
+    _copy_a_page(kernel, pages, device, stream)
+    return kernel
+
+
+def _copy_a_page(copier: Copier, pages: HostPages, device: str, stream: Stream) -> None:
+    """A layer of each size: for each a kernel is compiled, which no request is to wait for."""
+    of_each_size = {stored.page_bytes: layer for layer, stored in enumerate(pages.layers)}
+    with stream.active():
+        places = _to("cpu" if copier.indexed_on == "cpu" else device, copier.places(pages, [0]))
+        for page_bytes, layer in of_each_size.items():
+            target = torch.empty(1, 1, page_bytes, dtype=torch.uint8, device=device)
+            copier.copy(pages, range(layer, layer + 1), places, target)
     stream.record().synchronize()
-    return copier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from sglang_hcache import copy_engine, restore
 from sglang_hcache.copy_engine import Attributes, CopyEngine, NoCopyEngine
 from sglang_hcache.restore import Copier, EngineCopier, HostPages, IndexCopier, KernelCopier, StoredLayer, copier_of
 from sglang_hcache.streams import ImmediateStream
+from sglang_hcache.triton_kernels import rows
 from tests.triton_kernels.driver import batch
 
 PAGE_BYTES, DISTANCE, LAYERS, CHUNKS = 320, 512, 4, 9
@@ -108,6 +110,23 @@ def test_an_engine_that_fails_leaves_it_to_the_kernel(
     (record,) = caplog.records
     assert "copied by a kernel" in record.getMessage()
     assert "error 1" in record.getMessage()
+
+
+def test_no_request_waits_for_the_kernel_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled for each size of a layer's page."""
+    pages = host_pages()
+    larger = dataclasses.replace(pages.layers[0], page_bytes=2 * DISTANCE)
+    pages = dataclasses.replace(pages, layers=[*pages.layers[2:], larger])
+    copied, original = list[torch.Tensor](), rows.copy_rows
+
+    def copy_rows(source: torch.Tensor, offsets: torch.Tensor, target: torch.Tensor, **how: int) -> None:
+        original(source, offsets, target, **how)
+        copied.append(target)
+
+    monkeypatch.setattr(rows, "copy_rows", copy_rows)
+    copier_of(pages, "cpu", ImmediateStream())
+    expected = [pages.memory[0, layer.offset :][: layer.page_bytes] for layer in pages.layers[1:]]
+    assert [target.flatten().tolist() for target in copied] == [page.tolist() for page in expected]
 
 
 class Driver:
