@@ -458,8 +458,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def _kv_rows(self, store: PrefetchClient | RemoteClient) -> tuple[list[KVRows], KVRows | None]:
         """Of the model's layers that are stored as K and V, and of each draft model's; and of windowed ones."""
 
+        device = str(self._pool.device)
+        current, forward = current_stream(device), current_stream(device, self.forward_stream)
+
         def rows_of(pool: Pool, layers: range, before: int = 0) -> KVRows:
-            return KVRows(store, self._copy_out, pool, layers, self.forward_stream, before=before)
+            return KVRows(store, self._copy_out, pool, layers, current=current, forward=forward, before=before)
 
         layout, pool, found, windowed = self._stored.layout, self._pool, list[KVRows](), None
         if isinstance(pool, SWAKVPool):

@@ -19,7 +19,7 @@ from sglang_hcache.open_pages import OpenPages, chunk_rows
 from sglang_hcache.projector import PoolReader
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
-from sglang_hcache.streams import Event
+from sglang_hcache.streams import Event, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -252,15 +252,19 @@ class KVRows:
         copy_out: CopyOut,
         pool: Pool,
         layers: range,
-        forward_stream: torch.cuda.Stream | None,
         *,
+        current: Stream,
+        forward: Stream,
         before: int = 0,
     ) -> None:
-        """layers: of the pool. before: of the store, which the pool's follow."""
+        """layers: of the pool. before: of the store, which the pool's follow.
+
+        current: the stream that `gather` is called on. forward: the one that writes the pool.
+        """
         self._copy_out = copy_out
         self._pool = PoolReader(pool, layers)
         self._chunks = chunk_rows(store, range(before + layers.start, before + layers.stop))
-        self._forward_stream = forward_stream if torch.cuda.is_available() else None
+        self._current, self._forward = current, forward
         self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor | None:
@@ -268,8 +272,7 @@ class KVRows:
 
         None where the host has no room for them.
         """
-        if self._forward_stream is not None:
-            torch.cuda.current_stream().wait_stream(self._forward_stream)
+        self._current.wait(self._forward.record())
         _, layers, _, row_bytes = self._chunks.shape
         found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
         self._pool.read(0, slots, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from sglang_hcache.projector import KVProjector, PoolReader
 from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
-from sglang_hcache.streams import ImmediateStream
+from sglang_hcache.streams import Event, ImmediateStream
 
 PAGE, WIDTH, HEADS, HEAD = 16, 6, 2, 4
 HIDDEN, KV = range(0, 2), range(2, 5)
 KEYS = [b"a" * 32, b"b" * 32, b"c" * 32]
+
+kv_rows = partial(KVRows, current=ImmediateStream(), forward=ImmediateStream())
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def saver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> PageSaver:
     monkeypatch.setattr(savers, "_GATHERED_BYTES", request.param * len(KV) * PAGE * 2 * 4 * HEADS * HEAD)
-    kv = KVRows(store, copy_out, pool, KV, None)
+    kv = kv_rows(store, copy_out, pool, KV)
     assert kv.pages_together == request.param
     return PageSaver(store, copy_out, captured=len(HIDDEN), kv=[kv])
 
@@ -153,7 +156,7 @@ def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool)
     layout = ChunkLayout(PAGE, (PAGE * 2 * 4 * HEADS * HEAD,) * pool.layer_num)
     store = LocalStore(layout, bytes(16), 4 * layout.record_bytes, [])
     others = [store.reserve(), store.reserve()]
-    saver = PageSaver(store, copy_out, kv=[KVRows(store, copy_out, pool, layers, None)])
+    saver = PageSaver(store, copy_out, kv=[kv_rows(store, copy_out, pool, layers)])
     saver.save(KEYS, ROOT, slots_of(6, 1, 3))
     saver.clear()
     assert store.contains(KEYS) == [True, True, False]
@@ -167,6 +170,28 @@ def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool)
     store.check()
 
 
+def test_k_and_v_are_read_behind_the_forward_that_writes_them(
+    store: LocalStore, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, waited = list[Event](), list[Event]()
+
+    class Forward(ImmediateStream):
+        def record(self, *, timed: bool = False) -> Event:
+            recorded.append(super().record(timed=timed))
+            return recorded[-1]
+
+    class Current(ImmediateStream):
+        def wait(self, event: Event) -> None:
+            waited.append(event)
+
+    def read(*_: object) -> None:
+        assert waited == recorded != []
+
+    monkeypatch.setattr(PoolReader, "read", read)
+    kv = KVRows(store, InlineCopyOut(), pool, KV, current=Current(), forward=Forward())
+    assert kv.gather(slots_of(5)) is not None
+
+
 def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MHATokenToKVPool) -> None:
     """In a pool of its own, with other heads; its layers follow the model's."""
     draft = MHATokenToKVPool(8 * PAGE, PAGE, torch.bfloat16, HEADS + 1, HEAD, 2, "cpu", enable_memory_saver=False)
@@ -176,7 +201,7 @@ def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MH
     sizes = [4 * WIDTH] * len(HIDDEN) + [2 * 2 * (HEADS + 1) * HEAD] * draft.layer_num
     layout = ChunkLayout(PAGE, tuple(PAGE * size for size in sizes))
     store = LocalStore(layout, bytes(16), 4 * layout.record_bytes, [])
-    kv = KVRows(store, copy_out, draft, range(draft.layer_num), None, before=len(HIDDEN))
+    kv = kv_rows(store, copy_out, draft, range(draft.layer_num), before=len(HIDDEN))
     saver = PageSaver(store, copy_out, captured=len(HIDDEN), kv=[kv])
     rows, slots = torch.randn(len(HIDDEN), PAGE, WIDTH), slots_of(3)
     saver.save(KEYS[:1], ROOT, capture(saver, 3, rows))
@@ -213,8 +238,8 @@ def test_windowed_layers_are_saved_of_the_last_pages(
     layers = pool.layer_num + window.layer_num
     layout = ChunkLayout(PAGE, (PAGE * 2 * 4 * HEADS * HEAD,) * layers)
     store = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
-    full = KVRows(store, copy_out, pool, range(pool.layer_num), None)
-    windowed = KVRows(store, copy_out, window, range(window.layer_num), None, before=pool.layer_num)
+    full = kv_rows(store, copy_out, pool, range(pool.layer_num))
+    windowed = kv_rows(store, copy_out, window, range(window.layer_num), before=pool.layer_num)
     saver = PageSaver(store, copy_out, kv=[full], windowed=windowed)
     saver.save(KEYS, ROOT, slots_of(6, 1, 3), slots_of(2, 1))
     saver.clear()
