@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sglang_hcache.prefetch import client as client_module
 from sglang_hcache.prefetch import connection
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.endpoint import endpoint_for
@@ -104,6 +105,7 @@ def load(directory: Path, seed: str) -> None:
 
     Each page that was flushed must be there in all sessions to come, and right. Reports what it did.
     """
+    client_module.ASK_S = 20.0  # on a busy machine, too: `contains` calls missing whatever is not answered in time
     chance = random.Random(seed)
     first = 100_000 * int(seed)
     supervisor = supervisor_of(directory)
