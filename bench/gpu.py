@@ -15,7 +15,7 @@ import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 2
-HEAD_START_CYCLES = 2_000_000  # about a millisecond
+HEAD_START_CYCLES = 10_000_000  # about five milliseconds
 
 
 def seconds(work: Callable[[], object], *, rounds: int = 7, calls: int = 1) -> float:

@@ -103,6 +103,8 @@ def projections(run: Run) -> dict[str, Any]:
     for model in run.scale.models:
         checked = zip(_forms(model), run.sections["numerics"][model.name], strict=True)
         forms = [form for form, errors in checked if _is_right(errors)]
+        if not forms:
+            raise RuntimeError(f"no form is right for {model.name}")
         found[model.name] = [
             _projection(model, row["tokens"], row["ms"], forms, run.scale) for row in products[model.name]
         ]
@@ -110,7 +112,7 @@ def projections(run: Run) -> dict[str, Any]:
 
 
 def _is_right(form: dict[str, Any]) -> bool:
-    return bool(form["ratio"] <= MOST_ERROR and not form["unwritten"] and not form["strayed"])
+    return "ratio" in form and bool(form["ratio"] <= MOST_ERROR and not form["unwritten"] and not form["strayed"])
 
 
 def _projection(
@@ -132,7 +134,12 @@ def _projection(
 def numerics(run: Run) -> dict[str, Any]:
     """Both forms of the projection against float64, beside the forward's own way; into pools of NaNs."""
     return {
-        model.name: [_form_errors(model, form, run.scale) for form in _forms(model)] for model in run.scale.models
+        model.name: [
+            {"fused": asdict(form) if form else None}
+            | run.isolated(f"numerics, {model.name}, {form}", partial(_form_errors, model, form, run.scale))
+            for form in _forms(model)
+        ]
+        for model in run.scale.models
     }
 
 
@@ -149,7 +156,6 @@ def _form_errors(model: Model, form: Fused | None, scale: Scale) -> dict[str, An
     project_kv(rows, projection, positions, slots, *pool, fused=form)
     unwritten, strayed = (sum(counts) for counts in zip(*(misplaced(part, slots) for part in pool), strict=True))
     return {
-        "fused": asdict(form) if form else None,
         "unwritten": unwritten,
         "strayed": strayed,
         **errors(rows, projection, positions, pool[0][slots], pool[1][slots]),

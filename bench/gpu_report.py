@@ -38,8 +38,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         if stopped := part.get("error") or part.get("skipped"):
             yield f"{name}: {(stopped.splitlines() or [''])[0][:150]}"
     yield from _ceilings(sections)
-    for model, forms in sections.get("numerics", {}).items():
-        if isinstance(forms, list):
+    for model, forms in _numerics(sections):
+        if forms := [form for form in forms if "ratio" in form]:
             bad = sum(form["unwritten"] + form["strayed"] for form in forms)
             worst = max(form["ratio"] for form in forms)
             yield f"numerics, {model}: error / forward's {worst:.3f} (≤ 1.5), {bad} elements missing or strayed"
@@ -57,10 +57,19 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield f"{model}: restoring is faster than prefill from {comparison['restore_faster_from']} tokens on"
 
 
+def _numerics(sections: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for model, forms in sections.get("numerics", {}).items():
+        if isinstance(forms, list):
+            yield model, forms
+
+
 def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Sections, their rows and parts: whatever can fail by itself."""
     for name, section in sections.items():
         yield name, section
+        if name == "numerics":
+            for model, forms in _numerics(sections):
+                yield from ((f"{name}, {model}, {form['fused'] or 'cuBLAS'}", form) for form in forms)
         for row in section.get("rows", []):
             yield f"{name}, {row['tokens']}", row
         parts = {part: section[part] for part in ("sweep", *COPIERS, *CAPTURES) if part in section}

@@ -24,6 +24,7 @@ server would take, and again with each of both. The exit status is 1 where a sec
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -45,7 +46,10 @@ from bench.gpu_run import FULL, KERNELS, SMALL, Run, Scale
 from bench.report import RESULTS, arguments_of, method_of, out_folders, save
 from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
 from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
+from sglang_hcache.copy_engine import CopyEngine, NoCopyEngine
 from sglang_hcache.restore import Copier, EngineCopier, KernelCopier
+
+GRACE_S = 60  # for what has begun within the budget
 
 
 def overhead(run: Run) -> dict[str, Any]:
@@ -75,8 +79,12 @@ def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:
     ways: dict[str, Callable[[], Copier]] = {"engine": EngineCopier, "kernel": KernelCopier}
     if not run.arena.pinned:
         ways.clear()
-    elif "no_engine" in run.sections.get("copiers", {}):
-        del ways["engine"]
+    else:
+        try:
+            CopyEngine()
+        except NoCopyEngine as error:
+            del ways["engine"]
+            report["no_engine"] = str(error)
     report["rows"] = [{"tokens": n} | run.isolated(f"{model.name}, {n}", partial(row, n)) for n in fits]
     for name, way in ways.items():
         rows = [{"tokens": n} | run.isolated(f"{model.name}, {n}, {name}", partial(measured, n, way)) for n in fits]
@@ -143,7 +151,6 @@ def sections(models: tuple[Model, ...]) -> list[tuple[str, Callable[[Run], dict[
         ("ceilings", ceilings),
         ("numerics", numerics),
         ("overhead", overhead),
-        ("copiers", copiers),
         ("projection", projections),
     ]
     per_model = [
@@ -155,7 +162,7 @@ def sections(models: tuple[Model, ...]) -> list[tuple[str, Callable[[Run], dict[
         for model in models
     ]
     capture = (f"capture, {models[0].name}", partial(captures, model=models[0]))
-    return [*first, *per_model[0], capture, *itertools.chain(*per_model[1:])]
+    return [*first, *per_model[0], capture, *itertools.chain(*per_model[1:]), ("copiers", copiers)]
 
 
 def measure(scale: Scale, budget_s: float, keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
@@ -213,6 +220,8 @@ def main() -> None:
         folders.append(RESULTS)
     name = "gpu_restore_tiny" if arguments.tiny else "gpu_restore"
     scale = SMALL if arguments.tiny else FULL
+    # A driver that hangs cannot be interrupted; what was measured until then is kept.
+    faulthandler.dump_traceback_later(arguments.budget_s + GRACE_S, exit=True)
     report = measure(scale, arguments.budget_s, partial(save, name, folders=folders))
     print("\n".join(gpu_report.table(report)))
     if arguments.json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import sys
@@ -53,14 +52,15 @@ class Run:
     arena: Arena
     deadline: float
     sections: dict[str, Any] = field(default_factory=dict)
+    lost: str = ""  # why the device takes no work any more
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
     def isolated(self, name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the part says, or why it says nothing: its error says nothing of the others."""
-        if self.late():
-            return {"skipped": "out of time"}
+        if self.late() or self.lost:
+            return {"skipped": self.lost or "out of time"}
         try:
             return part()
         except Exception as error:  # noqa: BLE001
@@ -69,8 +69,14 @@ class Run:
         finally:
             gc.collect()
             if DEVICE == "cuda":
-                with contextlib.suppress(RuntimeError):  # a device that is lost
-                    torch.cuda.empty_cache()
+                self._tidy()
+
+    def _tidy(self) -> None:
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # such as an illegal address: every call fails from now on
+            self.lost = f"the device is lost: {error}"
 
     def floors_ms(self, model: Model, tokens: int) -> dict[str, float] | None:
         """The copy's and the projection's least time, of hidden states."""

@@ -100,6 +100,15 @@ def check(shape: Shape, form: Fused | None, tokens: int = CHECKED_TOKENS) -> dic
     return report
 
 
+def _check(shape: Shape, form: Fused | None) -> dict[str, Any]:
+    """As `check`, or why the form cannot be checked: the others still can."""
+    try:
+        return check(shape, form)
+    except Exception as error:  # noqa: BLE001
+        print(f"{form}: {type(error).__name__}: {error}", file=sys.stderr)
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def misplaced(buffer: torch.Tensor, slots: torch.Tensor) -> tuple[int, int]:
     """Elements of these slots that were not written, and of others that were, of a buffer that was full of NaNs."""
     poisoned = buffer.isnan().flatten(1)
@@ -152,8 +161,8 @@ def on_gpu(
     report: dict[str, Any] = {"models": {}, "errors": {}, "machine": machine(), "method": method_of(__doc__)}
     for shape, model in {shape: model for model, shape in shapes.items()}.items():
         forms: list[Fused | None] = [None, *candidates(shape.head_dim, capability())]
-        errors = {form: check(shape, form) for form in forms}
-        right = [form for form in forms if is_right(errors[form])]
+        errors = {form: _check(shape, form) for form in forms}
+        right = [form for form in forms if "error" not in errors[form] and is_right(errors[form])]
         report["errors"][model] = [
             {"fused": asdict(form) if form else None, "wrong": form not in right} | errors[form] for form in forms
         ]

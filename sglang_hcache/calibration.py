@@ -70,7 +70,7 @@ def calibrate(
     )
 
     def measure() -> Machine:
-        rates = _measure(runner, formats, shape, page_tokens=page_tokens, ranks=ranks, device=device)
+        rates = _measure(config, runner, formats, shape, page_tokens=page_tokens, ranks=ranks, device=device)
         if config.prefetcher is not None:
             return replace(rates, remote_bytes_per_s=_REMOTE_BYTES_PER_S)
         return replace(rates, ssd_bytes_per_s=_drives(config.directories, config.read_bytes_per_s))
@@ -81,6 +81,7 @@ def calibrate(
         "model": asdict(shape),
         "projector": formats.hidden.projector_name if formats.hidden else None,
         "device": device,
+        "copier": config.copier,
         "ranks": ranks,
         "rank": get_parallel().tp_rank,
         "page_tokens": page_tokens,
@@ -92,7 +93,14 @@ def calibrate(
 
 
 def _measure(
-    runner: Any, formats: Formats, shape: ModelShape, *, page_tokens: int, ranks: int, device: str
+    config: HCacheConfig,
+    runner: Any,
+    formats: Formats,
+    shape: ModelShape,
+    *,
+    page_tokens: int,
+    ranks: int,
+    device: str,
 ) -> Machine:
     """Rates of prefill and restoring, in seconds. Attention's follows from the matrix products'.
 
@@ -116,7 +124,7 @@ def _measure(
     pages, kv_ranks = max(1, min(_RESTORED_TOKENS, limit) // page_tokens), shape.kv_shares(ranks)
     tokens, copied_bytes, copies_s, stages_s = pages * page_tokens, 0, 0.0, []
     for layer_format in (formats.kv, formats.hidden) if formats.hidden else (formats.kv,):
-        copy_s, make_s = _try_restoring(layer_format, pages, page_tokens, device)
+        copy_s, make_s = _try_restoring(config, layer_format, pages, page_tokens, device)
         copied_bytes, copies_s = copied_bytes + tokens * layer_format.row_bytes, copies_s + copy_s
         stages_s.append(max(make_s + copy_s * (torch.device(device).type == "cpu"), _LEAST_S))
     return Machine(
@@ -131,14 +139,17 @@ def _measure(
     )
 
 
-def _try_restoring(layer_format: LayerFormat, pages: int, page_tokens: int, device: str) -> tuple[float, float]:
+def _try_restoring(
+    config: HCacheConfig, layer_format: LayerFormat, pages: int, page_tokens: int, device: str
+) -> tuple[float, float]:
     """Seconds to copy pages of the first layer to the device, and to make K and V of them in the pool, each alone."""
     memory = torch.zeros(pages, page_tokens * layer_format.row_bytes, dtype=torch.uint8)
     pinned = PinnedMemory(memory)
     layer = StoredLayer(0, page_tokens * layer_format.row_bytes, layer_format.dtype, layer_format.projector)
     positions = np.zeros((pages, page_tokens), np.int32)
     events = LayerEvents(current_stream(device), layers=1)
-    restorer = restorer_for(HostPages(memory, positions, [layer]), device, None, events, pinned=pinned.pinned)
+    pages_of_it, engine = HostPages(memory, positions, [layer]), config.copier == "auto"
+    restorer = restorer_for(pages_of_it, device, None, events, pinned=pinned.pinned, engine=engine)
     try:
         return restorer.measure(pages, repeats=_REPEATS)
     finally:

@@ -35,6 +35,9 @@ REPRESENTATION_CHOICES = ("auto", *Representation)
 PLAN_CHOICES = ("auto", "always")  # restore what is faster than to prefill it; or all there is
 
 
+COPIER_CHOICES = ("auto", "kernel")  # what copies pages to a GPU; auto: its copy engine, where that can
+
+
 CODEC_CHOICES = ("packed", "lossy_int8", "lossy_fp8_e4m3")  # of hidden states
 
 
@@ -67,6 +70,7 @@ class HCacheConfig:
     representation: str = "auto"  # one of REPRESENTATION_CHOICES
     plan: str = "auto"  # one of PLAN_CHOICES
     codec: str | None = None  # one of CODEC_CHOICES; None: hidden states as they are
+    copier: str = "auto"  # one of COPIER_CHOICES
     directory_bytes: int | None = None  # bound of what each directory takes; None: as `Quota` has it
     read_bytes_per_s: float | None = None  # the most that is read from files; None for all they give
     prefetcher: str | None = None  # tcp://HOST:PORT of one on another host; None for this node's own

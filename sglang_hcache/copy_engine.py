@@ -14,6 +14,7 @@ _CUDA_12_8 = 12080  # the first that has the function; every later driver still 
 _CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _BESIDE_KERNELS = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
+AT_ONCE = 128  # copies in a call: drivers are reported to hang with thousands of small ones
 
 Addresses = npt.NDArray[np.int64]
 
@@ -53,7 +54,7 @@ class CopyEngine:
     def __init__(self, batch: Callable[..., int] | None = None) -> None:
         self._batch = batch or _of_driver()
         self._attributes = Attributes(source_order=_IN_STREAM_ORDER, flags=_BESIDE_KERNELS)
-        self._first = ctypes.c_size_t(0)
+        self._firsts = np.zeros(AT_ONCE, np.uintp)  # one would do; drivers are reported to read one for each copy
         self._failed = ctypes.c_size_t(0)
 
     def copy(self, targets: Addresses, sources: Addresses, size: int, stream: int) -> None:
@@ -62,13 +63,17 @@ class CopyEngine:
         sources: in registered memory of the host; both arrays are contiguous. Raises NoCopyEngine where the driver
         refuses.
         """
-        sizes = np.full(len(targets), size, np.uint64)
-        error = self._batch(
-            targets.ctypes.data, sources.ctypes.data, sizes.ctypes.data, len(targets),
-            ctypes.byref(self._attributes), ctypes.byref(self._first), 1, ctypes.byref(self._failed), stream,
-        )  # fmt: skip
-        if error:
-            raise NoCopyEngine(f"cuMemcpyBatchAsync: error {error} at copy {self._failed.value} of {len(targets)}")
+        sizes = np.full(min(AT_ONCE, len(targets)), size, np.uintp)
+        firsts = self._firsts.ctypes.data_as(ctypes.POINTER(ctypes.c_size_t))
+        for begin in range(0, len(targets), AT_ONCE):
+            some, from_ = targets[begin : begin + AT_ONCE], sources[begin : begin + AT_ONCE]
+            error = self._batch(
+                some.ctypes.data, from_.ctypes.data, sizes.ctypes.data, len(some),
+                ctypes.byref(self._attributes), firsts, 1, ctypes.byref(self._failed), stream,
+            )  # fmt: skip
+            if error:
+                failed = f"error {error} at copy {self._failed.value} of {len(some)}"
+                raise NoCopyEngine(f"cuMemcpyBatchAsync: {failed}")
 
 
 def _of_driver() -> Callable[..., int]:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from sglang_hcache.config import (
     CODEC_CHOICES,
+    COPIER_CHOICES,
     DEFAULT_PAGE_SIZE,
     PLAN_CHOICES,
     REPRESENTATION_CHOICES,
@@ -34,6 +35,7 @@ _LOCAL = ("hcache_dir", "hcache_dir_size", "hcache_read_limit")  # about files o
 _CHOICES = {
     "hcache_representation": REPRESENTATION_CHOICES,
     "hcache_codec": CODEC_CHOICES,
+    "hcache_copier": COPIER_CHOICES,
     "hcache_plan": PLAN_CHOICES,
 }
 _OURS = (*_LOCAL, *_CHOICES, "hcache_prefetch_timeout", "hcache_prefetcher", "hcache_keys")
@@ -101,6 +103,13 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Compress hidden states: packed is lossless and takes three quarters of bf16's bytes; the lossy ones "
         "take eight bits per value, and answers are close, not equal. Default: no compression.",
+    )
+    group.add_argument(
+        "--hcache-copier",
+        choices=COPIER_CHOICES,
+        default=None,
+        help="What copies pages to a GPU: its copy engine, where the driver can (auto, the default), or a kernel, "
+        "for drivers that hang in cuMemcpyBatchAsync.",
     )
     group.add_argument(
         "--hcache-plan",
@@ -211,6 +220,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
         representation=representation or "auto",
         plan=ours["hcache_plan"] or "auto",
         codec=codec,
+        copier=ours["hcache_copier"] or "auto",
         directory_bytes=None if directory_bytes is None else int(directory_bytes),
         read_bytes_per_s=read_bytes_per_s,
         prefetcher=prefetcher,

@@ -118,6 +118,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if not isinstance(store, NoStore):
             self._connect(store)
         warm_up(self._stored, self._pool, self._drafts, self._page_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what was computed so far ran on a stream that SGLang's forwards do not use
         self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
         self._prefetch_queue = PrefetchQueue(
             store,
@@ -435,6 +437,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.forward_stream,
             self.layer_done_counter,
             pinned=self._pinned[store].pinned,
+            engine=self._config.copier == "auto",
         )
 
     def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:

@@ -217,6 +217,31 @@ class KernelCopier:
         )
 
 
+class EngineElseKernel:
+    """The engine until it refuses a call; from then on the kernel, so that no load fails for it."""
+
+    indexed_on = "cpu"
+
+    def __init__(self, engine: EngineCopier) -> None:
+        self._engine = engine
+        self._kernel: KernelCopier | None = None
+
+    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
+        return self._engine.places(pages, chunks)
+
+    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
+        if self._kernel is None:
+            try:
+                self._engine.copy(pages, layers, places, target)
+            except NoCopyEngine as error:
+                logger.warning("hcache: from now on pages are copied by a kernel: %s", error)
+                self._kernel = KernelCopier()
+            else:
+                return
+        offsets = _to(str(target.device), places - pages.memory.data_ptr())
+        self._kernel.copy(pages, layers, offsets, target)
+
+
 class _Step(NamedTuple):
     """What is copied at once, and then projected."""
 
@@ -407,17 +432,19 @@ def restorer_for(
     events: LayerEvents,
     *,
     pinned: bool,
+    engine: bool = True,
     copier: Copier | None = None,
 ) -> Restorer:
     """A restorer on streams of its own, behind what SGLang's two streams do now.
 
-    pinned: whether the GPU can read the pages' memory by itself. copier: in the place of the one that fits that.
+    pinned: whether the GPU can read the pages' memory by itself. engine: whether its copy engine may. copier: in the
+    place of the one that fits these.
     """
     copying = new_stream(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
     return Restorer(
         pages,
         device=device,
-        copier=copier or (copier_of(pages, device, copying) if pinned else IndexCopier()),
+        copier=copier or (copier_of(pages, device, copying, engine=engine) if pinned else IndexCopier()),
         copying=copying,
         projecting=new_stream(device, urgency=1),
         before=[current_stream(device), current_stream(device, forward_stream)],
@@ -426,16 +453,18 @@ def restorer_for(
     )
 
 
-def copier_of(pages: HostPages, device: str, stream: Stream) -> EngineCopier | KernelCopier:
-    """The copy engine for large pages, else the kernel; once it has copied one of them."""
-    if min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
+def copier_of(
+    pages: HostPages, device: str, stream: Stream, *, engine: bool = True
+) -> EngineElseKernel | KernelCopier:
+    """The copy engine for large pages, if it may; else the kernel. It has copied one of them."""
+    if engine and min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
         try:
-            engine = EngineCopier()
-            _copy_a_page(engine, pages, device, stream)
+            first = EngineCopier()
+            _copy_a_page(first, pages, device, stream)
         except NoCopyEngine as error:
             logger.warning("hcache: pages are copied by a kernel, beside which forwards are slower: %s", error)
         else:
-            return engine
+            return EngineElseKernel(first)
     kernel = KernelCopier()
     _copy_a_page(kernel, pages, device, stream)
     return kernel

@@ -13,7 +13,8 @@ import triton.language as tl
 from sglang_hcache.triton_kernels.aot import KernelSpec
 from sglang_hcache.triton_kernels.checks import require_indices
 
-WORD = 8  # bytes that a lane moves at once; offsets, strides and rows are multiples
+WORD = 8  # bytes; what is moved is a multiple
+_WIDE = 2  # words that a lane moves at once, where offsets and rows are multiples
 _WARP_WORDS = 256  # that a warp has on the way
 _KV_WARPS = 4  # of a program that moves K and V
 
@@ -28,6 +29,7 @@ def _copy_rows(
     tasks,  # layers × n × pieces
     row: tl.constexpr,  # words
     WORD_BYTES: tl.constexpr,
+    WIDE: tl.constexpr,  # words that `begin` is a multiple of
     BLOCK: tl.constexpr,
 ):
     pieces: tl.constexpr = (row + BLOCK - 1) // BLOCK
@@ -36,7 +38,7 @@ def _copy_rows(
         columns = task % pieces * BLOCK + tl.arange(0, BLOCK)
         mask = columns < row
         begin = tl.load(offsets + which % n) // WORD_BYTES + which // n * layer_words
-        words = tl.load(source + begin + columns, mask=mask)
+        words = tl.load(source + tl.multiple_of(begin, WIDE) + columns, mask=mask)
         tl.store(target + which.to(tl.int64) * row + columns, words, mask=mask)
 
 
@@ -52,24 +54,24 @@ def copy_rows(
     """Rows of several layers, one after another: row i of layer l lies at `offsets[i] + l · layer_bytes`.
 
     source: the memory, any dtype, contiguous; on the device, or pinned on the host, which the kernel reads over the
-    bus. offsets: int64 `[n]`, bytes, on the device; multiples of 8, as all sizes are. target: `[layers, n, …]`,
+    bus. offsets: int64 `[n]`, bytes, on the device; multiples of 16, as all sizes are. target: `[layers, n, …]`,
     contiguous, on the device. programs: how many blocks of threads share the work, of so many warps: few leave the
-    device to others, enough fill the bus. Raises ValueError for sizes that are no multiples of 8, or such offsets.
+    device to others, enough fill the bus. Raises ValueError for sizes that are no multiples of 16, or such offsets.
     """
     layers, n = target.shape[:2]
     if not layers or not n:
         return
     require_indices("offsets", offsets, n)
     row_bytes = target[0, 0].nbytes
-    if any(size % WORD for size in (row_bytes, layer_bytes, source.nbytes)):
+    if any(size % (_WIDE * WORD) for size in (row_bytes, layer_bytes, source.nbytes)):
         sizes = f"{row_bytes} bytes, layers {layer_bytes} apart, of {source.nbytes}"
-        raise ValueError(f"rows of {sizes}, cannot be copied in words of {WORD}")
+        raise ValueError(f"rows of {sizes}, cannot be copied in pieces of {_WIDE * WORD}")
     row = row_bytes // WORD
     block = _block(row, warps)
     tasks = layers * n * triton.cdiv(row, block)
     _copy_rows[(min(tasks, programs),)](
-        _words(source), offsets, layer_bytes // WORD, _words(target), n, tasks, row=row, WORD_BYTES=WORD, BLOCK=block,
-        num_warps=max(1, block // _WARP_WORDS),
+        _words(source), offsets, layer_bytes // WORD, _words(target), n, tasks,
+        row=row, WORD_BYTES=WORD, WIDE=_WIDE, BLOCK=block, num_warps=max(1, block // _WARP_WORDS),
     )  # fmt: skip
 
 
@@ -115,13 +117,14 @@ def _gather_kv(
     out,  # words [layers, n, k_words + v_words]
     k_words: tl.constexpr,
     v_words: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # bytes that the addresses are multiples of
     BLOCK: tl.constexpr,
 ):
     """Grid: n, blocks of a row, layers."""
     index, layer = tl.program_id(0).to(tl.int64), tl.program_id(2)
     slot = tl.load(slots + index)
-    keys = tl.load(addresses + 2 * layer).to(tl.pointer_type(tl.int64))
-    values = tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.int64))
+    keys = tl.multiple_of(tl.load(addresses + 2 * layer).to(tl.pointer_type(tl.int64)), ALIGNMENT)
+    values = tl.multiple_of(tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.int64)), ALIGNMENT)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     of_k = columns < k_words
     of_v = (columns >= k_words) & (columns < k_words + v_words)
@@ -161,6 +164,8 @@ class PoolLayers:
         ((self.k_words, self.v_words),) = sizes
         places = [[buffers[0].data_ptr(), buffers[-1].data_ptr()] for buffers in layers]
         self.addresses = torch.tensor(places, dtype=torch.int64, device=layers[0][0].device)
+        odd = any(place % (_WIDE * WORD) for place in itertools.chain(*places))
+        self._alignment = WORD if odd else _WIDE * WORD
 
     def gather_kv(self, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
         """The inverse of `scatter_kv`: `out[l, i]` = K's bytes and then V's of slot `slots[i]` in layer `first + l`.
@@ -177,7 +182,8 @@ class PoolLayers:
             block = _kv_block(words)
             _gather_kv[(len(slots), triton.cdiv(words, block), count)](
                 self.addresses[first:], slots, _words(out),
-                k_words=self.k_words, v_words=self.v_words, BLOCK=block, num_warps=_KV_WARPS,
+                k_words=self.k_words, v_words=self.v_words, ALIGNMENT=self._alignment, BLOCK=block,
+                num_warps=_KV_WARPS,
             )  # fmt: skip
 
 
@@ -211,17 +217,17 @@ def compile_specs() -> Iterator[KernelSpec]:
             name=f"copy_rows of {row_bytes} bytes by {warps} warps",
             kernel=_copy_rows,
             signature=pointers | numbers,
-            constexprs={"row": row, "WORD_BYTES": WORD, "BLOCK": block},
+            constexprs={"row": row, "WORD_BYTES": WORD, "WIDE": _WIDE, "BLOCK": block},
             num_warps=max(1, block // _WARP_WORDS),
             aligned=tuple(pointers),
         )
     pool = {"rows": "*i64", "slots": "*i64", "keys": "*i64", "values": "*i64"}
     several = {"addresses": "*i64", "slots": "*i64", "out": "*i64"}
-    kernels: tuple[tuple[str, Any, dict[str, str]], ...] = (
-        ("scatter", _scatter_kv, pool),
-        ("gather", _gather_kv, several),
+    kernels: tuple[tuple[str, Any, dict[str, str], dict[str, int]], ...] = (
+        ("scatter", _scatter_kv, pool, {}),
+        ("gather", _gather_kv, several, {"ALIGNMENT": _WIDE * WORD}),
     )
-    for (k_bytes, v_bytes), (name, kernel, signature) in itertools.product(
+    for (k_bytes, v_bytes), (name, kernel, signature, more) in itertools.product(
         ((256, 256), (8192, 8192), (1152, 0)), kernels
     ):
         k_words, v_words = k_bytes // WORD, v_bytes // WORD
@@ -229,7 +235,7 @@ def compile_specs() -> Iterator[KernelSpec]:
             name=f"{name}_kv of {k_bytes} and {v_bytes} bytes",
             kernel=kernel,
             signature=signature,
-            constexprs={"k_words": k_words, "v_words": v_words, "BLOCK": _kv_block(k_words + v_words)},
+            constexprs={"k_words": k_words, "v_words": v_words, "BLOCK": _kv_block(k_words + v_words), **more},
             num_warps=_KV_WARPS,
             aligned=tuple(signature),
         )

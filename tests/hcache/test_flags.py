@@ -43,6 +43,13 @@ def test_codecs_are_about_hidden_states(tmp_path: Path) -> None:
         switched_on(tmp_path, hcache_codec="int4")
 
 
+def test_the_copy_engine_can_be_avoided(tmp_path: Path) -> None:
+    linker = switched_on(tmp_path, hcache_copier="kernel")["unified_cache_external_linker_config"]
+    assert HCacheConfig.from_linker_extra(linker["linker_extra_config"]).copier == "kernel"
+    with pytest.raises(FlagError, match="--hcache-copier: 'none' is not one of auto, kernel"):
+        switched_on(tmp_path, hcache_copier="none")
+
+
 def test_limits_in_gigabytes(tmp_path: Path) -> None:
     linker = switched_on(tmp_path, hcache_dir_size=2.0, hcache_read_limit=0.5)["unified_cache_external_linker_config"]
     config = HCacheConfig.from_linker_extra(linker["linker_extra_config"])

@@ -18,7 +18,8 @@ from bench.gpu import DEVICE
 from bench.kernels import on_gpu, table
 from sglang_hcache import copy_engine, restore
 from sglang_hcache.restore import KernelCopier
-from sglang_hcache.triton_kernels.tuning import Shape
+from sglang_hcache.triton_kernels import project_kv as project
+from sglang_hcache.triton_kernels.tuning import Fused, Shape
 from tests.triton_kernels.driver import batch
 
 TINY = Shape(width=64, k_heads=2, v_heads=2, head_dim=264)  # too large a head for the fused form
@@ -195,6 +196,39 @@ def test_what_both_copiers_did_is_in_the_table_and_in_a_figure() -> None:
     assert gpu_report.failed(measured)
     plot_gpu = pytest.importorskip("bench.plot_gpu")
     assert plot_gpu.by_copier(measured) is not None
+
+
+def test_a_form_that_fails_says_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = [Fused(16, 32, 4, 2), None]
+    monkeypatch.setattr(gpu_ceilings, "_forms", lambda model: forms)
+
+    def project_kv(*arguments: Any, fused: Any = None) -> None:
+        if fused is not None:
+            raise RuntimeError("no shared memory is left")
+        project.project_kv(*arguments, fused=fused)
+
+    monkeypatch.setattr(gpu_ceilings, "project_kv", project_kv)
+    run = gpu_run.Run(ONE_LENGTH, None, deadline=math.inf)  # type: ignore[arg-type]
+    run.sections["numerics"] = found = gpu_ceilings.numerics(run)
+    bad, good = found["tiny"]
+    assert bad["error"] == "RuntimeError: no shared memory is left"
+    assert good["ratio"] < 1.5
+    run.sections["ceilings"] = {"gemm": {"tiny": [{"tokens": 64, "ms": 1.0}]}}
+    (row,) = gpu_ceilings.projections(run)["tiny"]
+    assert [form["fused"] for form in row["forms"]] == [None]
+    assert gpu_report.failed({"sections": run.sections})
+    assert any("no shared memory" in line for line in gpu_report.table({"sections": run.sections}))
+
+
+def test_nothing_is_measured_on_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_run, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    run = gpu_run.Run(ONE_LENGTH, None, deadline=math.inf)  # type: ignore[arg-type]
+    assert run.isolated("one", dict) == {}
+    assert "illegal memory access" in run.isolated("another", dict)["skipped"]
 
 
 def test_the_restore_bench_survives_a_section_and_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

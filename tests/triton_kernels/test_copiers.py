@@ -12,8 +12,17 @@ import pytest
 import torch
 
 from sglang_hcache import copy_engine, restore
-from sglang_hcache.copy_engine import Attributes, CopyEngine, NoCopyEngine
-from sglang_hcache.restore import Copier, EngineCopier, HostPages, IndexCopier, KernelCopier, StoredLayer, copier_of
+from sglang_hcache.copy_engine import AT_ONCE, Attributes, BatchFunction, CopyEngine, NoCopyEngine
+from sglang_hcache.restore import (
+    Copier,
+    EngineCopier,
+    EngineElseKernel,
+    HostPages,
+    IndexCopier,
+    KernelCopier,
+    StoredLayer,
+    copier_of,
+)
 from sglang_hcache.streams import ImmediateStream
 from sglang_hcache.triton_kernels import rows
 from tests.triton_kernels.driver import batch
@@ -47,6 +56,7 @@ COPIERS: dict[str, Callable[[], Copier]] = {
     "kernel": lambda: KernelCopier(programs=3),
     "large kernel": lambda: KernelCopier(programs=1, warps=1),
     "engine": lambda: EngineCopier(CopyEngine(batch)),
+    "engine, else kernel": lambda: EngineElseKernel(EngineCopier(CopyEngine(batch))),
 }
 
 
@@ -79,6 +89,23 @@ def test_attributes_lie_as_in_cudas_header() -> None:
     assert [field.offset for field in fields] == [0, 4, 12, 20]
 
 
+def test_many_copies_are_several_calls(stream: Stream) -> None:
+    asked: list[int] = []
+
+    @BatchFunction
+    def counted(*arguments):
+        asked.append(arguments[3])
+        assert [arguments[5][copy] for copy in range(arguments[3])] == [0] * arguments[3]
+        return batch(*arguments)
+
+    source = torch.randint(0, 256, (2 * AT_ONCE + 3, 24), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    sources, targets = (each.data_ptr() + 24 * np.arange(len(source)) for each in (source, target))
+    CopyEngine(counted).copy(targets, sources, 24, STREAM)
+    assert torch.equal(source, target)
+    assert asked == [AT_ONCE, AT_ONCE, 3]
+
+
 def test_a_refusal_says_which_copy(stream: Stream) -> None:
     engine = CopyEngine(batch)
     addresses = np.array([0], np.int64)
@@ -97,7 +124,33 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_pages_are_for_the_engine(driver: None, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), KernelCopier)
     monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", PAGE_BYTES)
-    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), EngineCopier)
+    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), EngineElseKernel)
+    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream(), engine=False), KernelCopier)
+
+
+def test_an_engine_that_refuses_a_later_call_is_not_asked_again(
+    stream: Stream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel copies the same pages in its place: no load fails."""
+    calls = list[int]()
+
+    @BatchFunction
+    def tired(*arguments):
+        calls.append(arguments[3])
+        return batch(*arguments) if len(calls) < 2 else 1
+
+    pages, copier = host_pages(), EngineElseKernel(EngineCopier(CopyEngine(tired)))
+    places, layers = copier.places(pages, [7, 1, 4]), range(1, 3)
+    wanted = torch.empty(2, 3, PAGE_BYTES, dtype=torch.uint8)
+    IndexCopier().copy(pages, layers, torch.tensor([7, 1, 4]), wanted)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            target = torch.zeros_like(wanted)
+            copier.copy(pages, layers, places, target)
+            assert torch.equal(target, wanted)
+    assert len(calls) == 2
+    (record,) = caplog.records
+    assert "from now on pages are copied by a kernel" in record.getMessage()
 
 
 def test_an_engine_that_fails_leaves_it_to_the_kernel(

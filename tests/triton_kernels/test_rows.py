@@ -20,7 +20,7 @@ def _bytes(count: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 @pytest.mark.parametrize("warps", [1, 16])
-@pytest.mark.parametrize(("n", "row_bytes"), [(1, 8), (63, 72), (65, 1600), (7, 8200)])
+@pytest.mark.parametrize(("n", "row_bytes"), [(1, 16), (63, 80), (65, 1600), (7, 8208)])
 def test_rows_of_several_layers_move_and_nothing_else(n: int, row_bytes: int, warps: int, programs: int) -> None:
     layers, space = 3, 2 * n
     layer_bytes = space * row_bytes + 64
@@ -37,13 +37,14 @@ def test_rows_of_several_layers_move_and_nothing_else(n: int, row_bytes: int, wa
 
 def test_no_rows_are_no_work() -> None:
     empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    copy_rows(_bytes(64, seed=1), empty, _bytes(0, seed=0).view(1, 0, 8), programs=1, warps=1)
+    copy_rows(_bytes(64, seed=1), empty, _bytes(0, seed=0).view(1, 0, 16), programs=1, warps=1)
 
 
-def test_sizes_that_are_no_words_are_refused() -> None:
-    offsets = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="12 bytes"):
-        copy_rows(_bytes(64, 0), offsets, _bytes(12, 1).view(1, 1, 12), programs=1, warps=1)
+@pytest.mark.parametrize(("source", "row", "distance"), [(64, 24, 0), (72, 16, 0), (64, 16, 24)])
+def test_sizes_that_are_no_multiples_are_refused(source: int, row: int, distance: int) -> None:
+    offsets, target = torch.zeros(1, dtype=torch.int64, device=DEVICE), _bytes(row, 1).view(1, 1, row)
+    with pytest.raises(ValueError, match=f"{row} bytes"):
+        copy_rows(_bytes(source, 0), offsets, target, layer_bytes=distance, programs=1, warps=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -87,6 +88,15 @@ def test_some_layers_are_gathered_at_once_and_nothing_else_is_written(
     )
     PoolLayers(pool).gather_kv(first, slots, memory[row:-row].view(count, n, row))
     assert torch.equal(memory, expected)
+
+
+def test_layers_that_begin_at_odd_words_are_gathered() -> None:
+    memory, slots = _bytes(2 * 640 + 8, seed=3), torch.tensor([3, 0, 4], device=DEVICE)
+    pool = [tuple(part.view(5, 128) for part in memory[begin:][:1280].view(2, 640)) for begin in (0, 8)]
+    for first, (keys, values) in enumerate(pool):
+        out = torch.zeros(1, 3, 256, dtype=torch.uint8, device=DEVICE)
+        PoolLayers(pool).gather_kv(first, slots, out)
+        assert torch.equal(out[0], torch.cat([keys[slots], values[slots]], dim=1))
 
 
 def test_layers_that_are_not_there_or_differ_are_refused() -> None:
