@@ -11,12 +11,12 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.cli.architectures import ARCHITECTURES
+from sglang_hcache.cli.architectures import ALIASES, ARCHITECTURES
 from sglang_hcache.cli.common import CommandFailed, count, explain, human
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
@@ -32,7 +32,8 @@ NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
 MOST_DRIVES = 16
 METHODS = ("recompute", "kv", "hidden", "plan")
 _STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
-_SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v\d[\d.]*|\d{4}|bf16|fp16)$")
+# Of names of the same shape: tuning, precision, a date, v0.1. Other versions are other models.
+_SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v0\.\d|\d{4}|bf16|fp16)$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,13 +119,14 @@ def find_shape(model: str) -> ModelShape:
             return shape_of_config(config, str(config.get("_name_or_path") or path.parent.name or model))
         except (OSError, ValueError) as error:
             raise CommandFailed(explain(error, path)) from error
-    names = {_plain(name): shape for name, shape in ARCHITECTURES.items()}
-    wanted = _plain(model)
+    names = {name.lower(): shape for name, shape in ARCHITECTURES.items()}
+    names |= {name.lower(): ARCHITECTURES[same] for name, same in ALIASES.items()}
+    wanted = _known(model, names)
     if wanted in names:
         return names[wanted]
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise CommandFailed(f"{path} does not exist")
-    close = [names[name].name for name in difflib.get_close_matches(wanted, names, n=4, cutoff=0.4)]
+    close = dict.fromkeys(names[name].name for name in difflib.get_close_matches(wanted, names, n=6, cutoff=0.4))
     hint = f"did you mean {', '.join(close)}? " if close else ""
     raise CommandFailed(
         f"{model!r} is neither a known model nor a file; {hint}`hcache advise --list` prints all names"
@@ -349,10 +351,10 @@ def _hits(tier: str, arguments: argparse.Namespace) -> list[Hit]:
     return [_hit(tokens, tier, arguments) for tokens in arguments.tokens]
 
 
-def _plain(name: str) -> str:
-    """So that meta-llama/Llama-2-7b-chat-hf is Llama-2-7B."""
+def _known(name: str, names: Container[str]) -> str:
+    """One of the names, if it is: meta-llama/Llama-2-7b-chat-hf is llama-2-7b."""
     name = name.rstrip("/").split("/")[-1].lower()
-    while (shorter := _SUFFIXES.sub("", name)) != name:
+    while name not in names and (shorter := _SUFFIXES.sub("", name)) != name:
         name = shorter
     return name
 

@@ -132,3 +132,6 @@ _ALL = (
 )
 
 ARCHITECTURES = {shape.name: shape for shape in _ALL}
+
+# Names of others that are of the same shape, to the byte. DeepSeek-V3.2 is not: its attention is sparse.
+ALIASES = {"DeepSeek-V2.5": "DeepSeek-V2", "DeepSeek-V3.1": "DeepSeek-V3", "DeepSeek-R1": "DeepSeek-V3"}

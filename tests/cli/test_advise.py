@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sglang_hcache.cli.advise import find_shape
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.cli.main import main
 from sglang_hcache.planner.machine import GPUS
@@ -147,6 +148,28 @@ def test_what_a_server_refuses_is_refused(tmp_path: Path, capsys: pytest.Capture
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA | {"layer_types": ["linear_attention", "full_attention"]}))
     assert "without attention" in refused(capsys, config, "--gpu", "H100")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_name_finds_itself(name: str) -> None:
+    for written in (name, name.lower(), f"org/{name}", f"{name}-Instruct", f"{name}_chat-hf", f"{name}-v0.1"):
+        assert find_shape(written) is ARCHITECTURES[name]
+
+
+def test_another_version_is_another_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3.2 has sparse attention; V2.5 is V2, trained on."""
+    for name in ("DeepSeek-V3.2", "DeepSeek-V3.2-Exp", "DeepSeek", "Llama-4-8B", "Qwen-7B", "Mistral-7B-v7"):
+        assert "neither a known model" in refused(capsys, name, "--gpu", "H200")
+    assert refused(capsys, "DeepSeek-V3.2", "--gpu", "H200").count("DeepSeek-V3,") == 1
+    for name, same in (
+        ("DeepSeek-V2-Chat-0628", "DeepSeek-V2"),
+        ("deepseek-ai/DeepSeek-V2.5-1210", "DeepSeek-V2"),
+        ("DeepSeek-V3-0324", "DeepSeek-V3"),
+        ("DeepSeek-V3.1-Base", "DeepSeek-V3"),
+        ("DeepSeek-R1-0528", "DeepSeek-V3"),
+        ("Mistral-7B-Instruct-v0.3", "Mistral-7B"),
+    ):
+        assert find_shape(name) is ARCHITECTURES[same]
 
 
 def test_a_latent_is_stored_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
