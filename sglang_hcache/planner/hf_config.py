@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_hcache.planner.shape import Latent, ModelShape
 
+logger = logging.getLogger(__name__)
+
 # Their MLP has two matrices; all others have a gate.
 _PLAIN_MLP = {
     *("opt", "gptj", "gpt2", "gpt_neo", "gpt_neox", "gpt_bigcode", "falcon", "RefinedWeb", "RefinedWebModel"),
-    *("bloom", "mpt", "phi", "starcoder2", "codegen"),
+    *("bloom", "mpt", "phi", "starcoder2", "codegen", "arcee", "apertus", "persimmon", "nemotron", "jais2"),
 }
-# Without `layer_types`: of so many layers each, the last one sees all tokens and the others a window.
-_WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "olmo3": 4}
 _UNEQUAL_LAYERS = ("gemma3n", "gemma4", "llama4")
-_LINEAR = {"mamba", "linear_attention", "recurrent", "conv"}
+_ATTENTION = {"full_attention", "attention", "sliding_attention", "chunked_attention"}  # as layers are called
+_LINEAR_MODELS = ("mamba", "falcon_mamba", "rwkv", "bailing_hybrid", "bailing_moe_linear")
+# Of models some of whose layers have no attention, or more than that; they need not name each layer's type.
+_LINEAR_FIELDS = (
+    *("full_attention_interval", "linear_num_key_heads", "linear_attn_config", "hybrid_override_pattern"),
+    *("attn_layer_period", "attn_layer_indices", "mamba_d_ssm"),
+)
+# By the name of the method, or of its algorithm. MXFP4 has a scale of 8 bits for 32 parameters, NVFP4 for 16.
+_QUANTIZED_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25, "nvfp4": 4.5, "modelopt_fp4": 4.5}
+_TOO_LARGE = 2**31  # for a size of anything
 
 
 class UnknownConfig(ValueError):
@@ -23,23 +33,31 @@ class UnknownConfig(ValueError):
 
 
 def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape of a Hugging Face config.
+    """The shape of a Hugging Face config; what it leaves out is what transformers takes for it.
 
-    Weights are counted with two bytes an element: SGLang serves checkpoints of 32 bits in 16. Raises `UnknownConfig`.
+    Weights that are not quantised are counted with two bytes an element: SGLang serves checkpoints of 32 bits in 16.
+    Raises `UnknownConfig`.
     """
-    config = _text_part(config)
+    config = _completed(_text_part(_completed(config)))
     model_type = str(config.get("model_type", ""))
-    layer_types = list(config.get("layer_types") or config.get("layers_block_type") or ())
-    if model_type.startswith(("mamba", "rwkv")) or not _LINEAR.isdisjoint(layer_types):
+    layer_types = _layer_types(config)
+    if model_type.startswith(_LINEAR_MODELS) or any(config.get(field) for field in _LINEAR_FIELDS):
         raise UnknownConfig("layers without attention are not supported")
+    if config.get("index_topk"):
+        raise UnknownConfig("sparse attention (it has an index_topk) is not supported")
+    if unknown := sorted(set(layer_types) - _ATTENTION):
+        what = f"it has layers of type {', '.join(map(repr, unknown))}"
+        raise UnknownConfig(f"layers without attention, or with a sparse one, are not supported: {what}")
     if model_type.startswith(_UNEQUAL_LAYERS):
         raise UnknownConfig(f"the layers of {model_type} differ in size")
     hidden_size = _size(config, "hidden_size", "n_embd", "d_model")
     query_heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     head_dim = _optional(config, "head_dim", "kv_channels") or hidden_size // query_heads
+    if not head_dim:
+        raise UnknownConfig(f"it has {query_heads} heads of {hidden_size} elements together")
     experts, active, intermediate_size = _mlp(config, model_type, hidden_size)
-    windowed_layers, window = _windows(config, model_type, layers, layer_types)
+    windowed_layers, window = _windows(config, layer_types[:layers])
     latent = _latent(config)
     if latent is not None:
         head_dim = _size(config, "v_head_dim")
@@ -58,26 +76,71 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         latent=latent,
         windowed_layers=windowed_layers,
         window=window,
+        weight_bits=_weight_bits(config),
+        tied_embeddings=config.get("tie_word_embeddings") is not False,
     )
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the defaults of its model type, if transformers is there and knows it."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow
+        from transformers.utils import logging as notes
+    except ImportError:
+        return config
+    verbosity = notes.get_verbosity()
+    notes.set_verbosity(notes.CRITICAL)
+    try:
+        return {**config, **CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()}
+    except Exception:  # noqa: BLE001  - a wrong value may raise anything there; here it is refused
+        return config
+    finally:
+        notes.set_verbosity(verbosity)
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of a model that also sees or hears, the part that decodes."""
     for key in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(key), Mapping):
-            return {"model_type": config.get("model_type", ""), **config[key]}
+            of_all = ("model_type", "quantization_config", "tie_word_embeddings")
+            return {**{field: config[field] for field in of_all if field in config}, **config[key]}
     return config
 
 
-def _windows(config: Mapping[str, Any], model_type: str, layers: int, layer_types: Sequence[str]) -> tuple[int, int]:
+def _layer_types(config: Mapping[str, Any]) -> list[str]:
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        if types := config.get(name):
+            if isinstance(types, list | tuple) and all(isinstance(one, str) for one in types):
+                return list(types)
+            raise UnknownConfig(f"{name} is {types!r}, not a list of names")
+    return []
+
+
+def _windows(config: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int, int]:
     """How many layers see a sliding window, and of how many tokens."""
-    windowed = 0
-    if layer_types:
-        windowed = layer_types.count("sliding_attention")
-    elif pattern := _WINDOW_PATTERNS.get(model_type):
-        pattern = _optional(config, "sliding_window_pattern", "_sliding_window_pattern") or pattern
-        windowed = layers - layers // pattern
+    windowed = layer_types.count("sliding_attention")
     return (windowed, _size(config, "sliding_window")) if windowed else (0, 0)
+
+
+def _weight_bits(config: Mapping[str, Any]) -> float:
+    """Of a parameter of quantised layers, the largest where they differ, without scales; 0 if none are."""
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(quantized, Mapping):
+        return 0.0
+    groups = _part(quantized, "config_groups").values()
+    given: list[Any] = [quantized.get("bits"), *(_part(group, "weights").get("num_bits") for group in groups)]
+    given += [_QUANTIZED_BITS.get(str(quantized.get(name)).lower()) for name in ("quant_algo", "quant_method")]
+    given += [bits for bits in (4, 8) if quantized.get(f"load_in_{bits}bit")]
+    known = [float(bits) for bits in given if type(bits) in (int, float) and 1 <= bits <= 64]
+    if not known:
+        method = quantized.get("quant_method")
+        logger.warning("weights by quant_method %r are counted as if they were not quantised", method)
+    return max(known, default=0.0)
+
+
+def _part(value: Any, name: str) -> Mapping[str, Any]:
+    part = value.get(name) if isinstance(value, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
 
 
 def _kv_heads(config: Mapping[str, Any], query_heads: int) -> int:
@@ -122,7 +185,7 @@ def _optional(config: Mapping[str, Any], *names: str) -> int:
         value = config.get(name)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _TOO_LARGE:
             raise UnknownConfig(f"{name} is {value!r}, not a size")
         return value
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -41,8 +42,12 @@ class ModelShape:
     latent: Latent | None = None  # with MLA; `head_dim` is that of V then
     windowed_layers: int = 0  # whose queries see a sliding window of tokens only; their K and V are kept all the same
     window: int = 0  # tokens
+    weight_bits: float = 0.0  # of a parameter of the layers, where weights are quantised; 0: as of activations
+    tied_embeddings: bool = True  # the matrix that makes logits is that of the input
 
     def __post_init__(self) -> None:
+        if isinstance(self.latent, Mapping):  # from a file
+            object.__setattr__(self, "latent", Latent(**self.latent))
         for name in (
             "layers",
             "hidden_size",
@@ -54,6 +59,8 @@ class ModelShape:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.weight_bits <= 64:
+            raise ValueError(f"weight_bits must be between 0 and 64, not {self.weight_bits}")
         if not 0 <= self.windowed_layers <= self.layers or (self.windowed_layers and self.window < 1):
             raise ValueError(f"{self.windowed_layers} of {self.layers} layers see {self.window} tokens")
 
@@ -100,17 +107,24 @@ class ModelShape:
 
     @property
     def layer_weight_bytes(self) -> int:
-        return (self._attention_parameters + self.experts * self._mlp_parameters) * self.dtype_bytes
+        return self._bytes_of(self._attention_parameters + self.experts * self._mlp_parameters)
+
+    @property
+    def projection_weight_bytes(self) -> int:
+        return self._bytes_of(self.projection_parameters)
 
     @property
     def head_weight_bytes(self) -> int:
-        """Of the matrix that makes logits."""
+        """Of the matrix that makes logits, which is not quantised, as embeddings are not."""
         return self.vocabulary * self.hidden_size * self.dtype_bytes
 
     @property
     def weight_bytes(self) -> int:
-        """Of the whole model; input embeddings that are not the head's matrix come on top."""
-        return self.layers * self.layer_weight_bytes + self.head_weight_bytes
+        """Of the whole model."""
+        return self.layers * self.layer_weight_bytes + (2 - self.tied_embeddings) * self.head_weight_bytes
+
+    def _bytes_of(self, parameters: int) -> int:
+        return int(parameters * self.weight_bits / 8) if self.weight_bits else parameters * self.dtype_bytes
 
     @property
     def _score_dim(self) -> int:

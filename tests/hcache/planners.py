@@ -36,6 +36,8 @@ def shapes(draw: st.DrawFn, layers: st.SearchStrategy[int] | None = None) -> Mod
         gated_mlp=draw(st.booleans()),
         experts=experts[0],
         active_experts=experts[1],
+        weight_bits=draw(st.sampled_from([0.0, 4.25, 8.0])),
+        tied_embeddings=draw(st.booleans()),
     )
 
 

@@ -74,7 +74,7 @@ def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
     shape = ARCHITECTURES["DeepSeek-V3"]
     experts = 257 * 3 * 7168 * 2048
     assert shape.kv_bytes == 2 * 576
-    assert shape.layer_weight_bytes / 2 - experts == pytest.approx(187.1e6, rel=1e-3)
+    assert shape.layer_weight_bytes - experts == pytest.approx(187.1e6, rel=1e-3)
     one, eight = (costs_of(shape, machine_of("H200", ranks=ranks)) for ranks in (1, 8))
     assert eight.kv_bus_s_per_token == one.kv_bus_s_per_token
     assert one.attention_s_per_pair == pytest.approx(2 * 128 * (192 + 128) / machine_of("H200").attention_flop_per_s)
