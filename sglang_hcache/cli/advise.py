@@ -32,6 +32,8 @@ NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
 MOST_DRIVES = 16
 METHODS = ("recompute", "kv", "hidden", "plan")
 _STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
+RESERVED = 0.1  # of the GPUs' memory: activations and CUDA graphs
+LEAST_POOL = 0.1  # of it: with less for the KV pool few requests fit
 # Of names of the same shape: tuning, precision, a date, v0.1. Other versions are other models.
 _SUFFIXES = re.compile(r"[-_](hf|chat|instruct|it|base|v0\.\d|\d{4}|bf16|fp16)$")
 
@@ -61,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of the weights kept in host memory, 0 to 1",
     )
     parser.add_argument(
+        "--weight-bits",
+        type=_bits,
+        metavar="BITS",
+        help="of a parameter of the layers, such as 8 or 4.25 (default: as the model was released)",
+    )
+    parser.add_argument(
         "--tokens",
         type=_lengths,
         default=[8192],
@@ -85,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     shape = find_shape(arguments.model)
+    if arguments.weight_bits is not None:
+        shape = replace(shape, weight_bits=arguments.weight_bits)
     gpu = find_gpu(arguments.gpu)
     machine = find_machine(gpu, arguments)
     _refuse_what_no_server_serves(shape, machine.ranks)
@@ -218,9 +228,14 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
 
 
 def weights(shape: ModelShape, device_bytes: float, offloaded: float) -> dict[str, Any]:
-    """What the GPUs are to hold of the model, what they can, and whether that will do."""
+    """What the GPUs are to hold of the model, what they can, whether that will do, and what is left for a KV pool."""
     needed = shape.weight_bytes - offloaded * shape.layers * shape.layer_weight_bytes
-    return {"bytes": int(needed), "device_bytes": int(device_bytes), "fit": needed <= device_bytes}
+    return {
+        "bytes": int(needed),
+        "device_bytes": int(device_bytes),
+        "fit": needed <= device_bytes,
+        "pool_bytes": int(max(0, (1 - RESERVED) * device_bytes - needed)),
+    }
 
 
 def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
@@ -295,13 +310,12 @@ def stored_line(representation: str, first: int, last: int) -> str:
 
 def print_report(report: dict[str, Any]) -> None:
     model, machine = report["model"], report["machine"]
-    print(f"{model['name']} on {machine['name']}, host to device {machine['bus_bytes_per_s'] / 1e9:.1f} GB/s", end="")
+    bits = f" ({model['weight_bits']:g} bits a weight)" if model["weight_bits"] else ""
+    bus = machine["bus_bytes_per_s"] / 1e9
+    print(f"{model['name']}{bits} on {machine['name']}, host to device {bus:.1f} GB/s", end="")
     drives = machine["ssd_bytes_per_s"]
     print(f", drives {drives / 1e9:.1f} GB/s" if drives else ", no drives")
-    if not report["weights"]["fit"]:
-        needed, there = human(report["weights"]["bytes"]), human(report["weights"]["device_bytes"])
-        print(f"  its weights ({needed}) do not fit in the GPUs' memory ({there}): raise --tp, or set --offload.")
-        print("  The times below assume that they fit.")
+    _print_lack_of_memory(**report["weights"])
     for one in report["layers"]:
         print(stored_line(one["representation"], one["first_layer"], one["last_layer"]))
     sizes = report["bytes_per_token"]
@@ -318,6 +332,16 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{row['tokens']:8}{shown}{row['restored_tokens'] / row['tokens']:10.0%}{1000 * row['idle_s']:11.1f}"
             )
         print(report["limits"][tier]["text"])
+
+
+def _print_lack_of_memory(bytes: int, device_bytes: int, fit: bool, pool_bytes: int) -> None:
+    weights, memory = f"its weights ({human(bytes)})", f"the GPUs' memory ({human(device_bytes)})"
+    if not fit:
+        print(f"  {weights} do not fit in {memory}: raise --tp, or set --offload.")
+        print("  The times below assume that they fit.")
+    elif pool_bytes < LEAST_POOL * device_bytes:
+        left = human(pool_bytes) if pool_bytes else "nothing"
+        print(f"  {weights} leave {left} of {memory} for the KV pool: raise --tp, or set --offload.")
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
@@ -400,6 +424,16 @@ def _rate(text: str) -> float:
         value = 0.0
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a rate in GB/s")
+    return value
+
+
+def _bits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits from 1 to 32")
     return value
 
 

@@ -44,16 +44,21 @@ class Gpu:
     nvlink_bytes_per_s: float = 0.0  # one direction; 0: peers talk over PCIe
 
 
+# Their memory as drivers report it, less what error correction takes; of the A30 as its datasheet has it.
+_MIB = 2**20
 GPUS = {
-    "A100-40": Gpu(312e12, 40e9, 1555e9, 4, 300e9),
-    "A100-80": Gpu(312e12, 80e9, 2039e9, 4, 300e9),
-    "H100": Gpu(989e12, 80e9, 3350e9, 5, 450e9),
-    "H200": Gpu(989e12, 141e9, 4800e9, 5, 450e9),
-    "B200": Gpu(2250e12, 180e9, 8000e9, 5, 900e9),
-    "L40S": Gpu(362e12, 48e9, 864e9, 4),
-    "RTX-4090": Gpu(165.2e12, 24e9, 1008e9, 4),
+    "A100-40": Gpu(312e12, 40960 * _MIB, 1555e9, 4, 300e9),
+    "A100-80": Gpu(312e12, 81920 * _MIB, 2039e9, 4, 300e9),
+    "H100": Gpu(989e12, 81559 * _MIB, 3350e9, 5, 450e9),
+    "H100-PCIe": Gpu(756e12, 81559 * _MIB, 2000e9, 5),
+    "H20": Gpu(148e12, 97871 * _MIB, 4000e9, 5, 450e9),
+    "H200": Gpu(989e12, 143771 * _MIB, 4800e9, 5, 450e9),
+    "B200": Gpu(2250e12, 183359 * _MIB, 8000e9, 5, 900e9),
+    "L4": Gpu(121e12, 23034 * _MIB, 300e9, 4),
+    "L40S": Gpu(362e12, 46068 * _MIB, 864e9, 4),
+    "RTX-4090": Gpu(165.2e12, 24564 * _MIB, 1008e9, 4),
     "A30": Gpu(165e12, 24e9, 933e9, 4, 100e9),
-    "A10G": Gpu(70e12, 24e9, 600e9, 4),
+    "A10G": Gpu(70e12, 23028 * _MIB, 600e9, 4),
 }
 
 # 16 lanes of 16 or 32 GT/s, 128b/130b.

@@ -148,6 +148,10 @@ def test_what_a_server_refuses_is_refused(tmp_path: Path, capsys: pytest.Capture
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LLAMA | {"layer_types": ["linear_attention", "full_attention"]}))
     assert "without attention" in refused(capsys, config, "--gpu", "H100")
+    config.write_text(json.dumps(LLAMA | {"model_type": "deepseek_v32", "index_topk": 2048}))
+    assert "sparse attention" in refused(capsys, config, "--gpu", "H100")
+    config.write_text(json.dumps(LLAMA | {"layer_types": 5}))
+    assert "layer_types is 5, not a list of names" in refused(capsys, config, "--gpu", "H100")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -203,13 +207,43 @@ def test_heads_that_ranks_cannot_share_are_refused(capsys: pytest.CaptureFixture
 
 def test_weights_without_room_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     weights = advise(capsys, "Llama-3.1-70B", "--gpu", "H100")["weights"]
-    assert (weights["bytes"] // 10**9, weights["device_bytes"], weights["fit"]) == (141, 80 * 10**9, False)
+    assert (weights["bytes"] // 10**9, weights["device_bytes"], weights["fit"]) == (141, 81559 * 2**20, False)
     assert main(["advise", "Llama-3.1-70B", "--gpu", "H100"]) == 0
-    assert "weights (141.1 GB) do not fit in the GPUs' memory (80.0 GB)" in capsys.readouterr().out
+    assert "weights (141.1 GB) do not fit in the GPUs' memory (85.5 GB)" in capsys.readouterr().out
     for options in (["--tp", "2"], ["--offload", "0.5"]):
         assert advise(capsys, "Llama-3.1-70B", "--gpu", "H100", *options)["weights"]["fit"]
         assert main(["advise", "Llama-3.1-70B", "--gpu", "H100", *options]) == 0
         assert "do not fit" not in capsys.readouterr().out
+
+
+def test_weights_that_leave_too_little_for_a_pool_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "Llama-3-70B", "--gpu", "H200"]) == 0
+    assert "weights (141.1 GB) leave nothing of the GPUs' memory (150.8 GB) for the KV" in capsys.readouterr().out
+    assert main(["advise", "Llama-3-70B", "--gpu", "H100", "--tp", "2"]) == 0
+    assert "leave 12.8 GB of the GPUs' memory (171.0 GB) for the KV pool: raise --tp" in capsys.readouterr().out
+    weights = advise(capsys, "Llama-3-70B", "--gpu", "H100", "--tp", 2)["weights"]
+    assert weights["pool_bytes"] == pytest.approx(0.9 * weights["device_bytes"] - weights["bytes"], abs=1)
+    assert main(["advise", "Llama-3-70B", "--gpu", "H200", "--tp", "2"]) == 0
+    assert "for the KV pool" not in capsys.readouterr().out
+
+
+def test_quantised_weights_take_less(capsys: pytest.CaptureFixture[str]) -> None:
+    """As they were released, or as is said; of activations and what is stored nothing changes."""
+    for model, ranks, gb in (("DeepSeek-V3", 8, 705), ("gpt-oss-120b", 1, 63)):
+        weights = advise(capsys, model, "--gpu", "H200" if ranks > 1 else "H100", "--tp", ranks)["weights"]
+        assert (weights["bytes"] // 10**9, weights["fit"]) == (gb, True)
+        assert weights["pool_bytes"] > 0.1 * weights["device_bytes"]
+    plain, four = (
+        advise(capsys, "Llama-3-70B", "--gpu", "H100", *options) for options in ([], ["--weight-bits", 4.25])
+    )
+    layers_bytes = plain["weights"]["bytes"] - 2 * 128256 * 8192 * 2
+    saved_bytes = layers_bytes * (1 - 4.25 / 16)
+    assert plain["weights"]["bytes"] - four["weights"]["bytes"] == pytest.approx(saved_bytes, abs=9)
+    assert four["bytes_per_token"] == plain["bytes_per_token"]
+    saved_s = plain["times"]["host"][0]["recompute_s"] - four["times"]["host"][0]["recompute_s"]
+    assert saved_s == pytest.approx(saved_bytes / (0.8 * 3350e9), rel=1e-6)
+    assert main(["advise", "Llama-3-70B", "--gpu", "H100", "--weight-bits", "4.25"]) == 0
+    assert "Llama-3-70B (4.25 bits a weight) on H100" in capsys.readouterr().out
 
 
 def test_tokens_have_a_suffix(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,6 +268,8 @@ def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str])
         ["--bus-gb-s", "0"],
         ["--tp", "x"],
         ["--offload", "2"],
+        ["--weight-bits", "0"],
+        ["--weight-bits", "four"],
         ["--drive-gb-s", "nan"],
     ):
         with pytest.raises(SystemExit) as stopped:
