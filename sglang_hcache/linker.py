@@ -12,29 +12,25 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.runtime_context import get_parallel, get_spec
 
 from sglang_hcache import scheduler_hooks, windows
+from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import ForwardTimer, Prompt
-from sglang_hcache.model import Pool, Unsupported, check_pool, draft_pools
-from sglang_hcache.pinning import PinnedMemory
-from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.model import Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
-from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch_queue import PrefetchQueue
 from sglang_hcache.ranks import rank_name
 from sglang_hcache.registration import Registration
-from sglang_hcache.restore import HostPages, LayerEvents, Load, Restorer, StoredLayer, restorer_for
-from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Restored, Saver
+from sglang_hcache.restore import LayerEvents, Load, Restorer
+from sglang_hcache.savers import NoSaver, Restored, Saver
 from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
-from sglang_hcache.streams import current_stream, new_stream
+from sglang_hcache.streams import current_stream
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +80,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.pools[PoolName.SWA] = self._pool.swa_kv_pool
             self._window_pages = -(-params.swa_retain_window // self._page_tokens)
         self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
-        self._copy_out: CopyOut = _copy_out_of(str(self._pool.device))
         self._queued: list[Load] = []
         self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
         self._landing: deque[tuple[int, list[Load]]] = deque()  # by batch; SGLang does not ask for these any more
@@ -93,8 +88,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._tokens_restored = 0
         self._loads = {"accepted": 0, "refused": 0, "failed": 0}
-        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
-        self._pinned: dict[PrefetchClient | RemoteClient, PinnedMemory] = {}
+        self._attachment = Attachment(
+            self._stored,
+            self._pool,
+            self._drafts,
+            self.layer_done_counter,
+            forward_stream,
+            engine=self._config.copier == "auto",
+        )
         self._registration = Registration(
             self._config,
             server_args,
@@ -106,7 +107,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
         try:
             self._supervisor = supervisor_of(
-                self._config, self._registration.hello, opened=self._opened, closing=self._closing
+                self._config,
+                self._registration.hello,
+                opened=self._attachment.opened,
+                closing=self._attachment.closing,
             )
             store = self._supervisor.start()
         except (Unavailable, OSError) as error:
@@ -114,9 +118,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._renewing = not store.alive
         self._restorer: Restorer | None = None
         self._saver: Saver = NoSaver()
-        self._store: PrefetchClient | RemoteClient | NoStore = store
+        self._store: Client | NoStore = store
         if not isinstance(store, NoStore):
-            self._connect(store)
+            self._attach(store)
         warm_up(self._stored, self._pool, self._drafts, self._page_tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what was computed so far ran on a stream that SGLang's forwards do not use
@@ -190,14 +194,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if store := self._supervisor.taken():
             self._renewing = False
             self._attach(store)
+            self._prefetch_queue.attach(store)
 
     def _leave_store(self) -> None:
         """Nothing here looks at its memory any more, as there may be no room for another beside it; get another."""
         self._forget_all()
-        self._saver = NoSaver()
-        if scheduler_hooks.capture is not None:
-            scheduler_hooks.capture.sink = None
-        self._restorer = None
+        self._saver, self._restorer = self._attachment.detach(), None
         gone, self._store = self._store, NoStore(self._store.layout, self._store.why_ended, lost=self._store.lost)
         self._prefetch_queue.attach(self._store)
         self._supervisor.replace(gone)
@@ -364,7 +366,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def close(self) -> None:
         self._give_back_what_has_landed(wait=True)
-        self._copy_out.close()
+        self._attachment.close()
         self._supervisor.close()
         if not isinstance(self._store, NoStore):
             self._supervisor.close_store(self._store)
@@ -397,88 +399,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     # ---- the store ----
 
-    def _opened(self, store: PrefetchClient | RemoteClient) -> None:
-        """Takes a second for ten gigabytes: not on the scheduler's thread, once requests are served."""
-        if torch.cuda.is_available():
-            if isinstance(store, PrefetchClient):
-                store.wait_until_settled()  # else the driver takes the memory, page by page
-            torch.cuda.set_device(self._gpu)  # another thread's is the first one, whatever this rank's is
-        self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
-
-    def _closing(self, store: PrefetchClient | RemoteClient) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self._gpu)
-        if memory := self._pinned.pop(store, None):
-            memory.release()
-
-    def _attach(self, store: PrefetchClient | RemoteClient) -> None:
+    def _attach(self, store: Client) -> None:
         """Save to, and restore from, this store, in the place of the former one."""
-        self._connect(store)
-        self._prefetch_queue.attach(store)
-
-    def _connect(self, store: PrefetchClient | RemoteClient) -> None:
         self._store = store
         self._registration.welcomed(store.welcome)
-        self._saver = self._make_saver(store)
-        memory, layout, stored = torch.from_numpy(store.memory), store.layout, self._stored
-        layers = [
-            StoredLayer(
-                layout.layer_offset(place),
-                layout.layer_bytes[place],
-                stored.of(layer).dtype,
-                stored.of(layer).projector,
-                windowed=layer in stored.formats.windowed,
-            )
-            for layer, place in sorted((layer, place) for place, layer in enumerate(stored.order))
-        ]
-        self._restorer = restorer_for(
-            HostPages(memory, positions(store.memory, layout), layers),
-            str(self._pool.device),
-            self.forward_stream,
-            self.layer_done_counter,
-            pinned=self._pinned[store].pinned,
-            engine=self._config.copier == "auto",
-        )
-
-    def _make_saver(self, store: PrefetchClient | RemoteClient) -> Saver:
-        """What is the same on several ranks is saved by one of them."""
-        layout, capture = self._stored.layout, scheduler_hooks.capture
-        codec = self._stored.of(0).codec
-        saves = self._registration.saves
-        if capture is not None:
-            capture.keep(layout.hidden if saves else 0, codec)
-        if not saves:
-            return NoSaver()
-        kv, windowed = self._kv_rows(store)
-        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, windowed=windowed, codec=codec)
-        forward_bytes = sum(self._stored.row_bytes[layout.hidden :]) * scheduler_hooks.most_rows_of_a_forward()
-        if capture is not None and layout.hidden:
-            forward_bytes += capture.forward_bytes
-            capture.sink = saver
-        self._copy_out.expect(forward_bytes)
-        return saver
-
-    def _kv_rows(self, store: PrefetchClient | RemoteClient) -> tuple[list[KVRows], KVRows | None]:
-        """Of the model's layers that are stored as K and V, and of each draft model's; and of windowed ones."""
-
-        device = str(self._pool.device)
-        current, forward = current_stream(device), current_stream(device, self.forward_stream)
-
-        def rows_of(pool: Pool, layers: range, before: int = 0) -> KVRows:
-            return KVRows(store, self._copy_out, pool, layers, current=current, forward=forward, before=before)
-
-        layout, pool, found, windowed = self._stored.layout, self._pool, list[KVRows](), None
-        if isinstance(pool, SWAKVPool):
-            full, window = pool.full_kv_pool, pool.swa_kv_pool
-            found.append(rows_of(full, range(full.layer_num)))
-            windowed = rows_of(window, range(window.layer_num), full.layer_num)
-        elif layout.kv:
-            found.append(rows_of(pool, range(layout.hidden, layout.layers)))
-        before = layout.layers
-        for draft in self._drafts:
-            found.append(rows_of(draft, range(draft.layer_num), before))
-            before += draft.layer_num
-        return found, windowed
+        self._saver, self._restorer = self._attachment.attach(store, saves=self._registration.saves)
 
     def _log_start(self) -> None:
         config = self._config
@@ -491,8 +416,3 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._page_tokens,
             f"in {', '.join(config.directories)}" if config.prefetcher is None else f"at {config.prefetcher}",
         )
-
-
-def _copy_out_of(device: str) -> CopyOut:
-    on_cpu = torch.device(device).type == "cpu"
-    return InlineCopyOut() if on_cpu else StreamCopyOut(new_stream(device), current_stream(device))

@@ -1,0 +1,148 @@
+"""What a scheduler makes of a store: memory that its GPU reads, what saves to it, and what restores from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+from sglang_hcache import scheduler_hooks
+from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.model import Pool
+from sglang_hcache.pinning import PinnedMemory
+from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.remote import RemoteClient
+from sglang_hcache.representation import Stored
+from sglang_hcache.restore import HostPages, LayerEvents, Restorer, StoredLayer, restorer_for
+from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Saver
+from sglang_hcache.storage.layout import positions
+from sglang_hcache.streams import current_stream, new_stream
+
+Client = PrefetchClient | RemoteClient
+
+
+class Attached(NamedTuple):
+    saver: Saver
+    restorer: Restorer
+
+
+class Attachment:
+    """Of one store at a time. `opened` and `closing` may be called from another thread, all else by the scheduler's.
+
+    engine: whether the GPU's copy engine may copy pages.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        pool: Pool,
+        drafts: Sequence[Pool],
+        events: LayerEvents,
+        forward_stream: torch.cuda.Stream | None,
+        *,
+        engine: bool,
+    ) -> None:
+        self._stored = stored
+        self._pool = pool
+        self._drafts = drafts
+        self._events = events
+        self._forward_stream = forward_stream
+        self._engine = engine
+        self._device = str(pool.device)
+        self._copy_out = _copy_out_of(self._device)
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        self._pinned: dict[Client, PinnedMemory] = {}
+
+    def opened(self, store: Client) -> None:
+        """Takes a second for ten gigabytes: not on the scheduler's thread, once requests are served."""
+        if torch.cuda.is_available():
+            if isinstance(store, PrefetchClient):
+                store.wait_until_settled()  # else the driver takes the memory, page by page
+            torch.cuda.set_device(self._gpu)  # another thread's is the first one, whatever this rank's is
+        self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
+
+    def closing(self, store: Client) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self._gpu)
+        if memory := self._pinned.pop(store, None):
+            memory.release()
+
+    def attach(self, store: Client, *, saves: bool) -> Attached:
+        """To a store that has been opened. saves: False where another rank saves the same pages."""
+        return Attached(self._saver(store) if saves else self._no_saver(), self._restorer(store))
+
+    def detach(self) -> NoSaver:
+        """Nothing that is captured from now on goes anywhere."""
+        if scheduler_hooks.capture is not None:
+            scheduler_hooks.capture.sink = None
+        return NoSaver()
+
+    def close(self) -> None:
+        self._copy_out.close()
+
+    def _restorer(self, store: Client) -> Restorer:
+        layout, stored = store.layout, self._stored
+        layers = [
+            StoredLayer(
+                layout.layer_offset(place),
+                layout.layer_bytes[place],
+                stored.of(layer).dtype,
+                stored.of(layer).projector,
+                windowed=layer in stored.formats.windowed,
+            )
+            for layer, place in sorted((layer, place) for place, layer in enumerate(stored.order))
+        ]
+        return restorer_for(
+            HostPages(torch.from_numpy(store.memory), positions(store.memory, layout), layers),
+            self._device,
+            self._forward_stream,
+            self._events,
+            pinned=self._pinned[store].pinned,
+            engine=self._engine,
+        )
+
+    def _no_saver(self) -> NoSaver:
+        if scheduler_hooks.capture is not None:
+            scheduler_hooks.capture.keep(0, self._stored.of(0).codec)
+        return NoSaver()
+
+    def _saver(self, store: Client) -> PageSaver:
+        stored, capture = self._stored, scheduler_hooks.capture
+        layout, codec = stored.layout, stored.of(0).codec
+        kv, windowed = self._kv_rows(store)
+        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, windowed=windowed, codec=codec)
+        forward_bytes = sum(stored.row_bytes[layout.hidden :]) * scheduler_hooks.most_rows_of_a_forward()
+        if capture is not None:
+            capture.keep(layout.hidden, codec)
+            if layout.hidden:
+                forward_bytes += capture.forward_bytes
+                capture.sink = saver
+        self._copy_out.expect(forward_bytes)
+        return saver
+
+    def _kv_rows(self, store: Client) -> tuple[list[KVRows], KVRows | None]:
+        """Of the model's layers that are stored as K and V, and of each draft model's; and of windowed ones."""
+        current, forward = current_stream(self._device), current_stream(self._device, self._forward_stream)
+
+        def rows_of(pool: Pool, layers: range, before: int = 0) -> KVRows:
+            return KVRows(store, self._copy_out, pool, layers, current=current, forward=forward, before=before)
+
+        layout, pool, found, windowed = self._stored.layout, self._pool, list[KVRows](), None
+        if isinstance(pool, SWAKVPool):
+            full, window = pool.full_kv_pool, pool.swa_kv_pool
+            found.append(rows_of(full, range(full.layer_num)))
+            windowed = rows_of(window, range(window.layer_num), full.layer_num)
+        elif layout.kv:
+            found.append(rows_of(pool, range(layout.hidden, layout.layers)))
+        before = layout.layers
+        for draft in self._drafts:
+            found.append(rows_of(draft, range(draft.layer_num), before))
+            before += draft.layer_num
+        return found, windowed
+
+
+def _copy_out_of(device: str) -> CopyOut:
+    on_cpu = torch.device(device).type == "cpu"
+    return InlineCopyOut() if on_cpu else StreamCopyOut(new_stream(device), current_stream(device))
