@@ -42,7 +42,11 @@ CODEC_CHOICES = ("packed", "lossy_int8", "lossy_fp8_e4m3")  # of hidden states
 
 
 def default_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Raises ValueError where the user has no home, as in a container that is run as any user."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise ValueError("has no default, as this user has no home directory: name one") from None
     return Path(base) / "sglang-hcache"
 
 

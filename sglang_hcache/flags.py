@@ -88,7 +88,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="PATH[,PATH...]",
         help="Where hcache keeps its files; several paths, best on several drives, are striped. "
-        f"Default: {default_directory()}",
+        "Default: ~/.cache/sglang-hcache",
     )
     group.add_argument(
         "--hcache-representation",
@@ -321,7 +321,7 @@ def _writable_directories(flag: str | None) -> tuple[str, ...]:
     try:
         paths = [default_directory()] if flag is None else directories_of(flag)
     except ValueError as error:
-        raise FlagError(f"--hcache-dir {flag!r} {error}") from None
+        raise FlagError(f"--hcache-dir{'' if flag is None else f' {flag!r}'} {error}") from None
     for path in paths:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

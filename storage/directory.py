@@ -81,7 +81,7 @@ class Directory:
             self._lock = open_shared(path, damage)
             opened.callback(os.close, self._lock)
             self._index = Index(path / "index", self._fingerprint)
-            opened.callback(self._seal_if_last)
+            opened.callback(seal_if_last, path, self._lock, self._index)
             opened.callback(self._index.close)
             self._segments = Segments(folder, layout.record_bytes, self._at_most())
             opened.callback(self._segments.close)
@@ -180,11 +180,6 @@ class Directory:
         """Bytes of a segment file, as the quota is now."""
         return self._segment_bytes if self._quota is None else self._quota.segment_bytes(self._segment_bytes)
 
-    def _seal_if_last(self) -> None:
-        """Whoever is the last to let go of the directory's lock spares the next one the check of a good index."""
-        if self._index.sound and try_lock(self._lock, exclusive=True):
-            seal_closed(self._path / "index")
-
     def _try_read(self, key: bytes, entry: Entry, out: Record) -> ChunkDamaged | None:
         try:
             self._segments.reader(entry.segment).read(entry.slot, out)
@@ -278,6 +273,12 @@ def open_shared(path: Path, damage: Damage) -> int:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def seal_if_last(path: Path, lock: int, index: Index) -> None:
+    """Whoever is the last to let go of the directory's lock spares the next one the check of a good, closed index."""
+    if index.sound and try_lock(lock, exclusive=True):
+        seal_closed(path / "index")
 
 
 def _open_lock(path: Path, damage: Damage) -> int:

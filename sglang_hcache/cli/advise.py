@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hcache.cli.architectures import ALIASES, ARCHITECTURES
-from sglang_hcache.cli.common import CommandFailed, count, explain, human
+from sglang_hcache.cli.common import CommandFailed, count, explain, human, print_json
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot(report, arguments.plot)
     if arguments.json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         print_report(report)
     return 0
@@ -413,7 +413,7 @@ def _length(text: str) -> int:
 
 class _List(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print("\n".join(ARCHITECTURES))
+        print("\n".join(ARCHITECTURES), flush=True)
         parser.exit()
 
 

@@ -14,9 +14,9 @@ import errno
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import msgspec
 import numpy as np
@@ -31,12 +31,15 @@ _MOST_HEADER = 64 << 20
 _PART = 4 << 20
 
 
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+
+
 class Model(msgspec.Struct):
     fingerprint: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
-    page_tokens: int
-    layer_bytes: tuple[int, ...]
+    page_tokens: Size
+    layer_bytes: tuple[Size, ...]
     about: dict[str, str]
-    pages: Annotated[int, msgspec.Meta(ge=0)]
+    pages: Annotated[int, msgspec.Meta(ge=1)]
 
     @property
     def layout(self) -> ChunkLayout:
@@ -44,35 +47,55 @@ class Model(msgspec.Struct):
 
 
 class Header(msgspec.Struct):
-    models: list[Model]
+    models: Annotated[list[Model], msgspec.Meta(min_length=1)]
 
 
 class BundleDamaged(Exception):
     """The file is no export, or not whole."""
 
 
-def write_bundle(path: Path, models: list[Model], records: Iterable[Record]) -> None:
-    """Write a whole file or none, private to the user. Raises OSError, which may name a file beside it."""
+def write_bundle(path: Path, models: Sequence[tuple[Model, Iterable[Record]]]) -> list[Model]:
+    """Write a whole file or none, private to the user; of models with as many pages as there were records.
+
+    Those without any are left out; what is in the file is returned. `pages` of the given ones is the most there may
+    be. Raises OSError, which may name a file beside it.
+    """
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    header = msgspec.json.encode(Header(models))
-    checksum = xxhash.xxh3_64()
+    most = len(msgspec.json.encode(Header([model for model, _ in models])))
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            for part in (_FIXED.pack(MAGIC, VERSION, len(header)), header):
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "w+b") as file:
+            file.seek(_FIXED.size + most)
+            written = [msgspec.structs.replace(model, pages=_write(file, records)) for model, records in models]
+            written = [model for model in written if model.pages]
+            header = msgspec.json.encode(Header(written)).ljust(most)
+            file.seek(0)
+            file.write(_FIXED.pack(MAGIC, VERSION, most) + header)
+            file.seek(0)
+            checksum = xxhash.xxh3_64()
+            while part := file.read(_PART):
                 checksum.update(part)
-                file.write(part)
-            for record in records:
-                checksum.update(record.data)
-                file.write(record.data)
             file.write(struct.pack("<Q", checksum.intdigest()))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if written:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return written
+
+
+def _write(file: BinaryIO, records: Iterable[Record]) -> int:
+    count = 0
+    for record in records:
+        file.write(record.data)
+        count += 1
+    return count
 
 
 def read_header_of(path: Path) -> tuple[Header, int]:
@@ -93,6 +116,8 @@ def read_header_of(path: Path) -> tuple[Header, int]:
         except ValueError as error:
             raise BundleDamaged(f"its header cannot be read ({error})") from error
     start = _FIXED.size + length
+    if len({model.fingerprint for model in header.models}) < len(header.models):
+        raise BundleDamaged("it names a model twice")
     if path.stat().st_size != start + records + 8:
         raise BundleDamaged("its length is wrong")
     return header, start

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import pwd
 import re
 import sys
 import tempfile
@@ -32,11 +35,20 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir",
         type=_directories,
-        default=[default_directory()],
+        default=[],
         metavar="PATH[,PATH…]",
-        help=f"the server's --hcache-dir (default: {default_directory()})",
+        help="the server's --hcache-dir (default: the server's, ~/.cache/sglang-hcache)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def fill_in(arguments: argparse.Namespace) -> None:
+    """The default of `--dir`. Raises CommandFailed where the user has no home."""
+    if getattr(arguments, "dir", None) == []:
+        try:
+            arguments.dir = [default_directory()]
+        except ValueError as error:
+            raise CommandFailed(f"--dir {error}") from None
 
 
 def _directories(text: str) -> list[Path]:
@@ -46,12 +58,20 @@ def _directories(text: str) -> list[Path]:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
+def print_json(value: object) -> None:
+    """On standard output, as every JSON parser reads it. Raises ValueError for infinity and NaN."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
 def size(text: str) -> int:
     """Bytes, from "100GB", "1.5T", "64MiB", "4096B"; a number alone could mean any of them."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)", text.strip().upper())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a number and a unit, such as 500GB or 2TiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2] or ""])
+    found = float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2] or ""]
+    if math.isinf(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is too large")
+    return int(found)
 
 
 def span(text: str) -> int:
@@ -146,6 +166,23 @@ def read_table(path: Path, damage: Damage) -> Table:
         raise CommandFailed(explain(error, path)) from error
 
 
+def require_owner(paths: Sequence[Path]) -> None:
+    """What this user writes there, the directories' owner can open."""
+    for path in paths:
+        if path.exists() and (owner := path.stat().st_uid) != os.geteuid():
+            raise CommandFailed(
+                f"{path} belongs to {_user(owner)}: run this as that user, whose server could not open what "
+                f"{_user(os.geteuid())} writes"
+            )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Nobody else has the directory open."""
@@ -161,6 +198,9 @@ def _lock(path: Path) -> Iterator[bool]:
     """Hold the directory's lock; whether nobody else does."""
     fd = os.open(path / "hcache.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
+        owner = path.stat()
+        if os.geteuid() == 0 and os.fstat(fd).st_uid != owner.st_uid:  # just made: the server has to open it, too
+            os.fchown(fd, owner.st_uid, owner.st_gid)
         exclusive = try_lock(fd, exclusive=True)
         if not exclusive:
             lock_within(fd, exclusive=False, timeout_s=30)

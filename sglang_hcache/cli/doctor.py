@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_hcache import __version__
 from sglang_hcache.cli.advise import limit, stored_line, times
-from sglang_hcache.cli.common import CommandFailed, add_common, explain
+from sglang_hcache.cli.common import CommandFailed, add_common, explain, print_json
 from sglang_hcache.config import CALIBRATION
 from sglang_hcache.layouts import KeptLayout
 from sglang_hcache.planner.cost import costs_of
@@ -54,12 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.dir[0] / CALIBRATION
     files = sorted(folder.glob("*.json"))
     if arguments.again:
+        if not files:
+            raise CommandFailed(f"there is nothing to forget ({folder}): give the server's --hcache-dir with --dir")
         return _forget(files, as_json=arguments.json)
     tried = {str(path): _drive(path) for path in arguments.dir}
     drives = {path: rate if isinstance(rate, float) else None for path, rate in tried.items()}
-    found = [examine(measured, _layout(arguments.dir[0], measured), len(drives)) for measured in _read(files)]
+    measured, skipped = _read(files)
+    found = [examine(one, _layout(arguments.dir[0], one), len(drives)) for one in measured]
+    for file, why in skipped.items():
+        print(f"{file}: left out ({why})", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"drives_bytes_per_s": drives, "models": found}, indent=2))
+        print_json({"drives_bytes_per_s": drives, "models": found, "skipped": skipped})
     else:
         for path, rate in tried.items():
             now = f"reads {rate / 1e9:.2f} GB/s now" if isinstance(rate, float) else f"cannot be measured ({rate})"
@@ -75,19 +82,25 @@ def _forget(files: list[Path], *, as_json: bool) -> int:
     for file in files:
         file.unlink(missing_ok=True)
     if as_json:
-        print(json.dumps({"forgotten": len(files)}))
+        print_json({"forgotten": len(files)})
     else:
         print(f"{len(files)} forgotten; the next server measures again")
     return 0
 
 
-def _read(files: list[Path]) -> Iterator[Measured]:
+def _read(files: list[Path]) -> tuple[list[Measured], dict[str, str]]:
+    """What servers of this version have kept; and by file, why others are left out."""
+    found, skipped = [], {}
     for file in files:
         try:
-            yield Measured.of(json.loads(file.read_text()))
+            kept = json.loads(file.read_text())
+            if (version := kept["about"]["version"]) != __version__:
+                skipped[str(file)] = f"measured by version {version}"
+            else:
+                found.append(Measured.of(kept))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else explain(error)
-            raise CommandFailed(f"{file} cannot be read ({what}): delete it with --again") from error
+            skipped[str(file)] = f"it has no {error}" if isinstance(error, KeyError) else explain(error)
+    return found, skipped
 
 
 def _drive(directory: Path) -> float | str:
@@ -118,7 +131,11 @@ def examine(measured: Measured, layout: Layout, drives: int) -> dict[str, Any]:
     return {
         "about": about,
         "stored": [{"representation": kind, "layers": [first, last]} for kind, first, last in layout.ranges()],
-        "rates": {name: value for name, value in vars(machine).items() if name.endswith("_per_s")},
+        "rates": {
+            name: value if math.isfinite(value) else None  # None: no cost
+            for name, value in vars(machine).items()
+            if name.endswith("_per_s")
+        },
         "times": {
             tier: [times(costs, layout, _hit(tokens, page_tokens, tier)) for tokens in LENGTHS] for tier in tiers
         },

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +16,21 @@ import msgspec
 import numpy as np
 
 from sglang_hcache.cli.bundle import Model, write_bundle
-from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, human, read_table, require_siblings
+from sglang_hcache.cli.common import (
+    CommandFailed,
+    add_common,
+    count,
+    explain,
+    human,
+    print_json,
+    read_table,
+    require_siblings,
+)
 from sglang_hcache.page_hash import page_hash
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.evictor import segment_file
-from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry
+from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, Record, verify
 from sglang_hcache.storage.segment import SegmentReader
 
@@ -51,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     require_siblings(arguments.dir)
     stored = _stored(arguments.dir)
-    models, chosen = [], []
+    chosen: list[tuple[Model, Iterator[Record]]] = []
     for fingerprint, pages in sorted(stored.items()):
         about = _about(arguments.dir, fingerprint)
         if about.layout is None:
@@ -59,25 +68,39 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             raise CommandFailed(f"the layout of {fingerprint.hex()} is not known: its about.json is missing")
         reader = _Reader(fingerprint, about, pages)
-        if run_ := reader.everything() if arguments.all else reader.prefix(arguments.tokens):
-            models.append(
-                Model(fingerprint.hex(), about.layout.page_tokens, about.layout.layer_bytes, about.texts, len(run_))
-            )
-            chosen.append((reader, run_))
-    if not models:
-        where = ", ".join(map(str, arguments.dir))
-        raise CommandFailed(f"{where}: nothing is stored" + ("" if arguments.all else " of this prompt"))
+        if keys := reader.everything() if arguments.all else reader.prefix(arguments.tokens):
+            layout = about.layout
+            model = Model(fingerprint.hex(), layout.page_tokens, layout.layer_bytes, about.texts, len(keys))
+            chosen.append((model, reader.read(keys)))
     try:
-        write_bundle(arguments.out, models, (reader.read(key) for reader, keys in chosen for key in keys))
-        size = arguments.out.stat().st_size
+        written = write_bundle(arguments.out, chosen) if chosen else []
+        size = arguments.out.stat().st_size if written else 0
     except OSError as error:
         raise CommandFailed(f"{arguments.out}: {error.strerror}") from error
-    total = sum(model.pages for model in models)
+    total = sum(model.pages for model in written)
+    left_out = sum(model.pages for model, _ in chosen) - total
+    if not written:
+        where = ", ".join(map(str, arguments.dir))
+        raise CommandFailed(f"{where}: nothing is stored" + ("" if arguments.all else " of this prompt"))
     if arguments.json:
-        print(json.dumps({"file": str(arguments.out), "pages": total, "bytes": size}))
+        print_json({"file": str(arguments.out), "pages": total, "bytes": size, "left_out": left_out})
     else:
         print(f"{arguments.out}: {count(total, 'page')}, {human(size)}")
+        if left_out:
+            print(f"{count(left_out, 'page')} left out: evicted meanwhile, or damaged, which `hcache fsck` tells")
     return 0
+
+
+class _Bigrams:
+    """Each token with the next, as `page_hash` takes them."""
+
+    is_bigram = True
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.token_ids = tokens
+
+    def __len__(self) -> int:
+        return max(0, len(self.token_ids) - 1)
 
 
 class _Reader:
@@ -89,27 +112,36 @@ class _Reader:
         self._layout = about.layout
         self._pages = pages
 
-    def read(self, key: bytes) -> Record:
-        path, entry = self._pages[key]
-        file = segment_file(path, self._fingerprint, entry.segment)
+    def read(self, keys: Sequence[bytes]) -> Iterator[Record]:
+        """Pages in the order given, each after its parent, without those that are gone and what follows on them."""
+        gone = set[bytes]()  # as children know their parents
         record = np.empty(self._layout.record_bytes, np.uint8)
-        try:
-            SegmentReader(file, self._layout.record_bytes).read(entry.slot, record)
-            verify(record, self._layout, self._fingerprint, key)
-        except ChunkDamaged as damaged:
-            raise CommandFailed(f"page {key.hex()}: {damaged.reason}") from damaged
-        except OSError as error:
-            raise CommandFailed(explain(error, file)) from error
-        return record
+        for key in keys:
+            path, entry = self._pages[key]
+            file = segment_file(path, self._fingerprint, entry.segment)
+            try:
+                if entry.parent in gone:
+                    raise ChunkDamaged("its parent is gone")
+                SegmentReader(file, self._layout.record_bytes).read(entry.slot, record)
+                verify(record, self._layout, self._fingerprint, key)
+            except ChunkDamaged:
+                gone.add(key[:PARENT_BYTES])
+            except OSError as error:
+                raise CommandFailed(explain(error, file)) from error
+            else:
+                yield record
 
     def prefix(self, tokens: list[int]) -> list[bytes]:
-        """The first pages of a prompt, as far as they are stored."""
+        """The first pages of a prompt, as far as they are stored; with a draft model a page's hash is of bigrams."""
+        return max(self._first(tokens), self._first(_Bigrams(tokens)), key=len)
+
+    def _first(self, tokens: list[int] | _Bigrams) -> list[bytes]:
         hashes = page_hash(tokens, None, self._layout.page_tokens)
         assert isinstance(hashes, list)
         return list(itertools.takewhile(self._pages.__contains__, map(bytes.fromhex, hashes)))
 
     def everything(self) -> list[bytes]:
-        starts = {key[:8]: key for key in self._pages}
+        starts = {key[:PARENT_BYTES]: key for key in self._pages}
         done: dict[bytes, bool] = {}
         for key in self._pages:
             run, at = [], key
@@ -117,7 +149,7 @@ class _Reader:
                 done[at] = False
                 run.append(at)
                 parent = self._pages[at][1].parent
-                if parent == bytes(8):
+                if parent == bytes(PARENT_BYTES):
                     done[at] = True
                 elif parent in starts:
                     at = starts[parent]

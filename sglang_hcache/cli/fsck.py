@@ -10,7 +10,6 @@ could be checked, and what was found has been repaired.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,12 +29,14 @@ from sglang_hcache.cli.common import (
     count,
     explain,
     is_fingerprint,
+    print_json,
     read_table,
+    require_owner,
 )
 from sglang_hcache.storage.about import NAME, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import remove
-from sglang_hcache.storage.index import Index, Size, prepare
+from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
 from sglang_hcache.storage.quota import census
@@ -104,6 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.repair:
+        require_owner(arguments.dir)
     reports = []
     for path in arguments.dir:
         try:
@@ -112,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, lmdb.Error) as error:
             raise CommandFailed(explain(error, path)) from error
     if arguments.json:
-        print(json.dumps({"directories": [report.as_json() for report in reports]}, indent=2))
+        print_json({"directories": [report.as_json() for report in reports]})
     else:
         for report in reports:
             _print(report)
@@ -149,6 +152,8 @@ def check(path: Path, *, repair: bool) -> Report:
         _check_model(_Model(folder, fingerprint, layout, pages), report, repair)
     for fingerprint, pages in listed.items():
         _check_lost(fingerprint, pages, report, repair)
+    if repair:
+        seal_closed(path / "index")
     return report
 
 

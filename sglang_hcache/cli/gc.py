@@ -7,7 +7,6 @@ cannot be used, or could not be shrunk to --to-size.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -25,14 +24,16 @@ from sglang_hcache.cli.common import (
     count,
     fingerprint_folders,
     human,
+    print_json,
     read_table,
     require,
+    require_owner,
     require_siblings,
     size,
     span,
 )
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.directory import open_shared
+from sglang_hcache.storage.directory import open_shared, seal_if_last
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     for path in directories:
         require(path)
     require_siblings(directories)
+    if not arguments.dry_run:
+        require_owner(directories)
     if arguments.to_size is not None:
         _require_room(directories, arguments.to_size)
     try:
@@ -66,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     except lmdb.Error as error:
         raise CommandFailed(str(error)) from error
     if arguments.json:
-        print(json.dumps({"dry_run": arguments.dry_run, "directories": results}, indent=2))
+        print_json({"dry_run": arguments.dry_run, "directories": results})
     else:
         for one in results:
             _print(one, "would delete" if arguments.dry_run else "deleted")
@@ -126,8 +129,10 @@ def _collect(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         damages, indexes = [], []
         for path in arguments.dir:
             damages.append(Damage())
-            opened.callback(os.close, open_shared(path, damages[-1]))
+            lock = open_shared(path, damages[-1])
+            opened.callback(os.close, lock)
             indexes.append(Index(path / "index", b""))
+            opened.callback(seal_if_last, path, lock, indexes[-1])
             opened.callback(indexes[-1].close)
         before = [bytes_on_disk(path) for path in arguments.dir]
         done = [

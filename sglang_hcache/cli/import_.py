@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sglang_hcache.cli.bundle import BundleDamaged, Model, read_header_of, read_records
-from sglang_hcache.cli.common import CommandFailed, add_common, count, explain, require_siblings
+from sglang_hcache.cli.common import (
+    CommandFailed,
+    add_common,
+    count,
+    explain,
+    print_json,
+    require_owner,
+    require_siblings,
+)
+from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.layout import Record
@@ -33,46 +41,66 @@ def run(arguments: argparse.Namespace) -> int:
     path: Path = arguments.file
     stored = present = 0
     require_siblings(arguments.dir)
+    require_owner(arguments.dir)
     try:
         header, start = read_header_of(path)
         for _ in read_records(path, start, header.models):
             pass
+        _require_layouts(header.models, arguments.dir)
         for directory in arguments.dir:
             make_private(directory)
         for model in header.models:
-            added, there = _store(path, start, model, arguments.dir)
-            stored, present = stored + added, present + there
+            for added, there in _store(path, start, model, arguments.dir):
+                stored, present = stored + added, present + there
             start += model.pages * model.layout.record_bytes
     except BundleDamaged as damaged:
-        raise CommandFailed(f"{path}: {damaged}; nothing is stored") from damaged
+        raise CommandFailed(f"{path}: {damaged}; {_so_far(stored)}") from damaged
+    except _CannotStore as failed:
+        raise CommandFailed(f"{failed}; {_so_far(stored)}") from failed
     except OSError as error:
         raise CommandFailed(explain(error, path)) from error
     if arguments.json:
-        print(json.dumps({"stored": stored, "present": present}))
+        print_json({"stored": stored, "present": present})
     else:
         print(f"{count(stored, 'page')} stored, {present} already there")
     return 0
 
 
-def _store(path: Path, start: int, model: Model, directories: list[Path]) -> tuple[int, int]:
-    """How many pages were added, and how many were there."""
+class _CannotStore(Exception):
+    """No directory takes a page."""
+
+
+def _so_far(stored: int) -> str:
+    return f"{count(stored, 'page')} of it stored" if stored else "nothing is stored"
+
+
+def _require_layouts(models: Sequence[Model], directories: Sequence[Path]) -> None:
+    """Pages of a model are stored as those that are there: others would take their place."""
+    for model, directory in itertools.product(models, directories):
+        known = read_about(directory / "segments" / model.fingerprint).layout
+        if known is not None and known != model.layout:
+            raise CommandFailed(
+                f"{directory} has pages of {model.fingerprint} with another layout than the file's; nothing is stored"
+            )
+
+
+def _store(path: Path, start: int, model: Model, directories: list[Path]) -> Iterator[tuple[int, int]]:
+    """Of some pages at a time, how many were added, and how many were there."""
     contents = Contents(model.layout, bytes.fromhex(model.fingerprint), SEGMENT_BYTES, about=model.about)
     volumes = [Volume(directory, contents, retry_s=3600) for directory in directories]
     belong_together(volumes)
     stripe = Stripe(volumes)
-    stored = present = 0
     try:
         records = read_records(path, start, [model])
         while batch := [(key, record) for _, key, record in itertools.islice(records, BATCH_PAGES)]:
             there = stripe.locate(key for key, _ in batch)
             pages = [(key, record) for key, record in batch if key not in there]
             if not _write(stripe, pages):
-                raise CommandFailed("; ".join(f"{volume.path}: {volume.state}" for volume in volumes))
-            stored, present = stored + len(pages), present + len(there)
+                raise _CannotStore("; ".join(f"{volume.path}: {volume.state}" for volume in volumes))
+            yield len(pages), len(there)
     finally:
         for volume in volumes:
             volume.close()
-    return stored, present
 
 
 def _write(stripe: Stripe, pages: Sequence[tuple[bytes, Record]]) -> bool:

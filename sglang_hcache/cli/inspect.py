@@ -6,13 +6,12 @@ Exit status: 0; 2 bad arguments; 3 a directory cannot be read.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.cli.common import add_common, count, duration, fingerprint_folders, human, read_table
+from sglang_hcache.cli.common import add_common, count, duration, fingerprint_folders, human, print_json, read_table
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     found = [inspect(path) for path in arguments.dir]
     if arguments.json:
-        print(json.dumps({"directories": found}, indent=2))
+        print_json({"directories": found})
     else:
         for directory in found:
             print_directory(directory)

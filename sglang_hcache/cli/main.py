@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from sglang_hcache import TESTED_SGLANG, __version__
-from sglang_hcache.cli.common import CommandFailed, explain
+from sglang_hcache.cli.common import CommandFailed, explain, fill_in
 
 COMMANDS = {
     "advise": (
@@ -29,12 +32,14 @@ COMMANDS = {
 USAGE = 2  # argparse's own
 FAILED = 3
 DEFECT = 70  # sysexits.h: EX_SOFTWARE
+INTERRUPTED = 130  # as a shell has it
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; 70 a defect of ours.
+    """The exit status of the command: 0 done; 2 bad arguments; 3 it could not do its work; 70 a defect of ours;
+    130 interrupted.
 
     Others: see the command's --help.
     """
@@ -57,20 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module is not None:
             module.add_arguments(subparser)
             run = module.run
-    parsed = parser.parse_args(arguments)
-    assert run is not None
+    name = f"hcache {arguments[0]}" if arguments else "hcache"
     try:
-        return int(run(parsed))
+        parsed = parser.parse_args(arguments)
+        fill_in(parsed)
+        assert run is not None
+        status = int(run(parsed))
+        sys.stdout.flush()
+        return status
     except CommandFailed as error:
-        print(f"hcache {parsed.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever reads this has seen enough; Python would flush the rest, and fail again
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except OSError as error:
-        print(f"hcache {parsed.command}: {explain(error)}", file=sys.stderr)
+        print(f"{name}: {explain(error)}", file=sys.stderr)
         return FAILED
     except Exception:  # Python's own status for it, 1, means something else to the commands
-        log.exception("hcache %s: this is a defect of sglang-hcache; please report it.", parsed.command)
+        log.exception("%s: this is a defect of sglang-hcache; please report it.", name)
         return DEFECT
 
 

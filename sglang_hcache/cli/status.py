@@ -7,10 +7,9 @@ it does not answer.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from sglang_hcache.cli.common import CommandFailed, add_common, count, duration, human, require_siblings
+from sglang_hcache.cli.common import CommandFailed, add_common, count, duration, human, print_json, require_siblings
 
 ANSWER_S = 5.0
 SOME_FAILED = 1
@@ -28,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     running = is_running(endpoint)
     report = _ask(endpoint.address) if running else {}
     if arguments.json:
-        print(json.dumps({"running": running, **report}, indent=2))
+        print_json({"running": running, **report})
     elif running:
         _print(report)
     if not running:

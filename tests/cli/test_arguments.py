@@ -6,8 +6,12 @@ import argparse
 import errno
 import json
 import os
+import pwd
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,7 +20,7 @@ from sglang_hcache.cli import inspect
 from sglang_hcache.cli.common import count, explain
 from sglang_hcache.cli.main import main
 from sglang_hcache.cli.prefetcher import NAMES, configuration, read_file
-from sglang_hcache.flags import FlagError, server_kwargs
+from sglang_hcache.flags import FlagError, add_cli_args, server_kwargs
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -68,6 +72,49 @@ def test_what_the_system_refuses_is_no_defect(
     monkeypatch.setattr(inspect, "run", fail)
     assert main(["inspect", "--dir", str(tmp_path)]) == 3
     assert capsys.readouterr().err == "hcache inspect: /x/segments: Permission denied\n"
+
+
+def test_an_interruption_is_no_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "run", interrupted)
+    assert main(["inspect", "--dir", str(tmp_path)]) == 130
+
+
+@pytest.mark.parametrize("command", ["advise --list", "advise Llama-2-7B --gpu H100"])
+def test_a_reader_that_has_seen_enough_is_told_nothing(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    arguments = [sys.executable, "-m", "sglang_hcache.cli.main", *command.split()]
+    done = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_size_beyond_all_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is too large" in wrong(capsys, "gc", "--to-size", "9" * 400 + "TB")
+
+
+def test_a_user_without_a_home_names_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container that is run as any user: no server starts worse for it, with or without the tier."""
+
+    def nobody(number: int) -> NoReturn:
+        raise KeyError(number)
+
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    parser = argparse.ArgumentParser()
+    add_cli_args(None, parser)
+    assert "~/.cache/sglang-hcache" in "".join(parser.format_help().split())
+    with pytest.raises(FlagError, match="--hcache-dir has no default, as this user has no home directory"):
+        server_kwargs()
+    assert server_kwargs(hcache_dir=str(tmp_path / "a"))
+    assert main(["inspect"]) == 3
+    assert "hcache inspect: --dir has no default, as this user has no home directory" in capsys.readouterr().err
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

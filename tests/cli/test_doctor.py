@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import sglang_hcache
 from sglang_hcache.cli.main import main
 from sglang_hcache.layouts import KeptLayout
 from sglang_hcache.planner.machine import Machine
@@ -20,7 +21,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 ABOUT: dict[str, Any] = {
     "machine": "here", "model": MODEL, "projector": "kernels", "ranks": 1, "rank": 0,
-    "page_tokens": 64,
+    "page_tokens": 64, "version": sglang_hcache.__version__,
 }  # fmt: skip
 SLOW_DRIVE = Machine("here", 1e11, 1e13, 1e12, 1e12, 2e10, ssd_bytes_per_s=1e8)
 
@@ -32,9 +33,9 @@ def measured(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_rates(directory: Path, about: Any) -> None:
+def write_rates(directory: Path, about: Any, name: str = "a") -> None:
     kept = {"about": about, "rates": vars(SLOW_DRIVE)}
-    (directory / "calibration" / "a.json").write_text(json.dumps(kept))
+    (directory / "calibration" / f"{name}.json").write_text(json.dumps(kept))
 
 
 def test_it_says_what_limits(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,9 +50,13 @@ def test_it_says_what_limits(measured: Path, capsys: pytest.CaptureFixture[str])
 
 def test_json_holds_rates_times_and_limits(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--dir", str(measured), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    report = json.loads(text)
     (model,) = report["models"]
     assert model["rates"]["ssd_bytes_per_s"] == 1e8
+    assert model["rates"]["peer_bytes_per_s"] is None
+    assert "Infinity" not in text
+    assert report["skipped"] == {}
     assert [row["tokens"] for row in model["times"]["host"]] == [1024, 8192, 65536]
     assert all(row["plan_s"] <= row["recompute_s"] for rows in model["times"].values() for row in rows)
     assert report["drives_bytes_per_s"][str(measured)] > 0
@@ -95,17 +100,29 @@ def test_rates_are_forgotten(measured: Path, capsys: pytest.CaptureFixture[str])
     assert "1 forgotten" in capsys.readouterr().out
     assert main(["doctor", "--dir", str(measured)]) == 3
     assert "no server has measured" in capsys.readouterr().err
-    assert main(["doctor", "--dir", str(measured), "--again", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"forgotten": 0}
+    assert main(["doctor", "--dir", str(measured), "--again"]) == 3
+    assert f"nothing to forget ({measured / 'calibration'})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "about", [{}, ABOUT | {"model": {name: size for name, size in MODEL.items() if name != "layers"}}, []]
 )
-def test_a_file_that_is_none(about: Any, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rates(measured, about)
+def test_a_file_that_is_none_is_left_out(about: Any, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rates(measured, about, name="b")
+    assert main(["doctor", "--dir", str(measured), "--json"]) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert len(report["models"]) == 1
+    assert list(report["skipped"]) == [str(measured / "calibration" / "b.json")]
+    assert f"{measured / 'calibration' / 'b.json'}: left out (" in said.err
+
+
+def test_what_another_version_has_measured_is_left_out(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rates(measured, ABOUT | {"version": "0.0.1"})
     assert main(["doctor", "--dir", str(measured)]) == 3
-    assert "--again" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out (measured by version 0.0.1)" in said
+    assert "no server has measured" in said
 
 
 def test_a_drive_that_cannot_be_measured_is_named_with_the_reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from sglang_hcache.cli import gc
 from sglang_hcache.cli.main import main
 from sglang_hcache.storage import evictor
-from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.index import Index, is_sealed
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
 from tests.cli.stores import found, make, run
 from tests.storage.pages import (
@@ -203,3 +204,29 @@ def test_what_a_server_commits_meanwhile_stays(
     assert served(server, [*range(4), *range(100, 104)]) == list(range(100, 104))
     assert counters(server)["pages_damaged"] == 0
     server.close()
+
+
+@pytest.mark.parametrize("command", [["gc"], ["fsck", "--repair"]])
+def test_the_next_opening_need_not_check_what_was_closed_properly(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)
+    assert is_sealed(tmp_path / "index")
+    assert run(capsys, *command, "--dir", tmp_path)[0] == 0
+    assert is_sealed(tmp_path / "index")
+    assert found(tmp_path) == list(range(10))
+
+
+@pytest.mark.parametrize("command", [["gc"], ["fsck", "--repair"], ["import"]])
+def test_what_the_directorys_owner_could_not_open_is_not_written(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "a")
+    assert run(capsys, "export", "--all", "--dir", tmp_path / "a", "--out", tmp_path / "out")[0] == 0
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    file = [str(tmp_path / "out")] if command == ["import"] else []
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+    assert main([*command, *file, "--dir", str(tmp_path / "a")]) == 3
+    assert f"{tmp_path / 'a'} belongs to " in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == before
+    assert run(capsys, "inspect", "--dir", tmp_path / "a")[0] == 0
