@@ -279,8 +279,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return False
 
     def forward_begins(self, batch: Any) -> None:
-        """A forward is about to be issued."""
-        self._forwards.begin(batch, alone=not (self._started or self._landing))
+        """A forward is about to be issued; on the CPU its loads are done, on a GPU it may wait for them."""
+        batches = [*self._started, *(index for index, _ in self._landing)]
+        self._forwards.begin(batch, alone=all(map(self.layer_done_counter.is_restored, batches)))
 
     def forward_ended(self) -> None:
         self._forwards.end()

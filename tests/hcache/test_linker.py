@@ -377,3 +377,29 @@ def test_a_model_without_a_radix_cache_is_refused(make: Callable[..., HCacheLink
     """SGLang switches it off for some, such as encoders, when the flags have been checked."""
     with pytest.raises(RuntimeError, match="cannot serve this model: SGLang serves it without a radix cache"):
         make(radix_cache=False)
+
+
+class NotYet:
+    """An event that the device has not reached."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_forward_that_waits_for_no_load_tells_how_fast_prefill_is(
+    stored: HCacheLinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it restores: on a CPU a load is done before its forward begins."""
+    told: list[bool] = []
+    timer = SimpleNamespace(begin=lambda batch, *, alone: told.append(alone))
+    monkeypatch.setattr(stored, "_forwards", timer)
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    stored.forward_begins(None)
+    with monkeypatch.context() as changed:
+        changed.setitem(stored.layer_done_counter._recorded, index, [NotYet()])
+        stored.forward_begins(None)
+    assert stored.finish_layer_wise_loading(index)
+    stored.forward_begins(None)
+    assert told == [True, False, True]
