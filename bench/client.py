@@ -11,7 +11,6 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,15 +113,6 @@ class Client:
         if last is None or "error" in last:
             raise RequestFailed(f"/generate answered {last}")
         return _native_answer(last, ttft_s, time.monotonic() - began)
-
-    def generate_many(
-        self, requests: Sequence[Request], *, concurrency: int | None = None, timeout_s: float = 300.0
-    ) -> list[Answer]:
-        """Sends all requests, at most `concurrency` at a time, and returns the answers in their order."""
-        if not requests:
-            return []
-        with ThreadPoolExecutor(concurrency or len(requests)) as pool:
-            return list(pool.map(lambda request: self.send(request, timeout_s=timeout_s), requests))
 
     def chat(
         self,

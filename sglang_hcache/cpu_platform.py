@@ -6,6 +6,7 @@ every platform question with PyTorch's native operators, so the unpatched server
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,11 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 
 def activate() -> str | None:
-    """Entry point of group `sglang.srt.platforms`: a class, or None where an accelerator is found."""
-    if torch.accelerator.is_available():
+    """Entry point of group `sglang.srt.platforms`: a class, or None where an accelerator is found.
+
+    Nor is it for those who ask for SGLang's own CPU engine.
+    """
+    if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None
     return "sglang_hcache.cpu_platform.TorchCpuPlatform"
 

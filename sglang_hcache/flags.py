@@ -21,6 +21,7 @@ from sglang_hcache.config import (
     COPIER_CHOICES,
     DEFAULT_PAGE_SIZE,
     PLAN_CHOICES,
+    PREFETCH_TIMEOUT_S,
     REPRESENTATION_CHOICES,
     HCacheConfig,
     Representation,
@@ -152,7 +153,8 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="BASE[,PER_KI_TOKEN]",
         help="With --hicache-storage-prefetch-policy timeout: how long a queued request waits for its pages at most: "
-        "BASE seconds, plus PER_KI_TOKEN seconds for every 1,024 tokens. Default: 1,0.25",
+        f"BASE seconds, plus PER_KI_TOKEN seconds for every 1,024 tokens. Default: {PREFETCH_TIMEOUT_S[0]:g},"
+        f"{PREFETCH_TIMEOUT_S[1]}",
     )
 
 
@@ -286,7 +288,7 @@ def _gigabytes(flag: str, value: object, unit: str) -> float | None:
 def _prefetch_timeout(flag: object) -> tuple[float, float]:
     """Seconds, and seconds for every 1,024 tokens."""
     if flag is None:
-        return 1.0, 0.25
+        return PREFETCH_TIMEOUT_S
     try:
         base_s, per_ki_token_s = [*map(float, str(flag).split(",")), 0.0][:2]
     except ValueError:

@@ -7,6 +7,7 @@ then; what serves them is attached in a scheduler process whose server was start
 from __future__ import annotations
 
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,13 @@ _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
 _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+
+CALLED = (  # by our hooks, and private to SGLang
+    "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
+    "sglang.srt.mem_cache.common._req_radix_key",
+    f"{_WRAPPER}._tail_hashes",
+)
 
 
 def register() -> None:
@@ -114,12 +122,20 @@ def _page_hash_hook() -> list[tuple[str, Callable[..., Any], HookType]]:
     return []
 
 
+def _is_there(target: str) -> bool:
+    try:
+        return callable(pkgutil.resolve_name(target))
+    except (ImportError, AttributeError):
+        return False
+
+
 def _attach_serving_hooks() -> None:
     hooks = _serving_hooks() + _page_hash_hook()
     for target, hook, kind in hooks:
         HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
     missing = [target for target, _, _ in hooks if target not in HookRegistry._patched]
+    missing += [target for target in CALLED if not _is_there(target)]
     if missing:
         raise RuntimeError(
             f"--hicache-backend hcache: SGLang {sglang.__version__} lacks {', '.join(missing)}; this version of "

@@ -28,7 +28,7 @@ from sglang_hcache.storage.layout import ChunkLayout
 
 logger = logging.getLogger(__name__)
 
-# Weights are not those on files here with these formats, nor all of what is computed with with these flags.
+# Weights are not those on files here with these formats, nor all of what is computed with these flags.
 _NOT_FROM_FILES = ("dummy", "remote", "remote_instance", "rdma", "ipc_cache", "private")
 _NOT_WEIGHTS_ALONE = ("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks")
 # The same weights are computed with in another way.
