@@ -4,7 +4,7 @@
 
 Method: `sglang_hcache.planner` is given the testbeds' shapes and datasheets, and the stated efficiencies of
 `constants`, each with its reason; nothing is fitted. Save plans come from `plan_save`, times from the event
-simulation. One request at a time: queues would add what the notes do not give. A range's low and high end are
+simulation. One request at a time: queues would add what the paper does not give. A range's low and high end are
 compared with the least and the greatest of the models. A restoration ends before the prompt is prefilled, as the
 paper separates the two; all methods restore layer by layer from four drives. `rel_err` is |simulated - published| /
 published. `mean_abs_rel_err` leaves out rows that hold by definition. `sensitivity` repeats everything with one
@@ -90,7 +90,7 @@ def first_token_rows(constants: Constants) -> Iterator[Row]:
         ("L-Eval", "recompute"): (2.66, 5.73),
     }
     notes = {
-        ("ShareGPT4", "KV offload"): "high end: the paper's comes with loads and histories the notes do not give; "
+        ("ShareGPT4", "KV offload"): "high end: the paper's comes with loads and histories it does not give; "
         "with a mean history of four turns the prompt's prefill, the same for both, dilutes the ratio; load does so "
         "further (`under_load`). 1.90 needs histories longer than the models' windows",
         (
@@ -125,7 +125,7 @@ def scheduler_rows(constants: Constants) -> Iterator[Row]:
             if kind == "I/O-rich":
                 kv_s = float(restore_s(costs, (0, 0, shape.layers), hit, constants.reference_tokens))
                 against_kv[name] = hidden_s / kv_s
-    note = "over the two models and the two kinds of hardware, which the notes do not name (see constants)"
+    note = "over the two models and the two kinds of hardware, which are assumed (see constants)"
     yield from ends("HCache", "scheduler: hidden states alone over the mix", (1.35, 1.64), gains, note)
     by_model = ", ".join(f"{name} {value:.2f}" for name, value in against_kv.items())
     yield row(
@@ -192,7 +192,7 @@ def offload_rows(constants: Constants) -> Iterator[Row]:
         statistics.geometric_mean(by_gpu[constants.offload_gpu].values()),
         f"geometric mean on the {constants.offload_gpu}. {'; '.join(texts)}. Half the bytes hold twice the batch in "
         "the same host memory, so 2 is the limit of this model; more must come from the baseline's overheads "
-        "(bubbles, small batches), which are not modelled. GPU, host memory and lengths are not in the notes",
+        "(bubbles, small batches), which are not modelled. GPU, host memory and lengths are assumed",
     )
     shape = ARCHITECTURES["OPT-30B"]
     yield row(
@@ -223,10 +223,10 @@ def offloaded_tokens_per_s(shape: ModelShape, machine: Machine, hidden: int, con
 
 
 NOT_SIMULATED = {
-    "balance bandwidths": "the notes on the papers give none",
+    "balance bandwidths": "no figure to compare with",
     "SGLang HiCache 6× throughput, -80 % TTFT; vLLM offload 2–22×; Cake 2.6×; Strata 5×; Bidaw 3.58×, 1.83×": "other "
-    "systems, whose testbeds and workloads are not in the notes",
-    "SGLang issues (seconds, all-reduce shares), orbitkv's 0 and 15 of 15": "reports of faults, not rates",
+    "systems, whose testbeds and workloads are not modelled",
+    "SGLang issues (seconds, all-reduce shares)": "reports of faults, not rates",
 }
 
 
