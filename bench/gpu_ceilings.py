@@ -16,8 +16,9 @@ from bench.gpu_run import KERNELS, Run, Scale
 from bench.kernels import CALLS, POSITIONS, misplaced, pool_of, projection_of
 from bench.restore_rig import errors
 from bench.toy_model import CHUNK, Model
+from sglang_hcache.copiers import Copier, EngineCopier, KernelCopier
 from sglang_hcache.copy_engine import NoCopyEngine
-from sglang_hcache.restore import Copier, EngineCopier, HostPages, KernelCopier, StoredLayer
+from sglang_hcache.host_pages import HostPages, StoredLayer
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 

@@ -17,17 +17,11 @@ import torch
 from bench.gpu import DEVICE, WARM_UP, capability, noise
 from bench.kernels import POSITIONS, misplaced, pool_of, projection_of
 from bench.toy_model import Model, forward_kv
+from sglang_hcache.copiers import Copier
+from sglang_hcache.host_pages import HostPages, StoredLayer
+from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.pinning import PinnedMemory
-from sglang_hcache.restore import (
-    Copier,
-    HostPages,
-    LayerEvents,
-    Load,
-    Restorer,
-    Staging,
-    StoredLayer,
-    restorer_for,
-)
+from sglang_hcache.restore import Load, Restorer, Staging, restorer_for
 from sglang_hcache.streams import current_stream, new_stream
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference

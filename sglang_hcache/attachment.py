@@ -10,12 +10,14 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_hcache import scheduler_hooks
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.host_pages import HostPages, StoredLayer
+from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.model import Pool
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.representation import Stored
-from sglang_hcache.restore import HostPages, LayerEvents, Restorer, StoredLayer, restorer_for
+from sglang_hcache.restore import Restorer, restorer_for
 from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Saver
 from sglang_hcache.storage.layout import positions
 from sglang_hcache.streams import current_stream, new_stream

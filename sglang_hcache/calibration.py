@@ -20,13 +20,15 @@ from sglang.srt.runtime_context import get_parallel
 
 import sglang_hcache
 from sglang_hcache.config import CALIBRATION, HCacheConfig, kept_file
+from sglang_hcache.host_pages import HostPages, StoredLayer
+from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.planner.hf_config import shape_of_config
 from sglang_hcache.planner.machine import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.ranks import all_ranks
 from sglang_hcache.representation import Formats, LayerFormat
-from sglang_hcache.restore import HostPages, LayerEvents, StoredLayer, restorer_for
+from sglang_hcache.restore import restorer_for
 from sglang_hcache.storage.files import write_atomically
 from sglang_hcache.storage.probe import read_bytes_per_s
 from sglang_hcache.streams import current_stream

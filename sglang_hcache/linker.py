@@ -19,6 +19,7 @@ from sglang_hcache import scheduler_hooks, windows
 from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.head_start import HeadStart
+from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.connection import Unavailable
@@ -26,7 +27,7 @@ from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import PrefetchQueue
 from sglang_hcache.ranks import rank_name
 from sglang_hcache.registration import Registration
-from sglang_hcache.restore import LayerEvents, Load, Restorer
+from sglang_hcache.restore import Load, Restorer
 from sglang_hcache.savers import NoSaver, Restored, Saver
 from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of, warm_up
 from sglang_hcache.storage.layout import ROOT, positions

@@ -15,11 +15,11 @@ from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
+from sglang_hcache.host_pages import Projector
 from sglang_hcache.model import Pool, has_latent, kv_row_bytes, windowed_layers
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.ranks import all_ranks
-from sglang_hcache.restore import Projector
 from sglang_hcache.selftest import run_self_test
 
 logger = logging.getLogger(__name__)

@@ -7,23 +7,17 @@ the other half into the pool. Needs torch and numpy only, and Triton where chunk
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from sglang_hcache.copy_engine import CopyEngine, NoCopyEngine
+from sglang_hcache.copiers import Copier, IndexCopier, copier_of, to_device
+from sglang_hcache.host_pages import HostPages
+from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.streams import Event, Stream, current_stream, new_stream
-
-logger = logging.getLogger(__name__)
-
-# Each copy of a batch takes the caller half a microsecond, and the engine as much or more, beside the 1.2 of so many
-# bytes on the bus: smaller pages are read by a kernel. `bench.gpu_restore` measures both.
-ENGINE_PAGE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -40,38 +34,6 @@ class Staging:
         return cls(half_rows=8192, together_bytes=4 << 20)  # a launch takes as long as 100 KB on the bus
 
 
-class Projector(Protocol):
-    def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write layer `layer`'s K and V of `n` tokens to the pool, on the current stream.
-
-        rows: `[n, width]` as stored, on the device; positions, slots: int64 `[n]`, on the device.
-        """
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """A layer's payload in a record, and what makes K and V of it."""
-
-    offset: int  # bytes from the record's begin
-    page_bytes: int
-    dtype: torch.dtype
-    projector: Projector
-    windowed: bool = False  # restored of the last pages of a load only, into slots of its own
-
-
-@dataclass(frozen=True)
-class HostPages:
-    """The host tier as restoring reads it."""
-
-    memory: torch.Tensor  # uint8 [slots, record_bytes], on the host
-    positions: npt.NDArray[np.int32]  # [slots, page_tokens]
-    layers: Sequence[StoredLayer]
-
-    @property
-    def page_tokens(self) -> int:
-        return int(self.positions.shape[1])
-
-
 @dataclass(frozen=True)
 class Load:
     """One request's accepted load: chunk `chunks[i]` goes to the device slots of its page."""
@@ -80,166 +42,6 @@ class Load:
     chunks: tuple[int, ...]  # slots in the store's memory, leased by `rid`
     device_slots: torch.Tensor  # int64 `[pages × page_tokens]`
     window_slots: torch.Tensor | None = None  # likewise, of its last pages, for windowed layers
-
-
-class LayerEvents:
-    """SGLang's layer counter: the pool's getters ask it to wait until a layer has been restored.
-
-    `reader`: the stream that reads the pool; it waits for an event, and the CPU goes on. With the last of `layers` it
-    waits for what is restored after them, too: layers of a draft model, which runs next, and asks for nothing.
-    """
-
-    def __init__(self, reader: Stream, layers: int) -> None:
-        self._reader = reader
-        self._recorded: dict[int, list[Event]] = {}
-        self._begins: dict[int, Event] = {}
-        self.num_layers = layers  # SGLang reads these two before it replays a graph of a whole prefill
-        self.consumer_index = -1
-        self._last = -1
-
-    def new_batch(self) -> int:
-        self._last += 1
-        self._recorded[self._last] = []
-        return self._last
-
-    def restored(self, index: int, event: Event) -> None:
-        """The next layer of batch `index` is restored at `event`."""
-        self._recorded[index].append(event)
-
-    def begin(self, index: int, event: Event) -> None:
-        """The stream that restores batch `index` has nothing else to do from `event` on."""
-        self._begins[index] = event
-
-    def follow(self, index: int, stream: Stream) -> None:
-        """The stream goes on only when batch `index` is restored."""
-        if recorded := self._recorded.get(index):
-            stream.wait(recorded[-1])
-
-    def is_restored(self, index: int) -> bool:
-        recorded = self._recorded.get(index)
-        return not recorded or recorded[-1].query()
-
-    def synchronize(self, index: int) -> float | None:
-        """Wait until batch `index` is restored; seconds it took from its begin, where anything was."""
-        begin, recorded = self._begins.pop(index, None), self._recorded.pop(index, [])
-        if not recorded:
-            return None
-        recorded[-1].synchronize()
-        return None if begin is None else begin.elapsed_time(recorded[-1]) / 1000
-
-    def set_consumer(self, index: int) -> None:
-        self.consumer_index = index
-
-    def wait_until(self, layer: int) -> None:
-        if recorded := self._recorded.get(self.consumer_index):
-            self._reader.wait(recorded[layer if layer < self.num_layers - 1 else -1])
-
-
-class Copier(Protocol):
-    indexed_on: str  # device of the places it is given
-
-    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
-        """Where it finds the chunks, int64 `[m]`, on the host; parts of it are given to `copy`."""
-
-    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
-        """Payload of layers of equal size and distance, of chunks at places `[m]`, on the current stream.
-
-        target: uint8 `[len(layers), m, page_bytes]`, on the device.
-        """
-
-
-class IndexCopier:
-    """By torch, layer by layer. From memory that is not pinned a GPU copies while the caller waits."""
-
-    indexed_on = "cpu"
-
-    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(chunks)
-
-    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
-        for layer, out in zip(layers, target, strict=True):
-            stored = pages.layers[layer]
-            source = pages.memory[:, stored.offset : stored.offset + stored.page_bytes]
-            if out.device.type == "cpu":
-                torch.index_select(source, 0, places, out=out)
-            else:
-                out.copy_(source[places])
-
-
-class EngineCopier:
-    """By the GPU's copy engine, in one call for all pages and layers.
-
-    No multiprocessor takes part: a product that runs beside it has all of them, as its blocks expect.
-    """
-
-    indexed_on = "cpu"
-
-    def __init__(self, engine: CopyEngine | None = None) -> None:
-        self._engine = engine or CopyEngine()
-
-    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
-        return pages.memory.data_ptr() + torch.tensor(chunks) * pages.memory.shape[1]
-
-    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
-        page_bytes = pages.layers[layers[0]].page_bytes
-        offsets = np.array([[pages.layers[layer].offset] for layer in layers])
-        sources = (offsets + places.numpy()).reshape(-1)
-        targets = target.data_ptr() + page_bytes * np.arange(len(sources))
-        self._engine.copy(targets, sources, page_bytes, torch.cuda.current_stream().cuda_stream)
-
-
-class KernelCopier:
-    """In one launch for all pages and layers: the GPU reads pinned memory over the bus.
-
-    programs: blocks of threads that do so, of `warps` each. A block has 2 KiB a warp on the way, and the bus some
-    100 KiB (50 GB/s, 2 µs): a few large blocks fill it and leave most multiprocessors alone.
-    """
-
-    indexed_on = "cuda"
-
-    def __init__(self, programs: int = 8, warps: int = 16) -> None:
-        self._programs, self._warps = programs, warps
-
-    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(chunks) * pages.memory.shape[1]
-
-    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
-        from sglang_hcache.triton_kernels.rows import copy_rows
-
-        first = pages.layers[layers[0]]
-        copy_rows(
-            pages.memory.view(-1)[first.offset :],
-            places,
-            target,
-            layer_bytes=pages.layers[layers[1]].offset - first.offset if len(layers) > 1 else 0,
-            programs=self._programs,
-            warps=self._warps,
-        )
-
-
-class EngineElseKernel:
-    """The engine until it refuses a call; from then on the kernel, so that no load fails for it."""
-
-    indexed_on = "cpu"
-
-    def __init__(self, engine: EngineCopier) -> None:
-        self._engine = engine
-        self._kernel: KernelCopier | None = None
-
-    def places(self, pages: HostPages, chunks: Sequence[int]) -> torch.Tensor:
-        return self._engine.places(pages, chunks)
-
-    def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
-        if self._kernel is None:
-            try:
-                self._engine.copy(pages, layers, places, target)
-            except NoCopyEngine as error:
-                logger.warning("hcache: from now on pages are copied by a kernel: %s", error)
-                self._kernel = KernelCopier()
-            else:
-                return
-        offsets = _to(str(target.device), places - pages.memory.data_ptr())
-        self._kernel.copy(pages, layers, offsets, target)
 
 
 class _Step(NamedTuple):
@@ -353,11 +155,11 @@ class Restorer:
 
     def _positions(self, chunks: Sequence[int]) -> torch.Tensor:
         host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
-        return _to(self._device, torch.from_numpy(host_positions))
+        return to_device(self._device, torch.from_numpy(host_positions))
 
     def _places(self, chunks: Sequence[int]) -> torch.Tensor:
         with self._copying.active():
-            return _to(self._copier.indexed_on, self._copier.places(self._pages, chunks))
+            return to_device(self._copier.indexed_on, self._copier.places(self._pages, chunks))
 
     def _copies(self, chunks: Sequence[int], windows: Sequence[int]) -> Iterator[_Copied]:
         """The batch's steps in order, each issued when it is asked for."""
@@ -418,13 +220,6 @@ class Restorer:
         self._projected[copied.half] = event
 
 
-def _to(device: str, tensor: torch.Tensor) -> torch.Tensor:
-    """On the device, without a wait."""
-    if torch.device(device).type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def restorer_for(
     pages: HostPages,
     device: str,
@@ -451,31 +246,3 @@ def restorer_for(
         events=events,
         staging=Staging.on(device),
     )
-
-
-def copier_of(
-    pages: HostPages, device: str, stream: Stream, *, engine: bool = True
-) -> EngineElseKernel | KernelCopier:
-    """The copy engine for large pages, if it may; else the kernel. It has copied one of them."""
-    if engine and min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
-        try:
-            first = EngineCopier()
-            _copy_a_page(first, pages, device, stream)
-        except NoCopyEngine as error:
-            logger.warning("hcache: pages are copied by a kernel, beside which forwards are slower: %s", error)
-        else:
-            return EngineElseKernel(first)
-    kernel = KernelCopier()
-    _copy_a_page(kernel, pages, device, stream)
-    return kernel
-
-
-def _copy_a_page(copier: Copier, pages: HostPages, device: str, stream: Stream) -> None:
-    """A layer of each size: for each a kernel is compiled, which no request is to wait for."""
-    of_each_size = {stored.page_bytes: layer for layer, stored in enumerate(pages.layers)}
-    with stream.active():
-        places = _to("cpu" if copier.indexed_on == "cpu" else device, copier.places(pages, [0]))
-        for page_bytes, layer in of_each_size.items():
-            target = torch.empty(1, 1, page_bytes, dtype=torch.uint8, device=device)
-            copier.copy(pages, range(layer, layer + 1), places, target)
-    stream.record().synchronize()

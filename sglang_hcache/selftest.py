@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector
-from sglang_hcache.restore import Projector
+from sglang_hcache.host_pages import Projector
 from sglang_hcache.streams import Event, current_stream
 from sglang_hcache.synthetic_forward import leaving_no_trace, most_tokens, prefill_random_prompt
 

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache.restore import HostPages, IndexCopier, LayerEvents, Load, Restorer, Staging, StoredLayer
+from sglang_hcache.copiers import IndexCopier
+from sglang_hcache.host_pages import HostPages, StoredLayer
+from sglang_hcache.layer_events import LayerEvents
+from sglang_hcache.restore import Load, Restorer, Staging
 from sglang_hcache.streams import Event, ImmediateStream
 
 PAGE, WIDTH, CHUNKS, SLOTS = 4, 6, 12, 96

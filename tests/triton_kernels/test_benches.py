@@ -16,8 +16,8 @@ import torch
 from bench import gpu_ceilings, gpu_report, gpu_restore, gpu_run, kernels, report, restore_rig
 from bench.gpu import DEVICE
 from bench.kernels import on_gpu, table
-from sglang_hcache import copy_engine, restore
-from sglang_hcache.restore import KernelCopier
+from sglang_hcache import copiers, copy_engine
+from sglang_hcache.copiers import KernelCopier
 from sglang_hcache.triton_kernels import project_kv as project
 from sglang_hcache.triton_kernels.tuning import Fused, Shape
 from tests.triton_kernels.driver import batch
@@ -145,7 +145,7 @@ def test_what_only_a_gpu_measures_runs_with_a_stand_in_for_the_driver(
 
     monkeypatch.setattr(copy_engine, "_of_driver", driver)
     monkeypatch.setattr(KernelCopier, "indexed_on", "cpu")
-    monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", 1)
+    monkeypatch.setattr(copiers, "ENGINE_PAGE_BYTES", 1)
     monkeypatch.setattr(restore_rig, "PinnedMemory", Taken)
     monkeypatch.setattr(torch.cuda, "Stream", Streams)
     monkeypatch.setattr(torch.cuda, "current_stream", Streams)

@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache import copy_engine, restore
+from sglang_hcache import copiers, copy_engine
+from sglang_hcache.copiers import Copier, EngineCopier, EngineElseKernel, IndexCopier, KernelCopier, copier_of
 from sglang_hcache.copy_engine import AT_ONCE, Attributes, BatchFunction, CopyEngine, NoCopyEngine
-from sglang_hcache.restore import (
-    Copier,
-    EngineCopier,
-    EngineElseKernel,
-    HostPages,
-    IndexCopier,
-    KernelCopier,
-    StoredLayer,
-    copier_of,
-)
+from sglang_hcache.host_pages import HostPages, StoredLayer
 from sglang_hcache.streams import ImmediateStream
 from sglang_hcache.triton_kernels import rows
 from tests.triton_kernels.driver import batch
@@ -123,7 +115,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_pages_are_for_the_engine(driver: None, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), KernelCopier)
-    monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(copiers, "ENGINE_PAGE_BYTES", PAGE_BYTES)
     assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), EngineElseKernel)
     assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream(), engine=False), KernelCopier)
 
@@ -156,7 +148,7 @@ def test_an_engine_that_refuses_a_later_call_is_not_asked_again(
 def test_an_engine_that_fails_leaves_it_to_the_kernel(
     driver: None, stream: Stream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(restore, "ENGINE_PAGE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(copiers, "ENGINE_PAGE_BYTES", PAGE_BYTES)
     stream.cuda_stream = 0
     with caplog.at_level(logging.WARNING):
         assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), KernelCopier)
