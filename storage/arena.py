@@ -12,7 +12,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from sglang_hcache.storage.layout import ROOT, Record
+from sglang_hcache.storage.layout import ALIGNMENT, ROOT, Record
 from sglang_hcache.storage.steady import SlotQueue, SplitDict
 
 
@@ -47,7 +47,7 @@ class Arena:
     def __init__(self, slots: int, record_bytes: int, region: mmap.mmap | None = None) -> None:
         """`region`: memory to use, of that size at least; private memory by default."""
         assert slots > 0
-        assert record_bytes % mmap.PAGESIZE == 0
+        assert record_bytes % ALIGNMENT == 0
         if region is None:
             region = mmap.mmap(-1, slots * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory = _eager(region, slots, record_bytes)

@@ -216,11 +216,13 @@ class Directory:
 
     def _drop_lost(self) -> None:
         """Drop entries of records that are not there."""
-        lengths = self._segments.lengths()
+        # The index first: who writes meanwhile makes a file longer before it names what is in it.
         used = self._index.used(self._fingerprint)
+        lengths = self._segments.lengths()
         if all(max(used.of(segment)) < lengths.get(segment, 0) for segment in used.slots):
             return
         entries = self._index.entries()
+        lengths = self._segments.lengths()
         lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]
         lost = [(key, entry) for key, entry in lost if self._is_at(key, entry)]
         for _, entry in lost:

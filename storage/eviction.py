@@ -2,10 +2,11 @@
 
 A page's own value is what restoring it saves, times how likely it is asked for, over the bytes it takes:
 
-    tokens × (1 + (depth + 1/2) × tokens / ATTENTION_TOKENS)  ×  (1 + hits) / (age_s + FRESH_S)  /  record_bytes
+    tokens × (1 + (depth + 1/2) × tokens / ATTENTION_TOKENS) × (1 + log2(1 + hits)) / (age_s + FRESH_S) / record_bytes
 
 where `depth` is how many pages come before it: at position ATTENTION_TOKENS attention costs as much prefill time as
-everything else in the model. A page is worth nothing without the pages before it, so
+everything else in the model. Hits count by their logarithm, so that a former workload's pages, asked for a hundred
+times, soon make room for today's. A page is worth nothing without the pages before it, so
 
 - its value is at least that of every page after it (the maximum over its subtree);
 - of equal values the deeper goes first: the victims always include all pages after each of them;
@@ -93,9 +94,9 @@ def values(
     keep: Mask | None = None,
 ) -> Floats:
     """What each page is worth keeping for, as above; `last_use` and `now` in unix seconds. `keep`: must stay."""
-    age = np.maximum(now - last_use, 0)
+    age = np.abs(now - last_use)  # a clock that went back is no reason to keep a page
     saves = tokens * (1 + (forest.depth + 0.5) * tokens / ATTENTION_TOKENS)
-    own = saves * (1.0 + hits) / (age + FRESH_S) / np.maximum(record_bytes, 1)
+    own = saves * (1 + np.log2(1.0 + hits)) / (age + FRESH_S) / np.maximum(record_bytes, 1)
     own[forest.orphan & (age > ORPHAN_S)] = 0
     if keep is not None:
         own[keep] = np.inf

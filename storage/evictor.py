@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import numpy as np
 
 from sglang_hcache.storage.eviction import Ints, choose
@@ -23,6 +25,7 @@ from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Places, Table
 
+SEGMENT_NAME = re.compile("[0-9a-f]{16}")  # as it stands in a sound entry
 ROUNDS = 4  # of evicting, where another process gets in between
 TURN_S = 60.0  # waited for others of this process that choose, too; one of them may hang
 
@@ -71,14 +74,21 @@ class Evictor:
         return lost
 
     def shrink(self) -> None:
-        """Evict until the quota is kept, as far as other processes let it; before any segment is held."""
-        with self._quota.locked():
-            for _ in range(ROUNDS):
-                excess = self._quota.excess(0)
-                if excess <= 0:
-                    return
-                self._free(excess)
-        log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
+        """Evict until the quota is kept, as far as other processes let it; before any segment is held.
+
+        Where another one evicts for long, reading need not wait for it: `make_room` sees to the quota.
+        """
+        try:
+            with self._quota.locked():
+                for _ in range(ROUNDS):
+                    excess = self._quota.excess(0)
+                    if excess <= 0:
+                        return
+                    self._free(excess)
+        except TimeoutError:
+            log.info("hcache: another process has been evicting in %s for long.", self._path)
+        else:
+            log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
 
     def _free(self, wanted: int, reuse: Segments | None = None, keep: Iterable[bytes] = ()) -> int:
         """Free so many bytes; how many pages of this fingerprint and directory were evicted for it.
@@ -92,10 +102,13 @@ class Evictor:
             wanted -= self._sweep(reuse)
         if wanted <= 0:
             return 0
-        indexes = [self._index, *(others or [])]
         with _in_turn():
             places = self._choose(own, others, wanted, keep)
-        count = drop(indexes, places)
+        count = drop([self._index], places[:1])
+        try:
+            count += drop(others or [], places[1:])
+        except lmdb.Error as error:  # pages without their parents, which go as orphans
+            log.info("hcache: pages elsewhere that follow on evicted ones stay for now: %s", error)
         self._quota.evicted += count
         log.debug("%s: %d pages evicted", self._path, count)
         self._sweep(reuse)
@@ -103,9 +116,14 @@ class Evictor:
 
     def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Iterable[bytes]) -> list[Places]:
         """What to evict for so many bytes, of this directory and then of each other: names and places."""
-        table = Table.join([own, *(Table.read([index]) for index in others or [])])
+        tables: list[Table] | None = None
+        try:
+            tables = None if others is None else [Table.read([index]) for index in others]
+        except lmdb.Error as error:  # its volume's to tell; this one can do without
+            log.info("hcache: evicting in %s without a look at other directories: %s", self._path, error)
+        table = Table.join([own, *(tables or [])])
         forest = table.forest
-        if others is None:
+        if tables is None:
             forest = dataclasses.replace(forest, orphan=np.zeros(len(table.names), np.bool_))
         freed = freeable(self._path, table, held=(self._segments.fingerprint, self._segments.held()))
         victims = choose(forest, table.worth(time.time(), forest, keep), freed, wanted)
@@ -135,8 +153,9 @@ def freeable(path: Path, table: Table, held: tuple[bytes, set[str]] = (b"", set(
     free = np.zeros(len(table.segment_example), np.bool_)
     for number, example in enumerate(table.segment_example.tolist()):
         fingerprint, name = table.segment(example)
+        here = table.volume[example] == 0 and SEGMENT_NAME.fullmatch(name) is not None
         ours = fingerprint == held[0] and name in held[1]
-        free[number] = table.volume[example] == 0 and (ours or not is_busy(segment_file(path, fingerprint, name)))
+        free[number] = here and (ours or not is_busy(segment_file(path, fingerprint, name)))
     return np.where(free[table.segment_number], table.record_bytes, 0) if len(free) else table.record_bytes
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -180,6 +181,8 @@ def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
         return f"reading it took more than {timeout_s:.0f} s"
     if child.returncode == UNWRITABLE:
         raise OSError(errno.ENOSPC, f"no fresh copy of the index can be written ({child.stderr.strip()})")
+    if child.returncode == -signal.SIGKILL:  # the kernel's doing, for want of memory; no damage is known to do that
+        raise OSError(errno.ENOMEM, "the check of the index was killed")
     if child.returncode:
         return f"reading it failed (status {child.returncode}: {child.stderr.strip() or 'no message'})"
     dropped, last = map(int, child.stdout.split())

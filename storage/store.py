@@ -203,6 +203,9 @@ class LocalStore:
                 self._writer.make_room()
             if deadline_s and not fetch.done:
                 self._deadlines.add(fetch, deadline_s)
+            waits = not fetch.admitted
+        if waits:  # what is in memory now may be on file only when there is room
+            places |= self._files.locate(key for key in run if key not in places)
         self._tell_progress()
 
     def progress(self, owner: str, first: int = 0) -> Progress:

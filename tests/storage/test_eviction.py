@@ -111,3 +111,27 @@ def order_of(**columns: list[int]) -> list[int]:
 )
 def test_the_least_valuable_goes_first(columns: dict[str, list[int]], order: list[int]) -> None:
     assert order_of(**columns) == order
+
+
+def test_yesterdays_favourites_make_room_for_what_is_asked_for_now() -> None:
+    """A hundred hits two hours ago against two of the last minutes; but not against none."""
+    forest = Forest.of(np.zeros(3, np.int32), np.array([1, 2, 3], np.uint64), np.zeros(3, np.uint64))
+    same = np.full(3, 64)
+    old, new, once = values(
+        forest,
+        tokens=same,
+        record_bytes=same,
+        hits=np.array([100, 2, 0]),
+        last_use=np.array([0, 7200 - 300, 7200 - 3600]),
+        now=7200.0,
+    )
+    assert new > old > once
+
+
+def test_a_clock_that_went_back_keeps_no_page_for_ever() -> None:
+    forest = Forest.of(np.zeros(2, np.int32), np.array([1, 2], np.uint64), np.zeros(2, np.uint64))
+    same = np.full(2, 64)
+    ahead, fresh = values(
+        forest, tokens=same, record_bytes=same, hits=same * 0, last_use=np.array([10**6, 0]), now=60.0
+    )
+    assert fresh > ahead
