@@ -15,8 +15,8 @@ from sglang_hcache.triton_kernels.tuning import TABLE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_wheel_has_the_measured_table_of_kernels(tmp_path: Path) -> None:
-    """Without it, an installed package silently uses cuBLAS for every shape."""
+def test_a_wheel_has_every_module_and_the_measured_table_of_kernels(tmp_path: Path) -> None:
+    """Without that, an installed package silently uses cuBLAS for every shape."""
     pytest.importorskip("setuptools", minversion="77")
     checkout, wheels = tmp_path / "checkout", tmp_path / "wheels"
     wheels.mkdir()
@@ -28,5 +28,10 @@ def test_a_wheel_has_the_measured_table_of_kernels(tmp_path: Path) -> None:
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, wheels], cwd=checkout, check=True, capture_output=True)
     with zipfile.ZipFile(next(wheels.iterdir())) as wheel:
-        assert f"sglang_hcache/triton_kernels/{TABLE.name}" in wheel.namelist()
-        assert "sglang_hcache/storage/segment.py" in wheel.namelist()
+        packed = {name for name in wheel.namelist() if not name.startswith("sglang_hcache-")}
+    sources = [*(checkout / "sglang_hcache").rglob("*.py"), *(checkout / "storage").rglob("*.py")]
+    sources += (checkout / "triton_kernels").rglob("*.py")
+    modules = {str(path.relative_to(checkout)) for path in sources}
+    inside = {name if name.startswith("sglang_hcache/") else f"sglang_hcache/{name}" for name in modules}
+    assert len(inside) > 100
+    assert packed == {*inside, f"sglang_hcache/triton_kernels/{TABLE.name}"}

@@ -1,0 +1,87 @@
+"""Figures in the README are those of bench/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.report import RESULTS
+from sglang_hcache.cli.architectures import ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def cells(row: str) -> list[str]:
+    """Of the row of a table that begins like this."""
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def measured() -> Iterator[tuple[str, str]]:
+    ttft, storage, prefetch = result("ttft"), result("storage"), result("prefetch")
+    seconds, stored = ttft["ttft_s"], ttft["bytes_per_token"]
+    over_best = [row["auto_over_best"] for row in result("regimes")["rows"]]
+    yield "TTFT, 4,096 tokens restored as hidden", f"{ttft['ratio_recompute']:.1f} × faster"
+    yield "the same as K and V", f"{seconds['recompute'] / seconds['kv']:.1f} × faster"
+    yield "bytes on disk per token", f"{stored['hidden'] / stored['kv']:.2f}"
+    yield "TTFT of `auto` over the best", f"{min(over_best):.2f}–{max(over_best):.2f}"
+    yield (
+        "rate of loading pages through the prefetcher",
+        f"{prefetch['stream_ratio']['cold']:.2f}, {prefetch['stream_ratio']['warm']:.2f}",
+    )
+    yield "rate of reading and of writing files", f"{storage['read_ratio']:.2f}, {storage['write_ratio']:.2f}"
+    yield (
+        "rate of reading files over that of one file",
+        f"{storage['file_backend_verified_ratio']:.1f}, {storage['file_backend_ratio']:.1f}",
+    )
+
+
+@pytest.mark.parametrize(("row", "figure"), measured())
+def test_what_was_measured(row: str, figure: str) -> None:
+    assert cells(row)[1] == figure
+
+
+@pytest.mark.parametrize(
+    ("name", "workload", "row"),
+    [
+        ("replay_agentic", "agentic", "coding agents, [trace]"),
+        ("replay", "agent", "[agent]"),
+        ("replay", "rag", "[RAG]"),
+        ("replay", "chat", "[chat]"),
+        ("replay_azure", "azure", "Azure, [trace]"),
+    ],
+)
+def test_replays(name: str, workload: str, row: str) -> None:
+    (found,) = [one for one in result(name)["workloads"] if one["workload"] == workload]
+    without, with_it = found["modes"]["none"], found["modes"]["auto"]
+    assert cells(row)[1:] == [
+        f"{found['calls']}, {found['prompt_tokens_mean']:,.0f}",
+        f"{without['seconds']:.0f} → {with_it['seconds']:.0f} s",
+        *(f"{without[f'ttft_{at}_s']:.2f} → {with_it[f'ttft_{at}_s']:.2f} s" for at in ("p50", "p90", "p99")),
+        f"{with_it['restored']:.0%}".replace("%", " %"),
+    ]
+    assert not without["different"] + with_it["different"] + without["failed"] + with_it["failed"]
+
+
+def test_the_time_of_a_queued_request() -> None:
+    queued = result("ttft")["ttft_ssd_s"]["queued"]
+    text = " ".join(README.split())
+    assert f"({queued['prefetched']:.2f} s with it and {queued['in_lookup']:.2f} s without" in text
+
+
+def test_the_planners_cases_are_those_of_the_models_that_are_known() -> None:
+    text = (ROOT / "docs" / "planner.md").read_text()
+    models = sum(shape.latent is None for shape in ARCHITECTURES.values())
+    cases = result("planner")["cases"]
+    assert re.search(rf"{cases:,} cases of {models} models", text)
