@@ -125,7 +125,8 @@ class LoadPlanner:
         work_s = costs.layers * sum(costs.layer_s(m, c) - weights_s for m, c in zip(tokens, contexts, strict=True))
         fixed_s = costs.layers * weights_s + costs.head_s
         took_s = seconds - fixed_s
-        if work_s >= fixed_s and (alone or took_s < work_s * self._tracker.factor(Resource.PREFILL)):
+        believed_s = work_s * self._tracker.factor(Resource.PREFILL)
+        if believed_s >= fixed_s and (alone or took_s < believed_s):
             self._tracker.observe(Resource.PREFILL, work_s, took_s)
 
     def restored(self, tokens: int, seconds: float) -> None:

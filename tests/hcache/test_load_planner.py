@@ -145,6 +145,19 @@ def test_prefill_that_is_believed_slow_is_seen_to_be_fast_beside_loads() -> None
     assert follows.stats()["slower_prefill"] == pytest.approx(0.1, rel=0.2)
 
 
+def test_prefill_that_is_believed_fast_is_seen_to_be_slow_in_what_restoring_leaves() -> None:
+    """Once a long forward has told half of it, most of a hit is restored, and forwards are short."""
+    believed = replace(
+        CPU, gemm_flop_per_s=10 * CPU.gemm_flop_per_s, attention_flop_per_s=10 * CPU.attention_flop_per_s
+    )
+    costs, follows = costs_of(SHAPE, CPU), planner(believed)
+    follows.prefilled([4096], [0], costs.prefill_s(4096))
+    assert 2 < follows.stats()["slower_prefill"] < 5
+    for _ in range(20):
+        follows.prefilled([64], [0], costs.prefill_s(64))
+    assert follows.stats()["slower_prefill"] == pytest.approx(10, rel=0.2)
+
+
 def test_short_work_says_nothing() -> None:
     follows = planner()
     follows.prefilled([3], [0], 100.0)
