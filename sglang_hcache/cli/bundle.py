@@ -63,7 +63,7 @@ def write_bundle(path: Path, models: Sequence[tuple[Model, Iterable[Record]]]) -
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     most = len(msgspec.json.encode(Header([model for model, _ in models])))

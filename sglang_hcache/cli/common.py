@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lmdb
@@ -167,9 +167,10 @@ def read_table(path: Path, damage: Damage) -> Table:
 
 
 def require_owner(paths: Sequence[Path]) -> None:
-    """What this user writes there, the directories' owner can open."""
+    """What this user writes there can be opened by whoever has written what is there."""
     for path in paths:
-        if path.exists() and (owner := path.stat().st_uid) != os.geteuid():
+        stored = path / "segments"
+        if stored.exists() and (owner := stored.stat().st_uid) != os.geteuid():
             raise CommandFailed(
                 f"{path} belongs to {_user(owner)}: run this as that user, whose server could not open what "
                 f"{_user(os.geteuid())} writes"
@@ -196,17 +197,26 @@ def alone(path: Path) -> Iterator[None]:
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Hold the directory's lock; whether nobody else does."""
-    fd = os.open(path / "hcache.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = _open_lock(path)
     try:
-        owner = path.stat()
-        if os.geteuid() == 0 and os.fstat(fd).st_uid != owner.st_uid:  # just made: the server has to open it, too
-            os.fchown(fd, owner.st_uid, owner.st_gid)
         exclusive = try_lock(fd, exclusive=True)
         if not exclusive:
             lock_within(fd, exclusive=False, timeout_s=30)
         yield exclusive
     finally:
         os.close(fd)
+
+
+def _open_lock(path: Path) -> int:
+    """As it is; where there is none, a new one that the server can open, too."""
+    name, flags = path / "hcache.lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    with suppress(FileNotFoundError):
+        return os.open(name, flags)
+    fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    if os.geteuid() == 0:
+        owner = (path / "segments").stat()
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+    return fd
 
 
 def _read(path: Path) -> Table:

@@ -1,6 +1,7 @@
 """Write what is stored of a prompt, or everything, to a file that `hcache import` reads. Safe while a server runs.
 
-Exit status: 0; 2 bad arguments; 3 a page is missing or damaged, or the file cannot be written.
+Pages that vanish meanwhile, or are damaged, are left out. Exit status: 0; 2 bad arguments; 3 nothing of it is stored,
+or the file cannot be written.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from sglang_hcache.cli.common import (
     require_owner,
     require_siblings,
 )
-from sglang_hcache.storage.about import read_about
+from sglang_hcache.storage.about import NAME, read_about
 from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.layout import Record
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     except _CannotStore as failed:
         raise CommandFailed(f"{failed}; {_so_far(stored)}") from failed
     except OSError as error:
-        raise CommandFailed(explain(error, path)) from error
+        raise CommandFailed(explain(error, path) + (f"; {_so_far(stored)}" if stored else "")) from error
     if arguments.json:
         print_json({"stored": stored, "present": present})
     else:
@@ -77,7 +77,13 @@ def _so_far(stored: int) -> str:
 def _require_layouts(models: Sequence[Model], directories: Sequence[Path]) -> None:
     """Pages of a model are stored as those that are there: others would take their place."""
     for model, directory in itertools.product(models, directories):
-        known = read_about(directory / "segments" / model.fingerprint).layout
+        folder = directory / "segments" / model.fingerprint
+        known = read_about(folder).layout
+        if known is None and any(folder.glob("*.seg")):
+            raise CommandFailed(
+                f"{folder} does not say how its pages lie ({NAME} is missing or damaged): start the server of that "
+                "model, which writes it; nothing is stored"
+            )
         if known is not None and known != model.layout:
             raise CommandFailed(
                 f"{directory} has pages of {model.fingerprint} with another layout than the file's; nothing is stored"

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_hcache import TESTED_SGLANG, __version__
 from sglang_hcache.cli.common import CommandFailed, explain, fill_in
@@ -44,6 +44,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     Others: see the command's --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    name = f"hcache {arguments[0]}" if arguments else "hcache"
+    try:
+        run, parsed = _parse(arguments)
+        status = int(run(parsed))
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
+        return status
+    except CommandFailed as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # whoever reads this has seen enough; Python would flush the rest, and fail again
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        print(f"{name}: {explain(error)}", file=sys.stderr)
+        return FAILED
+    except Exception:  # Python's own status for it, 1, means something else to the commands
+        log.exception("%s: this is a defect of sglang-hcache; please report it.", name)
+        return DEFECT
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace]:
+    """The command, of which alone the module is imported, and what it is called with."""
     parser = argparse.ArgumentParser(
         prog="hcache", description="Inspect and manage what sglang-hcache stores, and run its prefetcher."
     )
@@ -62,29 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module is not None:
             module.add_arguments(subparser)
             run = module.run
-    name = f"hcache {arguments[0]}" if arguments else "hcache"
-    try:
-        parsed = parser.parse_args(arguments)
-        fill_in(parsed)
-        assert run is not None
-        status = int(run(parsed))
-        sys.stdout.flush()
-        return status
-    except CommandFailed as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return FAILED
-    except BrokenPipeError:  # whoever reads this has seen enough; Python would flush the rest, and fail again
-        with contextlib.suppress(io.UnsupportedOperation):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        print(f"{name}: {explain(error)}", file=sys.stderr)
-        return FAILED
-    except Exception:  # Python's own status for it, 1, means something else to the commands
-        log.exception("%s: this is a defect of sglang-hcache; please report it.", name)
-        return DEFECT
+    parsed = parser.parse_args(arguments)
+    fill_in(parsed)
+    assert run is not None
+    return run, parsed
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sglang_hcache.cli.common import count, explain
 from sglang_hcache.cli.main import main
 from sglang_hcache.cli.prefetcher import NAMES, configuration, read_file
 from sglang_hcache.flags import FlagError, add_cli_args, server_kwargs
+from tests.cli.stores import make
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -90,6 +91,13 @@ def test_a_reader_that_has_seen_enough_is_told_nothing(command: str) -> None:
     done = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_without_a_standard_output_a_command_does_its_work(tmp_path: Path) -> None:
+    make(tmp_path)
+    command = [sys.executable, "-m", "sglang_hcache.cli.main", "gc", "--dir", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_size_beyond_all_numbers(capsys: pytest.CaptureFixture[str]) -> None:

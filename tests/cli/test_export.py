@@ -92,6 +92,9 @@ def test_pages_that_are_there_are_not_replaced_by_others_of_the_same_name(
     assert f"has pages of {FINGERPRINT.hex()} with another layout than the file's; nothing is stored" in error
     assert run(capsys, "fsck", "--dir", tmp_path / "a")[0] == 0
     assert found(tmp_path / "a") == list(range(10))
+    (tmp_path / "a" / "segments" / FINGERPRINT.hex() / "about.json").unlink()
+    assert "about.json is missing" in said(capsys, "import", tmp_path / "other", "--dir", tmp_path / "a")
+    assert found(tmp_path / "a") == list(range(10))
 
 
 def test_only_a_regular_file_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +102,10 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path, capsys: pytest.CaptureF
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "file").write_text("former")
     (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
     export = ["export", "--all", "--dir", tmp_path / "a", "--out"]
     assert said(capsys, *export, tmp_path / "fifo").endswith("fifo: it is not a regular file")
+    assert said(capsys, *export, tmp_path / "loop").endswith("loop: it is not a regular file")
     assert said(capsys, *export, "/dev/null").endswith("/dev/null: it is not a regular file")
     assert (tmp_path / "fifo").is_fifo()
     assert run(capsys, *export, tmp_path / "link")[0] == 0

@@ -230,3 +230,21 @@ def test_what_the_directorys_owner_could_not_open_is_not_written(
     assert f"{tmp_path / 'a'} belongs to " in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == before
     assert run(capsys, "inspect", "--dir", tmp_path / "a")[0] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_roots_look_leaves_a_lock_that_the_server_can_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a volume of root's that a server of another user writes to, too."""
+    make(tmp_path / "a")
+    for path in [
+        tmp_path / "a" / "hcache.lock",
+        *(tmp_path / "a" / "segments").rglob("*"),
+        tmp_path / "a" / "segments",
+    ]:
+        os.chown(path, 54321, 54321)
+    for _ in range(2):
+        assert run(capsys, "inspect", "--dir", tmp_path / "a")[0] == 0
+        assert (tmp_path / "a" / "hcache.lock").stat().st_uid == 54321
+        (tmp_path / "a" / "hcache.lock").unlink()
