@@ -104,9 +104,9 @@ class Evictor:
             return 0
         with _in_turn():
             places = self._choose(own, others, wanted, keep)
-        count = drop([self._index], places[:1])
+        count, elsewhere = drop([self._index], places[:1]), places[1:]
         try:
-            count += drop(others or [], places[1:])
+            count += drop(others if others and elsewhere else [], elsewhere)
         except lmdb.Error as error:  # pages without their parents, which go as orphans
             log.info("hcache: pages elsewhere that follow on evicted ones stay for now: %s", error)
         self._quota.evicted += count
@@ -115,7 +115,10 @@ class Evictor:
         return sum(name.startswith(self._segments.fingerprint) for name, _ in places[0])
 
     def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Iterable[bytes]) -> list[Places]:
-        """What to evict for so many bytes, of this directory and then of each other: names and places."""
+        """What to evict for so many bytes, of this directory and then of each other: names and places.
+
+        Of this one alone where the others are not known, or cannot be read.
+        """
         tables: list[Table] | None = None
         try:
             tables = None if others is None else [Table.read([index]) for index in others]

@@ -66,20 +66,22 @@ def write_bundle(path: Path, models: Sequence[tuple[Model, Iterable[Record]]]) -
     if os.path.lexists(path) and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    most = len(msgspec.json.encode(Header([model for model, _ in models])))
+    wanted = [model for model, _ in models]
+    header = _header(wanted)
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "w+b") as file:
-            file.seek(_FIXED.size + most)
-            written = [msgspec.structs.replace(model, pages=_write(file, records)) for model, records in models]
-            written = [model for model in written if model.pages]
-            header = msgspec.json.encode(Header(written)).ljust(most)
-            file.seek(0)
-            file.write(_FIXED.pack(MAGIC, VERSION, most) + header)
-            file.seek(0)
-            checksum = xxhash.xxh3_64()
-            while part := file.read(_PART):
-                checksum.update(part)
+            file.write(header)
+            checksum = xxhash.xxh3_64(header)
+            counts = [_write(file, records, checksum) for _, records in models]
+            written = [msgspec.structs.replace(one, pages=n) for one, n in zip(wanted, counts, strict=True) if n]
+            if written != wanted:  # another header, so another sum
+                file.seek(0)
+                file.write(_header(written, len(header)))
+                file.seek(0)
+                checksum = xxhash.xxh3_64()
+                while part := file.read(_PART):
+                    checksum.update(part)
             file.write(struct.pack("<Q", checksum.intdigest()))
             file.flush()
             os.fsync(file.fileno())
@@ -90,9 +92,17 @@ def write_bundle(path: Path, models: Sequence[tuple[Model, Iterable[Record]]]) -
     return written
 
 
-def _write(file: BinaryIO, records: Iterable[Record]) -> int:
+def _header(models: list[Model], size: int = 0) -> bytes:
+    """Of so many bytes at least: spaces behind JSON mean nothing."""
+    header = msgspec.json.encode(Header(models)).ljust(size - _FIXED.size)
+    return _FIXED.pack(MAGIC, VERSION, len(header)) + header
+
+
+def _write(file: BinaryIO, records: Iterable[Record], checksum: xxhash.xxh3_64) -> int:
+    """How many there were."""
     count = 0
     for record in records:
+        checksum.update(record.data)
         file.write(record.data)
         count += 1
     return count

@@ -152,4 +152,5 @@ def test_a_drive_that_fails_does_not_fail_the_others(
         store.flush(10)
     assert failed
     assert states(store)[0] == "ok"
+    assert counters(store)["pages_write_failed"] == 0
     store.close()
