@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
@@ -23,11 +22,6 @@ from sglang_hcache.storage.layout import positions
 from sglang_hcache.streams import current_stream, new_stream
 
 Client = PrefetchClient | RemoteClient
-
-
-class Attached(NamedTuple):
-    saver: Saver
-    restorer: Restorer
 
 
 class Attachment:
@@ -71,9 +65,9 @@ class Attachment:
         if memory := self._pinned.pop(store, None):
             memory.release()
 
-    def attach(self, store: Client, *, saves: bool) -> Attached:
+    def attach(self, store: Client, *, saves: bool) -> tuple[Saver, Restorer]:
         """To a store that has been opened. saves: False where another rank saves the same pages."""
-        return Attached(self._saver(store) if saves else self._no_saver(), self._restorer(store))
+        return self._saver(store) if saves else self._no_saver(), self._restorer(store)
 
     def detach(self) -> NoSaver:
         """Nothing that is captured from now on goes anywhere."""

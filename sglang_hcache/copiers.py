@@ -55,7 +55,7 @@ class IndexCopier:
 
 
 class EngineCopier:
-    """By the GPU's copy engine, in one call for all pages and layers.
+    """By the GPU's copy engine, in a few calls for all pages and layers.
 
     No multiprocessor takes part: a product that runs beside it has all of them, as its blocks expect.
     """
