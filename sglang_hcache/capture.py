@@ -181,7 +181,7 @@ class Capture:
     def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         hidden = self.sites[index].hidden_states(args, kwargs)
         if not isinstance(hidden, torch.Tensor):  # quantised already, with its scales
-            self._usable = False
+            self._end("is quantised")
             return
         torch.ops.hcache.stage_rows(hidden, self._staging, self._seen, index)
 
@@ -191,22 +191,28 @@ class Capture:
 
     def _note_what_is_unusable(self) -> None:
         """One such call is enough: a graph that was captured with it replays it, and runs no Python then."""
-        self._usable = self._usable and bool((self._seen != _UNUSABLE).all())
+        if not bool((self._seen != _UNUSABLE).all()):
+            self._end("has another width")
+
+    def _end(self, why: str) -> None:
+        if self._usable:
+            self._usable = False
+            logger.warning("hcache: no hidden states are captured from now on: an attention's input %s", why)
 
     def after_forward(self, slots: torch.Tensor, positions: torch.Tensor, *, from_graph: bool) -> None:
-        """Hand the rows of the forward that was just issued to the sink.
+        """Hand the rows of the forward that was just issued to the sink; of one that is too long, the first.
 
         slots, positions: int64 `[n]`, without padding. A graph's replay runs no Python, so there the rows are
         taken to be as its capture left them.
         """
         if self.sink is None:
             return
-        count = slots.numel()
+        count = min(slots.numel(), self._staging.shape[1])
         self._note_what_is_unusable()
-        complete = from_graph or int(self._seen.min()) >= count
-        if not (self._usable and complete and count <= self._staging.shape[1]):
+        if not (self._usable and (from_graph or int(self._seen.min()) >= count)):
             self.sink.drop(slots)
             return
+        slots, positions, beyond = slots[:count], positions[:count], slots[count:]
         rows, size = self._staging[:, :count], self._staging.shape[0] * count * self._row_bytes
         if self._outbox is not None:
             rows = self._move(rows, self._outbox.take(size))
@@ -215,6 +221,8 @@ class Capture:
         event = self.sink.write(slots, positions, rows)
         if self._outbox is not None:
             self._outbox.sent(event)
+        if beyond.numel():
+            self.sink.drop(beyond)  # afterwards: the page that they begin in the middle of is not whole
 
     def _move(self, rows: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Rows in the memory, as they are handed over; complete on the current stream."""

@@ -43,12 +43,15 @@ class Sink:
     def __init__(self) -> None:
         self.rows: torch.Tensor | None = None
         self.dropped: list[int] = []
+        self.calls: list[str] = []
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
+        self.calls.append("write")
         self.rows = rows.clone()
         return ImmediateStream().record()
 
     def drop(self, slots: torch.Tensor) -> None:
+        self.calls.append("drop")
         self.dropped += slots.tolist()
 
 
@@ -88,10 +91,19 @@ def test_padding_beyond_the_buffer_is_left_out(capture: Capture, modules: list[A
     assert torch.equal(sink.rows[0], hidden[:ROWS])
 
 
-def test_more_rows_than_the_buffer_holds_are_dropped(capture: Capture, modules: list[Attention]) -> None:
-    sink = forward(capture, modules, torch.randn(ROWS + 1, WIDTH), count=ROWS + 1)
-    assert sink.rows is None
-    assert sink.dropped == list(range(ROWS + 1))
+@pytest.mark.parametrize("outbox", [False, True])
+def test_more_rows_than_the_buffer_holds_are_dropped(
+    outbox: bool, capture: Capture, modules: list[Attention]
+) -> None:
+    """SGLang prefills a prompt in one forward, however long, where it does so without chunks."""
+    if outbox:
+        through_an_outbox(capture)
+    hidden = torch.randn(ROWS + 3, WIDTH)
+    sink = forward(capture, modules, hidden, count=ROWS + 3)
+    assert sink.rows is not None
+    assert torch.equal(sink.rows, torch.stack([hidden[:ROWS], hidden[:ROWS] + 1]))
+    assert sink.dropped == list(range(ROWS, ROWS + 3))
+    assert sink.calls == ["write", "drop"], "a page that is dropped in part is not whole"
 
 
 def test_a_layer_that_was_not_called_drops_the_forward(capture: Capture, modules: list[Attention]) -> None:
@@ -100,16 +112,22 @@ def test_a_layer_that_was_not_called_drops_the_forward(capture: Capture, modules
     assert sink.dropped == [0, 1, 2, 3]
 
 
-def test_another_width_ends_capture_for_good(capture: Capture, modules: list[Attention]) -> None:
+def test_another_width_ends_capture_for_good(
+    capture: Capture, modules: list[Attention], caplog: pytest.LogCaptureFixture
+) -> None:
     forward(capture, modules, torch.randn(4, WIDTH + 1), count=4)
     sink = forward(capture, modules, torch.randn(4, WIDTH), count=4, from_graph=True)
     assert sink.rows is None
+    assert len(caplog.messages) == 1
+    assert "another width" in caplog.text
 
 
 QUANTISED = (torch.zeros(4, WIDTH, dtype=torch.int8), torch.ones(1), torch.float32)  # values, scales, what they were
 
 
-def test_an_input_that_is_quantised_already_is_not_captured(capture: Capture, modules: list[Attention]) -> None:
+def test_an_input_that_is_quantised_already_is_not_captured(
+    capture: Capture, modules: list[Attention], caplog: pytest.LogCaptureFixture
+) -> None:
     """SGLang hands attention a tuple then."""
     capture.before_forward()
     for module in modules:
@@ -118,6 +136,8 @@ def test_an_input_that_is_quantised_already_is_not_captured(capture: Capture, mo
     assert isinstance(capture.sink, Sink)
     assert capture.sink.rows is None
     assert capture.sink.dropped == [0, 1, 2, 3]
+    assert len(caplog.messages) == 1
+    assert "is quantised" in caplog.text
 
 
 @pytest.mark.parametrize("recorded", [QUANTISED, torch.zeros(4, WIDTH + 1)], ids=["quantised", "another width"])
