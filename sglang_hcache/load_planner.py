@@ -51,12 +51,21 @@ class LoadPlanner:
         self._tracker = RateTracker(calibrated)
         self._costs, self._costs_at = self._calibrated, 0.0
         self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
-        self.plans = self.pages_left_out = 0
+        self.plans = self.pages_left_to_prefill = 0
 
-    def pages(self, host_pages: int, prompt: Prompt, *, missing_pages: int = 0, queued_pages: int = 0) -> int:
+    def pages(
+        self,
+        host_pages: int,
+        prompt: Prompt,
+        *,
+        missing_pages: int = 0,
+        queued_pages: int = 0,
+        least_pages: int = 0,
+    ) -> int:
         """How many leading pages to restore of a hit in host memory.
 
         missing_pages: after it, which are not there. queued_pages: of other loads, which the bus has to carry first.
+        least_pages: to be restored whether it pays or not.
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
         hit = Hit(
@@ -66,11 +75,16 @@ class LoadPlanner:
             device_tokens=prompt.device_tokens,
             bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
         )
-        least_pages = self._tracker.least_pages(host_pages) if host_pages else 0
-        pages = plan_load(costs, self._layout, hit, least_pages=least_pages).pages
+        return plan_load(costs, self._layout, hit, least_pages=least_pages).pages
+
+    def least_pages(self, host_pages: int) -> int:
+        """Ask once for a hit in host memory: how many to restore in any case, to see how fast that is."""
+        return self._tracker.least_pages(host_pages)
+
+    def served(self, left_out: int) -> None:
+        """A request with a hit in host memory is over, of which so many pages were not restored."""
         self.plans += 1
-        self.pages_left_out += host_pages - pages
-        return pages
+        self.pages_left_to_prefill += left_out
 
     def worth_waiting_for(
         self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0
@@ -147,7 +161,7 @@ class LoadPlanner:
     def stats(self) -> dict[str, float | int]:
         """Plans made, pages that were left to prefill, and how much slower than calibrated each resource is."""
         factors = {f"slower_{resource}": round(self._tracker.factor(resource), 3) for resource in Resource}
-        return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_out, **factors}
+        return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_to_prefill, **factors}
 
     def _partly_read(
         self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0

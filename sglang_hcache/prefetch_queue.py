@@ -81,6 +81,8 @@ class _Request:
     head_start: _HeadStartOf = _HeadStartOf.NOT_THOUGHT_OF
     looked_up: int = 0  # pages, by the last lookup
     found: int = 0  # of these
+    planned: int | None = None  # of these, to be restored
+    least: int | None = None  # of these, to be restored in any case
 
     @property
     def pages_awaited(self) -> int:
@@ -148,8 +150,10 @@ class PrefetchQueue:
         self._held: dict[str, float] = {}  # request id → when it was queued
         self._start: HeadStart | None = None  # to begin in the next step
         self.head_starts = self.pages_ahead = 0
-        self.requests_held = self.requests_late = self.lookups_late = self.pages_looked_up = self.pages_found = 0
-        self.held_s = 0.0
+        self.requests_held = self.requests_admitted_late = self.lookups_not_ahead = self.pages_looked_up = (
+            self.pages_found
+        ) = 0
+        self.requests_held_s = 0.0
         self._trial = _TrialRead(store)
         self._looked_at = 0.0  # at held requests, before this time; monotonic
         self._crowded_at = 0.0  # when more than one was held last; monotonic
@@ -165,7 +169,7 @@ class PrefetchQueue:
         request = self._ask(rid, keys, prompt)
         if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
             return
-        if self._alone and self._wait(rid, ANSWER_WAIT_S):
+        if self._alone and self._answered_within(rid, ANSWER_WAIT_S):
             if self._planner is not None:
                 there = len(self._store.progress(rid).slots)
                 request.wait = self._plan_wait(self._planner, request, there, done=True)
@@ -193,7 +197,7 @@ class PrefetchQueue:
                 free.append(rid)
             elif now > request.admit_by:
                 free.append(rid)
-                self.requests_late += 1
+                self.requests_admitted_late += 1
         self._looked_at = now
         return free
 
@@ -233,7 +237,7 @@ class PrefetchQueue:
         """Hold these no more."""
         for rid in rids:
             if (since := self._held.pop(rid, None)) is not None:
-                self.held_s += time.monotonic() - since
+                self.requests_held_s += time.monotonic() - since
                 if self._planner is not None:  # what is missing was not worth waiting for
                     self._store.cut(rid)
                     self._try_reading(self._requests.get(rid))
@@ -244,20 +248,28 @@ class PrefetchQueue:
         queued_pages: of loads that the bus carries first.
         """
         if not (found := len(self.leased(rid, keys))) and self._worth_asking_again(rid, keys[0]):
-            self.lookups_late += 1
+            self.lookups_not_ahead += 1
             former = self._requests.get(rid)
             if former is None:
                 self._ask(rid, keys)
             else:
                 self._ask(rid, keys, self._prompt(former, keys), arrived_at=former.arrived_at)
-            self._wait(rid, LOOKUP_WAIT_S)
+            self._answered_within(rid, LOOKUP_WAIT_S)
             found = len(self.leased(rid, keys))
         request = self._requests[rid]
-        request.looked_up, request.found = len(keys), found
-        if found and self._planner is not None:
-            prompt, missing = self._prompt(request, keys), len(keys) - found
-            return self._planner.pages(found, prompt, missing_pages=missing, queued_pages=queued_pages)
-        return found
+        request.looked_up, request.found, request.planned = len(keys), found, None
+        if not found or self._planner is None:
+            return found
+        if request.least is None:
+            request.least = self._planner.least_pages(found)
+        request.planned = self._planner.pages(
+            found,
+            self._prompt(request, keys),
+            missing_pages=len(keys) - found,
+            queued_pages=queued_pages,
+            least_pages=request.least,
+        )
+        return request.planned
 
     def leased(self, rid: str, keys: Sequence[bytes]) -> list[int]:
         """Slots of the leading pages of `keys`; of no fewer than `ready` said, unless it was asked again since."""
@@ -272,6 +284,8 @@ class PrefetchQueue:
         if (request := self._requests.pop(rid, None)) is not None:
             self.pages_looked_up += request.looked_up
             self.pages_found += request.found
+            if self._planner is not None and request.planned is not None:
+                self._planner.served(left_out=request.found - request.planned)
             self._store.release(rid)
 
     def clear(self) -> None:
@@ -285,9 +299,9 @@ class PrefetchQueue:
         return {
             "requests_held": self.requests_held,
             "requests_held_now": len(self._held),
-            "requests_admitted_late": self.requests_late,
-            "requests_held_s": round(self.held_s, 3),
-            "lookups_not_ahead": self.lookups_late,
+            "requests_admitted_late": self.requests_admitted_late,
+            "requests_held_s": round(self.requests_held_s, 3),
+            "lookups_not_ahead": self.lookups_not_ahead,
             "head_starts": self.head_starts,
             "tokens_ahead": self.pages_ahead * self._page_tokens,
             "tokens_looked_up": self.pages_looked_up * self._page_tokens,
@@ -302,23 +316,28 @@ class PrefetchQueue:
         if self._planner is None:
             return done
         request.there = len(slots)
+        if request.wait is None and (slots or done or self._may_be_answered(request)):
+            request.wait = self._plan_wait(self._planner, request, request.there, done=done)
         if (wait := request.wait) is None:
-            if not (slots or done or self._may_be_answered(request)):
-                return False
-            wait = request.wait = self._plan_wait(self._planner, request, len(slots), done=done)
-        if idle and not done and request.prompt.divisible and self._plan_head_start(self._planner, rid, request):
             return False
-        enough, read = done or len(slots) >= wait.enough, len(slots) - wait.there
-        now = time.monotonic()
-        timed = now - self._looked_at <= MEASURED_WITHIN * (now - wait.since)
-        alone = wait.since > self._crowded_at
-        if enough and timed and alone and read >= MEASURED_PAGES:
-            self._planner.read(read, now - wait.since)
+        if idle and not done and self._plan_head_start(self._planner, rid, request):
+            return False
+        enough = done or request.there >= wait.enough
+        if enough:
+            self._note_read(self._planner, request.there - wait.there, wait.since)
         return enough
+
+    def _note_read(self, planner: LoadPlanner, pages: int, since: float) -> None:
+        """What it took, unless others were read meanwhile, or its end was seen late."""
+        now = time.monotonic()
+        timed = now - self._looked_at <= MEASURED_WITHIN * (now - since)
+        if timed and since > self._crowded_at and pages >= MEASURED_PAGES:
+            planner.read(pages, now - since)
 
     def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
-        if self._start is not None or request.head_start is not _HeadStartOf.NOT_THOUGHT_OF:
+        thought_of = request.head_start is not _HeadStartOf.NOT_THOUGHT_OF
+        if thought_of or self._start is not None or not request.prompt.divisible:
             return False
         request.head_start = _HeadStartOf.NO_MORE
         missing = len(request.keys) - request.there
@@ -400,7 +419,7 @@ class PrefetchQueue:
         covered = request.prompt.device_tokens + len(request.keys) * self._page_tokens
         return Prompt(request.prompt.new_tokens, max(0, covered - len(keys) * self._page_tokens))
 
-    def _wait(self, rid: str, timeout_s: float) -> bool:
+    def _answered_within(self, rid: str, timeout_s: float) -> bool:
         """Whether all is there, or known not to come; of many requests in one step, one is waited for in vain."""
         if time.monotonic() < self._next_wait_at:
             return self._store.progress(rid).done

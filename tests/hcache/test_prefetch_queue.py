@@ -13,7 +13,7 @@ import pytest
 from sglang_hcache import prefetch_queue
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.machine import Machine
-from sglang_hcache.planner.rate_tracker import PROBE_EVERY
+from sglang_hcache.planner.rate_tracker import PROBE_EVERY, PROBE_PAGES
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.no_store import NoStore
@@ -452,7 +452,7 @@ def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(
     save(store, range(20, 25))
     plans, planned = planner(ssd_bytes_per_s=1e10), list[tuple[int, Prompt, int]]()
 
-    def pages(host_pages: int, prompt: Prompt, *, missing_pages: int, queued_pages: int) -> int:
+    def pages(host_pages: int, prompt: Prompt, *, missing_pages: int, **_: int) -> int:
         planned.append((host_pages, prompt, missing_pages))
         return host_pages
 
@@ -476,13 +476,33 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     for _ in range(3):
         assert requests.ready("a", keys_of(range(12))) == 0, "to restore them is not worth it"
     assert requests.stats()["tokens_looked_up"] == 0
+    assert believes.stats()["plans"] == 0
     requests.forget("a")
     requests.forget("a")
     stats = requests.stats()
     assert (stats["tokens_looked_up"], stats["tokens_found"]) == (12 * LAYOUT.page_tokens, 10 * LAYOUT.page_tokens)
+    assert (believes.stats()["plans"], believes.stats()["pages_left_to_prefill"]) == (1, 10)
     requests.queued("never looked up", keys_of(range(12)))
     requests.forget("never looked up")
     assert requests.stats()["tokens_looked_up"] == stats["tokens_looked_up"]
+
+
+def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_looked_up(
+    store: LocalStore, disk: threading.Event
+) -> None:
+    disk.set()
+    believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
+    requests, keys = (
+        PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes),
+        keys_of(range(10)),
+    )
+    restored = []
+    for number in range(PROBE_EVERY):
+        requests.queued(str(number), keys)
+        store.wait(str(number), 10)
+        restored.append({requests.ready(str(number), keys) for _ in range(3 * PROBE_EVERY)})
+        requests.forget(str(number))
+    assert restored == [{0}] * (PROBE_EVERY - 1) + [{PROBE_PAGES}]
 
 
 def test_what_was_not_found_is_asked_for_more_and_more_rarely(
@@ -497,9 +517,9 @@ def test_what_was_not_found_is_asked_for_more_and_more_rarely(
     requests.queued("a", keys_of(range(90, 95)))
     asked_at = []
     for step in range(1, 2001):
-        elapsed_s, before = step / 100, requests.lookups_late
+        elapsed_s, before = step / 100, requests.lookups_not_ahead
         assert requests.ready("a", keys_of(range(90, 95))) == 0
-        if requests.lookups_late > before:
+        if requests.lookups_not_ahead > before:
             asked_at.append(elapsed_s)
     assert asked_at == pytest.approx([0.5, 1.0, 2.0, 4.0, 8.0, 16.0], rel=0.05)
     save(store, range(90, 95))
