@@ -233,8 +233,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         return True
 
     def start_layer_wise_loading(self) -> int:
-        if not self._queued:
-            return -1
+        """The index of the batch that is being restored, or -1.
+
+        SGLang sets it in the layer counter where text is generated, but not for embeddings, rewards and classes.
+        """
+        index = self._start_queued() if self._queued else -1
+        self.layer_done_counter.set_consumer(index)  # afterwards: to replay attention may read the pool
+        return index
+
+    def _start_queued(self) -> int:
         loads, self._queued = self._queued, []
         try:
             assert self._restorer is not None, "what is promised is in a store"

@@ -281,6 +281,27 @@ def test_the_scheduler_goes_on_while_a_load_lands(
     assert not stored._under_way
 
 
+def test_the_pool_waits_for_a_load_though_sglang_does_not_say_which(
+    stored: HCacheLinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for embeddings: nobody but the linker says which batch the next forward is."""
+    forward, events = Forward(), [Ahead(), Ahead()]
+    monkeypatch.setattr(stored.layer_done_counter, "_reader", forward)
+    monkeypatch.setattr(stored._restorer, "run", lambda _: stored.layer_done_counter.new_batch())
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    for event in events:
+        stored.layer_done_counter.restored(index, event)
+    stored.layer_done_counter.wait_until(0)
+    stored.layer_done_counter.wait_until(1)
+    assert forward.waits_for == events
+    assert stored.finish_layer_wise_loading(index)
+    assert stored.start_layer_wise_loading() == -1
+    stored.layer_done_counter.wait_until(0)
+    assert forward.waits_for == events, "the next forward loads nothing"
+
+
 def test_a_request_that_is_queued_again_while_its_load_lands(
     stored: HCacheLinker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
