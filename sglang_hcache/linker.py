@@ -7,7 +7,7 @@ import logging
 import os
 import select
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.runtime_context import get_parallel, get_spec
 
 from sglang_hcache import scheduler_hooks, windows
+from sglang_hcache.admission import Admission
 from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.head_start import HeadStart
 from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.load_planner import ForwardTimer, Prompt
 from sglang_hcache.model import Unsupported, check_pool, draft_pools
@@ -126,7 +126,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what was computed so far ran on a stream that SGLang's forwards do not use
         self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
-        self._prefetch_queue = PrefetchQueue(
+        self.prefetch_queue = PrefetchQueue(
             store,
             hold_rule(self._config),
             self._page_tokens,
@@ -136,6 +136,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             in_whole=self._window_pages > 0,
         )
         scheduler_hooks.linker = self
+        others_wait_for_us = bool(get_parallel().attn_dp_enabled)
+        scheduler_hooks.admission = Admission(self, self.prefetch_queue, others_wait_for_us=others_wait_for_us)
         self._log_start()
 
     # ---- ahead of scheduling ----
@@ -148,34 +150,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """
         if any(load.rid == rid for load in self._under_way):
             self._give_back_what_has_landed(wait=True)
-        self._prefetch_queue.queued(rid, keys, prompt)
-
-    def admissible(self, *, idle: bool = False) -> list[str]:
-        """Requests that need not be held any longer, as this rank sees it; `idle`: the engine has nothing to do."""
-        return self._prefetch_queue.admissible(idle=idle)
-
-    def head_start(self) -> HeadStart | None:
-        """What an idle engine should do for a request that is held, as this rank sees it."""
-        return self._prefetch_queue.head_start()
-
-    def begin_head_start(self, start: HeadStart, keys: Sequence[bytes], prompt: Prompt) -> None:
-        """`keys`: pages of its request that are not on the device."""
-        self._prefetch_queue.begin_head_start(start, keys, prompt)
-
-    def head_start_over(self, rid: str) -> None:
-        self._prefetch_queue.head_start_over(rid)
-
-    def admit(self, rids: Sequence[str]) -> None:
-        self._prefetch_queue.admit(rids)
-
-    @property
-    def others_wait_for_us(self) -> bool:
-        """Whether other schedulers, with requests of their own, take each step together with this one."""
-        return bool(get_parallel().attn_dp_enabled)
-
-    @property
-    def held(self) -> Collection[str]:
-        return self._prefetch_queue.held
+        self.prefetch_queue.queued(rid, keys, prompt)
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Until a prefetch is done; there is nothing else to do."""
@@ -195,14 +170,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if store := self._supervisor.taken():
             self._renewing = False
             self._attach(store)
-            self._prefetch_queue.attach(store)
+            self.prefetch_queue.attach(store)
 
     def _leave_store(self) -> None:
         """Nothing here looks at its memory any more, as there may be no room for another beside it; get another."""
         self._forget_all()
         self._saver, self._restorer = self._attachment.detach(), None
         gone, self._store = self._store, NoStore(self._store.layout, self._store.why_ended, lost=self._store.lost)
-        self._prefetch_queue.attach(self._store)
+        self.prefetch_queue.attach(self._store)
         self._supervisor.replace(gone)
 
     # ---- lookup and load ----
@@ -210,22 +185,22 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
         queued_pages = sum(len(load.chunks) for load in self._under_way)
-        pages = self._prefetch_queue.ready(rid, keys, queued_pages=queued_pages)
+        pages = self.prefetch_queue.ready(rid, keys, queued_pages=queued_pages)
         if not (self._window_pages and pages):
             return list(range(1, pages + 1))
-        chunks = self._prefetch_queue.leased(rid, keys)
+        chunks = self.prefetch_queue.leased(rid, keys)
         found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
         return windows.up_to(found, pages)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers
         keys = [bytes.fromhex(key) for key in transfer.keys]
-        chunks = self._prefetch_queue.leased(rid, keys)
+        chunks = self.prefetch_queue.leased(rid, keys)
         if len(chunks) < len(keys):
             self._loads["refused"] += 1
             self.forget_request(rid)
             return False
-        self._saver.overwrite(transfer.device_indices)
+        self._saver.discard(transfer.device_indices)
         self._restored.add(keys)
         window_slots = of_window[0].device_indices if of_window else None
         self._queued.append(Load(rid, tuple(chunks), transfer.device_indices, window_slots))
@@ -310,7 +285,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
         if all(load.rid != rid for load in self._under_way):
-            self._prefetch_queue.forget(rid)
+            self.prefetch_queue.forget(rid)
 
     @property
     def _under_way(self) -> list[Load]:
@@ -359,8 +334,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._give_back_what_has_landed(wait=True)
         self._queued.clear()
         self._restored.clear()
-        self._prefetch_queue.clear()
+        self.prefetch_queue.clear()
         self._saver.clear()
+
+    def never_inserted(self, slots: torch.Tensor) -> None:
+        """These device slots are in use, but SGLang will not offer them: what was captured of them is not kept."""
+        self._saver.discard(slots)
 
     def weights_changed(self) -> None:
         """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us.
@@ -400,7 +379,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "loads_failed": self._loads["failed"],
             "tokens_restored": self._tokens_restored,
             "prefetcher_restarts": self._supervisor.restarts,
-            **self._prefetch_queue.stats(),
+            **self.prefetch_queue.stats(),
             **(self._planner.stats() if self._planner is not None else {}),
             **self._saver.stats(),
             **self._store.stats(),

@@ -27,9 +27,13 @@ _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCache
 _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 
-CALLED = (  # by our hooks, and private to SGLang
+CALLED = (  # by our hooks, and not meant for others
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
+    f"{_SCHEDULER_MODULE}.Scheduler.init_req_max_new_tokens",
     "sglang.srt.mem_cache.common._req_radix_key",
+    "sglang.srt.mem_cache.radix_cache.RadixKey.maybe_to_bigram_view",
+    "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.get_prefix_hash_values",
+    "sglang.srt.session.streaming_session.StreamingSession.will_lend_record",
     f"{_WRAPPER}._tail_hashes",
 )
 
@@ -89,7 +93,17 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             hooks.after_internal_state,
             HookType.AFTER,
         ),
+        (
+            "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
+            hooks.after_turn,
+            HookType.AFTER,
+        ),
         (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, HookType.AFTER),
+        (
+            "sglang.srt.model_executor.model_runner.ModelRunner.check_weights",
+            hooks.after_check_weights,
+            HookType.AFTER,
+        ),
         (
             f"{_SCHEDULER_MODULE}.Scheduler.emit_metrics_constants",
             hooks.after_metrics_constants,

@@ -37,8 +37,8 @@ class Saver(Protocol):
         window_slots: of the last of these pages, where windowed layers have slots of their own.
         """
 
-    def overwrite(self, slots: torch.Tensor) -> None:
-        """These device slots are about to be filled by a restore."""
+    def discard(self, slots: torch.Tensor) -> None:
+        """What was captured of these device slots is not to be stored: a restore fills them, say."""
 
     def clear(self) -> None:
         """Discard everything that is not yet in the store."""
@@ -80,7 +80,7 @@ class NoSaver:
     ) -> None:
         pass
 
-    def overwrite(self, slots: torch.Tensor) -> None:
+    def discard(self, slots: torch.Tensor) -> None:
         pass
 
     def clear(self) -> None:
@@ -229,7 +229,7 @@ class PageSaver:
     def _chunk_of(self, device_page: int) -> int | None:
         return self._store.reserve() if self._open is None else self._open.take(device_page)
 
-    def overwrite(self, slots: torch.Tensor) -> None:
+    def discard(self, slots: torch.Tensor) -> None:
         if (pages := self._open) is not None:
             host_slots = self._copy_out.to_host(slots)
             self._copy_out.submit(lambda: pages.forget(host_slots.numpy()))

@@ -10,10 +10,10 @@ import pytest
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_hcache import scheduler_hooks
+from sglang_hcache import admission
+from sglang_hcache.admission import Admission, Admit
 from sglang_hcache.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.load_planner import Prompt
-from sglang_hcache.scheduler_hooks import Admit
 
 START = HeadStart("a", "a head start", pages=2, tokens=8)
 
@@ -116,12 +116,14 @@ def test_what_was_evicted_meanwhile_leaves_no_negative_hits() -> None:
     assert (req.cached_tokens, req.cached_tokens_device, req.cached_tokens_host) == (0, 0, 0)
 
 
-class Linker:
-    """Has a head start in mind for request `a`, which it holds, as soon as the engine is idle."""
+class Tier:
+    """Has a head start in mind for request `a`, which it holds, as soon as the engine is idle.
+
+    Linker and prefetch queue in one.
+    """
 
     def __init__(self) -> None:
         self.held = ["a"]
-        self.others_wait_for_us = False
         self.idle = list[bool]()
         self.begun = list[HeadStart]()
         self.ended = list[str]()
@@ -153,11 +155,9 @@ class Linker:
 def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, first_rank: bool
 ) -> None:
-    linker, req = Linker(), request()
-    monkeypatch.setattr(scheduler_hooks, "linker", linker)
-    monkeypatch.setattr(scheduler_hooks, "_head_starts", HeadStarts())
-    monkeypatch.setattr(scheduler_hooks, "_idle", False)
-    monkeypatch.setattr(scheduler_hooks, "_missing_pages", lambda _tree, _req: ([b"key"], Prompt(1, 0)))
+    tier: Any = Tier()
+    steps, req = Admission(tier, tier, others_wait_for_us=False), request()
+    monkeypatch.setattr(admission, "missing_pages", lambda _tree, _req: ([b"key"], Prompt(1, 0)))
     queue = scheduler(req)
     queue.chunked_req = None
     queue.tree_cache = SimpleNamespace(linker=SimpleNamespace(hit_markers={}))
@@ -166,36 +166,35 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     def step(*, busy: bool, news: tuple[object, ...] = (), said: tuple[object, ...] = ()) -> list[object]:
         """`said`: by the first rank, where this is another one."""
 
-        def broadcast(_receiver: object, messages: list[object] | None, local: list[object]) -> list[object]:
+        def broadcast(messages: list[object] | None, local: list[object]) -> list[object]:
             return [*said] if messages is None else [*messages, *local]
 
-        def new_batch(queue: Any, **_: object) -> tuple[Any, None]:
+        def new_batch() -> tuple[Any, None]:
             saw.append([req.rid for req in queue.waiting_queue])
             batch, queue.waiting_queue = queue.waiting_queue, []
             return SimpleNamespace(reqs=batch) if batch else None, None
 
-        passed: list[object] = scheduler_hooks.around_broadcast(broadcast, None, [*news] if first_rank else None)
-        running = SimpleNamespace(is_empty=lambda: not busy)
-        scheduler_hooks.around_new_batch(new_batch, queue, running_batch=running)
+        passed: list[object] = steps.broadcast(broadcast, [*news] if first_rank else None, [])
+        steps.make_batch(new_batch, queue, SimpleNamespace(is_empty=lambda: not busy))
         return passed
 
     step(busy=True)
     step(busy=False)
     step(busy=False, news=("another request",))
-    assert not linker.begun
+    assert not tier.begun
     assert step(busy=False, said=(START,)) == []
     if first_rank:
-        assert linker.idle == [False, False, False, True], "not in the step after a busy one, nor beside a request"
-    assert linker.begun == [START]
+        assert tier.idle == [False, False, False, True], "not in the step after a busy one, nor beside a request"
+    assert tier.begun == [START]
     assert saw[-1] == ["a head start"]
     assert [waiting.rid for waiting in queue.waiting_queue] == ["a"]
     assert step(busy=False, said=(Admit(("x",)),)) == []
-    assert not linker.ended
-    scheduler_hooks._head_starts._heads["a"].finished_reason = FINISH_LENGTH(1)
+    assert not tier.ended
+    steps._head_starts._heads["a"].finished_reason = FINISH_LENGTH(1)
     step(busy=False)
-    assert linker.ended == ["a"]
-    linker.held = []
+    assert tier.ended == ["a"]
+    tier.held = []
     step(busy=False)
     assert saw[-1] == ["a"]
     step(busy=False)
-    assert linker.ended == ["a", "a"], "it is in a batch"
+    assert tier.ended == ["a", "a"], "it is in a batch"

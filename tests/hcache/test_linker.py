@@ -61,7 +61,9 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
             speculative_draft_load_format=None,
             speculative_algorithm="STANDALONE",
         ),
-        "get_parallel": SimpleNamespace(tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1),
+        "get_parallel": SimpleNamespace(
+            tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1, attn_dp_enabled=False
+        ),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
         "get_model": SimpleNamespace(load_format="dummy"),
         "get_lora": SimpleNamespace(enable_lora=False),
@@ -77,6 +79,7 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
     monkeypatch.setattr(scheduler_hooks, "runner", SimpleNamespace(model_config=model))
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
     monkeypatch.setattr(scheduler_hooks, "linker", None)
+    monkeypatch.setattr(scheduler_hooks, "admission", None)
     config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
 
@@ -189,7 +192,7 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
     tier.queued("a", keys_of(range(4)), Prompt(PAGE, 0))
     wait_until(lambda: tier.lookup("a", both(range(4))) == [3, 4], 10)
     with monkeypatch.context() as planner:
-        planner.setattr(tier._prefetch_queue, "ready", lambda *_, **__: 2)
+        planner.setattr(tier.prefetch_queue, "ready", lambda *_, **__: 2)
         assert tier.lookup("a", both(range(4))) == [3], "what is planned is rounded to an end"
     assert tier.load("a", both(range(4), (5, 6, 7, 8), (4,)))
     assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
@@ -316,8 +319,8 @@ def test_a_request_that_is_queued_again_while_its_load_lands(
     stored.queued("a", [key_of(0), key_of(1)], Prompt(PAGE, 0))
     event.passed = True
     stored.renew_store()
-    assert list(stored.held) == ["a"]
-    wait_until(lambda: stored.admissible() == ["a"], 10)
+    assert list(stored.prefetch_queue.held) == ["a"]
+    wait_until(lambda: stored.prefetch_queue.admissible() == ["a"], 10)
     assert stored.lookup("a", transfer(range(2))) == [1, 2]
     stored.forget_request("a")
     assert stored.stats()["pages_leased"] == 0
@@ -371,10 +374,10 @@ def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkey
     tier.queued("a", [key_of(90)], Prompt(PAGE, 0))
     tier._store.give_up("a test")
     tier.renew_store()
-    assert list(tier.held) == ["a"]
-    assert tier.admissible() == ["a"]
-    tier.admit(["a"])
-    assert not tier.held
+    assert list(tier.prefetch_queue.held) == ["a"]
+    assert tier.prefetch_queue.admissible() == ["a"]
+    tier.prefetch_queue.admit(["a"])
+    assert not tier.prefetch_queue.held
 
 
 def test_kernels_have_run_before_the_first_request_and_left_no_trace(

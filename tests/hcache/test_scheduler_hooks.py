@@ -7,23 +7,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
-from sglang_hcache import scheduler_hooks
+from sglang_hcache import admission, scheduler_hooks
+from sglang_hcache.admission import Admission, missing_pages
 from sglang_hcache.load_planner import Prompt
 
 PROMPT = Prompt(1, 0)
 
 
-class Linker:
-    """Holds requests whose id begins with `h`."""
+class Tier:
+    """Holds requests whose id begins with `h`. Linker and prefetch queue in one."""
 
     def __init__(self) -> None:
         self.held = dict[str, None]()
-        self.others_wait_for_us = False
         self.waited = 0
 
     def queued(self, rid: str, _keys: object, _prompt: object) -> None:
@@ -74,48 +75,53 @@ class Scheduler:
         return [req.rid for req in self.waiting_queue]
 
 
+def admission_of(tier: Any, *, others_wait_for_us: bool = False) -> Admission:
+    return Admission(tier, tier, others_wait_for_us=others_wait_for_us)
+
+
 @pytest.fixture
-def linker(monkeypatch: pytest.MonkeyPatch) -> Linker:
-    linker = Linker()
-    monkeypatch.setattr(scheduler_hooks, "linker", linker)
-    monkeypatch.setattr(scheduler_hooks, "_missing_pages", lambda _tree, _req: ([b"key"], PROMPT))
-    return linker
+def tier(monkeypatch: pytest.MonkeyPatch) -> Tier:
+    tier = Tier()
+    monkeypatch.setattr(scheduler_hooks, "linker", tier)
+    monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier))
+    monkeypatch.setattr(admission, "missing_pages", lambda _tree, _req: ([b"key"], PROMPT))
+    return tier
 
 
-def test_held_requests_keep_their_place_out_of_sight(linker: Linker) -> None:
+def test_held_requests_keep_their_place_out_of_sight(tier: Tier) -> None:
     scheduler = Scheduler("a", "h1", "b", "h2", "c")
     scheduler.step()
     assert scheduler.saw == ["a", "b", "c"]
     assert scheduler.queue == ["a", "h1", "h2"]
-    linker.held.clear()
+    tier.held.clear()
     scheduler.step()
     assert scheduler.saw == ["a", "h1", "h2"]
     assert scheduler.queue == ["a"]
-    assert linker.waited == 0
+    assert tier.waited == 0
 
 
 @pytest.mark.parametrize("before", [(), ("a",), ("h1",), ("a", "h1")])
-def test_what_is_queued_while_a_batch_is_made_is_held_for_the_next(linker: Linker, before: tuple[str, ...]) -> None:
+def test_what_is_queued_while_a_batch_is_made_is_held_for_the_next(tier: Tier, before: tuple[str, ...]) -> None:
     scheduler = Scheduler(*before)
     scheduler.late = ["late", "h late"]
     scheduler.step()
     assert scheduler.saw == [rid for rid in (*before, "late") if not rid.startswith("h")]
     assert scheduler.queue[-1] == "h late"
-    assert [rid for rid in scheduler.queue if rid.startswith("h")] == [*linker.held]
-    linker.held.clear()
+    assert [rid for rid in scheduler.queue if rid.startswith("h")] == [*tier.held]
+    tier.held.clear()
     scheduler.step()
     assert "h late" in scheduler.saw
     scheduler.add("h again")
     assert scheduler.queue[-1] == "h again", "outside of a step it is queued as usual"
 
 
-def test_with_nothing_to_do_but_to_hold_it_waits_for_news(linker: Linker) -> None:
+def test_with_nothing_to_do_but_to_hold_it_waits_for_news(tier: Tier) -> None:
     scheduler = Scheduler("h1")
     scheduler.step()
-    assert linker.waited == 1
+    assert tier.waited == 1
 
 
-def test_hits_of_requests_that_run_are_forgotten(linker: Linker) -> None:
+def test_hits_of_requests_that_run_are_forgotten(tier: Tier) -> None:
     """SGLang leaves a hit behind that the request did not load after all."""
     scheduler = Scheduler("waits", "runs")
     hits = scheduler.tree_cache.linker.hit_markers
@@ -147,7 +153,7 @@ def test_of_bigrams_a_token_fewer_is_looked_up() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
-    first: bool, linker: Linker, monkeypatch: pytest.MonkeyPatch
+    first: bool, tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With data-parallel attention, the other messages come from the first of all ranks, whatever is given here."""
     from_all = ["a message to all ranks"]
@@ -156,25 +162,25 @@ def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
         return [*local_reqs, *(recv_reqs if first and recv_reqs is not None else from_all)]
 
     admitted: list[str] = []
-    monkeypatch.setattr(linker, "admissible", lambda *, idle: ["h1"], raising=False)
-    monkeypatch.setattr(linker, "head_start", lambda: None, raising=False)
-    monkeypatch.setattr(linker, "admit", admitted.extend, raising=False)
+    monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1"], raising=False)
+    monkeypatch.setattr(tier, "head_start", lambda: None, raising=False)
+    monkeypatch.setattr(tier, "admit", admitted.extend, raising=False)
     received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
     assert received == ["an abort", *from_all]
     assert admitted == ["h1"]
 
 
-def test_it_does_not_wait_while_other_schedulers_wait_for_it(linker: Linker) -> None:
-    linker.others_wait_for_us = True
+def test_it_does_not_wait_while_other_schedulers_wait_for_it(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier, others_wait_for_us=True))
     Scheduler("h1").step()
-    assert linker.waited == 0
+    assert tier.waited == 0
 
 
-def test_a_batch_that_has_just_been_prefilled_is_something_to_do(linker: Linker) -> None:
+def test_a_batch_that_has_just_been_prefilled_is_something_to_do(tier: Tier) -> None:
     """SGLang merges it into the batch that it passes on; into the scheduler's own only after the step."""
     scheduler = Scheduler("h1")
     scheduler.step(running=SimpleNamespace(is_empty=lambda: False))
-    assert linker.waited == 0
+    assert tier.waited == 0
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -203,5 +209,30 @@ def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None
         cache_salt=None,
         _compute_max_prefix_len=lambda tokens: tokens,
     )
-    keys, _ = scheduler_hooks._missing_pages(tree, req)
+    keys, _ = missing_pages(tree, req)
     assert keys == ([b"\x01"] if turn == 1 else [])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_streaming_session_keeps_is_never_inserted(
+    kept: bool, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for its first prompt, which the tree has."""
+    never: list[int] = []
+    monkeypatch.setattr(tier, "never_inserted", lambda slots: never.extend(slots.tolist()), raising=False)
+    rows = torch.arange(20).reshape(2, 10)
+    sessions: Any = StreamingSession(SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=rows)))
+    sessions.slots["s"] = SessionSlot(kv=ReqKvInfo(req_pool_idx=1, cache_protected_len=4, kv_committed_len=8))
+    req = SimpleNamespace(session=SimpleNamespace(session_id="s"))
+    scheduler_hooks.after_turn(kept, sessions, req)
+    assert never == ([14, 15, 16, 17] if kept else [])
+
+
+@pytest.mark.parametrize(("action", "changes"), [("reset_tensors", 1), ("compare", 0)])
+def test_weights_that_are_reset_to_be_checked_have_changed(
+    action: str, changes: int, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[None] = []
+    monkeypatch.setattr(tier, "weights_changed", lambda: changed.append(None), raising=False)
+    scheduler_hooks.after_check_weights(None, None, action=action, role="target")
+    assert len(changed) == changes
