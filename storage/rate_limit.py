@@ -21,6 +21,7 @@ class RateLimit:
     def take(self, n_bytes: int) -> None:
         """Return when so many bytes may have been read."""
         with self._lock:
-            self._free_at = max(self._free_at, time.monotonic()) + n_bytes / self._bytes_per_s
-            wait_s = self._free_at - time.monotonic()
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + n_bytes / self._bytes_per_s
+            wait_s = self._free_at - now
         time.sleep(wait_s)

@@ -23,6 +23,12 @@ def test_idle_time_is_not_saved_up() -> None:
     assert time.monotonic() - began >= 0.1
 
 
+def test_a_limit_too_high_to_matter_lets_everybody_through() -> None:
+    limit = RateLimit(1e15)
+    for _ in range(10_000):
+        limit.take(1)
+
+
 def test_a_store_reads_no_faster(tmp_path: Path) -> None:
     store = open_store(tmp_path, read_limit=RateLimit(100 * LAYOUT.record_bytes))
     save(store, range(30))
