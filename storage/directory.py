@@ -31,7 +31,7 @@ from sglang_hcache.storage.files import lock_within, make_private, remove, try_l
 from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
-from sglang_hcache.storage.quota import Quota
+from sglang_hcache.storage.quota import Quota, census
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep_folder
@@ -200,14 +200,14 @@ class Directory:
         return now is not None and now.place == entry.place
 
     def _recover(self) -> None:
-        with self._segments.census():
+        with census(self._segments.path):
             if not self._index.is_marked(self._size):
                 self._rebuild()
                 self._index.mark(self._size)
             self._drop_lost()
         if self._writable and self._evictor is not None:
             self._evictor.shrink()
-        with self._segments.census():
+        with census(self._segments.path):
             used = self._index.used(self._fingerprint)
             self._pages = used.pages
             if self._writable:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sglang_hcache.storage.eviction import Ints, choose
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, is_busy
+from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, evicting, is_busy
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Places, Table
@@ -59,7 +59,7 @@ class Evictor:
         """
         lost = 0
         while self._segments.free_records() < records:
-            with self._quota.locked(EVICTING_S):
+            with evicting(self._path, EVICTING_S):
                 for _ in range(ROUNDS):
                     excess = self._quota.excess(self._segments.growth_bytes())
                     if excess <= 0 or self._segments.free_records() >= records:
@@ -79,7 +79,7 @@ class Evictor:
         Where another one evicts for long, reading need not wait for it: `make_room` sees to the quota.
         """
         try:
-            with self._quota.locked():
+            with evicting(self._path):
                 for _ in range(ROUNDS):
                     excess = self._quota.excess(0)
                     if excess <= 0:

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from sglang_hcache.storage.files import lock_within, make_private
@@ -73,18 +73,15 @@ class Quota:
         self.used = bytes_on_disk(self._path)
         return self.used + growth + slack - self.limit
 
-    @contextmanager
-    def locked(self, timeout_s: float = LOCK_WAIT_S) -> Iterator[None]:
-        """While it lasts nobody else who keeps the quota grows or evicts here."""
-        with _directory_lock(self._path / "segments", timeout_s):
-            yield
+
+def evicting(path: Path, timeout_s: float = LOCK_WAIT_S) -> AbstractContextManager[None]:
+    """While it lasts nobody else who keeps the directory's quota grows or evicts there."""
+    return _directory_lock(path / "segments", timeout_s)
 
 
-@contextmanager
-def census(folder: Path) -> Iterator[None]:
+def census(folder: Path) -> AbstractContextManager[None]:
     """While it lasts no process creates, adopts or deletes a segment in this folder of a fingerprint."""
-    with _directory_lock(folder, LOCK_WAIT_S):
-        yield
+    return _directory_lock(folder, LOCK_WAIT_S)
 
 
 def bytes_on_disk(path: Path) -> int:

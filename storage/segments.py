@@ -6,8 +6,6 @@ import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +71,6 @@ class Segments:
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.seg"
-
-    @contextmanager
-    def census(self) -> Iterator[None]:
-        """While it lasts no process creates, adopts or deletes a segment here."""
-        with census(self.path):
-            yield
 
     def lengths(self) -> dict[str, int]:
         """How many whole records each segment has room for, by name."""
@@ -183,7 +175,7 @@ class Segments:
         taken, self._held = self._held, []
         try:
             if taken:
-                with self.census():
+                with census(self.path):
                     for held in taken:
                         if held.end:
                             held.writer.truncate_to(held.end)
@@ -214,7 +206,7 @@ class Segments:
         held.sparse = False
 
     def _create(self) -> _Held:
-        with self.census():
+        with census(self.path):
             writer = SegmentWriter.create(self.file(secrets.token_hex(8)), self._record_bytes, self.io)
         held = _Held(writer, [])
         try:

@@ -37,7 +37,7 @@ from sglang_hcache.storage.directory import open_shared, seal_if_last
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import Quota, bytes_below, bytes_on_disk
+from sglang_hcache.storage.quota import bytes_below, bytes_on_disk, evicting
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table
 
@@ -153,7 +153,7 @@ def _collect_one(
     How many pages were deleted, and what was chosen first.
     """
     path = paths[0]
-    with Quota(path, 1 << 62, 0).locked():
+    with evicting(path):
         sweep(path, indexes[0])
         first = _delete(paths, indexes, arguments)
         pages = first.pages

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 from pathlib import Path
 
 import lmdb
 import pytest
 
-from sglang_hcache.storage import index
+from sglang_hcache.storage import evictor, index
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import Quota
+from sglang_hcache.storage.quota import evicting
 from sglang_hcache.storage.segments import Segments
 from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, keys_of, open_store, save, served, states
 
@@ -46,7 +45,7 @@ def test_a_directory_in_which_another_process_evicts_for_long_can_be_read(
     store = open_store(tmp_path, quota_bytes=200 * RECORD)
     save(store, range(16))
     store.close()
-    monkeypatch.setattr(Quota, "locked", functools.partialmethod(Quota.locked, timeout_s=0.2))
+    monkeypatch.setattr(evictor, "evicting", lambda path: evicting(path, 0.2))
     held = os.open(tmp_path / "segments", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     store = open_store(tmp_path, quota_bytes=200 * RECORD)
