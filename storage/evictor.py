@@ -97,7 +97,7 @@ class Evictor:
         up before any page is given up.
         """
         others = self._siblings()
-        own = Table.read([self._index])
+        own = Table.read(self._index)
         if self._unaccounted(own) >= wanted // 2:
             wanted -= self._sweep(reuse)
         if wanted <= 0:
@@ -121,7 +121,7 @@ class Evictor:
         """
         tables: list[Table] | None = None
         try:
-            tables = None if others is None else [Table.read([index]) for index in others]
+            tables = None if others is None else [Table.read(index) for index in others]
         except lmdb.Error as error:  # its volume's to tell; this one can do without
             log.info("hcache: evicting in %s without a look at other directories: %s", self._path, error)
         table = Table.join([own, *(tables or [])])

@@ -28,9 +28,10 @@ class Table:
     sizes: dict[bytes, Size]  # of the fingerprints that are known to be listed in full
 
     @classmethod
-    def read(cls, indexes: Sequence[Index]) -> Table:
+    def read(cls, index: Index) -> Table:
         """Raises lmdb.Error."""
-        return cls.join([cls._of(index) for index in indexes])
+        names, value = index.raw()
+        return cls(names, value, np.zeros(len(names), np.int32), 1, index.marks())
 
     @classmethod
     def join(cls, tables: Sequence[Table]) -> Table:
@@ -43,11 +44,6 @@ class Table:
             len(tables),
             {fingerprint: size for table in tables for fingerprint, size in table.sizes.items()},
         )
-
-    @classmethod
-    def _of(cls, index: Index) -> Table:
-        names, value = index.raw()
-        return cls(names, value, np.zeros(len(names), np.int32), 1, index.marks())
 
     @cached_property
     def _groups(self) -> tuple[list[bytes], Numbers]:

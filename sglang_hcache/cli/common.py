@@ -156,11 +156,11 @@ def read_table(path: Path, damage: Damage) -> Table:
                 return _read(path / "index")
             data = path / "index" / "data.mdb"
             if not data.exists():
-                return Table.read([])
+                return Table.join([])
             reason = copy_checked(data, Path(copy), damage)
             if reason is not None:
                 damage.file(data, reason)
-                return Table.read([])
+                return Table.join([])
             return _read(Path(copy))
     except (OSError, lmdb.Error) as error:
         raise CommandFailed(explain(error, path)) from error
@@ -222,7 +222,7 @@ def _open_lock(path: Path) -> int:
 def _read(path: Path) -> Table:
     index = Index(path, b"", writable=False)
     try:
-        return Table.read([index])
+        return Table.read(index)
     finally:
         index.close()
 

@@ -191,7 +191,7 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
     found: dict[bytes, dict[tuple[str, int], bytes]] = defaultdict(dict)
     if repair:
         index = Index(path / "index", b"")
-        table = Table.read([index])
+        table = Table.read(index)
         index.close()
     else:
         table = read_table(path, damage)

@@ -179,7 +179,7 @@ def _result(
 
 
 def _delete(paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse.Namespace) -> Choice:
-    choice = _choose(paths, [Table.read([index]) for index in indexes], arguments)
+    choice = _choose(paths, [Table.read(index) for index in indexes], arguments)
     if choice.victims.any():
         drop(indexes, choice.table.places(choice.victims))
         for path, index in zip(paths, indexes, strict=True):

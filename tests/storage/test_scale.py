@@ -57,7 +57,7 @@ def test_choosing_what_to_evict_takes_little_memory_a_page(index: Index, monkeyp
     monkeypatch.setattr(index_module, "AT_ONCE", 256)
 
     def work() -> None:
-        table = Table.read([index])
+        table = Table.join([Table.read(index)])
         freed = np.where(table.segment_number >= 0, table.record_bytes, 0)
         victims = choose(table.forest, table.worth(time.time()), freed, int(freed.sum()) // 20)
         assert victims.any()
