@@ -116,9 +116,7 @@ class File:
                 break
         return done
 
-    def _try(
-        self, operation: Callable[[int, list[memoryview], int], int], data: list[memoryview], offset: int
-    ) -> int:
+    def _try(self, operation: _Transfer, data: list[memoryview], offset: int) -> int:
         direct = self.direct
         try:
             return operation(self._fd, data, offset)

@@ -29,7 +29,6 @@ COMMANDS = {
     "prefetcher": ("sglang_hcache.cli.prefetcher", "run a prefetcher in the foreground, also for other hosts"),
     "keygen": ("sglang_hcache.cli.keygen", "create the keys for a prefetcher and its clients on other hosts"),
 }
-USAGE = 2  # argparse's own
 FAILED = 3
 DEFECT = 70  # sysexits.h: EX_SOFTWARE
 INTERRUPTED = 130  # as a shell has it

@@ -16,10 +16,6 @@ from sglang_hcache.storage.files import try_lock
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
 
 
-class InsecureDirectory(OSError):
-    """The directory for sockets belongs to somebody else, or others may enter it."""
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """Socket and lock of the one prefetcher for a set of directories, on this node and for this user.
@@ -36,7 +32,7 @@ class Endpoint:
 
 
 def endpoint_for(directories: Sequence[str]) -> Endpoint:
-    """Raises InsecureDirectory, or OSError where the directory for sockets cannot be made."""
+    """Raises OSError where the directory for sockets cannot be made, or is not this user's alone."""
     names = "\0".join(sorted(str(Path(directory).resolve()) for directory in directories))
     name = hashlib.sha256(names.encode()).hexdigest()[:16]
     folder = _runtime_directory()
@@ -49,7 +45,7 @@ def _runtime_directory() -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise InsecureDirectory(f"{path} must be a directory that only this user can enter; remove it")
+        raise OSError(f"{path} must be a directory that only this user can enter; remove it")
     return path
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from sglang_hcache.storage import contract
+
 VERSION = 3
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
@@ -23,7 +25,6 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
 Parameter = dict[str, str]
-FigureTable = dict[str, int | float | str | list[dict[str, int | str]]]
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, kw_only=True):
@@ -179,7 +180,7 @@ class Flushed(Message):
 
 class Figures(Message):
     answers: Count
-    figures: FigureTable
+    figures: contract.Stats
 
 
 class Overviewed(Message):
@@ -188,7 +189,7 @@ class Overviewed(Message):
     pid: Count
     uptime_s: Annotated[float, msgspec.Meta(ge=0)]
     clients: Count
-    models: list[FigureTable]  # as in `Figures`, and whose they are
+    models: list[contract.Stats]  # as in `Figures`, and whose they are
 
 
 class Alive(Message):
@@ -223,6 +224,8 @@ T = TypeVar("T")
 
 class Malformed(ValueError):
     """Bytes that are no message; `reason` is one of `oversized`, `unknown_version`, `malformed`."""
+
+    fatal = False  # to the session
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)

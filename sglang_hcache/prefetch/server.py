@@ -151,10 +151,9 @@ class Server:
             self._dispatch(peer, session, m.decode_from_client(frames[0]), frames[1:])
         except (Refusal, m.Malformed) as refusal:
             self.refused[refusal.reason] += 1
-            fatal = getattr(refusal, "fatal", False)
-            if session is not None and fatal:
+            if session is not None and refusal.fatal:
                 session.broken = True
-            self._reply(peer, session, m.Refused(reason=refusal.reason, text=str(refusal), fatal=fatal))
+            self._reply(peer, session, m.Refused(reason=refusal.reason, text=str(refusal), fatal=refusal.fatal))
         except Exception:  # a bug of ours costs this message, not everybody's prefetcher
             self.refused["failed"] += 1
             log.exception("hcache: a message could not be handled.")

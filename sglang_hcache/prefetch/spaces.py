@@ -30,11 +30,14 @@ Opened = Callable[["Space | str"], None]  # a space, or why there is none
 class Space:
     """A store, the shared memory of its arena, and the sessions that use it."""
 
-    fingerprint: bytes
     store: LocalStore
     region: Region
     made_for: Hello
     sessions: set[int] = field(default_factory=set)
+
+    @property
+    def fingerprint(self) -> bytes:
+        return self.made_for.fingerprint
 
     def resize(self, size: int) -> None:
         """Without a session. Raises OSError, ValueError."""
@@ -246,7 +249,7 @@ class Spaces:
         except Exception:
             region.free()
             raise
-        return Space(hello.fingerprint, store, region, hello)
+        return Space(store, region, hello)
 
     def _close(self, space: Space) -> None:
         try:
