@@ -27,7 +27,7 @@ from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.evictor import Evictor
-from sglang_hcache.storage.files import lock_within, make_private, remove, try_lock
+from sglang_hcache.storage.files import is_still, lock_within, make_private, remove, try_lock
 from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
@@ -152,7 +152,7 @@ class Directory:
 
     def is_lost(self) -> bool:
         """Whether it has to be opened anew: its index is broken, or other files lie there now. Raises OSError."""
-        if not _is_still(self._path / "hcache.lock", self._lock):
+        if not is_still(self._path / "hcache.lock", self._lock):
             self._index.condemn()
         return self._index.condemned
 
@@ -269,7 +269,7 @@ def open_shared(path: Path, damage: Damage) -> int:
             if try_lock(lock, exclusive=True):
                 prepare(path / "index", damage)
             lock_within(lock, exclusive=False, timeout_s=LOCK_WAIT_S)
-            if _is_still(path / "hcache.lock", lock):
+            if is_still(path / "hcache.lock", lock):
                 return lock
         except BaseException:
             os.close(lock)
@@ -288,10 +288,3 @@ def _open_lock(path: Path, damage: Damage) -> int:
         damage.file(path, "it is not a regular file")
         remove(path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def _is_still(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False

@@ -52,6 +52,14 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def is_still(path: Path, fd: int) -> bool:
+    """Whether an open file is what lies there now."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def try_lock(fd: int, exclusive: bool) -> bool:
     """Lock an open file, if nobody who minds has it."""
     try:

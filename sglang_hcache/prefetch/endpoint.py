@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_hcache.prefetch import messages
-from sglang_hcache.storage.files import try_lock
+from sglang_hcache.storage.files import is_still, try_lock
 
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
 
@@ -68,9 +68,8 @@ class InstanceLock:
                     return None
                 time.sleep(LOOK_S / 10)
                 continue
-            lock = cls(endpoint, fd)
-            if lock._is_in_place():
-                return lock
+            if is_still(endpoint.lock, fd):
+                return cls(endpoint, fd)
             os.close(fd)  # its former owner has just removed it
 
     def touch(self) -> None:
@@ -79,16 +78,10 @@ class InstanceLock:
 
     def release(self) -> None:
         """Remove socket and lock, unless the lock's file was removed already: then they are another prefetcher's."""
-        if self._is_in_place():
+        if is_still(self._endpoint.lock, self._fd):
             self._endpoint.socket.unlink(missing_ok=True)
             self._endpoint.lock.unlink(missing_ok=True)
         os.close(self._fd)
-
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(self._endpoint.lock.stat(), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
 
 
 def is_running(endpoint: Endpoint) -> bool:
