@@ -29,6 +29,7 @@ from sglang_hcache.config import (
     directories_of,
 )
 from sglang_hcache.prefetch.host_memory import total_bytes
+from sglang_hcache.storage.files import make_private
 
 GB = 10**9
 
@@ -326,7 +327,7 @@ def _writable_directories(flag: str | None) -> tuple[str, ...]:
         raise FlagError(f"--hcache-dir{'' if flag is None else f' {flag!r}'} {error}") from None
     for path in paths:
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(path)
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:

@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_hcache.storage.files import make_private
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -53,7 +55,7 @@ def taking_turns(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if get_parallel().tp_rank == 0:
             try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(folder)
                 lock = stack.enter_context((folder / "lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:

@@ -21,6 +21,8 @@ from pathlib import Path
 import zmq
 import zmq.auth
 
+from sglang_hcache.storage.files import make_private
+
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"
 _NO_NAMES = (CLIENTS, f"{SERVER}.key", f"{SERVER}.key_secret", "", ".", "..")  # of clients' folders
 
@@ -46,11 +48,9 @@ def make_keys(directory: Path, clients: Sequence[str] = (CLIENT,)) -> list[Path]
             raise KeyFileError(f"{name!r} is given twice: name each client once")
         if (directory / name).exists() or (directory / CLIENTS / f"{name}.key").exists():
             raise KeyFileError(f"{directory} has keys of {name!r} already: name another client, or remove them")
-    folders = (directory, directory / CLIENTS)
-    for folder in filter(Path.exists, folders):
+    for folder in filter(Path.exists, (directory, directory / CLIENTS)):
         _check_private(folder)
-    for folder in folders:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(directory / CLIENTS)
     if not (directory / f"{SERVER}.key_secret").exists():
         _make_pair(directory, SERVER)
     for name in clients:

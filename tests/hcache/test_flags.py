@@ -20,7 +20,7 @@ def switched_on(tmp_path: Path, **values: Any) -> dict[str, Any]:
 
 
 def test_becomes_sglangs_own_fields(tmp_path: Path) -> None:
-    two = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    two = f"{tmp_path / 'a'},{tmp_path / 'new/b'}"
     values = server_kwargs(hcache_dir=two, hcache_representation="kv", model_path="m")
     linker = values["unified_cache_external_linker_config"]
     assert values["enable_unified_cache_external_linker"] is True
@@ -29,8 +29,8 @@ def test_becomes_sglangs_own_fields(tmp_path: Path) -> None:
     assert not {"hicache_backend", "hcache_dir", "hcache_representation"} & values.keys()
     assert names_our_linker(linker)
     config = HCacheConfig.from_linker_extra(linker["linker_extra_config"])
-    assert config == HCacheConfig((str(tmp_path / "a"), str(tmp_path / "b")), "kv")
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert config == HCacheConfig((str(tmp_path / "a"), str(tmp_path / "new/b")), "kv")
+    assert [(tmp_path / made).stat().st_mode & 0o777 for made in ("a", "new", "new/b")] == 3 * [0o700]
 
 
 def test_codecs_are_about_hidden_states(tmp_path: Path) -> None:
