@@ -35,6 +35,7 @@ from sglang_hcache.storage.quota import Quota, census
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep_folder
+from sglang_hcache.storage.tree import folder_of
 
 LOCK_WAIT_S = 30.0
 WRITES_IN_FLIGHT = 4
@@ -76,7 +77,7 @@ class Directory:
         self._size = Size(layout.record_bytes, layout.page_tokens)
         self._pages = 0
         make_private(path)
-        folder = path / "segments" / self._fingerprint.hex()
+        folder = folder_of(path, self._fingerprint)
         with ExitStack() as opened:
             self._lock = open_shared(path, damage)
             opened.callback(os.close, self._lock)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +23,8 @@ from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, evicting
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Places, Table
+from sglang_hcache.storage.tree import folder_of, is_segment_name, segment_file
 
-SEGMENT_NAME = re.compile("[0-9a-f]{16}")  # as it stands in a sound entry
 ROUNDS = 4  # of evicting, where another process gets in between
 TURN_S = 60.0  # waited for others of this process that choose, too; one of them may hang
 
@@ -156,16 +155,12 @@ def freeable(path: Path, table: Table, held: tuple[bytes, set[str]] = (b"", set(
     free = np.zeros(len(table.segment_example), np.bool_)
     for number, example in enumerate(table.segment_example.tolist()):
         fingerprint, name = table.segment(example)
-        here = table.volume[example] == 0 and SEGMENT_NAME.fullmatch(name) is not None
+        here = table.volume[example] == 0 and is_segment_name(name)
         ours = fingerprint == held[0] and name in held[1]
-        free[number] = here and (ours or not is_busy(segment_file(path, fingerprint, name)))
+        free[number] = here and (ours or not is_busy(segment_file(folder_of(path, fingerprint), name)))
     return np.where(free[table.segment_number], table.record_bytes, 0) if len(free) else table.record_bytes
 
 
 def drop(indexes: Sequence[Index], places: Sequence[Places]) -> int:
     """Delete these pages, of each index some; how many there were."""
     return sum(index.delete_names(some) for index, some in zip(indexes, places, strict=True))
-
-
-def segment_file(path: Path, fingerprint: bytes, name: str) -> Path:
-    return path / "segments" / fingerprint.hex() / f"{name}.seg"

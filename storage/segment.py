@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,6 @@ from sglang_hcache.storage.direct import DirectIO, File
 from sglang_hcache.storage.files import allocate, punch, try_lock
 from sglang_hcache.storage.layout import ChunkDamaged, Record
 
-FILE_NAME = re.compile(r"[0-9a-f]{16}\.seg")
 RUN_BYTES = 1 << 20  # of records written at once: enough for a disk's full speed with a few in flight
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 from collections import OrderedDict
@@ -13,7 +12,8 @@ from sglang_hcache.storage.direct import DirectIO
 from sglang_hcache.storage.files import make_private, sync_directory
 from sglang_hcache.storage.index import Used
 from sglang_hcache.storage.quota import census
-from sglang_hcache.storage.segment import FILE_NAME, SegmentReader, SegmentWriter
+from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
+from sglang_hcache.storage.tree import segment_file, segment_files
 
 OPEN_READERS = 128  # files kept open for reading
 ADOPT_AT_MOST = 64  # files with free records kept open for writing
@@ -70,16 +70,11 @@ class Segments:
         self.segment_records = max(1, segment_bytes // self._record_bytes)
 
     def file(self, name: str) -> Path:
-        return self.path / f"{name}.seg"
+        return segment_file(self.path, name)
 
     def lengths(self) -> dict[str, int]:
         """How many whole records each segment has room for, by name."""
-        found = {}
-        for entry in os.scandir(self.path):
-            if FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                name = entry.name.removesuffix(".seg")
-                found[name] = entry.stat(follow_symlinks=False).st_size // self._record_bytes
-        return found
+        return {name: status.st_size // self._record_bytes for name, status in segment_files(self.path)}
 
     def lock_unfilled(self, used: Used) -> None:
         """Under `census`: take the segments that may have room and that no other process writes; then `look_up`."""

@@ -6,17 +6,16 @@ A segment is locked first and looked up in the index then: who wrote it named it
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sglang_hcache.storage.index import Index, Used
-from sglang_hcache.storage.index_check import FINGERPRINT_BYTES
 from sglang_hcache.storage.quota import census, folders_in
-from sglang_hcache.storage.segment import FILE_NAME, SegmentWriter
+from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.segments import Segments
+from sglang_hcache.storage.tree import fingerprint_of, segment_file, segment_files
 
 AT_ONCE = 256  # segments that are open; the index is read again for the next ones if it has changed
 
@@ -31,7 +30,7 @@ def sweep(path: Path, index: Index, segments: Segments | None = None, *, unliste
     """
     gained, listed = 0, index.marks()
     for folder in folders_in(path / "segments"):
-        fingerprint = _fingerprint_of(folder)
+        fingerprint = fingerprint_of(folder)
         if fingerprint is None or not (unlisted or fingerprint in listed):
             continue
         try:
@@ -70,13 +69,10 @@ def sweep_folder(folder: Path, index: Index, segments: Segments | None = None) -
 def _wasteful(folder: Path, used: Used, record_bytes: int, held: set[str]) -> list[str]:
     """Segments that nobody names, or that take at least a record too much; those that take most first."""
     waste = {}
-    for entry in os.scandir(folder):
-        name = entry.name.removesuffix(".seg")
-        if FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False) and name not in held:
-            disk_bytes = entry.stat(follow_symlinks=False).st_blocks * 512
-            too_much = disk_bytes - used.count(name) * record_bytes
-            if too_much >= record_bytes or not used.count(name):
-                waste[name] = too_much
+    for name, status in segment_files(folder):
+        too_much = status.st_blocks * 512 - used.count(name) * record_bytes
+        if name not in held and (too_much >= record_bytes or not used.count(name)):
+            waste[name] = too_much
     return sorted(waste, key=waste.__getitem__, reverse=True)
 
 
@@ -88,7 +84,7 @@ def _locked(
     writers = deque[SegmentWriter]()
     try:
         for name in names:
-            writer = SegmentWriter.adopt(folder / f"{name}.seg", record_bytes, segments.io if segments else None)
+            writer = SegmentWriter.adopt(segment_file(folder, name), record_bytes, segments.io if segments else None)
             if writer is not None:
                 writers.append(writer)
         yield writers
@@ -114,11 +110,3 @@ def _give_back(writer: SegmentWriter, used: set[int]) -> int:
         return before - writer.disk_bytes()
     finally:
         writer.close()
-
-
-def _fingerprint_of(folder: Path) -> bytes | None:
-    try:
-        fingerprint = bytes.fromhex(folder.name)
-    except ValueError:
-        return None
-    return fingerprint if len(fingerprint) == FINGERPRINT_BYTES else None

@@ -22,6 +22,7 @@ from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index, copy_checked
 from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.tree import fingerprint_of
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or of 1024 with an i
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -124,7 +125,7 @@ def fingerprint_folders(path: Path) -> list[Path]:
 
 
 def is_fingerprint(folder: Path) -> bool:
-    return re.fullmatch("[0-9a-f]{32}", folder.name) is not None and folder.is_dir()
+    return fingerprint_of(folder) is not None and folder.is_dir()
 
 
 def require_siblings(directories: Sequence[Path]) -> None:

@@ -30,10 +30,10 @@ from sglang_hcache.cli.common import (
 from sglang_hcache.page_hash import page_hash
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.evictor import segment_file
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, Record, verify
 from sglang_hcache.storage.segment import SegmentReader
+from sglang_hcache.storage.tree import folder_of, segment_file
 
 Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Pages = dict[bytes, tuple[Path, Entry]]  # by key: the directory, and where in it
@@ -119,7 +119,7 @@ class _Reader:
         record = np.empty(self._layout.record_bytes, np.uint8)
         for key in keys:
             path, entry = self._pages[key]
-            file = segment_file(path, self._fingerprint, entry.segment)
+            file = segment_file(folder_of(path, self._fingerprint), entry.segment)
             try:
                 if entry.parent in gone:
                     raise ChunkDamaged("its parent is gone")
@@ -171,7 +171,7 @@ def _stored(directories: list[Path]) -> dict[bytes, Pages]:
 
 
 def _about(directories: list[Path], fingerprint: bytes) -> About:
-    found = [read_about(path / "segments" / fingerprint.hex()) for path in directories]
+    found = [read_about(folder_of(path, fingerprint)) for path in directories]
     return next((about for about in found if about.layout is not None), About())
 
 

@@ -10,7 +10,6 @@ could be checked, and what was found has been repaired.
 from __future__ import annotations
 
 import argparse
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -43,9 +42,9 @@ from sglang_hcache.storage.quota import census
 from sglang_hcache.storage.segment import SegmentReader
 from sglang_hcache.storage.sweep import sweep_folder
 from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.tree import folder_of, segment_file, segment_files
 
 REPAIRED, UNREPAIRED, FAILED = 1, 2, 3
-_SEGMENT = re.compile(r"[0-9a-f]{16}\.seg")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class _Model:
     unlisted: list[tuple[bytes, Entry]] = field(default_factory=list)
 
     def record(self, segment: str, slot: int) -> str:
-        return f"{self.folder / segment}.seg, record {slot}"
+        return f"{segment_file(self.folder, segment)}, record {slot}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,8 +157,10 @@ def check(path: Path, *, repair: bool) -> Report:
 
 
 def _check_model(model: _Model, report: Report, repair: bool) -> None:
-    for file in sorted(model.folder.iterdir()):
-        if file.name != NAME and not (_SEGMENT.fullmatch(file.name) and file.is_file() and not file.is_symlink()):
+    files = sorted(model.folder.iterdir())
+    belong = {model.folder / NAME, *(segment_file(model.folder, name) for name, _ in segment_files(model.folder))}
+    for file in files:
+        if file not in belong:
             _stray(file, report, repair)
     _check_pages(model, report)
     if model.bad and not repair:
@@ -178,7 +179,7 @@ def _stray(path: Path, report: Report, repair: bool) -> None:
 
 def _check_lost(fingerprint: bytes, pages: dict[tuple[str, int], bytes], report: Report, repair: bool) -> None:
     """Pages are listed, and there is no folder for them."""
-    folder = report.path / "segments" / fingerprint.hex()
+    folder = folder_of(report.path, fingerprint)
     report.add(folder, f"missing, but the index lists {count(len(pages), 'page')} in it", repaired=repair)
     if repair:
         index = Index(report.path / "index", fingerprint)
@@ -203,7 +204,7 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
 def _check_pages(model: _Model, report: Report) -> None:
     """Read every record there is, and every one that should be."""
     size = model.layout.record_bytes
-    found = {file.stem: file.stat() for file in model.folder.glob("*.seg") if _SEGMENT.fullmatch(file.name)}
+    found = dict(segment_files(model.folder))
     lengths = {name: status.st_size // size for name, status in found.items()}
     places = {(name, slot) for name, records in lengths.items() for slot in range(records)} | model.listed.keys()
     progress = Progress(model.folder.name[:12], len(places))
@@ -232,7 +233,7 @@ def _read(
     for name, slot in places:
         try:
             if reader is None or reader[0] != name:
-                reader = name, SegmentReader(model.folder / f"{name}.seg", layout.record_bytes)
+                reader = name, SegmentReader(segment_file(model.folder, name), layout.record_bytes)
             reader[1].read(slot, record)
             header = read_header(record, layout)
             verify(record, layout, model.fingerprint, header.key)

@@ -40,6 +40,7 @@ from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk, evicting
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.tree import segment_files
 
 T = TypeVar("T")
 
@@ -205,7 +206,7 @@ def _listed_in_part(paths: Sequence[Path], tables: Sequence[Table]) -> set[bytes
         fingerprint
         for path, table in zip(paths, tables, strict=True)
         for folder in fingerprint_folders(path)
-        if (fingerprint := bytes.fromhex(folder.name)) not in table.sizes and any(folder.glob("*.seg"))
+        if (fingerprint := bytes.fromhex(folder.name)) not in table.sizes and any(segment_files(folder))
     }
 
 

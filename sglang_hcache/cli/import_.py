@@ -27,6 +27,7 @@ from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import SEGMENT_BYTES
 from sglang_hcache.storage.stripe import Files, Stripe
+from sglang_hcache.storage.tree import folder_of, segment_files
 from sglang_hcache.storage.volume import Volume, belong_together
 
 BATCH_PAGES = 16
@@ -77,9 +78,9 @@ def _so_far(stored: int) -> str:
 def _require_layouts(models: Sequence[Model], directories: Sequence[Path]) -> None:
     """Pages of a model are stored as those that are there: others would take their place."""
     for model, directory in itertools.product(models, directories):
-        folder = directory / "segments" / model.fingerprint
+        folder = folder_of(directory, bytes.fromhex(model.fingerprint))
         known = read_about(folder).layout
-        if known is None and any(folder.glob("*.seg")):
+        if known is None and folder.exists() and any(segment_files(folder)):
             raise CommandFailed(
                 f"{folder} does not say how its pages lie ({NAME} is missing or damaged): start the server of that "
                 "model, which writes it; nothing is stored"
