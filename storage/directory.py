@@ -28,7 +28,7 @@ from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.files import is_still, lock_within, make_private, remove, try_lock
-from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
+from sglang_hcache.storage.index import Index, Size, Used, prepare, seal_closed
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.quota import Quota, census
@@ -205,23 +205,23 @@ class Directory:
             if not self._index.is_marked(self._size):
                 self._rebuild()
                 self._index.mark(self._size)
-            self._drop_lost()
+            used = self._drop_lost()
         if self._writable and self._evictor is not None:
             self._evictor.shrink()
         with census(self._segments.path):
-            used = self._index.used(self._fingerprint)
+            used = self._index.used(self._fingerprint, used)
             self._pages = used.pages
             if self._writable:
                 self._segments.lock_unfilled(used)
-                sweep_folder(self._segments.path, self._index, self._segments)
+                sweep_folder(self._segments.path, self._index, self._segments, used)
 
-    def _drop_lost(self) -> None:
-        """Drop entries of records that are not there."""
+    def _drop_lost(self) -> Used:
+        """Drop entries of records that are not there; the records that were named before."""
         # The index first: who writes meanwhile makes a file longer before it names what is in it.
         used = self._index.used(self._fingerprint)
         lengths = self._segments.lengths()
         if all(max(used.of(segment)) < lengths.get(segment, 0) for segment in used.slots):
-            return
+            return used
         entries = self._index.entries()
         lengths = self._segments.lengths()
         lost = [(key, entry) for key, entry in entries if entry.slot >= lengths.get(entry.segment, 0)]
@@ -232,6 +232,7 @@ class Directory:
             )
             self._damage.page(self._segments.file(entry.segment), reason)
         self._index.delete_many(lost)
+        return used
 
     def _rebuild(self) -> None:
         """List the pages whose headers hold. Whether their payloads do is verified on reading, as always.

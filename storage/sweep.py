@@ -41,15 +41,16 @@ def sweep(path: Path, index: Index, segments: Segments | None = None, *, unliste
     return gained
 
 
-def sweep_folder(folder: Path, index: Index, segments: Segments | None = None) -> int:
+def sweep_folder(folder: Path, index: Index, segments: Segments | None = None, former: Used | None = None) -> int:
     """`sweep` for one fingerprint, under `census`.
 
     The records of `segments` are kept to be written again, as far as they can be taken and have not lost their space.
+    `former`: what the index named before, which is not read again where nothing has changed since.
     """
     fingerprint = bytes.fromhex(folder.name)
     size = index.marks().get(fingerprint)
     record_bytes = 1 if size is None else size.record_bytes
-    used = Used({}) if size is None else index.used(fingerprint)
+    used = Used({}) if size is None else index.used(fingerprint, former)
     names = _wasteful(folder, used, record_bytes, held=segments.held() if segments else set())
     before = segments.free_records() if segments else 0
     gained = 0

@@ -13,7 +13,7 @@ import pytest
 from sglang_hcache.storage import evictor, sweep
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Contents, Directory
-from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.index import Index, Used
 from sglang_hcache.storage.layout import ROOT, seal
 from sglang_hcache.storage.quota import Quota, bytes_on_disk
 from tests.storage.pages import (
@@ -227,3 +227,32 @@ def test_segments_of_a_fingerprint_that_is_not_listed_go_only_if_asked_for(tmp_p
     assert sweep.sweep(tmp_path, index, unlisted=True) == 4 * R
     assert segment_files(tmp_path) == []
     index.close()
+
+
+def test_a_folder_that_no_model_can_have_is_left_alone(tmp_path: Path) -> None:
+    directory = open_directory(tmp_path)
+    strange = tmp_path / "segments" / ("AB" * 16) / f"{0:016x}.seg"
+    strange.parent.mkdir()
+    strange.write_bytes(bytes(R))
+    assert sweep.sweep(tmp_path, directory.index, unlisted=True) == 0
+    assert strange.exists()
+    directory.close()
+
+
+def test_an_opening_reads_what_the_index_names_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = open_directory(tmp_path, quota=Quota(tmp_path, 80 * R, R))
+    write(directory, FINGERPRINT, range(12))
+    directory.close()
+    used, read = Index.used, list[Used]()
+
+    def noted(index: Index, fingerprint: bytes, former: Used | None = None) -> Used:
+        found = used(index, fingerprint, former)
+        if found is not former:
+            read.append(found)
+        return found
+
+    monkeypatch.setattr(Index, "used", noted)
+    directory = open_directory(tmp_path, quota=Quota(tmp_path, 80 * R, R))
+    assert directory.pages == 12
+    assert len(read) == 1
+    directory.close()
