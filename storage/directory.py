@@ -50,7 +50,6 @@ class Contents:
     layout: ChunkLayout
     fingerprint: bytes
     segment_bytes: int  # of a segment file, at most
-    writable: bool = True  # False: files are read only
     about: Mapping[str, str] = field(default_factory=dict)  # what the fingerprint stands for, for people
 
 
@@ -70,7 +69,6 @@ class Directory:
         self._path = path
         self._layout = layout = contents.layout
         self._fingerprint = contents.fingerprint
-        self._writable = contents.writable
         self._segment_bytes = contents.segment_bytes
         self._damage = damage
         self._quota = quota
@@ -170,7 +168,7 @@ class Directory:
         self._index.mark(self._size)
         if self._evictor is not None:
             self._pages -= self._evictor.make_room(1)
-        elif self._writable:
+        else:
             self._segments.make_room()
 
     def close(self) -> None:
@@ -206,14 +204,13 @@ class Directory:
                 self._rebuild()
                 self._index.mark(self._size)
             used = self._drop_lost()
-        if self._writable and self._evictor is not None:
+        if self._evictor is not None:
             self._evictor.shrink()
         with census(self._segments.path):
             used = self._index.used(self._fingerprint, used)
             self._pages = used.pages
-            if self._writable:
-                self._segments.lock_unfilled(used)
-                sweep_folder(self._segments.path, self._index, self._segments, used)
+            self._segments.lock_unfilled(used)
+            sweep_folder(self._segments.path, self._index, self._segments, used)
 
     def _drop_lost(self) -> Used:
         """Drop entries of records that are not there; the records that were named before."""

@@ -35,13 +35,12 @@ class LocalStore:
     """A ChunkStore in this process: an arena, and volumes, each with a thread that writes and a few that read.
 
     `fingerprint`: 16 bytes. `host_bytes`: bound of the arena. `region`: memory for it, private memory by default.
-    `directories`: striped; none for host memory only. `files`: used instead of these. `writable`: False reads files,
-    but writes none. `read_limit`: bounds how fast files are read. `segment_bytes`: size of a segment file.
-    `quota_bytes`: bound of what each directory takes; by default as `Quota` has it.
-    `about`: what the pages are of, for people. `retry_s`: how often a failed directory is tried again. `lease_limit`:
-    fraction of the slots that may be leased in all. `on_progress`: called with an owner whose prefetch has come
-    further, from any thread. Raises ValueError for bad values; a directory that cannot be opened is skipped until it
-    can.
+    `directories`: striped; none for host memory only. `files`: used instead of these. `read_limit`: bounds how fast
+    files are read. `segment_bytes`: size of a segment file. `quota_bytes`: bound of what each directory takes; by
+    default as `Quota` has it. `about`: what the pages are of, for people. `retry_s`: how often a failed directory is
+    tried again. `lease_limit`: fraction of the slots that may be leased in all. `on_progress`: called with an owner
+    whose prefetch has come further, from any thread. Raises ValueError for bad values; a directory that cannot be
+    opened is skipped until it can.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class LocalStore:
         *,
         files: Files | None = None,
         region: mmap.mmap | None = None,
-        writable: bool = True,
         write_policy: WritePolicy = WritePolicy.WRITE_THROUGH,
         segment_bytes: int = SEGMENT_BYTES,
         quota_bytes: int | None = None,
@@ -80,7 +78,7 @@ class LocalStore:
         self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
-        contents = Contents(layout, fingerprint, segment_bytes, writable, dict(about or {}))
+        contents = Contents(layout, fingerprint, segment_bytes, dict(about or {}))
         self._volumes = [] if files is not None else _open_volumes(directories, contents, quota_bytes, retry_s)
         self._files = Stripe(self._volumes if files is None else [files])
         self._writer = Writer(
@@ -89,7 +87,6 @@ class LocalStore:
             self._lock,
             self._seal,
             policy=write_policy,
-            writable=writable,
             tick_s=min(1.0, retry_s),
             settled=self._admit_waiting,
         )
@@ -373,7 +370,7 @@ def _open_volumes(
 ) -> list[Volume]:
     volumes = []
     for path, sharers in zip(map(Path, directories), _sharers(directories), strict=True):
-        quota = Quota(path, quota_bytes, contents.layout.record_bytes, sharers) if contents.writable else None
+        quota = Quota(path, quota_bytes, contents.layout.record_bytes, sharers)
         volumes.append(Volume(path, contents, retry_s=retry_s, quota=quota))
     belong_together(volumes)
     return volumes

@@ -235,7 +235,7 @@ class Volume:
         return since is not None and time.monotonic() - since > SLOW_S
 
     def _note_siblings(self) -> None:
-        if self._siblings is not None and self._contents.writable and self.healthy:
+        if self._siblings is not None and self.healthy:
             write_siblings(self.path, [volume.path for volume in self._siblings])
 
     def _sibling_indexes(self) -> list[Index] | None:

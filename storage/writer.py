@@ -60,8 +60,7 @@ class _Kept:
 class Writer:
     """A thread for each volume, and the queue of pages it writes. `lock` guards everything but the writing itself.
 
-    `writable`: False writes nothing. `seal` completes a record before it is written; `settled` is called, without the
-    lock, once pages can be evicted.
+    `seal` completes a record before it is written; `settled` is called, without the lock, once pages can be evicted.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class Writer:
         seal: Seal,
         *,
         policy: WritePolicy,
-        writable: bool,
         tick_s: float,
         settled: Callable[[], None],
     ) -> None:
@@ -82,7 +80,6 @@ class Writer:
         self._written = threading.Condition(lock)
         self._seal = seal
         self._policy = policy
-        self._writes = writable and bool(files.volumes)
         self._tick_s = tick_s
         self._settled = settled
         self._at_once: int = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
@@ -113,7 +110,7 @@ class Writer:
         self._arena.cache(key, slot, Backing.UNBACKED, parent)
         if self._policy is WritePolicy.WRITE_THROUGH:
             self._enqueue(slot, key)
-        elif self._policy is WritePolicy.WRITE_BACK and self._writes:
+        elif self._policy is WritePolicy.WRITE_BACK and self._by_volume:
             self._arena.mark(slot, Backing.DIRTY)
             self._backlog.append((slot, key))
 
@@ -180,7 +177,7 @@ class Writer:
 
     def _enqueue(self, slot: int, key: bytes) -> None:
         """Have a cached page written by the volume whose turn it is."""
-        if not self._writes:
+        if not self._by_volume:
             return
         volume = self._files.next(lambda volume: self._by_volume[volume].waiting, self._most_behind())
         if volume is None:

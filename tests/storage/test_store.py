@@ -109,20 +109,6 @@ def test_another_fingerprint_finds_nothing_and_destroys_nothing(tmp_path: Path) 
     store.close()
 
 
-def test_a_reader_writes_no_files(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    save(store, range(5))
-    store.close()
-    reader = open_store(tmp_path, writable=False)
-    save(reader, range(5, 8))
-    assert reader.flush(1)
-    assert served(reader, range(8)) == list(range(8))
-    reader.drop_host()
-    assert served(reader, range(8)) == list(range(5))
-    assert counters(reader)["pages_written"] == 0
-    reader.close()
-
-
 def test_a_volume_that_cannot_be_opened_does_not_take_the_others_down(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("a file, not a directory")
     store = open_store(tmp_path / "bad", tmp_path / "good", retry_s=0.05)
