@@ -105,11 +105,11 @@ class Fetches:
 
     # ---- for owners ----
 
-    def start(self, fetch: Fetch, *, wait_for_room: bool) -> None:
+    def start(self, fetch: Fetch) -> None:
         """Begin a fetch in place of the owner's former one. Keys that are nowhere must have been cut off."""
         former = self._by_owner.pop(fetch.owner, None)
         self._by_owner[fetch.owner] = fetch
-        if wait_for_room and self._must_queue(fetch):
+        if self._must_queue(fetch):
             # Without leases of its own: two that wait for each other's would wait for ever.
             fetch.came = next(self._order)
             insort(self._waiting_room, fetch, key=_turn)

@@ -178,7 +178,6 @@ class LocalStore:
         priority: int = 0,
         page_priority: int = 0,
         deadline_s: float = 0.0,
-        wait_for_room: bool = True,
     ) -> None:
         wanted = list(dict.fromkeys(keys))
         with self._lock:
@@ -195,7 +194,7 @@ class LocalStore:
                 to_read += slot is None
                 run.append(key)
             fetch = Fetch(owner, run, places, priority + page_priority * to_read)
-            self._fetches.start(fetch, wait_for_room=wait_for_room)
+            self._fetches.start(fetch)
             if self._fetches.waiting:
                 self._writer.make_room()
             if deadline_s and not fetch.done:
@@ -228,11 +227,6 @@ class LocalStore:
         with self._lock:
             self._fetches.release(owner)
         self._tell_progress()
-
-    def lease(self, owner: str, keys: Sequence[bytes]) -> list[int]:
-        """Slots of the longest leading run that can be had now: a `prefetch` that waits for reads, not for room."""
-        self.prefetch(owner, keys, wait_for_room=False)
-        return list(self.wait(owner, timeout_s=threading.TIMEOUT_MAX).slots)
 
     def flush(self, timeout_s: float) -> bool:
         with self._lock:

@@ -19,6 +19,7 @@ from sglang_hcache.open_pages import OpenPages
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.streams import Event, ImmediateStream
+from tests.storage.pages import lease
 
 WIDTH, PAGE, LAYERS, ROWS = 8, 16, 2, 40
 
@@ -362,7 +363,7 @@ def commit(pages: OpenPages, store: LocalStore, page: int, key: bytes) -> bool:
 
 
 def held(store: LocalStore, key: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    (slot,) = store.lease("test", [key])
+    (slot,) = lease(store, "test", [key])
     record = store.memory[slot]
     return np.stack([store.layout.payload(record, layer).reshape(PAGE, WIDTH) for layer in range(LAYERS)])
 
@@ -373,7 +374,7 @@ def test_a_page_filled_piece_by_piece(pages: OpenPages, store: LocalStore) -> No
         write(pages, 3 * PAGE + start, values[:, start:stop])
         assert commit(pages, store, 3, bytes(32)) == (stop == PAGE)
     assert np.array_equal(held(store, bytes(32)), values)
-    (slot,) = store.lease("test", [bytes(32)])
+    (slot,) = lease(store, "test", [bytes(32)])
     assert positions(store.memory[slot], store.layout).tolist() == list(range(1048, 1064))
 
 

@@ -21,6 +21,7 @@ from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.streams import Event, ImmediateStream
+from tests.storage.pages import lease
 
 PAGE, WIDTH, HEADS, HEAD = 16, 6, 2, 4
 HIDDEN, KV = range(0, 2), range(2, 5)
@@ -95,7 +96,7 @@ def test_a_page_holds_both(saver: PageSaver, store: LocalStore, pool: MHATokenTo
     slots = torch.cat([capture(saver, *page) for page in zip(pages, rows, strict=True)])
     saver.save(KEYS, ROOT, slots)
     saver.clear()
-    leased = store.lease("test", KEYS)
+    leased = lease(store, "test", KEYS)
     assert len(leased) == len(pages)
     hidden, kv = (chunk_rows(store, layers)[leased] for layers in (HIDDEN, KV))
     assert np.array_equal(hidden.view(np.float32), rows.numpy())
@@ -119,7 +120,7 @@ def test_a_page_that_is_stored_already_gives_its_slot_back(saver: PageSaver, sto
     saver.save([KEYS[0], KEYS[1]], ROOT, slots)
     saver.clear()
     assert store.contains(KEYS[:2]) == [True, True]
-    (leased,) = store.lease("test", KEYS[:1])
+    (leased,) = lease(store, "test", KEYS[:1])
     assert np.array_equal(chunk_rows(store, HIDDEN)[leased].view(np.float32), rows.numpy()), "the first one stays"
     assert saver.stats()["pages_open"] == 0
     assert store.stats()["pages_open"] == 0
@@ -160,7 +161,7 @@ def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool)
     saver.save(KEYS, ROOT, slots_of(6, 1, 3))
     saver.clear()
     assert store.contains(KEYS) == [True, True, False]
-    leased = store.lease("test", KEYS[:2])
+    leased = lease(store, "test", KEYS[:2])
     for page, rows in zip((6, 1), chunk_rows(store, layers)[leased], strict=True):
         for layer in layers:
             assert_kv(rows[layer], pool, page, layer)
@@ -206,7 +207,7 @@ def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MH
     rows, slots = torch.randn(len(HIDDEN), PAGE, WIDTH), slots_of(3)
     saver.save(KEYS[:1], ROOT, capture(saver, 3, rows))
     saver.clear()
-    (leased,) = store.lease("test", KEYS[:1])
+    (leased,) = lease(store, "test", KEYS[:1])
     assert np.array_equal(chunk_rows(store, HIDDEN)[leased].view(np.float32), rows.numpy())
     expected = [buffer.clone() for buffer in buffers]
     for buffer in buffers:
@@ -243,7 +244,7 @@ def test_windowed_layers_are_saved_of_the_last_pages(
     saver = PageSaver(store, copy_out, kv=[full], windowed=windowed)
     saver.save(KEYS, ROOT, slots_of(6, 1, 3), slots_of(2, 1))
     saver.clear()
-    leased = store.lease("test", KEYS)
+    leased = lease(store, "test", KEYS)
     assert windows.ends(positions(store.memory, layout), leased, 1) == [2, 3]
     rows = chunk_rows(store, range(layers))[leased]
     for place, device_page in enumerate((6, 1, 3)):
@@ -256,7 +257,7 @@ def test_windowed_layers_are_saved_of_the_last_pages(
     assert max(gathered) <= savers._GATHERED_BYTES
     saver.save([b"d" * 32], KEYS[-1], slots_of(7))
     saver.clear()
-    assert windows.ends(positions(store.memory, layout), store.lease("test", [*KEYS, b"d" * 32]), 1) == [2, 3]
+    assert windows.ends(positions(store.memory, layout), lease(store, "test", [*KEYS, b"d" * 32]), 1) == [2, 3]
     store.check()
 
 
@@ -291,7 +292,7 @@ def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     saver.save(KEYS, ROOT, slots_of(4, 2, 3))
     saver.clear()
     assert packed.contains(KEYS) == [True, False, True]
-    first, last = packed.lease("test", [KEYS[0]]) + packed.lease("test", [KEYS[2]])
+    first, last = lease(packed, "test", [KEYS[0]]) + lease(packed, "test", [KEYS[2]])
     for page, leased in ((0, first), (2, last)):
         stored = torch.from_numpy(chunk_rows(packed, range(2))[leased])
         for layer in range(2):

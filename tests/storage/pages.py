@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,19 @@ def save(store: LocalStore, pages: Iterable[int]) -> None:
         store.commit(key_of(page), slot, ROOT)
 
 
+def lease(store: LocalStore, owner: str, keys: Sequence[bytes]) -> list[int]:
+    """Slots of the longest leading run that can be had."""
+    store.prefetch(owner, keys)
+    progress = store.wait(owner, 30)
+    assert progress.done
+    return list(progress.slots)
+
+
 def served(store: LocalStore, pages: Iterable[int]) -> list[int]:
     """Which of the pages can be had, each asked for by itself; asserts that they are right."""
     found = []
     for page in pages:
-        for slot in store.lease("served", [key_of(page)]):
+        for slot in lease(store, "served", [key_of(page)]):
             assert holds(store.memory[slot], page), f"a wrong page was served for {page}"
             found.append(page)
     store.release("served")

@@ -35,9 +35,9 @@ def readable(fetches: Fetches) -> Read | None:
 
 def test_urgent_reads_come_first_and_a_run_in_its_order() -> None:
     fetches = Fetches(Arena(SLOTS, 4096), SLOTS, held_lock())
-    fetches.start(fetch_of("later", [0, 1, 2], priority=5), wait_for_room=True)
-    fetches.start(fetch_of("sooner", [3, 4], priority=1), wait_for_room=True)
-    fetches.start(fetch_of("also sooner", [5], priority=1), wait_for_room=True)
+    fetches.start(fetch_of("later", [0, 1, 2], priority=5))
+    fetches.start(fetch_of("sooner", [3, 4], priority=1))
+    fetches.start(fetch_of("also sooner", [5], priority=1))
     order = []
     while read := readable(fetches):
         order.append(read.key)
@@ -46,8 +46,8 @@ def test_urgent_reads_come_first_and_a_run_in_its_order() -> None:
 
 def test_a_read_that_somebody_urgent_waits_for_is_urgent() -> None:
     fetches = Fetches(Arena(SLOTS, 4096), SLOTS, held_lock())
-    fetches.start(fetch_of("later", [0, 1, 2, 3], priority=5), wait_for_room=True)
-    fetches.start(fetch_of("sooner", [2, 3], priority=1), wait_for_room=True)
+    fetches.start(fetch_of("later", [0, 1, 2, 3], priority=5))
+    fetches.start(fetch_of("sooner", [2, 3], priority=1))
     order = []
     while read := readable(fetches):
         order.append(read.key)
@@ -56,10 +56,10 @@ def test_a_read_that_somebody_urgent_waits_for_is_urgent() -> None:
 
 def test_who_comes_later_does_not_take_what_somebody_waits_for() -> None:
     fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
-    fetches.start(fetch_of("first", [0, 1, 2]), wait_for_room=True)
-    fetches.start(fetch_of("large", [3, 4, 5, 6], priority=1), wait_for_room=True)
+    fetches.start(fetch_of("first", [0, 1, 2]))
+    fetches.start(fetch_of("large", [3, 4, 5, 6], priority=1))
     for owner, pages, priority in (("small", [7], 1), ("smaller", [8], 5)):
-        fetches.start(fetch_of(owner, pages, priority), wait_for_room=True)
+        fetches.start(fetch_of(owner, pages, priority))
     assert fetches.waiting == 3, "there is room for either of them, but not for all"
     fetches.release("first")
     assert fetches.reading == 5, "the large one and the small one"
@@ -68,10 +68,10 @@ def test_who_comes_later_does_not_take_what_somebody_waits_for() -> None:
 
 def test_who_is_more_urgent_passes_those_who_wait_and_so_does_who_takes_nothing_from_them() -> None:
     fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
-    fetches.start(fetch_of("first", [0, 1, 2]), wait_for_room=True)
-    fetches.start(fetch_of("large", [3, 4, 5, 6], priority=1), wait_for_room=True)
-    fetches.start(fetch_of("urgent", [7], priority=0), wait_for_room=True)
-    fetches.start(fetch_of("the same", [0, 1], priority=5), wait_for_room=True)
+    fetches.start(fetch_of("first", [0, 1, 2]))
+    fetches.start(fetch_of("large", [3, 4, 5, 6], priority=1))
+    fetches.start(fetch_of("urgent", [7], priority=0))
+    fetches.start(fetch_of("the same", [0, 1], priority=5))
     assert fetches.waiting == 1
     assert fetches.reading == 4
 
@@ -79,18 +79,18 @@ def test_who_is_more_urgent_passes_those_who_wait_and_so_does_who_takes_nothing_
 def test_nobody_waits_behind_one_who_has_given_up() -> None:
     for give_up in (Fetches.release, Fetches.cut):
         fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
-        fetches.start(fetch_of("first", [0, 1, 2]), wait_for_room=True)
-        fetches.start(fetch_of("large", [3, 4, 5, 6]), wait_for_room=True)
-        fetches.start(fetch_of("small", [7]), wait_for_room=True)
+        fetches.start(fetch_of("first", [0, 1, 2]))
+        fetches.start(fetch_of("large", [3, 4, 5, 6]))
+        fetches.start(fetch_of("small", [7]))
         give_up(fetches, "large")
         assert fetches.waiting == 0
 
 
 def test_one_that_waits_needs_more_once_others_leave_what_it_shares_with_them() -> None:
     fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
-    fetches.start(fetch_of("first", [0, 1]), wait_for_room=True)
-    fetches.start(fetch_of("shares", [2, 3]), wait_for_room=True)
-    fetches.start(fetch_of("large", [2, 3, 4, 5, 6]), wait_for_room=True)
+    fetches.start(fetch_of("first", [0, 1]))
+    fetches.start(fetch_of("shares", [2, 3]))
+    fetches.start(fetch_of("large", [2, 3, 4, 5, 6]))
     fetches.release("shares")
     assert fetches.waiting == 1, "for three pages there would be room"
     fetches.release("first")
@@ -108,13 +108,13 @@ class CountingArena(Arena):
 def test_what_others_do_costs_the_same_however_large_the_one_is_that_waits() -> None:
     arena, pages = CountingArena(1000, 4096), 400
     fetches = Fetches(arena, 450, held_lock())
-    fetches.start(fetch_of("first", list(range(100))), wait_for_room=True)
-    fetches.start(fetch_of("large", list(range(100, 100 + pages))), wait_for_room=True)
+    fetches.start(fetch_of("first", list(range(100))))
+    fetches.start(fetch_of("large", list(range(100, 100 + pages))))
     assert fetches.waiting == 1
     arena.looked_up = 0
     for page in range(50):
         fetches.finish_read(readable(fetches), sound=True)  # type: ignore[arg-type]
-        fetches.start(fetch_of("the same", [page]), wait_for_room=True)
+        fetches.start(fetch_of("the same", [page]))
         fetches.release("the same")
         slot = arena.reserve()
         assert slot is not None
@@ -132,7 +132,7 @@ def test_one_that_waits_for_slots_needs_none_for_pages_that_are_saved_meanwhile(
     assert None not in slots
     for page in range(3):
         if page == 1:
-            fetches.start(fetch_of("waits", [1, 2]), wait_for_room=True)
+            fetches.start(fetch_of("waits", [1, 2]))
         arena.cache(key_of(page), slots.pop(), Backing.DIRTY)  # type: ignore[arg-type]
         fetches.committed(key_of(page))
         assert fetches.waiting == (page == 1)
@@ -152,14 +152,9 @@ class Sharing(RuleBasedStateMachine):
         self.open: list[int] = []
         self.missing: set[bytes] = set()
 
-    @rule(
-        owner=owners,
-        pages=st.lists(st.sampled_from(PAGES), max_size=8),
-        priority=st.integers(0, 2),
-        wait=st.booleans(),
-    )
-    def fetch(self, owner: str, pages: list[int], priority: int, wait: bool) -> None:
-        self.fetches.start(fetch_of(owner, pages, priority), wait_for_room=wait)
+    @rule(owner=owners, pages=st.lists(st.sampled_from(PAGES), max_size=8), priority=st.integers(0, 2))
+    def fetch(self, owner: str, pages: list[int], priority: int) -> None:
+        self.fetches.start(fetch_of(owner, pages, priority))
 
     @rule(owner=owners)
     def cut(self, owner: str) -> None:

@@ -13,7 +13,18 @@ from sglang_hcache.storage import evictor, index
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import evicting
 from sglang_hcache.storage.segments import Segments
-from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, keys_of, open_store, save, served, states
+from tests.storage.pages import (
+    FINGERPRINT,
+    LAYOUT,
+    counters,
+    key_of,
+    keys_of,
+    lease,
+    open_store,
+    save,
+    served,
+    states,
+)
 
 RECORD = LAYOUT.record_bytes
 
@@ -24,7 +35,7 @@ def test_pages_that_leave_memory_while_their_prefetch_waits_are_read(tmp_path: P
         save(store, range(first, first + 8))
         assert store.flush(10)
     store.drop_host()
-    assert len(store.lease("warm", keys_of(range(4)))) == 4
+    assert len(lease(store, "warm", keys_of(range(4)))) == 4
     store.release("warm")
     store.prefetch("busy", keys_of(range(8, 16)))
     assert store.wait("busy", 10).done

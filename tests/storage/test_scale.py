@@ -113,7 +113,7 @@ def started(pages: int, owners: int = 1) -> Fetches:
     keys = [key_of(page) for page in range(pages)]
     nowhere = Place(None, None)  # type: ignore[arg-type]
     for owner in range(owners):
-        fetches.start(Fetch(str(owner), keys, dict.fromkeys(keys, nowhere), 0), wait_for_room=True)
+        fetches.start(Fetch(str(owner), keys, dict.fromkeys(keys, nowhere), 0))
     return fetches
 
 
@@ -261,8 +261,8 @@ def test_reads_that_nobody_waits_for_do_not_pile_up_behind_a_drive_that_hangs() 
     keys = fetches._by_owner["0"].keys
     nowhere = Place(None, None)  # type: ignore[arg-type]
     for _ in range(100):
-        fetches.start(Fetch("0", [], {}, 0), wait_for_room=True)
-        fetches.start(Fetch("0", keys, dict.fromkeys(keys, nowhere), 0), wait_for_room=True)
+        fetches.start(Fetch("0", [], {}, 0))
+        fetches.start(Fetch("0", keys, dict.fromkeys(keys, nowhere), 0))
     assert len(fetches._queues[nowhere.volume].reads) <= 2 * pages
     assert fetches.reading == pages
     fetches.check()

@@ -19,6 +19,7 @@ from tests.storage.pages import (
     holds,
     key_of,
     keys_of,
+    lease,
     open_store,
     save,
     segment_files,
@@ -145,12 +146,19 @@ def test_no_more_is_leased_than_allowed(tmp_path: Path, on_file: bool) -> None:
     assert store.flush(30)
     if on_file:
         store.drop_host()
-    assert len(store.lease("a", keys_of(range(3)))) == 3
-    assert len(store.lease("b", keys_of(range(3, 6)))) == 1
-    assert len(store.lease("c", keys_of(range(4)))) == 4, "a slot that is leased already costs nothing"
+    assert len(lease(store, "a", keys_of(range(3)))) == 3
+    assert len(lease(store, "b", keys_of([3]))) == 1
+    store.prefetch("d", keys_of(range(4, 6)))
+    assert len(lease(store, "c", keys_of(range(4)))) == 4, "a slot that is leased already costs nothing"
+    assert store.progress("d") == ((), False)
+    assert counters(store)["pages_leased"] == 4
     store.check()
     for owner in "abc":
         store.release(owner)
+    assert len(store.wait("d", 30).slots) == 2
+    store.release("d")
+    assert len(lease(store, "a", keys_of(range(6)))) == 4
+    store.release("a")
     assert counters(store)["pages_leased"] == 0
     store.close()
 
@@ -162,7 +170,7 @@ def test_later_pages_in_memory_do_not_take_the_room_of_earlier_ones_on_file(tmp_
     store.drop_host()
     save(store, range(4, 8))
     assert store.flush(30)
-    slots = store.lease("a", keys_of(range(8)))
+    slots = lease(store, "a", keys_of(range(8)))
     assert [holds(store.memory[slot], page) for page, slot in enumerate(slots)] == [True] * 4
     store.close()
 
@@ -172,12 +180,12 @@ def test_a_new_lease_replaces_the_former_and_keeps_what_overlaps(tmp_path: Path)
     save(store, range(6))
     assert store.flush(30)
     store.drop_host()
-    first = store.lease("a", keys_of(range(4)))
+    first = lease(store, "a", keys_of(range(4)))
     read = counters(store)["bytes_read"]
-    second = store.lease("a", keys_of([0, 1, 2, 3, 4]))
+    second = lease(store, "a", keys_of([0, 1, 2, 3, 4]))
     assert second[:4] == first
     assert counters(store)["bytes_read"] == read + LAYOUT.record_bytes
-    assert store.lease("a", keys_of([4])) == second[4:]
+    assert lease(store, "a", keys_of([4])) == second[4:]
     assert counters(store)["pages_leased"] == 1
     store.release("a")
     store.release("a")
@@ -189,7 +197,7 @@ def test_a_lease_ends_where_a_page_is_missing_and_stays_put(tmp_path: Path) -> N
     store = open_store(tmp_path, slots=4)
     save(store, [0, 1, 3])
     assert store.flush(30)
-    slots = store.lease("a", keys_of(range(4)))
+    slots = lease(store, "a", keys_of(range(4)))
     assert len(slots) == 2
     for page in range(10, 20):
         save(store, [page])
@@ -228,13 +236,14 @@ def test_threads_capture_and_restore_at_once(tmp_path: Path) -> None:
     def restore(owner: str) -> None:
         for i in range(60):
             first = i % 50 + 1
-            for page, slot in enumerate(store.lease(owner, keys_of(range(first, first + 5))), first):
+            for page, slot in enumerate(lease(store, owner, keys_of(range(first, first + 5))), first):
                 assert holds(store.memory[slot], page)
             store.check()
             if i % 3 == 0:
                 store.release(owner)
             if i % 10 == 0:
                 store.drop_host()
+        store.release(owner)
 
     def guarded(work, argument) -> None:  # type: ignore[no-untyped-def]
         try:
@@ -250,8 +259,6 @@ def test_threads_capture_and_restore_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    for owner in "xyz":
-        store.release(owner)
     store.check()
     assert counters(store)["pages_leased"] == counters(store)["pages_open"] == 0
     assert counters(store)["pages_damaged"] == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.store import LocalStore
-from tests.storage.pages import counters, keys_of, open_store, save, served
+from tests.storage.pages import counters, keys_of, lease, open_store, save, served
 
 
 def on_file(store: LocalStore) -> int:
@@ -26,7 +26,7 @@ def test_selective_writes_what_is_used_a_second_time(tmp_path: Path) -> None:
     save(store, range(6))
     assert store.flush(30)
     assert on_file(store) == 0
-    store.lease("asked for", keys_of([1, 2]))
+    lease(store, "asked for", keys_of([1, 2]))
     store.release("asked for")
     save(store, [4])  # computed once more
     assert store.flush(30)
