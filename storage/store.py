@@ -68,14 +68,14 @@ class LocalStore:
         if not 0 < lease_limit <= 1:
             raise ValueError(f"lease_limit is {lease_limit}, not in (0, 1]")
         self.layout = layout
-        self._most_leased = lease_limit
+        self._lease_limit = lease_limit
         self._fingerprint = fingerprint
         self._on_progress = on_progress
         self._read_limit = read_limit
         self._arena = Arena(host_bytes // layout.record_bytes, layout.record_bytes, region)
         self._lock = threading.Lock()
         self._progressed = threading.Condition(self._lock)
-        self._fetches = Fetches(self._arena, self.lease_limit, self._lock)
+        self._fetches = Fetches(self._arena, self._most_leased, self._lock)
         self._closed = False
         self._hits_file = self._reserve_failed = 0
         contents = Contents(layout, fingerprint, segment_bytes, dict(about or {}))
@@ -113,9 +113,9 @@ class LocalStore:
             return self._arena.parent(slot)
 
     @property
-    def lease_limit(self) -> int:
+    def _most_leased(self) -> int:
         """Slots that may be leased in all."""
-        return max(1, int(self._arena.slots * self._most_leased))
+        return max(1, int(self._arena.slots * self._lease_limit))
 
     def resize(self, slots: int, region: mmap.mmap) -> None:
         """Have so many slots from now on; what is in them stays. `region`: the same memory, of that size at least.
@@ -124,7 +124,7 @@ class LocalStore:
         """
         with self._lock:
             self._arena.resize(slots, region)
-            self._fetches.limit = self.lease_limit
+            self._fetches.limit = self._most_leased
 
     def used_behind(self) -> bool:
         """Whether memory behind the last slot is still needed, for pages that are not on file yet."""
