@@ -74,13 +74,6 @@ class ChunkStore(Protocol):
         """
         ...
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of the pages are in memory or named by an index. No promise: a file may turn out to be damaged.
-
-        Looks up a memory-mapped index, reads no payloads.
-        """
-        ...
-
     def prefetch(
         self,
         owner: str,

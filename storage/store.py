@@ -165,6 +165,10 @@ class LocalStore:
         self._tell_progress()
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of the pages are in memory or named by an index. No promise: a file may turn out to be damaged.
+
+        Looks up a memory-mapped index, reads no payloads.
+        """
         with self._lock:
             held = {key for key in keys if self._arena.slot_of(key) is not None}
         held |= self._files.locate(key for key in keys if key not in held).keys()

@@ -121,6 +121,7 @@ class PrefetchClient:
         self._connection.send(m.Commit(pages=[m.Page(key, parent, slot)]))
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of the pages the prefetcher has in memory or on file; none where it does not answer."""
         try:
             return self._connection.ask(m.Lookup(keys=list(keys)), m.Found, ASK_S).present
         except Unavailable:

@@ -33,9 +33,6 @@ class NoStore:
     def commit(self, key: bytes, slot: int, parent: bytes) -> None:
         """It was another store's."""
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [False] * len(keys)
-
     def prefetch(
         self,
         owner: str,
