@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ import numpy as np
 from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import run_parallel
+from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.files import is_still, lock_within, make_private, remove, try_lock
 from sglang_hcache.storage.index import Index, Size, Used, prepare, seal_closed
@@ -119,16 +120,16 @@ class Directory:
             self._pages -= self._index.delete_many([(key, entry)])
         return damaged is None
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> None:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> None:
         """Write sealed records and name them in the index; durable on return, and not named where it raises.
 
-        With a quota the first of them may be named where it raises, and pages whose keys are not in `keep` evicted.
+        With a quota the first of them may be named where it raises, and pages that are not in `keep` evicted.
         """
         at_once = len(pages) if self._evictor is None else self._segments.segment_records
         for start in range(0, len(pages), max(1, at_once)):
             self._write(pages[start : start + at_once], keep)
 
-    def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes]) -> None:
+    def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep) -> None:
         if self._evictor is not None:
             self._pages -= self._evictor.make_room(len(pages), keep)
         placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)

@@ -17,6 +17,7 @@ times, soon make room for today's. A page is worth nothing without the pages bef
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ Ints = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]  # of pages and nodes: there are too many for larger ones
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+
+Keep = Callable[[], Iterable[bytes]]  # keys of pages that must stay: many, and asked for only where pages must go
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
 import numpy as np
 
-from sglang_hcache.storage.eviction import Ints, choose
+from sglang_hcache.storage.eviction import Ints, Keep, choose
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, evicting, is_busy
 from sglang_hcache.storage.segments import Segments
@@ -50,11 +50,11 @@ class Evictor:
         self._quota = quota
         self._siblings = siblings
 
-    def make_room(self, records: int, keep: Iterable[bytes] = ()) -> int:
+    def make_room(self, records: int, keep: Keep = list) -> int:
         """See to it that so many pages can be placed within the quota; how many pages of the fingerprint that cost.
 
-        `keep`: keys of pages that are not to be given up, as others are about to follow them. Raises OSError
-        (EDQUOT) where there cannot be room.
+        `keep`: pages that are not to be given up, as others are about to follow them. Raises OSError (EDQUOT) where
+        there cannot be room.
         """
         lost = 0
         while self._segments.free_records() < records:
@@ -89,7 +89,7 @@ class Evictor:
         else:
             log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
 
-    def _free(self, wanted: int, reuse: Segments | None = None, keep: Iterable[bytes] = ()) -> int:
+    def _free(self, wanted: int, reuse: Segments | None = None, keep: Keep = list) -> int:
         """Free so many bytes; how many pages of this fingerprint and directory were evicted for it.
 
         `reuse`: where records are kept for the next pages. What evicting in other directories has left here is swept
@@ -113,7 +113,7 @@ class Evictor:
         self._sweep(reuse)
         return sum(name.startswith(self._segments.fingerprint) for name, _ in places[0])
 
-    def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Iterable[bytes]) -> list[Places]:
+    def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Keep) -> list[Places]:
         """What to evict for so many bytes, of this directory and then of each other: names and places.
 
         Of this one alone where the others are not known, or cannot be read.
@@ -128,7 +128,7 @@ class Evictor:
         if tables is None:
             forest = dataclasses.replace(forest, orphan=np.zeros(len(table.names), np.bool_))
         freed = freeable(self._path, table, held=(self._segments.fingerprint, self._segments.held()))
-        victims = choose(forest, table.worth(time.time(), forest, keep), freed, wanted)
+        victims = choose(forest, table.worth(time.time(), forest, keep()), freed, wanted)
         return table.places(victims)
 
     def _unaccounted(self, own: Table) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import Record
 
@@ -25,7 +26,7 @@ class Files(Protocol):
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool: ...
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> bool:
         """False where none of the pages counts as written."""
         ...
 

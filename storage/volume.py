@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import lmdb
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Contents, Directory
+from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.index import Index, IndexStillOpen
 from sglang_hcache.storage.index_check import Entry
@@ -136,10 +137,10 @@ class Volume:
             self._fail(error, directory)
             return False
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> bool:
         """Write sealed records; True once they are durable, False where none of them counts as written.
 
-        `keep`: keys of pages that are not evicted for them, as of when they are asked for.
+        `keep`: pages that are not evicted for them.
         """
         directory = self._directory
         if directory is None or not self.healthy:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,16 +45,6 @@ class _VolumeQueue:
     @property
     def waiting(self) -> int:
         return len(self.queue) + len(self.batch)
-
-
-class _Kept:
-    """What is not evicted while a batch is written, as of when somebody looks: queues may be long, and few do."""
-
-    def __init__(self, writer: Writer, todo: _VolumeQueue) -> None:
-        self._look = partial(writer.kept, todo)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._look())
 
 
 class Writer:
@@ -260,7 +250,7 @@ class Writer:
         try:
             for slot, key in pages.items():
                 self._seal(memory[slot], key, self._arena.parent(slot))
-            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], _Kept(self, todo))
+            written = volume.write([(key, memory[slot]) for slot, key in pages.items()], partial(self._kept, todo))
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
             log.exception("hcache: %d pages could not be written.", len(pages))
             written, otherwise = False, self._give_up
@@ -276,7 +266,7 @@ class Writer:
                     otherwise(slot, key)
             self._written.notify_all()
 
-    def kept(self, todo: _VolumeQueue) -> list[bytes]:
+    def _kept(self, todo: _VolumeQueue) -> list[bytes]:
         """What waits or is written, what it follows, and what was written since the batch began, or just before."""
         with self._lock:
             keep = todo.keep.copy()

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import ASK_S
 from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
+from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
@@ -124,7 +125,7 @@ class RemoteFiles:
             return False
         return True
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> bool:
         """Send sealed records; once this returns their memory can be used again, as the prefetcher verifies them."""
         trackers = []
         for key, record in pages:

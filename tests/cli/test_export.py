@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_half_way(
     assert run(capsys, "export", "--all", "--dir", tmp_path / "a", "--out", tmp_path / "out")[0] == 0
     write, calls = Directory.write, list[int]()
 
-    def full(directory: Directory, pages: Any, keep: Any = ()) -> None:
+    def full(directory: Directory, pages: Any, keep: Any) -> None:
         calls.append(len(pages))
         if len(calls) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
