@@ -19,15 +19,13 @@ import zmq
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.keys import KeyFileError, client_keys
+from sglang_hcache.prefetch.sockets import set_limits
 
-HIGH_WATER = 1000  # messages queued by ZeroMQ; beyond, they wait in `_outbox`
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
 FAREWELL_S = 1.0  # for the answer to a goodbye
 WAITING_S = 10.0  # between two log lines that it is not ready
 LINGER_MS = 200  # for a goodbye
-HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
-REMOTE_HIGH_WATER = 8  # messages queued for another host: each may carry a record
 HUNG_S = 10.0  # waited for an answer so long, it is given up; the end of its process is seen at once
 
 log = logging.getLogger(__name__)
@@ -92,10 +90,8 @@ class Connection:
         self.ending: Ending | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set(zmq.SNDHWM, REMOTE_HIGH_WATER if self._remote else HIGH_WATER)
-        self._socket.set(zmq.RCVHWM, HIGH_WATER)
         self._socket.set(zmq.LINGER, LINGER_MS)
-        self._socket.set(zmq.MAXMSGSIZE, max(4 * m.MAX_MESSAGE_BYTES, record_bytes))
+        set_limits(self._socket, remote=self._remote, from_client=zmq.SNDHWM, largest_frame=record_bytes)
         try:
             self._connect(address, keys)
             self.welcome = self._introduce(hello, timeout_s, go_on)
@@ -153,10 +149,6 @@ class Connection:
         os.close(self._wake)
 
     def _connect(self, address: str, keys: Path | None) -> None:
-        if self._remote:
-            self._socket.set(zmq.IPV6, 1)
-            self._socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS[0])
-            self._socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_MS[1])
         if keys is not None:
             (self._socket.curve_publickey, self._socket.curve_secretkey), server = client_keys(keys)
             self._socket.curve_serverkey = server

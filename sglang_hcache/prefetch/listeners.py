@@ -16,19 +16,12 @@ import zmq
 import zmq.utils.monitor
 from zmq.utils import z85
 
-from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.keys import is_authorized, server_keys
+from sglang_hcache.prefetch.sockets import MAX_FRAME_BYTES, set_limits
 
-# ZeroMQ's limits, chosen so that no client can fill memory or hold up another. A local client has at most a few
-# messages a request under way; beyond HIGH_WATER they wait in the client, in its own memory.
-HIGH_WATER = 1000  # messages queued by ZeroMQ for one client, and from one client on this host
-REMOTE_HIGH_WATER = 8  # messages queued from one client on another host: each may carry records
 LINGER_MS = 500  # for what is still queued when the prefetcher ends
 AT_ONCE = 256  # messages taken from a socket before progress is announced again
 REMOTE_AT_ONCE = 8
-MAX_PAYLOAD_BYTES = 128 << 20  # of a page; one of 64 tokens of a 70B model, as hidden states, has 80 MiB
-MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (17 << 20)  # with its header, and each of 4096 layers aligned to 4 KiB
-HEARTBEAT_MS = (2000, 6000)  # ping another host so often; drop the connection after this silence
 HANDSHAKE_MS = 5000
 ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect; one a context
 ZAP_DOMAIN = b"hcache"
@@ -68,15 +61,10 @@ class Listener:
         pair = server_keys(Path(keys)) if remote and keys else None
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
-        self.socket.set(zmq.SNDHWM, HIGH_WATER)
-        self.socket.set(zmq.RCVHWM, REMOTE_HIGH_WATER if remote else HIGH_WATER)
         self.socket.set(zmq.LINGER, LINGER_MS)
-        # Beyond, ZeroMQ drops the connection.
-        self.socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES if remote else 4 * m.MAX_MESSAGE_BYTES)
+        largest = MAX_FRAME_BYTES if remote else 0
+        set_limits(self.socket, remote=remote, from_client=zmq.RCVHWM, largest_frame=largest)
         if remote:
-            self.socket.set(zmq.IPV6, 1)
-            self.socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS[0])
-            self.socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_MS[1])
             self.socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         if pair is not None:
             self.socket.curve_publickey, self.socket.curve_secretkey = pair

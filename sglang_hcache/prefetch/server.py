@@ -16,9 +16,10 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.listeners import MAX_PAYLOAD_BYTES, Frames, Listener, Listeners, Peer, Put
+from sglang_hcache.prefetch.listeners import Frames, Listener, Listeners, Peer, Put
 from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
 from sglang_hcache.prefetch.session import Refusal, Session, split_owner
+from sglang_hcache.prefetch.sockets import MAX_PAYLOAD_BYTES
 from sglang_hcache.prefetch.spaces import Space, Spaces
 from sglang_hcache.storage.rate_limit import RateLimit
 
