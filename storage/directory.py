@@ -29,8 +29,9 @@ from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.evictor import Evictor
 from sglang_hcache.storage.files import is_still, lock_within, make_private, remove, try_lock
-from sglang_hcache.storage.index import Index, Size, Used, prepare, seal_closed
+from sglang_hcache.storage.index import Index, Size, Used
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
+from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
 from sglang_hcache.storage.quota import Quota, census
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs

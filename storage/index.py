@@ -7,14 +7,8 @@ version it is rebuilt from the segments.
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
-import signal
 import struct
-import subprocess
-import sys
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,25 +19,12 @@ from typing import ClassVar, NamedTuple
 import lmdb
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.files import make_private, remove, sync_directory
-from sglang_hcache.storage.index_check import (
-    ENTRY,
-    ENTRY_VERSION,
-    FINGERPRINT_BYTES,
-    UNWRITABLE,
-    Entry,
-    decode,
-    encode,
-    last_transaction,
-)
+from sglang_hcache.storage.index_check import ENTRY, ENTRY_VERSION, FINGERPRINT_BYTES, Entry, decode, encode
+from sglang_hcache.storage.index_file import unseal
 
 MAP_BYTES = 8 << 30  # address space, not memory: room for tens of millions of pages
 MAX_READERS = 512  # read transactions at once, in all processes
-CHECK_TIMEOUT_S = 20.0  # and a second more for every CHECK_RATE bytes
-CHECK_RATE = 16 << 20
 NAME_BYTES = FINGERPRINT_BYTES + 32
 AT_ONCE = 1 << 14  # entries that are objects of Python at a time, where all are read
 
@@ -56,9 +37,6 @@ _SEGMENT, _SLOT, _SLOT_BYTES = slice(0, 16), slice(16, 20), 4  # of a value
 _MARKED = "all pages listed"
 _SIZES = struct.Struct("<II")  # of a mark, in the place of a parent: entry version, page_tokens
 _MOST_HITS = (1 << 32) - 1
-_SEAL = "closed.xxh3"
-_SEALED = struct.Struct("<16sQ")  # digest of the file, number of its last transaction
-_BLOCK_BYTES = 16 << 20
 _BROKEN = (  # what LMDB says of the file itself, not of the disk or of one call
     lmdb.CorruptedError,
     lmdb.InvalidError,
@@ -66,8 +44,6 @@ _BROKEN = (  # what LMDB says of the file itself, not of the disk or of one call
     lmdb.PageNotFoundError,
     lmdb.VersionMismatchError,
 )
-_CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
-
 
 Rows = npt.NDArray[np.void]
 
@@ -100,101 +76,6 @@ class Size(NamedTuple):
     page_tokens: int
 
 
-def prepare(path: Path, damage: Damage) -> None:
-    """Make the index in a directory safe to open, for a caller who alone uses it.
-
-    Keeps every sound entry of an index that can be read, in a fresh file; removes one that cannot. Starts a process
-    and waits for it. Raises OSError where the disk does not let it.
-    """
-    if os.path.lexists(path) and not path.is_dir():
-        damage.file(path, "it is not a directory")
-        remove(path)
-    make_private(path)
-    remove(path / "lock.mdb")
-    for leftover in path.glob("check-*"):
-        remove(leftover)
-    data, seal = path / "data.mdb", path / _SEAL
-    if is_sealed(path) or not os.path.lexists(data):
-        return
-    fresh = Path(tempfile.mkdtemp(prefix="check-", dir=path))
-    try:
-        reason = copy_checked(data, fresh, damage)
-        remove(seal)
-        if reason is None:
-            os.replace(fresh / "data.mdb", data)
-        else:
-            damage.file(data, reason)
-            remove(data)
-    finally:
-        remove(fresh)
-    sync_directory(path)
-
-
-def seal_closed(path: Path) -> None:
-    """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check."""
-    data = path / "data.mdb"
-    content = _SEALED.pack(_digest(data), last_transaction(path))
-    temporary = path / f"{_SEAL}.new"
-    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(content)
-    os.replace(temporary, path / _SEAL)
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether the index is, byte for byte, as it was when it was closed."""
-    sealed = _read_seal(path)
-    try:
-        return sealed is not None and sealed[0] == _digest(path / "data.mdb")
-    except OSError:
-        return False
-
-
-def _read_seal(path: Path) -> tuple[bytes, int] | None:
-    """The digest of the index when it was closed, and the number of its last transaction."""
-    try:
-        content = (path / _SEAL).read_bytes()
-    except OSError:
-        return None
-    return _SEALED.unpack(content) if len(content) == _SEALED.size else None
-
-
-def _digest(data: Path) -> bytes:
-    """Of a regular file's content; raises OSError for anything else."""
-    digest = xxhash.xxh3_128()
-    with open(data, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.digest()
-
-
-def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
-    """Copy what is sound of the index to `fresh`; why there is nothing to keep, or None."""
-    if not data.is_file():
-        return "it is not a regular file"
-    timeout_s = CHECK_TIMEOUT_S + data.stat().st_size / CHECK_RATE
-    command = [sys.executable, "-P", str(_CHECK_PROGRAM), str(data.parent), str(fresh)]
-    try:
-        child = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"reading it took more than {timeout_s:.0f} s"
-    if child.returncode == UNWRITABLE:
-        raise OSError(errno.ENOSPC, f"no fresh copy of the index can be written ({child.stderr.strip()})")
-    if child.returncode == -signal.SIGKILL:  # the kernel's doing, for want of memory; no damage is known to do that
-        raise OSError(errno.ENOMEM, "the check of the index was killed")
-    if child.returncode:
-        return f"reading it failed (status {child.returncode}: {child.stderr.strip() or 'no message'})"
-    dropped, last = map(int, child.stdout.split())
-    sealed = _read_seal(data.parent)
-    if sealed is not None and sealed[1] != last:
-        return "it is not as of the last transaction"
-    if dropped:
-        damage.file(data, f"{dropped} of its entries were changed and are dropped")
-        damage.count_pages(dropped)
-    return None
-
-
 class _Environment:
     """An index that is open in this process: once, however many use it, as LMDB's locks ask for."""
 
@@ -206,8 +87,8 @@ class _Environment:
         self.users = 0
         self.condemned = False
         self.sound = True
-        if writable and remove(path / _SEAL):
-            sync_directory(path)
+        if writable:
+            unseal(path)
         self.env = lmdb.open(
             str(path), map_size=MAP_BYTES, max_readers=MAX_READERS, mode=0o600, readahead=False, readonly=not writable
         )

@@ -19,7 +19,8 @@ import lmdb
 from sglang_hcache.config import default_directory, directories_of
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
-from sglang_hcache.storage.index import Index, copy_checked
+from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.index_file import copy_checked
 from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from sglang_hcache.storage.table import Table
 from sglang_hcache.storage.tree import fingerprint_of

@@ -35,8 +35,9 @@ from sglang_hcache.cli.common import (
 from sglang_hcache.storage.about import NAME, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import remove
-from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
+from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
+from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
 from sglang_hcache.storage.quota import census
 from sglang_hcache.storage.segment import SegmentReader

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_hcache.storage import index as index_module
-from sglang_hcache.storage import index_check
+from sglang_hcache.storage import index_check, index_file
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.index import Index, Size, prepare, seal_closed
+from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import Entry
+from sglang_hcache.storage.index_file import prepare, seal_closed
 from tests.storage.pages import (
     FINGERPRINT,
     LAYOUT,
@@ -207,7 +207,7 @@ def quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
         return (run_program if next(calls) % 50 == 0 else forked)(command, **options)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(index_module, "CHECK_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(index_file, "CHECK_TIMEOUT_S", TIMEOUT_S)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import lmdb
 import pytest
 
-from sglang_hcache.storage import index, volume
+from sglang_hcache.storage import index, index_file, volume
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
@@ -361,8 +361,8 @@ def test_an_index_that_is_broken_is_checked_before_it_is_used_again(
     store = open_store(tmp_path, retry_s=0.1)
     save(store, range(3))
     assert store.flush(30)
-    prepared = Mock(side_effect=index.copy_checked)
-    monkeypatch.setattr(index, "copy_checked", prepared)
+    prepared = Mock(side_effect=index_file.copy_checked)
+    monkeypatch.setattr(index_file, "copy_checked", prepared)
     with monkeypatch.context() as patch:
         patch.setattr(index, "encode", Mock(side_effect=lmdb.CorruptedError("something broke")))
         save(store, [3])

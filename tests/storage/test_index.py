@@ -10,8 +10,9 @@ import lmdb
 import xxhash
 
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.index import Index, Size, prepare
+from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import Entry, decode, encode
+from sglang_hcache.storage.index_file import prepare
 from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, open_store, save, served
 
 SIZE = Size(LAYOUT.record_bytes, LAYOUT.page_tokens)

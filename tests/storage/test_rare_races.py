@@ -9,7 +9,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from sglang_hcache.storage import evictor, index
+from sglang_hcache.storage import evictor, index_file
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import evicting
 from sglang_hcache.storage.segments import Segments
@@ -123,7 +123,7 @@ def test_an_index_whose_check_is_killed_is_kept(tmp_path: Path, monkeypatch: pyt
     program = tmp_path / "killed.py"
     program.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     with monkeypatch.context() as short_of_memory:
-        short_of_memory.setattr(index, "_CHECK_PROGRAM", program)
+        short_of_memory.setattr(index_file, "_CHECK_PROGRAM", program)
         store = open_store(tmp_path)
         assert "the check of the index was killed" in states(store)[0]
         assert counters(store)["files_damaged"] == 0
