@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import struct
@@ -22,7 +23,6 @@ CHECK_RATE = 16 << 20
 
 _SEAL = "closed.xxh3"
 _SEALED = struct.Struct("<16sQ")  # digest of the file, number of its last transaction
-_BLOCK_BYTES = 16 << 20
 _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 
 
@@ -92,11 +92,8 @@ def _read_seal(path: Path) -> tuple[bytes, int] | None:
 
 def _digest(data: Path) -> bytes:
     """Of a regular file's content; raises OSError for anything else."""
-    digest = xxhash.xxh3_128()
     with open(data, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.digest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).digest()
 
 
 def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
