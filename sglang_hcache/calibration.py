@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,8 +18,9 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 import sglang_hcache
-from sglang_hcache.config import CALIBRATION, HCacheConfig, kept_file
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.host_pages import HostPages, StoredLayer
+from sglang_hcache.kept import CALIBRATION, Kept
 from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.planner.hf_config import shape_of_config
@@ -29,7 +29,6 @@ from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.ranks import all_ranks
 from sglang_hcache.representation import Formats, LayerFormat
 from sglang_hcache.restore import restorer_for
-from sglang_hcache.storage.files import write_atomically
 from sglang_hcache.storage.probe import read_bytes_per_s
 from sglang_hcache.streams import current_stream
 from sglang_hcache.synthetic_forward import leaving_no_trace, most_tokens, prefill_random_prompt
@@ -185,8 +184,7 @@ class KeptRates:
         *,
         agree: Callable[[bool], bool],
     ) -> None:
-        self._path = kept_file(folder, about)
-        self._about = about
+        self._kept = Kept(folder, about)
         self._looked_at = time.monotonic()
         kept = self._read()
         if agree(kept is not None) and kept is not None:
@@ -209,16 +207,15 @@ class KeptRates:
             threading.Thread(target=self._write, name="hcache-rates", daemon=True).start()
 
     def _read(self) -> Machine | None:
+        found = self._kept.read()
         try:
-            found = json.loads(self._path.read_text())
-            return Machine(**found["rates"]) if found["about"] == self._about else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return Machine(**found["rates"]) if found is not None else None
+        except (ValueError, KeyError, TypeError):
             return None
 
     def _write(self) -> None:
         try:
-            kept = {"about": self._about, "rates": asdict(self.machine)}
-            write_atomically(self._path, json.dumps(kept, indent=1).encode())
+            self._kept.write(rates=asdict(self.machine))
         except OSError as error:
             logger.info("hcache: the calibration cannot be kept (%s)", error)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,11 +14,6 @@ LINKER_MODULE = "sglang_hcache.linker"
 
 DEFAULT_PAGE_SIZE = 64  # tokens
 PREFETCH_TIMEOUT_S = 1.0, 0.25  # in all, and for every 1,024 tokens
-
-
-# Folders in the first directory, one file a model each, as `kept_file` names it.
-CALIBRATION = "calibration"  # what was measured
-LAYOUTS = "layouts"  # what is stored of each layer
 
 
 class Representation(StrEnum):
@@ -49,11 +42,6 @@ def default_directory() -> Path:
     except RuntimeError:
         raise ValueError("has no default, as this user has no home directory: name one") from None
     return Path(base) / "sglang-hcache"
-
-
-def kept_file(folder: Path, about: Mapping[str, Any]) -> Path:
-    """Path of the file for values that depend on everything in `about`."""
-    return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
 
 
 def directories_of(given: str | Sequence[str]) -> list[Path]:

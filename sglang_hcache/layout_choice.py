@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_hcache.config import HCacheConfig, Representation
-from sglang_hcache.layouts import KeptLayout
+from sglang_hcache.kept import KeptLayout
 from sglang_hcache.model import Unsupported
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine

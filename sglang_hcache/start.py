@@ -11,7 +11,8 @@ from sglang.srt.runtime_context import get_memory, get_parallel
 
 from sglang_hcache.calibration import calibrate
 from sglang_hcache.capture import Capture
-from sglang_hcache.config import CALIBRATION, HCacheConfig, Representation
+from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.kept import CALIBRATION
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.load_planner import LoadPlanner
 from sglang_hcache.model import Pool, kv_row_bytes

@@ -17,8 +17,7 @@ from typing import Any
 from sglang_hcache import __version__
 from sglang_hcache.cli.advise import limit, stored_line, times
 from sglang_hcache.cli.common import CommandFailed, add_common, explain, print_json
-from sglang_hcache.config import CALIBRATION
-from sglang_hcache.layouts import KeptLayout
+from sglang_hcache.kept import CALIBRATION, KeptLayout
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape

@@ -10,7 +10,7 @@ import pytest
 
 import sglang_hcache
 from sglang_hcache.cli.main import main
-from sglang_hcache.layouts import KeptLayout
+from sglang_hcache.kept import KeptLayout
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sglang_hcache import ranks
-from sglang_hcache.config import LAYOUTS, HCacheConfig
+from sglang_hcache.config import HCacheConfig
+from sglang_hcache.kept import LAYOUTS
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.model import Unsupported
 from sglang_hcache.planner.machine import Machine
