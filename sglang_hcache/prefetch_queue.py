@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
+from sglang_hcache.config import PREFETCH_TIMEOUT_S
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import LoadPlanner, Prompt
 from sglang_hcache.planner.load import AGEING
@@ -39,8 +40,8 @@ class HoldRule:
     """When a held request is admitted."""
 
     policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
-    base_s: float = 1.0
-    per_ki_token_s: float = 0.25  # for each 1,024 tokens on the way
+    base_s: float = PREFETCH_TIMEOUT_S[0]
+    per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]  # for each 1,024 tokens on the way
 
     def deadline_s(self, tokens: int) -> float:
         """How long the pages of so many tokens may take; the request is never held longer."""
