@@ -149,8 +149,8 @@ def _try_restoring(
     layer = StoredLayer(0, page_tokens * layer_format.row_bytes, layer_format.dtype, layer_format.projector)
     positions = np.zeros((pages, page_tokens), np.int32)
     events = LayerEvents(current_stream(device), layers=1)
-    pages_of_it, engine = HostPages(memory, positions, [layer]), config.copier == "auto"
-    restorer = restorer_for(pages_of_it, device, None, events, pinned=pinned.pinned, engine=engine)
+    host_pages = HostPages(memory, positions, [layer])
+    restorer = restorer_for(host_pages, device, None, events, pinned=pinned.pinned, engine=config.copy_engine)
     try:
         return restorer.measure(pages, repeats=_REPEATS)
     finally:

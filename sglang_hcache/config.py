@@ -71,6 +71,11 @@ class HCacheConfig:
     prefetch_timeout_base_s: float = PREFETCH_TIMEOUT_S[0]
     prefetch_timeout_per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]
 
+    @property
+    def copy_engine(self) -> bool:
+        """Whether the GPU's copy engine may copy pages, where it can."""
+        return self.copier == "auto"
+
     def to_linker_config(self) -> dict[str, Any]:
         """The value of SGLang's `--unified-cache-external-linker-config`."""
         return {

@@ -95,7 +95,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._drafts,
             self.layer_done_counter,
             forward_stream,
-            engine=self._config.copier == "auto",
+            engine=self._config.copy_engine,
         )
         self._registration = Registration(
             self._config,
