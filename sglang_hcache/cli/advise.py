@@ -186,13 +186,12 @@ def upgrades(machine: Machine, drives: int) -> Iterator[Upgrade]:
 
 def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -> dict[str, Any]:
     """What `--json` prints. Times are seconds to the first token."""
-    costs = costs_of(shape, machine, offloaded=arguments.offload)
+    costs, new_tokens = costs_of(shape, machine, offloaded=arguments.offload), arguments.new_tokens
     tiers = ["host", "ssd"] if arguments.drives else ["host"]
+    planned = {tier: [hit_of(tokens, tier, new_tokens) for tokens in arguments.tokens] for tier in tiers}
     layout, stored_for = Layout(shape.layers, 0, 0), None
     for tier in reversed(tiers):
-        layout = plan_save(
-            costs, *_hits(tier, arguments), layerwise=arguments.layerwise, mixed=machine.ranks == 1
-        ).layout
+        layout = plan_save(costs, *planned[tier], layerwise=arguments.layerwise, mixed=machine.ranks == 1).layout
         if layout.hidden + layout.kv:
             stored_for = tier
             break
@@ -211,13 +210,13 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
             "hidden": shape.layers * shape.hidden_bytes,
         },
         "times": {
-            tier: [times(costs, layout, _hit(tokens, tier, arguments)) for tokens in LENGTHS] for tier in tiers
+            tier: [times(costs, layout, hit_of(tokens, tier, new_tokens)) for tokens in LENGTHS] for tier in tiers
         },
         "limits": {
             tier: limit(
                 shape,
                 machine,
-                _hits(tier, arguments),
+                planned[tier],
                 drives=arguments.drives if tier == "ssd" else 0,
                 offloaded=arguments.offload,
                 layerwise=arguments.layerwise,
@@ -365,14 +364,11 @@ def plot(report: dict[str, Any], file: Path) -> None:
         raise CommandFailed(explain(error, file)) from error
 
 
-def _hit(tokens: int, tier: str, arguments: argparse.Namespace) -> Hit:
-    pages = tokens // DEFAULT_PAGE_SIZE
+def hit_of(tokens: int, tier: str, new_tokens: int, page_tokens: int = DEFAULT_PAGE_SIZE) -> Hit:
+    """A prefix that is all in one tier, host memory or files."""
+    pages = tokens // page_tokens
     host, ssd = (pages, 0) if tier == "host" else (0, pages)
-    return Hit(DEFAULT_PAGE_SIZE, host, ssd, new_tokens=arguments.new_tokens)
-
-
-def _hits(tier: str, arguments: argparse.Namespace) -> list[Hit]:
-    return [_hit(tokens, tier, arguments) for tokens in arguments.tokens]
+    return Hit(page_tokens, host, ssd, new_tokens=new_tokens)
 
 
 def _known(name: str, names: Container[str]) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hcache import __version__
-from sglang_hcache.cli.advise import limit, stored_line, times
+from sglang_hcache.cli.advise import hit_of, limit, stored_line, times
 from sglang_hcache.cli.common import CommandFailed, add_common, explain, print_json
 from sglang_hcache.kept import CALIBRATION, KeptLayout
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
-from sglang_hcache.planner.timeline import Hit, Layout
+from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.storage.probe import read_bytes_per_s
 
 LENGTHS = (1024, 8192, 65536)  # tokens
@@ -136,19 +136,14 @@ def examine(measured: Measured, layout: Layout, drives: int) -> dict[str, Any]:
             if name.endswith("_per_s")
         },
         "times": {
-            tier: [times(costs, layout, _hit(tokens, page_tokens, tier)) for tokens in LENGTHS] for tier in tiers
+            tier: [times(costs, layout, hit_of(tokens, tier, NEW_TOKENS, page_tokens)) for tokens in LENGTHS]
+            for tier in tiers
         },
         "limits": {
-            tier: limit(shape, machine, [_hit(PLANNED, page_tokens, tier)], drives=of_tier)["text"]
+            tier: limit(shape, machine, [hit_of(PLANNED, tier, NEW_TOKENS, page_tokens)], drives=of_tier)["text"]
             for tier, of_tier in tiers.items()
         },
     }
-
-
-def _hit(tokens: int, page_tokens: int, tier: str) -> Hit:
-    pages = tokens // page_tokens
-    host, ssd = (pages, 0) if tier == "host" else (0, pages)
-    return Hit(page_tokens, host, ssd, new_tokens=NEW_TOKENS)
 
 
 def _print(report: dict[str, Any]) -> None:
