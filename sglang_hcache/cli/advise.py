@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -413,31 +414,19 @@ class _List(argparse.Action):
         parser.exit()
 
 
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate in GB/s")
-    return value
+def _number(what: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
 
 
-def _bits(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value <= 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits from 1 to 32")
-    return value
-
-
-def _part(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return value
+_rate = _number("a rate in GB/s", lambda rate: 0 < rate < 1e6)
+_bits = _number("a number of bits from 1 to 32", lambda bits: 1 <= bits <= 32)
+_part = _number("between 0 and 1", lambda part: 0 <= part <= 1)
