@@ -47,20 +47,11 @@ class _DraftStep(TorchCpuAttention):
         req_pool_indices: torch.Tensor,
         seq_lens: torch.Tensor,
         *args: Any,
-        sliding_window_size: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        lengths = seq_lens + self._drafts
         return super()._run_sdpa_forward_decode(
-            query,
-            output,
-            k_cache,
-            v_cache,
-            req_to_token,
-            req_pool_indices,
-            seq_lens + self._drafts,
-            *args,
-            sliding_window_size=sliding_window_size,
-            **kwargs,
+            query, output, k_cache, v_cache, req_to_token, req_pool_indices, lengths, *args, **kwargs
         )
 
 
