@@ -21,7 +21,6 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 class LoadPlan:
     pages: int  # to restore, from the first on; prefill takes over after them
     seconds: float  # expected, to the first token
-    recompute_s: float  # if nothing were restored
 
 
 def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -> LoadPlan:
@@ -31,14 +30,14 @@ def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -
     """
     alone_s = recompute_s(costs, hit)
     if not hit.pages or not layout.hidden + layout.kv:
-        return LoadPlan(0, alone_s, alone_s)
+        return LoadPlan(0, alone_s)
     seconds = split_seconds(costs, layout, hit)
     least = min(least_pages, hit.pages)
     skipped = max(0, least - 1)
     best = skipped + int(seconds[skipped:].argmin())
     if seconds[best] < alone_s or least:
-        return LoadPlan(best + 1, float(seconds[best]), alone_s)
-    return LoadPlan(0, alone_s, alone_s)
+        return LoadPlan(best + 1, float(seconds[best]))
+    return LoadPlan(0, alone_s)
 
 
 @dataclass(frozen=True)
