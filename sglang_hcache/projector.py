@@ -148,12 +148,12 @@ class PoolReader:
         on_gpu = self._buffers[0][0].device.type == "cuda"
         self._layers = PoolLayers(self._buffers) if on_gpu else None
 
-    def read(self, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
-        """Of layers from the `first` one of these on, what is in slots `[n]`: out uint8 `[some layers, n, bytes]`."""
+    def read(self, slots: torch.Tensor, out: torch.Tensor) -> None:
+        """Of these layers, what is in slots `[n]`: out uint8 `[layers, n, bytes]`."""
         if self._layers is not None:
-            self._layers.gather_kv(first, slots, out)
+            self._layers.gather_kv(slots, out)
             return
-        for buffers, rows in zip(self._buffers[first : first + len(out)], out, strict=True):
+        for buffers, rows in zip(self._buffers, out, strict=True):
             for buffer, part in zip(buffers, _parts(rows, buffers), strict=True):
                 part.copy_(buffer[slots].flatten(1).view(torch.uint8))
 

@@ -275,7 +275,7 @@ class KVRows:
         self._current.wait(self._forward.record())
         _, layers, _, row_bytes = self._chunks.shape
         found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
-        self._pool.read(0, slots, found)
+        self._pool.read(slots, found)
         return self._copy_out.rows_to_host(found)
 
     def write(self, rows: torch.Tensor, places: Sequence[tuple[int, int]]) -> None:

@@ -79,7 +79,7 @@ def warm_up(stored: Stored, pool: Pool, drafts: Sequence[Pool], page_tokens: int
         number += draft.layer_num
     for number, one, layer in firsts:
         as_it_was = torch.empty(1, page_tokens, kv_row_bytes(one, layer), dtype=torch.uint8, device=pool.device)
-        PoolReader(one, range(layer, layer + 1)).read(0, slots, as_it_was)
+        PoolReader(one, range(layer, layer + 1)).read(slots, as_it_was)
         way = stored.of(number)
         rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=pool.device)
         if way.codec is not None:  # a lossy one has had no part in the self-test

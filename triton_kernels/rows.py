@@ -167,21 +167,20 @@ class PoolLayers:
         odd = any(place % (_WIDE * WORD) for place in itertools.chain(*places))
         self._alignment = WORD if odd else _WIDE * WORD
 
-    def gather_kv(self, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
-        """The inverse of `scatter_kv`: `out[l, i]` = K's bytes and then V's of slot `slots[i]` in layer `first + l`.
+    def gather_kv(self, slots: torch.Tensor, out: torch.Tensor) -> None:
+        """The inverse of `scatter_kv`: `out[l, i]` = K's bytes and then V's of slot `slots[i]` in layer l of these.
 
-        slots: int64 `[n]`; out `[some layers, n, …]`, contiguous, may be pinned memory. One launch. Raises ValueError
-        for sizes that do not agree, or layers that are not there.
+        slots: int64 `[n]`; out `[layers, n, …]`, contiguous, may be pinned memory. One launch. Raises ValueError for
+        sizes that do not agree, or another number of layers.
         """
-        count = len(out)
-        if not count or not 0 <= first <= len(self.addresses) - count:
-            raise ValueError(f"layers {first} to {first + count - 1} of {len(self.addresses)}")
+        if len(out) != len(self.addresses):
+            raise ValueError(f"room for {len(out)} layers, not for {len(self.addresses)}")
         _require_rows(out[0], slots, self.k_words, self.v_words)
         if len(slots):
             words = self.k_words + self.v_words
             block = _kv_block(words)
-            _gather_kv[(len(slots), triton.cdiv(words, block), count)](
-                self.addresses[first:], slots, _words(out),
+            _gather_kv[(len(slots), triton.cdiv(words, block), len(out))](
+                self.addresses, slots, _words(out),
                 k_words=self.k_words, v_words=self.v_words, ALIGNMENT=self._alignment, BLOCK=block,
                 num_warps=_KV_WARPS,
             )  # fmt: skip

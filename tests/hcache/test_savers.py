@@ -229,9 +229,9 @@ def test_windowed_layers_are_saved_of_the_last_pages(
     monkeypatch.setattr(savers, "_GATHERED_BYTES", together * window.layer_num * PAGE * 2 * 4 * HEADS * HEAD)
     gathered, read = list[int](), PoolReader.read
 
-    def noted(self: PoolReader, first: int, slots: torch.Tensor, out: torch.Tensor) -> None:
+    def noted(self: PoolReader, slots: torch.Tensor, out: torch.Tensor) -> None:
         gathered.append(out.nbytes)
-        read(self, first, slots, out)
+        read(self, slots, out)
 
     monkeypatch.setattr(PoolReader, "read", noted)
     for buffer in (*window.k_buffer, *window.v_buffer):

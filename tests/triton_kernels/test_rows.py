@@ -58,7 +58,7 @@ def test_keys_and_values_come_back_to_other_slots(dtype: torch.dtype) -> None:
     source, target = order[:n], order[n : 2 * n]
     before = [buffer.view(torch.uint8).clone() for buffer in (keys, values)]
 
-    PoolLayers([(keys, values)]).gather_kv(0, source, rows[None])
+    PoolLayers([(keys, values)]).gather_kv(source, rows[None])
     scatter_kv(rows, target, (keys, values))
 
     others = torch.ones(slots, dtype=torch.bool, device=DEVICE)
@@ -69,41 +69,39 @@ def test_keys_and_values_come_back_to_other_slots(dtype: torch.dtype) -> None:
         assert torch.equal(now[others], was[others])
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 5), (2, 2), (3, 2)])
+@pytest.mark.parametrize("layers", [1, 5])
 @pytest.mark.parametrize(("k_bytes", "v_bytes"), [(8, 8), (96, 160), (9000, 9000), (1152, 0)])
-def test_some_layers_are_gathered_at_once_and_nothing_else_is_written(
-    k_bytes: int, v_bytes: int, first: int, count: int
-) -> None:
-    layers, space, n, row = 5, 30, 13, k_bytes + v_bytes
+def test_layers_are_gathered_at_once_and_nothing_else_is_written(k_bytes: int, v_bytes: int, layers: int) -> None:
+    space, n, row = 30, 13, k_bytes + v_bytes
     sizes = (k_bytes, v_bytes) if v_bytes else (k_bytes,)
     pool = [
         tuple(_bytes(space * size, seed=10 * layer + part).view(space, size) for part, size in enumerate(sizes))
         for layer in range(layers)
     ]
     slots = torch.randperm(space, device=DEVICE)[:n]
-    memory = _bytes((count * n + 2) * row, seed=99)
+    memory = _bytes((layers * n + 2) * row, seed=99)
     expected = memory.clone()
     expected[row:-row] = torch.cat(
-        [torch.cat([buffer[slots] for buffer in buffers], dim=1).view(-1) for buffers in pool[first : first + count]]
+        [torch.cat([buffer[slots] for buffer in buffers], dim=1).view(-1) for buffers in pool]
     )
-    PoolLayers(pool).gather_kv(first, slots, memory[row:-row].view(count, n, row))
+    PoolLayers(pool).gather_kv(slots, memory[row:-row].view(layers, n, row))
     assert torch.equal(memory, expected)
 
 
 def test_layers_that_begin_at_odd_words_are_gathered() -> None:
     memory, slots = _bytes(2 * 640 + 8, seed=3), torch.tensor([3, 0, 4], device=DEVICE)
     pool = [tuple(part.view(5, 128) for part in memory[begin:][:1280].view(2, 640)) for begin in (0, 8)]
-    for first, (keys, values) in enumerate(pool):
-        out = torch.zeros(1, 3, 256, dtype=torch.uint8, device=DEVICE)
-        PoolLayers(pool).gather_kv(first, slots, out)
-        assert torch.equal(out[0], torch.cat([keys[slots], values[slots]], dim=1))
+    out = torch.zeros(2, 3, 256, dtype=torch.uint8, device=DEVICE)
+    PoolLayers(pool).gather_kv(slots, out)
+    for rows, (keys, values) in zip(out, pool, strict=True):
+        assert torch.equal(rows, torch.cat([keys[slots], values[slots]], dim=1))
 
 
-def test_layers_that_are_not_there_or_differ_are_refused() -> None:
+def test_other_layers_or_layers_that_differ_are_refused() -> None:
     pool, slots = [(_bytes(64, 0).view(4, 16),)] * 3, torch.tensor([0, 1], device=DEVICE)
-    for first, count in ((0, 4), (2, 2), (-1, 1), (1, 0)):
-        with pytest.raises(ValueError, match="of 3"):
-            PoolLayers(pool).gather_kv(first, slots, _bytes(count * 32, 0).view(count, 2, 16))
+    for count in (0, 2, 4):
+        with pytest.raises(ValueError, match=f"{count} layers, not for 3"):
+            PoolLayers(pool).gather_kv(slots, _bytes(count * 32, 0).view(count, 2, 16))
     with pytest.raises(ValueError, match="of 2 sizes"):
         PoolLayers([*pool, (_bytes(64, 0).view(2, 32),)])
 
@@ -114,7 +112,7 @@ def test_latents_come_back_to_other_slots() -> None:
     rows = torch.empty(7, 144, dtype=torch.uint8, device=DEVICE)
     order = torch.randperm(20, device=DEVICE)
     before = latents.view(torch.uint8).clone()
-    PoolLayers([(latents,)]).gather_kv(0, order[:7], rows[None])
+    PoolLayers([(latents,)]).gather_kv(order[:7], rows[None])
     scatter_kv(rows, order[7:14], (latents,))
     now = latents.view(torch.uint8)
     assert torch.equal(rows, before[order[:7]].view(7, -1))
@@ -145,7 +143,7 @@ def test_offsets_in_a_large_pool_are_beyond_int32() -> None:
     rows, back = _bytes(2 * 512, seed=1).view(2, 512), torch.zeros(2, 512, dtype=torch.uint8, device=DEVICE)
     scatter_kv(rows, slots, (pool,))
     assert torch.equal(pool[slots], rows)
-    PoolLayers([(pool,)]).gather_kv(0, slots, back[None])
+    PoolLayers([(pool,)]).gather_kv(slots, back[None])
     assert torch.equal(back, rows)
     copy_rows(pool, slots[1:] * 512, back[None, 1:], layer_bytes=1024, programs=1, warps=1)
     assert torch.equal(back[1], rows[1])
