@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from sglang_hcache import scheduler_hooks
+from sglang_hcache.capture import Capture
 from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.host_pages import HostPages, StoredLayer
 from sglang_hcache.layer_events import LayerEvents
@@ -27,7 +27,8 @@ Client = PrefetchClient | RemoteClient
 class Attachment:
     """Of one store at a time. `opened` and `closing` may be called from another thread, all else by the scheduler's.
 
-    engine: whether the GPU's copy engine may copy pages.
+    capture: what a saver's hidden states come from, if any do. rows_of_a_forward: the most that one writes. engine:
+    whether the GPU's copy engine may copy pages.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Attachment:
         events: LayerEvents,
         forward_stream: torch.cuda.Stream | None,
         *,
+        capture: Capture | None,
+        rows_of_a_forward: int,
         engine: bool,
     ) -> None:
         self._stored = stored
@@ -45,6 +48,8 @@ class Attachment:
         self._drafts = drafts
         self._events = events
         self._forward_stream = forward_stream
+        self._capture = capture
+        self._rows_of_a_forward = rows_of_a_forward
         self._engine = engine
         self._device = str(pool.device)
         self._copy_out = _copy_out_of(self._device)
@@ -71,8 +76,8 @@ class Attachment:
 
     def detach(self) -> NoSaver:
         """Nothing that is captured from now on goes anywhere."""
-        if scheduler_hooks.capture is not None:
-            scheduler_hooks.capture.sink = None
+        if self._capture is not None:
+            self._capture.sink = None
         return NoSaver()
 
     def close(self) -> None:
@@ -100,16 +105,16 @@ class Attachment:
         )
 
     def _no_saver(self) -> NoSaver:
-        if scheduler_hooks.capture is not None:
-            scheduler_hooks.capture.keep(0, self._stored.of(0).codec)
+        if self._capture is not None:
+            self._capture.keep(0, self._stored.of(0).codec)
         return NoSaver()
 
     def _saver(self, store: Client) -> PageSaver:
-        stored, capture = self._stored, scheduler_hooks.capture
+        stored, capture = self._stored, self._capture
         layout, codec = stored.layout, stored.of(0).codec
         kv, windowed = self._kv_rows(store)
         saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, windowed=windowed, codec=codec)
-        forward_bytes = sum(stored.row_bytes[layout.hidden :]) * scheduler_hooks.most_rows_of_a_forward()
+        forward_bytes = sum(stored.row_bytes[layout.hidden :]) * self._rows_of_a_forward
         if capture is not None:
             capture.keep(layout.hidden, codec)
             if layout.hidden:

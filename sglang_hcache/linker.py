@@ -95,6 +95,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._drafts,
             self.layer_done_counter,
             forward_stream,
+            capture=scheduler_hooks.capture,
+            rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
             engine=self._config.copy_engine,
         )
         self._registration = Registration(
