@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from bench.order import Waiting, in_order
 from sglang_hcache.planner.cost import Costs
-from sglang_hcache.planner.load import plan_load
+from sglang_hcache.planner.load import AGEING, plan_load
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 
 
@@ -35,6 +34,18 @@ class Arrival:
     hit: Hit  # with no queues: the simulation knows them
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    index: int
+    restore_s: float  # alone
+    arrival_s: float
+
+    @property
+    def turn(self) -> tuple[float, float]:
+        """The least goes first, as the server asks the prefetcher for it (docs/planner.md)."""
+        return self.restore_s + AGEING * self.arrival_s, self.arrival_s
+
+
 @dataclass
 class _Busy:
     """When each stage is free again, in s."""
@@ -47,18 +58,18 @@ class _Busy:
 def simulate(costs: Costs, arrivals: Sequence[Arrival], method: Method) -> list[float]:
     """Seconds to the first token of each, in the order given."""
     pending = sorted(range(len(arrivals)), key=lambda index: arrivals[index].at_s, reverse=True)
-    busy, waiting, first_token_s = _Busy(), list[Waiting](), [0.0] * len(arrivals)
+    busy, waiting, first_token_s = _Busy(), list[_Waiting](), [0.0] * len(arrivals)
     while pending or waiting:
         now_s = max(busy.bus_s, busy.ssd_s)
         if not waiting and pending:
             now_s = max(now_s, arrivals[pending[-1]].at_s)
         while pending and arrivals[pending[-1]].at_s <= now_s:
             index = pending.pop()
-            waiting.append(Waiting(index, _alone_s(costs, arrivals[index].hit, method), arrivals[index].at_s))
-        chosen = in_order(waiting)[0]
+            waiting.append(_Waiting(index, _alone_s(costs, arrivals[index].hit, method), arrivals[index].at_s))
+        chosen = min(waiting, key=lambda one: one.turn)
         waiting.remove(chosen)
-        arrival = arrivals[chosen.request]
-        first_token_s[chosen.request] = _serve(costs, arrival.hit, method, now_s, busy) - arrival.at_s
+        arrival = arrivals[chosen.index]
+        first_token_s[chosen.index] = _serve(costs, arrival.hit, method, now_s, busy) - arrival.at_s
     return first_token_s
 
 

@@ -6,55 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.order import Waiting, in_order
 from bench.simulate import Arrival, Method, Restore, simulate
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.load import AGEING, plan_load
+from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.machine import machine_of
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 from tests.hcache.planners import LLAMA_2_7B, costs, hits
 
 
-def served(waiting: list[Waiting]) -> list[Waiting]:
-    """One server, that picks the next whenever it is free."""
-    pending, done, now_s = sorted(waiting, key=lambda one: one.arrival_s), list[Waiting](), 0.0
-    while pending:
-        now_s = max(now_s, pending[0].arrival_s)
-        chosen = in_order([one for one in pending if one.arrival_s <= now_s])[0]
-        pending.remove(chosen)
-        done.append(chosen)
-        now_s += chosen.restore_s
-    return done
-
-
-def test_the_shortest_goes_first() -> None:
-    waiting = [Waiting("long", 0.4, 0.0), Waiting("short", 0.1, 0.01), Waiting("middle", 0.2, 0.02)]
-    assert [one.request for one in in_order(waiting)] == ["short", "middle", "long"]
-
-
-@given(st.lists(st.tuples(st.floats(0.001, 2), st.floats(0, 20)), min_size=1, max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_none_is_overtaken_by_those_that_come_too_late(drawn: list[tuple[float, float]]) -> None:
-    waiting = [Waiting(index, restore_s, arrival_s) for index, (restore_s, arrival_s) in enumerate(drawn)]
-    order = served(waiting)
-    assert sorted(one.request for one in order) == list(range(len(waiting)))
-    for place, one in enumerate(order):
-        for earlier in order[:place]:
-            assert earlier.arrival_s <= one.arrival_s + one.restore_s / AGEING + 1e-9
-
-
-def test_a_long_restoration_is_served_amid_a_flood_of_short_ones() -> None:
-    """The short ones come twice as fast as they can be served, for ever."""
-    long = Waiting("long", 2.0, 0.05)
-    flood = [Waiting(index, 0.1, 0.05 * index) for index in range(600)]
-    order = [one.request for one in served([long, *flood])]
-    assert order.index("long") < 600 / 2
-    assert order.index("long") > 5, "nor does it go first"
-
-
-def test_ageing_cannot_be_switched_off() -> None:
-    with pytest.raises(ValueError, match="starve"):
-        in_order([], ageing=0.0)
+def test_of_those_that_wait_the_shortest_goes_first() -> None:
+    found = costs_of(LLAMA_2_7B, machine_of("A100-80"))
+    arrivals = [Arrival(0.001 * index, Hit(64, pages)) for index, pages in enumerate((64, 200, 16, 100))]
+    seconds = simulate(found, arrivals, Method(Layout(0, 32, 0), Restore.ALL))
+    ends = [arrival.at_s + after for arrival, after in zip(arrivals, seconds, strict=True)]
+    assert sorted(range(4), key=ends.__getitem__) == [0, 2, 3, 1], "the first, which found nobody, aside"
 
 
 @given(costs(), hits(), st.sampled_from([Restore.ALL, Restore.PLANNED, Restore.NOTHING]))
