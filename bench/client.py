@@ -18,6 +18,10 @@ from typing import Any
 
 from bench.models import FIRST_PLAIN_ID
 
+ANSWER_WAIT_S = 300.0
+UPDATE_WAIT_S = 120.0  # of weights
+IDLE_WAIT_S = 30.0
+
 
 class RequestFailed(RuntimeError):
     """The server refused a request or broke it off."""
@@ -25,16 +29,14 @@ class RequestFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One generation. Greedy, and of exactly `max_new_tokens` tokens unless `stop_at_eos`."""
+    """One generation. Greedy, streamed, and of exactly `max_new_tokens` tokens."""
 
-    prompt: Sequence[int] | str
+    prompt: Sequence[int]
     max_new_tokens: int = 16
     logprobs: bool = True  # of the output; costs a little time a token
     logprobs_from: int | None = None  # prompt position; SGLang takes no position from here on out of a cache
     cache_salt: str | None = None
     extra_key: str | None = None
-    stream: bool = True  # without it there is no time to first token
-    stop_at_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Answer:
     cached_tokens: int  # prompt tokens that were not prefilled
     cached_device: int  # of these, found in the KV pool
     cached_host: int  # of these, brought back from a tier below
-    ttft_s: float  # seconds from sending to the first token; the whole time if not streamed
+    ttft_s: float  # seconds from sending to the first token
     total_s: float  # seconds from sending to the last token
     finish_reason: str  # "length", "stop", "abort"
     verifications: int = 0  # forwards that verified drafts, where the server speculates
@@ -89,23 +91,18 @@ class Client:
 
     def generate(
         self,
-        prompt: Sequence[int] | str,
+        prompt: Sequence[int],
         max_new_tokens: int = 16,
         *,
         logprobs: bool = True,
         logprobs_from: int | None = None,
-        cache_salt: str | None = None,
-        extra_key: str | None = None,
-        stream: bool = True,
-        timeout_s: float = 300.0,
     ) -> Answer:
-        request = Request(prompt, max_new_tokens, logprobs, logprobs_from, cache_salt, extra_key, stream)
-        return self.send(request, timeout_s=timeout_s)
+        return self.send(Request(prompt, max_new_tokens, logprobs, logprobs_from))
 
-    def send(self, request: Request, *, timeout_s: float = 300.0) -> Answer:
+    def send(self, request: Request) -> Answer:
         """One request by the native `/generate` endpoint."""
         began = time.monotonic()
-        events = self._post("/generate", _generate_body(request), request.stream, timeout_s)
+        events = self._post("/generate", _generate_body(request), True, ANSWER_WAIT_S)
         ttft_s, last = 0.0, None
         for event in events:
             ttft_s = ttft_s or time.monotonic() - began
@@ -114,18 +111,11 @@ class Client:
             raise RequestFailed(f"/generate answered {last}")
         return _native_answer(last, ttft_s, time.monotonic() - began)
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        max_new_tokens: int = 16,
-        *,
-        cache_salt: str | None = None,
-        timeout_s: float = 300.0,
-    ) -> Answer:
+    def chat(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int) -> Answer:
         """One streamed request by `/v1/chat/completions`, as a chat application sends it."""
         began = time.monotonic()
-        body = _chat_body(messages, max_new_tokens, cache_salt)
-        events = self._post("/v1/chat/completions", body, True, timeout_s)
+        body = _chat_body(messages, max_new_tokens)
+        events = self._post("/v1/chat/completions", body, True, ANSWER_WAIT_S)
         answer = _ChatStream()
         for event in events:
             answer.take(event, time.monotonic() - began)
@@ -135,26 +125,22 @@ class Client:
         """Resolved settings, and per scheduler `internal_states` with the pool's capacity and use."""
         return self._get("/server_info")
 
-    def loads(self) -> dict[str, Any]:
-        """Running and waiting requests and used tokens, per scheduler (`/v1/loads`)."""
-        return self._get("/v1/loads")
-
-    def flush_cache(self, timeout_s: float = 30.0) -> None:
+    def flush_cache(self) -> None:
         """Empties SGLang's radix tree once the server is idle."""
-        status, body = self._request("POST", f"/flush_cache?timeout={timeout_s:g}", None, timeout_s + 10.0)
+        status, body = self._request("POST", f"/flush_cache?timeout={IDLE_WAIT_S:g}", None, IDLE_WAIT_S + 10.0)
         if status != 200:
             raise RequestFailed(f"/flush_cache answered {status}: {body.decode(errors='replace')}")
 
-    def update_weights(self, model: Path, timeout_s: float = 120.0) -> None:
+    def update_weights(self, model: Path) -> None:
         """Replaces the weights in place by those of another checkpoint of the same shape."""
-        for answer in self._post("/update_weights_from_disk", {"model_path": str(model)}, False, timeout_s):
+        for answer in self._post("/update_weights_from_disk", {"model_path": str(model)}, False, UPDATE_WAIT_S):
             if not answer["success"]:
                 raise RequestFailed(f"/update_weights_from_disk: {answer['message']}")
 
-    def hold_weight_session(self, timeout_s: float = 60.0) -> None:
+    def hold_weight_session(self) -> None:
         """One in which nothing is loaded: as if the weights were written where they are, by RDMA."""
         for path in ("/begin_weight_update", "/end_weight_update"):
-            for answer in self._post(path, {}, False, timeout_s):
+            for answer in self._post(path, {}, False, UPDATE_WAIT_S):
                 if not answer["success"]:
                     raise RequestFailed(f"{path}: {answer['message']}")
 
@@ -236,24 +222,23 @@ class _ChatStream:
 
 
 def _generate_body(request: Request) -> dict[str, Any]:
-    field = "text" if isinstance(request.prompt, str) else "input_ids"
     body: dict[str, Any] = {
-        field: request.prompt if isinstance(request.prompt, str) else list(request.prompt),
+        "input_ids": list(request.prompt),
         "sampling_params": {
             "temperature": 0.0,
             "max_new_tokens": request.max_new_tokens,
-            "ignore_eos": not request.stop_at_eos,
+            "ignore_eos": True,
         },
         "return_logprob": request.logprobs or request.logprobs_from is not None,
         "logprob_start_len": -1 if request.logprobs_from is None else request.logprobs_from,
-        "stream": request.stream,
+        "stream": True,
     }
     optional = {"cache_salt": request.cache_salt, "extra_key": request.extra_key}
     return body | {name: value for name, value in optional.items() if value is not None}
 
 
-def _chat_body(messages: Sequence[Mapping[str, str]], max_new_tokens: int, cache_salt: str | None) -> dict[str, Any]:
-    body: dict[str, Any] = {
+def _chat_body(messages: Sequence[Mapping[str, str]], max_new_tokens: int) -> dict[str, Any]:
+    return {
         "model": "default",
         "messages": [dict(message) for message in messages],
         "temperature": 0.0,
@@ -264,7 +249,6 @@ def _chat_body(messages: Sequence[Mapping[str, str]], max_new_tokens: int, cache
         "return_cached_tokens_details": True,
         "return_output_ids_in_sglext": True,
     }
-    return body | ({"cache_salt": cache_salt} if cache_salt is not None else {})
 
 
 def _native_answer(event: dict[str, Any], ttft_s: float, total_s: float) -> Answer:
