@@ -46,10 +46,6 @@ def _once(work: Callable[[], object]) -> float:
     return float(before.elapsed_time(after)) / 1000
 
 
-def pinned(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, pin_memory=DEVICE == "cuda")
-
-
 def noise(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """Normal values on the device."""
     return torch.randn(*shape, dtype=dtype, device=DEVICE) * scale
@@ -57,7 +53,8 @@ def noise(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 
 def host_to_device_gb_s(n_bytes: int) -> float:
     """The copy engine's rate from pinned memory."""
-    source, target = pinned(n_bytes), torch.empty(n_bytes, dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=DEVICE == "cuda")
+    target = torch.empty(n_bytes, dtype=torch.uint8, device=DEVICE)
     return n_bytes / seconds(lambda: target.copy_(source, non_blocking=True)) / 1e9
 
 

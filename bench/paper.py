@@ -31,6 +31,7 @@ from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout, restore_s
 
 GOAL = 0.15
+REQUESTS = 400  # under load
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def row(source: str, figure: str, end: str, published: float, simulated: float, 
     return Row(source, figure, end, published, simulated, abs(simulated - published) / published, note, **more)
 
 
-def paper_layout(costs: Costs, *, constants: Constants, drives: bool = True) -> Layout:
+def paper_layout(costs: Costs, constants: Constants) -> Layout:
     """The paper balances the restoration alone, of the whole context."""
-    return plan_save(restoration_only(costs), reference(constants, drives=drives), splits=False).layout
+    return plan_save(restoration_only(costs), reference(constants, drives=True), splits=False).layout
 
 
 def reference(constants: Constants, *, drives: bool) -> Hit:
@@ -74,7 +75,7 @@ def first_token_rows(constants: Constants) -> Iterator[Row]:
     for name, (ranks, window) in PAPER_MODELS.items():
         shape = ARCHITECTURES[name]
         costs = paper_costs(shape, paper_machine(constants, ranks=ranks))
-        layout = paper_layout(costs, constants=constants)
+        layout = paper_layout(costs, constants)
         stored[name] = shape.layers * shape.kv_bytes / layout.bytes_per_token(shape)
         for trace in ("ShareGPT4", "L-Eval"):
             hits = histories(trace, window, constants)
@@ -262,19 +263,19 @@ def sensitivity() -> dict[str, float]:
     return found
 
 
-def under_load(requests: int = 400) -> dict[str, dict[str, float]]:
+def under_load() -> dict[str, dict[str, float]]:
     """KV offload's mean time to first token over HCache's, when restoring KV keeps its stages so busy."""
     constants, found = Constants(), dict[str, dict[str, float]]()
     for name, (ranks, window) in PAPER_MODELS.items():
         shape = ARCHITECTURES[name]
         costs = paper_costs(shape, paper_machine(constants, ranks=ranks))
-        ours = Method(paper_layout(costs, constants=constants), Restore.ALL, overlaps=False)
+        ours = Method(paper_layout(costs, constants), Restore.ALL, overlaps=False)
         kv = Method(Layout(0, 0, shape.layers), Restore.ALL, overlaps=False)
         for trace in ("ShareGPT4", "L-Eval"):
             hits, ratios = histories(trace, window, constants), {}
             for busy in (0.3, 0.5, 0.7):
                 chance, at_s, arrivals = random.Random(1), 0.0, []
-                for _ in range(requests):
+                for _ in range(REQUESTS):
                     at_s += chance.expovariate(busy / mean_ttft_s(costs, hits, kv))
                     arrivals.append(Arrival(at_s, chance.choice(hits)))
                 kv_s, ours_s = (statistics.mean(simulate(costs, arrivals, method)) for method in (kv, ours))

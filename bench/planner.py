@@ -34,15 +34,16 @@ COMPARED = ("A10G", "L40S", "A100-80", "H100", "B200")
 LENGTHS = [2048, 8192, 32768, 131072]
 DRIVE_BYTES_PER_S = 7e9
 MATTERS = 1.05
+CALLS = 3000
 
 
-def measure_planning(calls: int = 3000) -> dict[str, Any]:
+def measure_planning() -> dict[str, Any]:
     report: dict[str, Any] = {}
     for streams in (False, True):
         machine = machine_of("A100-80", drives=4, drive_bytes_per_s=DRIVE_BYTES_PER_S, streams=streams)
         costs = costs_of(ARCHITECTURES["Llama-2-7B"], machine)
         times = []
-        for call in range(calls):
+        for call in range(CALLS):
             hit = Hit(PAGE_TOKENS, 1024, 1024, new_tokens=1 + call)
             began = time.thread_time()
             plan_load(costs, Layout(0, 30, 2), hit)
