@@ -18,7 +18,6 @@ events.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 import triton
 
-from bench.report import about, arguments_of, save
+from bench.report import about, arguments_of, emit
 from sglang_hcache.triton_kernels import packing, quantize
 
 TOKENS, WIDTH = 64, 4096
@@ -232,23 +231,23 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
-    report = measure(arguments.rounds)
-    if arguments.save:
-        save("codec", report)
+def lines(report: dict[str, Any]) -> Iterator[str]:
     for name, sizes in report["kinds"].items():
-        print(
+        yield (
             f"{name:>50}: {sizes['ratio']:.3f} of the bytes of {sizes['fit']:.1%} of the rows, "
             f"filled to {sizes['filled'] or 1:.3f} (entropy {sizes['entropy']:.3f})"
         )
     for where in ("cpu", "gpu"):
         for name, rate in (report[f"{where}_gb_s"] or {}).items():
-            print(f"{where} {name:>46}: {rate:8.2f}{'' if 'over' in name else ' GB/s'}")
-    if arguments.json:
-        print(json.dumps(report))
+            yield f"{where} {name:>46}: {rate:8.2f}{'' if 'over' in name else ' GB/s'}"
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    report = measure(arguments.rounds)
+    emit(arguments, "codec", report, lines(report))
 
 
 if __name__ == "__main__":

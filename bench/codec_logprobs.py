@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Answer, ModelSpec, Request, Server, compare, make_model, random_prompt
-from bench.report import about, arguments_of, save
+from bench.report import about, arguments_of, emit
 from sglang_hcache.config import CODEC_CHOICES
 
 DTYPES = ("float32", "bfloat16")
@@ -89,15 +89,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hcache-codec-") as folder:
         report = run(arguments.prompts, Path(folder))
-    if arguments.save:
-        save("codec_logprobs", report)
-    for row in report["rows"]:
-        print(
-            f"{row['dtype']:>9} {row['stored']:>14}: mean {row['mean']:.2e}, largest {row['largest']:.2e}, "
-            f"{row['same_tokens']:.0%} of the answers equal"
-        )
-    if arguments.json:
-        print(json.dumps(report))
+    lines = (
+        f"{row['dtype']:>9} {row['stored']:>14}: mean {row['mean']:.2e}, largest {row['largest']:.2e}, "
+        f"{row['same_tokens']:.0%} of the answers equal"
+        for row in report["rows"]
+    )
+    emit(arguments, "codec_logprobs", report, lines)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import faulthandler
 import itertools
-import json
 import os
 import sys
 import time
@@ -43,7 +42,7 @@ from bench.capture_cost import Bench
 from bench.gpu import DEVICE, machine, noise, seconds
 from bench.gpu_ceilings import ceilings, copiers, numerics, projections
 from bench.gpu_run import FULL, KERNELS, SMALL, Run, Scale
-from bench.report import RESULTS, arguments_of, method_of, out_folders, save
+from bench.report import RESULTS, arguments_of, emit, method_of, out_folders, save
 from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
 from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
 from sglang_hcache.copiers import Copier, EngineCopier, KernelCopier
@@ -223,9 +222,7 @@ def main() -> None:
     # A driver that hangs cannot be interrupted; what was measured until then is kept.
     faulthandler.dump_traceback_later(arguments.budget_s + GRACE_S, exit=True)
     report = measure(scale, arguments.budget_s, partial(save, name, folders=folders))
-    print("\n".join(gpu_report.table(report)))
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, None, report, gpu_report.table(report))
     if gpu_report.failed(report):
         sys.exit(1)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ import torch
 import triton
 
 from bench.gpu import DEVICE, capability, machine, noise, seconds
-from bench.report import arguments_of, method_of, out_folders, save
+from bench.report import arguments_of, emit, method_of, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
@@ -196,6 +196,12 @@ def write(report: dict[str, Any], *, results: bool, tuned: bool) -> None:
         save(TABLE.stem, table(report, known), [TABLE.parent, *out_folders()])
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for model, found in report["models"].items():
+        cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
+        yield f"{model:>12}  {cells}   of the matrix product's throughput"
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--compile-only", action="store_true", help="compile everything; needs no GPU")
@@ -203,18 +209,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.compile_only:
         report = compile_all() | {"machine": machine(), "method": method_of(__doc__)}
-        if arguments.save:
-            save("kernels_compiled", report)
-        print(f"{report['compiled']} compiled, {report['failed']} failed, {report['spills']} spill")
+        line = f"{report['compiled']} compiled, {report['failed']} failed, {report['spills']} spill"
+        emit(arguments, "kernels_compiled", report, [line])
     elif DEVICE == "cpu":
         sys.exit("bench.kernels: no GPU here; --compile-only needs none")
     else:
         report = on_gpu(keep=partial(write, results=arguments.save, tuned=arguments.tune))
-        for model, found in report["models"].items():
-            cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
-            print(f"{model:>12}  {cells}   of the matrix product's throughput")
-    if arguments.json:
-        print(json.dumps(report))
+        emit(arguments, None, report, lines(report))
     if report.get("failed") or report.get("spills"):
         sys.exit("bench.kernels: not all configurations compile without spills")
     if wrong := sum(form["wrong"] for forms in report.get("errors", {}).values() for form in forms):

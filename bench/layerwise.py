@@ -21,7 +21,6 @@ server from such a drive. `split_error`: half restored from host memory, half pr
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -35,7 +34,7 @@ import numpy as np
 
 from bench.harness import Server, make_model, random_prompt
 from bench.regimes import NEW_TOKENS, PAGE_TOKENS, REGIMES, UNCOUNTED, Case, serving
-from bench.report import about, arguments_of, save
+from bench.report import about, arguments_of, emit
 from bench.ttft import wait_until_written
 
 DEEP = 32
@@ -212,6 +211,14 @@ def report_of(case: Case, times: Times, auto_s: dict[str, float]) -> dict[str, A
     }
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for row in report["rows"]:
+        where = f"{row['attention']} {row['regime']:>11} {row['layers']:2} layers {row['read']:>7}"
+        cells = "  ".join(f"{name} {row[name]['seconds']:6.3f}" for name in ("tokenwise", "layerwise", "either"))
+        yield f"{where}: {cells}   gain {row['gain']:.3f}"
+    yield f"auto, measured: {report['auto_s']}"
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     for name, default in {"prefix-tokens": 2048, "hidden-size": 768, "layers": 8, "rounds": 4, "passes": 2}.items():
@@ -220,15 +227,7 @@ def main() -> None:
     case = Case("llama", arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="hcache-layerwise-") as folder:
         report = report_of(case, *measure(case, arguments.passes, Path(folder)))
-    if arguments.save:
-        save("layerwise", report)
-    for row in report["rows"]:
-        where = f"{row['attention']} {row['regime']:>11} {row['layers']:2} layers {row['read']:>7}"
-        cells = "  ".join(f"{name} {row[name]['seconds']:6.3f}" for name in ("tokenwise", "layerwise", "either"))
-        print(f"{where}: {cells}   gain {row['gain']:.3f}")
-    print(f"auto, measured: {report['auto_s']}")
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "layerwise", report, lines(report))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ constant changed; `under_load` lets requests come at random, so that they wait f
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from bench.report import about, arguments_of, save
+from bench.report import about, arguments_of, emit
 from bench.simulate import Arrival, Method, Restore, simulate
 from bench.testbeds import OFFLOADED_MODELS, PAPER_MODELS, REASONS, Constants, histories, paper_costs, paper_machine
 from sglang_hcache.cli.architectures import ARCHITECTURES
@@ -302,20 +301,19 @@ def report() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = arguments_of(__doc__)
-    arguments = parser.parse_args()
-    found = report()
-    if arguments.save:
-        save("paper", found)
+def lines(found: dict[str, Any]) -> Iterator[str]:
     for one in found["rows"]:
         what = f"{one['source']}: {one['figure']} ({one['end']})"
-        print(f"{what:<80} {one['published']:6.2f} {one['simulated']:6.2f} {one['rel_err']:7.1%}")
-    print(f"mean of the relative errors: {found['mean_abs_rel_err']:.1%} (goal: at most {GOAL:.0%})")
+        yield f"{what:<80} {one['published']:6.2f} {one['simulated']:6.2f} {one['rel_err']:7.1%}"
+    yield f"mean of the relative errors: {found['mean_abs_rel_err']:.1%} (goal: at most {GOAL:.0%})"
     worst = max(found["sensitivity"].values())
-    print(f"with any one constant 15 % lower or higher: at most {worst:.1%}")
-    if arguments.json:
-        print(json.dumps(found))
+    yield f"with any one constant 15 % lower or higher: at most {worst:.1%}"
+
+
+def main() -> None:
+    arguments = arguments_of(__doc__).parse_args()
+    found = report()
+    emit(arguments, "paper", found, lines(found))
 
 
 if __name__ == "__main__":

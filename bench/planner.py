@@ -14,14 +14,13 @@ last four are the cost model's word, not a measurement of a server.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from bench.report import about, arguments_of, save
+from bench.report import about, arguments_of, emit
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_head_start, plan_load
@@ -106,27 +105,26 @@ def summary(gains: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for kind, found in report["plan_us"].items():
+        yield f"planning 128K tokens ({kind}): {found['p50']:.0f} us, 99 % within {found['p99']:.0f} us"
+    yield f"planning what to store: {report['save_ms']:.1f} ms"
+    for kind in ("layerwise", "head_start", "streams", "layerwise_streams"):
+        one = report[kind]
+        yield (
+            f"{kind}: 5 % faster in {one['cases_5_percent_faster']} of {one['cases']} cases, median "
+            f"{one['median']:.2f}×, at most {one['greatest']:.2f}× ({one['greatest_case']})"
+        )
+
+
 def main() -> None:
-    parser = arguments_of(__doc__)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__).parse_args()
     report = {
         **measure_planning(),
         **compare(),
         **about(__doc__),
     }
-    if arguments.save:
-        save("planner", report)
-    for kind, found in report["plan_us"].items():
-        print(f"planning 128K tokens ({kind}): {found['p50']:.0f} us, 99 % within {found['p99']:.0f} us")
-    print(f"planning what to store: {report['save_ms']:.1f} ms")
-    for kind in ("layerwise", "head_start", "streams", "layerwise_streams"):
-        one = report[kind]
-        print(
-            f"{kind}: 5 % faster in {one['cases_5_percent_faster']} of {one['cases']} cases, median "
-            f"{one['median']:.2f}×, at most {one['greatest']:.2f}× ({one['greatest_case']})"
-        )
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "planner", report, lines(report))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ stores the pages, the other fetches them from the prefetcher's memory into its o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 import statistics
@@ -24,13 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.report import about, arguments_of, progress, save
+from bench.report import about, arguments_of, emit, progress
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
@@ -216,6 +215,17 @@ def _drop(store: Store, folder: Path) -> None:
         os.close(fd)
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for state, ratio in report["stream_ratio"].items():
+        rate, first = report["gb_s"][state]["prefetcher"], report["first_chunk_ms"][state]
+        yield (
+            f"{state}: {rate:.2f} GB/s, {ratio:.2f} of reading in one's own process; first page after {first:.1f} ms"
+        )
+    yield f"a round trip: {report['control_p50_ms']:.2f} ms, 99 % within {report['control_p99_ms']:.2f} ms"
+    remote = report["remote"]
+    yield f"over TCP with CURVE: {remote['gb_s']:.2f} GB/s; 99 % of round trips in {remote['control_p99_ms']:.2f} ms"
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--dir", type=Path, help="where files go; default: a temporary folder")
@@ -225,18 +235,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hcache-prefetch-", dir=arguments.dir) as folder:
         report = run(Path(folder), arguments.pages, arguments.rounds, arguments.messages)
-    if arguments.save:
-        save("prefetch", report)
-    for state, ratio in report["stream_ratio"].items():
-        rate, first = report["gb_s"][state]["prefetcher"], report["first_chunk_ms"][state]
-        print(
-            f"{state}: {rate:.2f} GB/s, {ratio:.2f} of reading in one's own process; first page after {first:.1f} ms"
-        )
-    print(f"a round trip: {report['control_p50_ms']:.2f} ms, 99 % within {report['control_p99_ms']:.2f} ms")
-    remote = report["remote"]
-    print(f"over TCP with CURVE: {remote['gb_s']:.2f} GB/s; 99 % of round trips in {remote['control_p99_ms']:.2f} ms")
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "prefetch", report, lines(report))
 
 
 if __name__ == "__main__":

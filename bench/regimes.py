@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
-from bench.report import about, arguments_of, progress, save
+from bench.report import about, arguments_of, emit, progress
 from bench.ttft import wait_until_written
 
 NEW_TOKENS = 64
@@ -165,6 +165,12 @@ def run(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
     }
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for row in report["rows"]:
+        cells = "  ".join(f"{method} {row[method]:6.3f}" for method in ("recompute", "kv", "hidden", "auto"))
+        yield f"{row['model']:>10} {row['regime']:>9}: {cells}   auto over the best {row['auto_over_best']:.2f}"
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--prefix-tokens", type=int, default=2048)
@@ -177,13 +183,7 @@ def main() -> None:
     cases = [Case(model, *sizes) for model in arguments.model or ("llama", "llama_gqa")]
     with tempfile.TemporaryDirectory(prefix="hcache-regimes-") as folder:
         report = run(cases, Path(folder))
-    if arguments.save:
-        save("regimes", report)
-    for row in report["rows"]:
-        cells = "  ".join(f"{method} {row[method]:6.3f}" for method in ("recompute", "kv", "hidden", "auto"))
-        print(f"{row['model']:>10} {row['regime']:>9}: {cells}   auto over the best {row['auto_over_best']:.2f}")
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "regimes", report, lines(report))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ rounds are compared token by token with the first ones.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import Any
 
 from bench.client import Answer, Client, RequestFailed, compare
 from bench.harness import ModelSpec, Server, make_model
-from bench.report import about, arguments_of, progress, save
+from bench.report import about, arguments_of, emit, progress
 from bench.workloads import MADE, Session, Workload, workload_of
 
 MODES = ("none", "auto", "kv", "hidden")
@@ -167,6 +166,16 @@ def table(rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
     )
 
 
+def lines(workloads: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for one in workloads:
+        yield (
+            f"\n{one['workload']}: {one['calls']} calls of {one['sessions']} sessions, "
+            f"{one['prompt_tokens_mean']:,.0f} prompt tokens each; a KV pool of {one['pool_tokens']:,}; "
+            f"ideal {one['ideal']:.0%}, an LRU of the pool's size {one['lru']:.0%}"
+        )
+        yield table(one["modes"].items())
+
+
 def _arguments() -> argparse.ArgumentParser:
     parser = arguments_of(__doc__)
     parser.add_argument("workloads", nargs="*", default=list(MADE), metavar="WORKLOAD")
@@ -215,19 +224,9 @@ def main() -> None:
                     workload, modes, Path(folder), share=arguments.pool_share, rounds=arguments.rounds, **pace
                 )
             )
-    for result in found:
-        print(
-            f"\n{result['workload']}: {result['calls']} calls of {result['sessions']} sessions, "
-            f"{result['prompt_tokens_mean']:,.0f} prompt tokens each; a KV pool of {result['pool_tokens']:,}; "
-            f"ideal {result['ideal']:.0%}, an LRU of the pool's size {result['lru']:.0%}"
-        )
-        print(table(result["modes"].items()))
     settings = {name: getattr(arguments, name) for name in ("shrink", "clients", "rounds", "speed", "pool_share")}
     report = {"workloads": found, **settings, "model": MODEL.__dict__, **about(__doc__)}
-    if arguments.save:
-        save(arguments.name, report)
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, arguments.name, report, lines(found))
     rows = [row for result in found for row in result["modes"].values()]
     sys.exit(1 if any(row["failed"] or row["different"] for row in rows) else 0)
 

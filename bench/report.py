@@ -54,6 +54,16 @@ def save(name: str, report: dict[str, Any], folders: Iterable[Path] | None = Non
         (folder / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
+def emit(arguments: argparse.Namespace, name: str | None, report: dict[str, Any], lines: Iterable[str]) -> None:
+    """As `arguments_of`'s two want it: saved as NAME (None: it has been), in lines for people, and as JSON, last."""
+    if arguments.save and name is not None:
+        save(name, report)
+    for line in lines:
+        print(line)
+    if arguments.json:
+        print(json.dumps(report))
+
+
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

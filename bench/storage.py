@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import about, arguments_of, progress, save
+from bench.report import about, arguments_of, emit, progress
 from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import refusal, run_parallel
@@ -280,6 +280,12 @@ def _folder(parent: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for name, rate in report["gb_s"].items():
+        yield f"{name:>14}: {rate:6.2f} GB/s"
+    yield f"look-ups: {report['lookup_pages_per_s']:,.0f} pages/s; opening: {report['reopen_s']:.1f} s"
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--dir", type=Path, help="folder on the disk to measure; default: that of temporary files")
@@ -300,13 +306,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         **about(__doc__, machine={"file_system": file_system}, versions={"fio": fio, "kernel": platform.release()}),
     }
-    if arguments.save:
-        save("storage", report)
-    for name, rate in report["gb_s"].items():
-        print(f"{name:>14}: {rate:6.2f} GB/s")
-    print(f"look-ups: {report['lookup_pages_per_s']:,.0f} pages/s; opening: {report['reopen_s']:.1f} s")
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "storage", report, lines(report))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ same without prefetching: the scheduler waits for the disk when it looks the pre
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -32,7 +31,7 @@ import sglang
 import torch
 
 from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
-from bench.report import about, arguments_of, progress, save
+from bench.report import about, arguments_of, emit, progress
 
 NEW_TOKENS = 64
 ANSWER_TOKENS = 4
@@ -210,6 +209,15 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for mode in MODES:
+        yield f"{mode:>10}: {report['ttft_s'][mode]:7.3f} s to the first token"
+    for name, times in report["ttft_ssd_s"].items():
+        ahead, late = times["prefetched"], times["in_lookup"]
+        yield f"from SSD, {name:>6}: {ahead:7.3f} s prefetched, {late:7.3f} s read in the lookup"
+    yield f"restored as hidden states: {report['ratio_recompute']:.1f} x faster than prefilling again"
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--prefix-tokens", type=int, default=4096)
@@ -221,16 +229,7 @@ def main() -> None:
     case = Case(arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds)
     with _folder(arguments.keep) as folder:
         report = run(case, folder)
-    if arguments.save:
-        save("ttft", report)
-    for mode in MODES:
-        print(f"{mode:>10}: {report['ttft_s'][mode]:7.3f} s to the first token")
-    for name, times in report["ttft_ssd_s"].items():
-        ahead, late = times["prefetched"], times["in_lookup"]
-        print(f"from SSD, {name:>6}: {ahead:7.3f} s prefetched, {late:7.3f} s read in the lookup")
-    print(f"restored as hidden states: {report['ratio_recompute']:.1f} x faster than prefilling again")
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "ttft", report, lines(report))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.harness import Answer
 from bench.regimes import REGIMES, Case, median_s, serving
-from bench.report import about, arguments_of, progress, save
+from bench.report import about, arguments_of, emit, progress
 
 LOADS = 20
 RATES = {
@@ -78,6 +79,14 @@ def run(case: Case, loads: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    for row in report["rows"]:
+        believed = ", ".join(f"{name} × {factor:g}" for name, factor in row["believed"].items())
+        yield (
+            f"{row['regime']:>8}  {believed:<30} {row['ttft_s']:6.3f} s, {row['over_right']:.2f} of the right plan's"
+        )
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -87,15 +96,7 @@ def main() -> None:
     case = Case(arguments.model, prefix_tokens=1024, hidden_size=768, layers=6, rounds=arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="hcache-wrong-rates-") as folder:
         report = run(case, arguments.loads, Path(folder))
-    if arguments.save:
-        save("wrong_rates", report)
-    for row in report["rows"]:
-        believed = ", ".join(f"{name} × {factor:g}" for name, factor in row["believed"].items())
-        print(
-            f"{row['regime']:>8}  {believed:<30} {row['ttft_s']:6.3f} s, {row['over_right']:.2f} of the right plan's"
-        )
-    if arguments.json:
-        print(json.dumps(report))
+    emit(arguments, "wrong_rates", report, lines(report))
 
 
 if __name__ == "__main__":
