@@ -125,6 +125,11 @@ class Client:
         """Resolved settings, and per scheduler `internal_states` with the pool's capacity and use."""
         return self._get("/server_info")
 
+    def tier_state(self, rank: int = 0) -> dict[str, Any]:
+        """A rank's tier's own account of itself."""
+        state: dict[str, Any] = self.server_info()["internal_states"][rank]["hcache"]
+        return state
+
     def flush_cache(self) -> None:
         """Empties SGLang's radix tree once the server is idle."""
         status, body = self._request("POST", f"/flush_cache?timeout={IDLE_WAIT_S:g}", None, IDLE_WAIT_S + 10.0)

@@ -277,7 +277,7 @@ class Demo:
             disk = _disk_bytes(STORE)
             stock.flush_cache()
             with self._server("with tier, restarted", *TIER_ARGS) as tier:
-                state = tier.server_info()["internal_states"][0]["hcache"]
+                state = tier.tier_state()
                 self._converse(rows, len(self.turns), stock, tier)
                 self.progress.show("stopping the servers")
         return rows, Stored(disk, state["pages_file"] * state["page_size"], state["representation"])

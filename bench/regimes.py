@@ -85,11 +85,6 @@ class Contender:
         self.requests += 1
         return self.answers[-1]
 
-    def state(self) -> dict[str, Any]:
-        """Of the tier."""
-        found: dict[str, Any] = self.server.server_info()["internal_states"][0]["hcache"]
-        return found
-
 
 @contextmanager
 def serving(
@@ -123,7 +118,7 @@ def compete(case: Case, regime: str, plain: Contender, prefill_s: float, folder:
         for _ in range(2 + UNCOUNTED + case.rounds):
             for contender in everybody.values():
                 contender.ask()
-        state = tiers["auto"].state()
+        state = tiers["auto"].server.tier_state()
     counted = {method: contender.answers[-case.rounds :] for method, contender in everybody.items()}
     seconds = {method: median_s(answers) for method, answers in counted.items()}
     best = min(value for method, value in seconds.items() if method != "auto")

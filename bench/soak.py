@@ -25,7 +25,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -104,7 +103,7 @@ class Load:
 
 
 def reading(server: Server, store: Path) -> Reading:
-    state: dict[str, Any] = server.server_info()["internal_states"][0]["hcache"]
+    state = server.tier_state()
     scheduler = server.pids("sglang::scheduler")[0]
     return {
         "scheduler_mb": psutil.Process(scheduler).memory_info().rss / 1e6,

@@ -139,7 +139,7 @@ def _from_disk(case: Case, server: Server, round_: int, queued: bool) -> Answer:
 
 def wait_until_written(server: Server) -> int:
     """Pages in files, once there are no more to write."""
-    while (state := _state(server))["pages_dirty"]:
+    while (state := server.tier_state())["pages_dirty"]:
         time.sleep(0.1)
     return int(state["pages_file"])
 
@@ -188,11 +188,6 @@ def _require_restored(case: Case, answers: list[Answer]) -> None:
     short = [answer.cached_host for answer in answers if answer.cached_host < case.prefix_tokens]
     if short:
         raise RuntimeError(f"a timed request was not restored: {short} of {case.prefix_tokens} prefix tokens")
-
-
-def _state(server: Server) -> dict[str, Any]:
-    state: dict[str, Any] = server.server_info()["internal_states"][0]["hcache"]
-    return state
 
 
 def _disk_bytes(folder: Path) -> int:

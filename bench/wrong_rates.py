@@ -43,7 +43,7 @@ def serve(case: Case, limit_gb: float, folder: Path, store: Path, loads: int) ->
     """Seconds to the first token after so many loads, and what the server then believes."""
     with serving(case, "auto", limit_gb, folder, store=store) as contender:
         answers: list[Answer] = [contender.ask() for _ in range(2 + loads + case.rounds)]
-        factors = {name: value for name, value in contender.state().items() if name.startswith("slower_")}
+        factors = {name: value for name, value in contender.server.tier_state().items() if name.startswith("slower_")}
     return median_s(answers[2 + loads :]), factors
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
@@ -114,21 +114,15 @@ def update_weights(server: Server, model: Path) -> None:
 def wait_for_stores(server: Server) -> None:
     """Of all ranks, each with one for the weights that it has now."""
     ranks = len(server.server_info()["internal_states"])
-    wait_until(lambda: all(tier_state(server, rank)["prefetcher"] == "ok" for rank in range(ranks)), 30)
-
-
-def tier_state(server: Server, rank: int = 0) -> dict[str, Any]:
-    """The tier's own account of itself, from `/server_info`."""
-    state: dict[str, Any] = server.server_info()["internal_states"][rank]["hcache"]
-    return state
+    wait_until(lambda: all(server.tier_state(rank)["prefetcher"] == "ok" for rank in range(ranks)), 30)
 
 
 def only_on_disk(server: Server) -> None:
     """Wait until everything is written, then empty device and host memory."""
-    wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
+    wait_until(lambda: server.tier_state()["pages_dirty"] == 0, 30)
     server.flush_cache()
 
 
 def nothing_is_held(server: Server) -> bool:
-    state = tier_state(server)
+    state = server.tier_state()
     return bool(state["pages_leased"] == state["requests_held_now"] == state["pages_reading"] == 0)

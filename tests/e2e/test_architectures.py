@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights
+from tests.e2e.conftest import Workshop, started_together, update_weights
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     LLAMA,
@@ -57,7 +57,7 @@ def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> N
     with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (stock, tiered):
         wanted, answers = restore_once(stock), restore_once(tiered)
         control = compare(stock.send(tail_logprobs(changed)), wanted[0])
-        state = tier_state(tiered)
+        state = tiered.tier_state()
     assert state["representation"] == REPRESENTATIONS[architecture], state["representation_reason"]
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
@@ -72,7 +72,7 @@ def test_of_windowed_layers_the_ends_are_restored(workshop: Workshop, fresh_stor
     spec, window, args = ModelSpec("mellum"), 200, (*ARGS, "--max-total-tokens", "4096")
     with started_together(workshop.stock(spec, args), workshop.tiered(fresh_store, spec, args)) as servers:
         answers = [SCENARIOS["eight_conversations"](server) + long_answer(server, 2 * window) for server in servers]
-        state = tier_state(servers[1])
+        state = servers[1].tier_state()
     wanted, restored = answers
     assert_equal(restored, wanted)
     former, answer = restored[-2:]
@@ -98,7 +98,7 @@ def test_restores_by_kernels(architecture: str, workshop: Workshop, fresh_store:
     tiered = workshop.tiered(fresh_store, spec, ARGS, env={"TRITON_INTERPRET": "1"})
     with started_together(workshop.stock(spec, ARGS), tiered) as (stock, tiered):
         wanted, answers = restore_once(stock), restore_once(tiered)
-        state = tier_state(tiered)
+        state = tiered.tier_state()
     assert state["projector"] == "kernels"
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
@@ -150,7 +150,7 @@ def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
         assert len(tiered.pids("sglang::scheduler")) == 2
     with started_together(workshop.tiered(fresh_store, args=waiting, env=env)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
-        state = tier_state(tiered)
+        state = tiered.tier_state()
         update_weights(tiered, workshop.model(replace(LLAMA, sharpness=2.0)))
         prompt = random_prompt(PROMPT_TOKENS, seed=1)
         new = [tiered.send(tail_logprobs(prompt))]

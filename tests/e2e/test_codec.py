@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.harness import ModelSpec, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import SERVER_ARGS, evicted_prefix, tail_logprobs, whole_pages
 
 CLOSER = 5  # times, than the same question after another prefix
@@ -27,7 +27,7 @@ def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> Non
     with started_together(*both) as (plain, packed):
         wanted, answers = evicted_prefix(plain), evicted_prefix(packed)
         other = plain.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
-        state = tier_state(packed)
+        state = packed.tier_state()
     assert wanted[1].cached_host == answers[1].cached_host == whole_pages(1200)
     assert state["codec"] == "packed"
     assert state["bytes_per_token"] == 0.75 * spec.layers * spec.hidden_size * 2
@@ -42,7 +42,7 @@ def test_restored_from_eight_bits(workshop: Workshop, fresh_store: Path) -> None
     spec = ModelSpec("llama", hidden_size=128, layers=3)
     lossy = serving(workshop, spec, fresh_store, "--hcache-codec", "lossy_int8")
     with started_together(workshop.stock(spec), lossy) as (stock, server):
-        wanted, answers, state = evicted_prefix(stock), evicted_prefix(server), tier_state(server)
+        wanted, answers, state = evicted_prefix(stock), evicted_prefix(server), server.tier_state()
         other = stock.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
     assert answers[1].cached_host == whole_pages(1200)
     assert state["codec"] == "lossy_int8"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 
 Reference = dict[str, list[Answer]]
@@ -81,7 +81,7 @@ def test_answers_stay_right(
     damage(harmed)
     with started_together(workshop.tiered(store)) as (server,):
         answers = converse(server)
-        state = tier_state(server)
+        state = server.tier_state()
         assert server.healthy()
     assert_equal(answers, reference["evicted_prefix"])
     # Where nothing is missed, the damage hit what the store does not need: a file made anew, or a free page.

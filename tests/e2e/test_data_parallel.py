@@ -12,7 +12,7 @@ import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
 from sglang_hcache.metrics import EVERY_S
-from tests.e2e.conftest import Workshop, tier_state, wait_until
+from tests.e2e.conftest import Workshop, wait_until
 from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 
 PROMPT_TOKENS = 700
@@ -40,7 +40,7 @@ def test_what_one_has_stored_another_restores(
     requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
     with workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env) as server:
         fresh = [server.send(requests[0])]
-        wait_until(lambda: tier_state(server)["pages_host"] >= PROMPT_TOKENS // 64, 30)
+        wait_until(lambda: server.tier_state()["pages_host"] >= PROMPT_TOKENS // 64, 30)
         by_the_other = server.send(requests[0])
         fresh += [server.send(request) for request in requests[1:]]
         with ThreadPoolExecutor(len(requests)) as pool:

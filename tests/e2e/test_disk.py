@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.harness import Answer, Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import SCENARIOS, assert_equal
 
 Reference = dict[str, list[Answer]]
@@ -50,7 +50,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def volume_state(server: Server) -> str:
-    return str(tier_state(server)["volumes"][0]["state"])
+    return str(server.tier_state()["volumes"][0]["state"])
 
 
 def write_something(server: Server, seeds: Iterator[int]) -> None:
@@ -62,17 +62,17 @@ def assert_survives(server: Server, reference: Reference, harm: Callable[[], Non
     seeds = iter(range(5000, 6000))
     harm()
     assert_equal(SCENARIOS["evicted_prefix"](server), reference["evicted_prefix"])
-    assert wait_until(lambda: volume_state(server).startswith("failed"), 10.0), tier_state(server)
+    assert wait_until(lambda: volume_state(server).startswith("failed"), 10.0), server.tier_state()
     log = server.log_text()
-    assert tier_state(server)["pages_write_failed"] > 0
-    assert tier_state(server)["tokens_restored"] > 1000, "the host tier no longer serves"
+    assert server.tier_state()["pages_write_failed"] > 0
+    assert server.tier_state()["tokens_restored"] > 1000, "the host tier no longer serves"
     heal()
 
     def recovered() -> bool:
         write_something(server, seeds)
-        return volume_state(server) == "ok" and tier_state(server)["pages_written"] > 0
+        return volume_state(server) == "ok" and server.tier_state()["pages_written"] > 0
 
-    assert wait_until(recovered, RECOVERY_S), tier_state(server)
+    assert wait_until(recovered, RECOVERY_S), server.tier_state()
     assert log.count("cannot be used") == 1, "said once, and not again at each try"
     assert "works again" in server.log_text()
     assert server.healthy()

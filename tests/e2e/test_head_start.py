@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
-from tests.e2e.conftest import Workshop, only_on_disk, started_together, tier_state, wait_until
+from tests.e2e.conftest import Workshop, only_on_disk, started_together, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs
 
 # A head start pays if reading takes a ninth to nine times as long as prefilling, by the server's rates. What a chunk
@@ -49,7 +49,7 @@ def leave(server: Server, prompt: list[int]) -> None:
     connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
     time.sleep(0.15)
     connection.close()
-    wait_until(lambda: tier_state(server)["requests_held_now"] == tier_state(server)["pages_leased"] == 0, 60)
+    wait_until(lambda: server.tier_state()["requests_held_now"] == server.tier_state()["pages_leased"] == 0, 60)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -65,14 +65,14 @@ def test_the_beginning_is_prefilled_and_the_end_restored(workshop: Workshop, fre
             server.send(tail_logprobs(first(prefix)))
         only_on_disk(server)
         answers = [server.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
-        state = tier_state(server)
+        state = server.tier_state()
         only_on_disk(server)
         for prefix in PREFIXES:
             leave(server, again(prefix))
-        left = tier_state(server)
+        left = server.tier_state()
         only_on_disk(server)
         answers += [server.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
-        after = tier_state(server)
+        after = server.tier_state()
         log = server.log_text()
     assert_equal(answers, wanted + wanted)
     assert state["head_starts"] > 0, (prefill_s, state)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.harness import Answer, Server, on_accelerator, random_prompt
-from tests.e2e.conftest import Workshop, tier_state
+from tests.e2e.conftest import Workshop
 from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, whole_pages
 
 PROMPT = random_prompt(400, seed=77)
@@ -39,7 +39,7 @@ def test_a_model_of_the_hub(workshop: Workshop, tmp_path: Path) -> None:
         )
         with server:
             answers.append(server.generate(PROMPT, 16))
-            state = tier_state(server)
+            state = server.tier_state()
     assert [answer.cached_host for answer in answers] == [0, COVERED]
     assert state["hits_file"] > 0
     assert_equal(answers[1:], answers[:1])
@@ -94,7 +94,7 @@ def test_an_adapter_that_is_trained_again_in_place(workshop: Workshop, tmp_path:
         first = [one.ask("adapter"), one.ask(None)]
     with server() as two:
         again = [two.ask("adapter"), two.ask(None)]
-        state = tier_state(two)
+        state = two.tier_state()
     assert first[0].output_ids != first[1].output_ids, "the adapter does nothing"
     assert [answer.cached_host for answer in again] == [COVERED, COVERED]
     assert state["representation"] == "kv", "what a projection gives depends on the request"

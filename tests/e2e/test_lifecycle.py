@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bench.harness import Request, Server, random_prompt
-from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, tier_state, wait_until
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
 
 PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
@@ -68,7 +68,7 @@ def abort_at_every_stage(server: Server, attempt: int) -> None:
         rid = f"victim {attempt} {stage} {by_id}"
         victim = Victim(server, rid, prompt)
         if stage == "queued":
-            wait_until(lambda: tier_state(server)["requests_held_now"] == 0, 60)
+            wait_until(lambda: server.tier_state()["requests_held_now"] == 0, 60)
         elif stage == "running":
             victim.first_token()
         if by_id:
@@ -90,7 +90,7 @@ def test_what_happens_to_requests_costs_no_other_one_anything(server: Server) ->
         assert_equal([answer.result() for answer in answers], alone * 3)
     assert any(answer.result().cached_host for answer in answers)
     wait_until(lambda: nothing_is_held(server), 10)
-    state = tier_state(server)
+    state = server.tier_state()
     assert state["requests_held"] > 8
     assert (state["loads_failed"], state["loads_refused"], state["prefetcher_restarts"]) == (0, 0, 0)
     assert "#retracted_reqs: 1" in server.log_text()
@@ -101,7 +101,7 @@ def test_what_happens_to_requests_costs_no_other_one_anything(server: Server) ->
 def test_all_are_aborted_while_they_are_held(server: Server) -> None:
     only_on_disk(server)
     victims = [Victim(server, f"held {index}", prefix) for index, prefix in enumerate(PREFIXES)]
-    wait_until(lambda: tier_state(server)["requests_held_now"] > 4, 10)
+    wait_until(lambda: server.tier_state()["requests_held_now"] > 4, 10)
     tell(server, "/abort_request", abort_all=True)
     wait_until(lambda: nothing_is_held(server), 10)
     for victim in victims:
@@ -113,7 +113,7 @@ def test_what_a_request_may_not_use_is_not_read_for_it(server: Server) -> None:
     """Log-probabilities of the whole prompt are asked for."""
     server.generate(PREFIXES[0], 1)
     only_on_disk(server)
-    before = tier_state(server)
+    before = server.tier_state()
     assert server.generate(PREFIXES[0], 1, logprobs_from=0).cached_tokens == 0
-    after = tier_state(server)
+    after = server.tier_state()
     assert (after["hits_file"], after["lookups_not_ahead"]) == (before["hits_file"], before["lookups_not_ahead"])

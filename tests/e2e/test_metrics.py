@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.harness import Server, random_prompt
 from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
-from tests.e2e.conftest import Workshop, tier_state, wait_until
+from tests.e2e.conftest import Workshop, wait_until
 from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, whole_pages
 
 NAMES = {metric.stat: metric.name for metric in METRICS}
@@ -29,10 +29,10 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
         evict_everything(server)
         restored = server.send(tail_logprobs(prefix + random_prompt(40, seed=2))).cached_host
         assert restored >= whole_pages(1200)
-        assert tier_state(server)["tokens_restored"] == restored
+        assert server.tier_state()["tokens_restored"] == restored
 
         def figures_agree() -> bool:
-            numbers = numbers_of(tier_state(server))
+            numbers = numbers_of(server.tier_state())
             del numbers["prefetcher_pid"]  # no figure
             found = scraped(server)
             return {stat: found[NAMES[stat]][1] for stat in numbers} == numbers

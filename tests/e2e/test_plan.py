@@ -10,7 +10,7 @@ import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
 from sglang_hcache.cli.main import main
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import SERVER_ARGS, assert_equal, evicted_prefix, tail_logprobs, whole_pages
 
 SPEC = ModelSpec("llama", hidden_size=128, layers=3)
@@ -32,7 +32,7 @@ def test_two_ranks_store_the_same(workshop: Workshop, fresh_store: Path) -> None
     server = Server(workshop.model(SPEC), (*args, *tier), log=workshop.log("planned"), env=env)
     with started_together(workshop.stock(SPEC, args, env=env), server) as (stock, planned):
         wanted, answers = evicted_prefix(stock), evicted_prefix(planned)
-        state, log = tier_state(planned), planned.log_text()
+        state, log = planned.tier_state(), planned.log_text()
     stored = re.findall(r"hcache: storing (\w+ of layers 0-2) \(", log)
     assert len(stored) == 2
     assert stored[0] == stored[1]
@@ -68,7 +68,7 @@ def test_rates_decide_what_is_restored(
     with started_together(workshop.stock(SPEC), as_it_comes(fresh_store, workshop)) as (stock, server):
         wanted = evicted_prefix(stock)
         answers = evicted_prefix(server)
-        in_memory = tier_state(server)
+        in_memory = server.tier_state()
         server.flush_cache()
         prompt = random_prompt(1200, seed=1)
         on_drive = server.send(tail_logprobs(prompt + random_prompt(40, seed=2)))

@@ -21,7 +21,7 @@ import pytest
 
 from bench.harness import Answer, Server, free_port, random_prompt
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, tier_state, wait_until
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, wait_until
 from tests.e2e.scenarios import (
     LLAMA,
     PAGE,
@@ -60,11 +60,11 @@ def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Re
     prefix = random_prompt(PREFIX_TOKENS, seed=1)
     server.send(tail_logprobs(prefix))
     only_on_disk(server)
-    before = tier_state(server)
+    before = server.tier_state()
     wanted = prefix + random_prompt(40, seed=2)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: server.send(tail_logprobs(wanted)), range(4)))
-    after = tier_state(server)
+    after = server.tier_state()
     assert after["lookups_not_ahead"] == before["lookups_not_ahead"]
     assert after["requests_admitted_late"] == before["requests_admitted_late"] == 0
     pages = len(wanted) // PAGE
@@ -78,7 +78,7 @@ def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Re
 def test_a_killed_prefetcher_costs_no_request_and_no_output(server: Server, reference: Reference) -> None:
     """Eight conversations at once, all the time; the prefetcher is killed at random moments."""
     chance = random.Random(1)
-    restarts = tier_state(server)["prefetcher_restarts"]
+    restarts = server.tier_state()["prefetcher_restarts"]
     done = threading.Event()
 
     def converse() -> int:
@@ -93,20 +93,20 @@ def test_a_killed_prefetcher_costs_no_request_and_no_output(server: Server, refe
         try:
             for kill in range(KILLS):
                 time.sleep(chance.uniform(0.2, 2.0))
-                os.kill(tier_state(server)["prefetcher_pid"], signal.SIGKILL)
-                wait_until(lambda n=kill: tier_state(server)["prefetcher_restarts"] == restarts + n + 1, 30)  # type: ignore[misc]
+                os.kill(server.tier_state()["prefetcher_pid"], signal.SIGKILL)
+                wait_until(lambda n=kill: server.tier_state()["prefetcher_restarts"] == restarts + n + 1, 30)  # type: ignore[misc]
         finally:
             done.set()
         assert talk.result() > 0
     wait_until(lambda: nothing_is_held(server), 10)
     evict_everything(server)
-    before = tier_state(server)["tokens_restored"]
+    before = server.tier_state()["tokens_restored"]
     assert_equal(SCENARIOS["evicted_prefix"](server), reference["evicted_prefix"])
-    assert tier_state(server)["tokens_restored"] > before, "it restores again"
+    assert server.tier_state()["tokens_restored"] > before, "it restores again"
 
 
 def test_a_hung_prefetcher_holds_requests_no_longer_than_allowed(server: Server, reference: Reference) -> None:
-    state = tier_state(server)
+    state = server.tier_state()
     evict_everything(server)
     os.kill(state["prefetcher_pid"], signal.SIGSTOP)
     began = time.monotonic()
@@ -117,7 +117,7 @@ def test_a_hung_prefetcher_holds_requests_no_longer_than_allowed(server: Server,
 
     def replaced() -> bool:
         server.generate(random_prompt(20, seed=3), 1)
-        return bool(tier_state(server)["prefetcher_restarts"] > state["prefetcher_restarts"])
+        return bool(server.tier_state()["prefetcher_restarts"] > state["prefetcher_restarts"])
 
     wait_until(replaced, HUNG_S + 20)
     assert time.monotonic() - began > HUNG_S / 2
@@ -133,11 +133,11 @@ def test_two_servers_share_what_either_has_computed(workshop: Workshop, tmp_path
         answer = other.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)))
         assert answer.cached_host >= whole_pages(PREFIX_TOKENS)
         assert_equal([answer], [reference["evicted_prefix"][1]])
-        states = tier_state(one), tier_state(other)
+        states = one.tier_state(), other.tier_state()
         assert states[0]["prefetcher_pid"] == states[1]["prefetcher_pid"]
         assert states[0]["prefetcher_clients"] == 2
         one.kill()
-        wait_until(lambda: tier_state(other)["prefetcher_clients"] == 1, 2)
+        wait_until(lambda: other.tier_state()["prefetcher_clients"] == 1, 2)
         assert other.healthy()
     endpoint = endpoint_for([str(store)])
     assert not is_running(endpoint)
@@ -183,8 +183,8 @@ def test_server_and_prefetcher_killed_at_once(workshop: Workshop, tmp_path: Path
     store = tmp_path / "store"
     with started_together(workshop.tiered(store)) as (server,):
         server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
-        wait_until(lambda: tier_state(server)["pages_dirty"] == 0, 30)
-        prefetcher = tier_state(server)["prefetcher_pid"]
+        wait_until(lambda: server.tier_state()["pages_dirty"] == 0, 30)
+        prefetcher = server.tier_state()["prefetcher_pid"]
         server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=7)))
         os.kill(prefetcher, signal.SIGKILL)
         server.kill()
@@ -192,5 +192,5 @@ def test_server_and_prefetcher_killed_at_once(workshop: Workshop, tmp_path: Path
         answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)))
         assert answer.cached_host >= whole_pages(PREFIX_TOKENS)
         assert_equal([answer], [reference["evicted_prefix"][1]])
-        assert tier_state(server)["pages_damaged"] == 0
+        assert server.tier_state()["pages_damaged"] == 0
     assert not endpoint_for([str(store)]).socket.exists()

@@ -13,7 +13,7 @@ import sglang
 from bench.harness import Server
 from bench.replay import replay
 from bench.workloads import MADE
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import evict_everything
 
 Servers = tuple[Server, Server]
@@ -74,9 +74,9 @@ def test_a_program_says_the_same_when_its_prefixes_were_evicted(name: str, serve
     wanted = run(PROGRAMS[name], stock)
     assert run(PROGRAMS[name], tiered) == wanted
     evict_everything(tiered)
-    before = tier_state(tiered)["tokens_restored"]
+    before = tiered.tier_state()["tokens_restored"]
     assert run(PROGRAMS[name], tiered) == wanted
-    assert tier_state(tiered)["tokens_restored"] - before >= 512
+    assert tiered.tier_state()["tokens_restored"] - before >= 512
 
 
 def test_programs_in_a_batch(servers: Servers) -> None:
@@ -101,9 +101,9 @@ def test_programs_in_a_batch(servers: Servers) -> None:
     wanted = answers(stock)
     assert len(set(wanted)) > len(wanted) // 2
     assert answers(tiered) == wanted
-    before = tier_state(tiered)["tokens_restored"]
+    before = tiered.tier_state()["tokens_restored"]
     assert answers(tiered) == wanted
-    assert tier_state(tiered)["tokens_restored"] > before
+    assert tiered.tier_state()["tokens_restored"] > before
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -111,10 +111,10 @@ def test_a_replayed_workload_gets_the_same_answers(name: str, servers: Servers) 
     tiered, stock = servers
     workload = MADE[name]().shrunk(16, longest=1500).first(sessions=10, calls=5)
     wanted = replay(stock, workload, clients=4, speed=0.0)
-    before = tier_state(tiered)["tokens_restored"]
+    before = tiered.tier_state()["tokens_restored"]
     found = [replay(tiered, workload, clients=4, speed=0.0) for _ in range(2)]
     assert [run.answers.count(None) for run in (wanted, *found)] == [0, 0, 0]
     for run_ in found:
         assert [a.output_ids for a in run_.answered] == [a.output_ids for a in wanted.answered]
     restored = sum(answer.cached_host for run_ in found for answer in run_.answered)
-    assert tier_state(tiered)["tokens_restored"] - before == restored
+    assert tiered.tier_state()["tokens_restored"] - before == restored

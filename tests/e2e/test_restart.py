@@ -11,7 +11,7 @@ import pytest
 from bench.harness import Answer, random_prompt
 from sglang_hcache.cli.bundle import read_header_of
 from sglang_hcache.cli.main import main
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import LLAMA, PAGE, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
 
 Reference = dict[str, list[Answer]]
@@ -38,7 +38,7 @@ def assert_restored(workshop: Workshop, store: Path, reference: Reference) -> No
     prompt = random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)
     with started_together(workshop.tiered(store)) as (server,):
         answer = server.send(tail_logprobs(prompt))
-        state = tier_state(server)
+        state = server.tier_state()
     assert whole_pages(PREFIX_TOKENS) <= answer.cached_host == state["hits_file"] * PAGE
     assert state["pages_damaged"] == state["files_damaged"] == 0
     assert_equal([answer], [reference["evicted_prefix"][1]])
@@ -70,7 +70,7 @@ def test_strangers_miss(workshop: Workshop, store: Path) -> None:
     with started_together(*servers):
         for stranger, server in zip(STRANGERS, servers, strict=True):
             answer = server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
-            state = tier_state(server)
+            state = server.tier_state()
             assert answer.cached_tokens == 0, stranger
             assert state["hits_file"] == state["pages_damaged"] == state["files_damaged"] == 0, stranger
             assert [volume["state"] for volume in state["volumes"]] == ["ok"], stranger

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, RequestFailed, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state, update_weights, wait_for_stores
+from tests.e2e.conftest import Workshop, started_together, update_weights, wait_for_stores
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     LLAMA,
@@ -70,11 +70,11 @@ def test_tenants_never_share_pages(restored: Reference) -> None:
 
 
 def test_state_accounts_for_what_was_restored(restored: Reference, server: Server) -> None:
-    before = tier_state(server)
+    before = server.tier_state()
     evict_everything(server, seed=900)
-    between = tier_state(server)
+    between = server.tier_state()
     again = server.send(tail_logprobs(random_prompt(1200, seed=1) + random_prompt(40, seed=2)))
-    after = tier_state(server)
+    after = server.tier_state()
     assert between["tokens_restored"] > before["tokens_restored"]
     assert after["tokens_restored"] - between["tokens_restored"] == again.cached_host == whole_pages(1232)
     assert after["loads_accepted"] - between["loads_accepted"] == 1
@@ -96,7 +96,7 @@ def test_weights_that_cannot_be_loaded_change_nothing(server: Server, restored: 
         server.update_weights(Path("/no/such/model"))
     evict_everything(server)
     assert server.generate(random_prompt(1200, seed=1), 1).cached_host > 1000
-    state = tier_state(server)
+    state = server.tier_state()
     assert state["prefetcher"] == "ok"
     assert state["volumes"] != []
 
@@ -107,7 +107,7 @@ def test_weights_that_are_written_where_they_are(server: Server, restored: Refer
     wait_for_stores(server)
     server.flush_cache()
     assert server.generate(random_prompt(1200, seed=1), 1).cached_tokens == 0
-    assert tier_state(server)["volumes"] == []
+    assert server.tier_state()["volumes"] == []
 
 
 def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Server, restored: Reference) -> None:
@@ -121,7 +121,7 @@ def test_other_weights_find_nothing_of_the_former(workshop: Workshop, server: Se
     assert compare(prefilled, restored["evicted_prefix"][0]).logprob > 20 * FLOAT32_TOLERANCE
     assert again.cached_host == whole_pages(1199 - 8)
     assert_equal([again], [prefilled])
-    state = tier_state(server)
+    state = server.tier_state()
     assert state["volumes"] == []
     assert state["prefetcher_restarts"] == 0
 

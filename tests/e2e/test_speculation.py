@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.harness import Answer, Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state
+from tests.e2e.conftest import Workshop, started_together
 from tests.e2e.scenarios import (
     LLAMA,
     SCENARIOS,
@@ -120,7 +120,7 @@ def test_outputs_equal_those_of_a_plain_server(
         for former, answer in itertools.pairwise(answers):
             assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
             assert 0 < answer.verifications < len(answer.output_ids)
-    state = tier_state(server)
+    state = server.tier_state()
     assert (state["representation"], state["layers_draft"]) == ("hidden", DRAFT_LAYERS[algorithm])
     assert state["loads_failed"] == state["pages_leased"] == state["tokens_not_captured"] == 0
     assert "leak" not in server.log_text()
