@@ -37,6 +37,7 @@ from bench.harness import (
     Server,
     ServerDied,
     compare,
+    disk_bytes,
     make_model,
     on_accelerator,
     random_prompt,
@@ -274,7 +275,7 @@ class Demo:
                 self._converse(rows, len(BEFORE_RESTART), stock, tier)
                 self.progress.show("stopping the server with tier; pages still in memory go to files")
             self.progress.keep(f"server with tier stopped in {tier.stop_s:.0f} s; its store stays")
-            disk = _disk_bytes(STORE)
+            disk = disk_bytes(STORE)
             stock.flush_cache()
             with self._server("with tier, restarted", *TIER_ARGS) as tier:
                 state = tier.tier_state()
@@ -410,10 +411,6 @@ def _seconds(value: float) -> str:
 
 def _took(began: float) -> str:
     return f" ({time.monotonic() - began:.0f} s)"
-
-
-def _disk_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 # ---- the command ----

@@ -43,6 +43,7 @@ __all__ = [
     "Server",
     "ServerDied",
     "compare",
+    "disk_bytes",
     "make_model",
     "on_accelerator",
     "random_prompt",
@@ -87,6 +88,11 @@ def free_port() -> int:
             probe.bind((HOST, port))
             return port
     raise OSError(f"none of {_PORTS_TO_TRY} ports can be listened on")
+
+
+def disk_bytes(folder: Path) -> int:
+    """What all files in it, and in its folders, take of the disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 class Server(Client):

@@ -15,7 +15,6 @@ stores the pages, the other fetches them from the prefetcher's memory into its o
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import about, arguments_of, emit, progress
+from bench.storage import drop_from_cache, key_of
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
@@ -47,10 +47,6 @@ POLL_S = 0.0002
 TIMEOUT_S = 120.0
 
 Store = PrefetchClient | RemoteClient | LocalStore
-
-
-def key_of(page: int) -> bytes:
-    return hashlib.sha256(b"%d" % page).digest()
 
 
 def fill(store: Store, pages: int) -> None:
@@ -210,9 +206,7 @@ def _drop(store: Store, folder: Path) -> None:
     store.drop_host()
     store.contains([key_of(0)])  # answered after what was sent before
     for path in folder.rglob("*.seg"):
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        drop_from_cache(path)
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:

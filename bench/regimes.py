@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
 from bench.report import about, arguments_of, emit, progress
-from bench.ttft import wait_until_written
+from bench.ttft import median_s, wait_until_written
 
 NEW_TOKENS = 64
 ANSWER_TOKENS = 4
@@ -102,10 +102,6 @@ def serving(
         model = make_model(folder / case.model, case.spec)
         with Server(model, args, log=folder / f"{case.model}-{method}.log") as server:
             yield Contender(case, server, tiered=method != "recompute")
-
-
-def median_s(answers: Sequence[Answer]) -> float:
-    return statistics.median(answer.ttft_s for answer in answers)
 
 
 def compete(case: Case, regime: str, plain: Contender, prefill_s: float, folder: Path) -> tuple[dict[str, Any], bool]:

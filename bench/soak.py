@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.harness import ModelSpec, Request, RequestFailed, Server, make_model, random_prompt
+from bench.harness import ModelSpec, Request, RequestFailed, Server, disk_bytes, make_model, random_prompt
 
 MODEL = ModelSpec("llama", hidden_size=128, layers=3)
 QUOTA_GB = 0.2
@@ -108,7 +108,7 @@ def reading(server: Server, store: Path) -> Reading:
     return {
         "scheduler_mb": psutil.Process(scheduler).memory_info().rss / 1e6,
         "prefetcher_mb": _private_bytes(state["prefetcher_pid"]) / 1e6,
-        "disk_mb": sum(path.stat().st_blocks * 512 for path in store.rglob("*") if path.is_file()) / 1e6,
+        "disk_mb": disk_bytes(store) / 1e6,
         "pages_file": state["pages_file"],
         "slots_astray": state["pages_total"] - state["pages_free"] - state["pages_host"] - state["pages_open"],
         "restored": state["tokens_restored"],

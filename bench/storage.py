@@ -140,7 +140,7 @@ class Transfers:
             for i, key in enumerate(self.keys):
                 self.memory[i % BATCH].tofile(path / f"{key.hex()}.bin")
         for file in path.iterdir():
-            _drop_from_cache(file)
+            drop_from_cache(file)
 
         def read() -> None:
             for i, key in enumerate(self.keys):
@@ -169,7 +169,7 @@ class Transfers:
 
     def _drop(self, names: Iterator[str] | dict[str, SegmentReader]) -> None:
         for name in names:
-            _drop_from_cache(self._segment(name))
+            drop_from_cache(self._segment(name))
 
 
 def measure_transfers(folder: Path, records: int, rounds: int) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _read_sound(directory: Directory, key: bytes, entry: Entry, out: Any) -> Non
         raise RuntimeError("a page came back damaged")
 
 
-def _drop_from_cache(path: Path) -> None:
+def drop_from_cache(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

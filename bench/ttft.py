@@ -30,7 +30,7 @@ from typing import Any
 import sglang
 import torch
 
-from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
+from bench.harness import Answer, ModelSpec, Server, compare, disk_bytes, make_model, random_prompt
 from bench.report import about, arguments_of, emit, progress
 
 NEW_TOKENS = 64
@@ -74,10 +74,10 @@ class Measured:
 
     @property
     def ttft_s(self) -> float:
-        return _median(self.answers)
+        return median_s(self.answers)
 
 
-def _median(answers: Sequence[Answer]) -> float:
+def median_s(answers: Sequence[Answer]) -> float:
     """Of the times to the first token, in seconds."""
     return statistics.median(answer.ttft_s for answer in answers)
 
@@ -119,7 +119,7 @@ def measure(case: Case, mode: str, folder: Path, *, prefetch: bool = True) -> Me
             for name in (("idle", "queued") if mode == "hidden" else ())
         }
         stored = wait_until_written(server) * PAGE_TOKENS
-    return Measured(answers[CONVERSATIONS:], _disk_bytes(store), stored, from_disk)
+    return Measured(answers[CONVERSATIONS:], disk_bytes(store), stored, from_disk)
 
 
 def _from_disk(case: Case, server: Server, round_: int, queued: bool) -> Answer:
@@ -157,7 +157,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         "rounds": case.rounds,
         "ttft_s": ttft_s,
         "ttft_ssd_s": {
-            name: {"prefetched": _median(measured["hidden"].from_disk[name]), "in_lookup": _median(answers)}
+            name: {"prefetched": median_s(measured["hidden"].from_disk[name]), "in_lookup": median_s(answers)}
             for name, answers in in_lookup.from_disk.items()
         },
         "ratio_recompute": ttft_s["recompute"] / ttft_s["hidden"],
@@ -188,10 +188,6 @@ def _require_restored(case: Case, answers: list[Answer]) -> None:
     short = [answer.cached_host for answer in answers if answer.cached_host < case.prefix_tokens]
     if short:
         raise RuntimeError(f"a timed request was not restored: {short} of {case.prefix_tokens} prefix tokens")
-
-
-def _disk_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Answer
-from bench.regimes import REGIMES, Case, median_s, serving
+from bench.regimes import REGIMES, Case, serving
 from bench.report import about, arguments_of, emit, progress
+from bench.ttft import median_s
 
 LOADS = 20
 RATES = {
