@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from bench.report import about, arguments_of, emit
+from bench.gpu import about
+from bench.report import arguments_of, emit
 from sglang_hcache.triton_kernels import packing, quantize
 
 TOKENS, WIDTH = 64, 4096
@@ -217,17 +217,12 @@ def measure(rounds: int) -> dict[str, Any]:
     for name, page in pages:
         kinds[name] = packed_sizes(page) | ({"lossy": lossy_errors(page)} if page.isfinite().all() else {})
     page = dict(synthetic())["hidden: channel scales e^N(0, 0.5)"]
-    on_gpu = torch.cuda.is_available()
     return {
         "kinds": kinds,
         "cpu_gb_s": cpu_rates(page, rounds),
-        "gpu_gb_s": gpu_rates(page, rounds) if on_gpu else None,
+        "gpu_gb_s": gpu_rates(page, rounds) if torch.cuda.is_available() else None,
         "rounds": rounds,
-        **about(
-            __doc__,
-            machine={"gpu": torch.cuda.get_device_name() if on_gpu else None},
-            versions={"torch": torch.__version__, "triton": triton.__version__},
-        ),
+        **about(__doc__),
     }
 
 

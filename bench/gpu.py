@@ -1,10 +1,7 @@
-"""What the GPU benches share: timing on the device, its ceilings, what machine it is. Torch and Triton suffice."""
+"""What the GPU benches share: timing on the device, its ceilings, what GPU it is. Torch and Triton suffice."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +9,8 @@ from typing import Any
 
 import torch
 import triton
+
+from bench import report
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 2
@@ -64,17 +63,11 @@ def device_copy_gb_s(n_bytes: int) -> float:
     return 2 * n_bytes / seconds(lambda: target.copy_(source)) / 1e9
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
-        "capability": capability(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-    }
+def about(doc: str | None) -> dict[str, Any]:
+    """As the other benches' reports have it, and which GPU and what drives it."""
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+    return report.about(doc, machine={"gpu": gpu, "capability": capability()}, versions=versions)
 
 
 def capability() -> int:

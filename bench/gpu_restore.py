@@ -39,10 +39,10 @@ import torch
 
 from bench import gpu_report
 from bench.capture_cost import Bench
-from bench.gpu import DEVICE, machine, noise, seconds
+from bench.gpu import DEVICE, about, noise, seconds
 from bench.gpu_ceilings import ceilings, copiers, numerics, projections
 from bench.gpu_run import FULL, KERNELS, SMALL, Run, Scale
-from bench.report import RESULTS, arguments_of, emit, method_of, out_folders, save
+from bench.report import RESULTS, arguments_of, emit, out_folders, save
 from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
 from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
 from sglang_hcache.copiers import Copier, EngineCopier, KernelCopier
@@ -168,7 +168,7 @@ def measure(scale: Scale, budget_s: float, keep: Callable[[dict[str, Any]], None
     """All sections; `keep` has the report after each."""
     began = time.monotonic()
     torch.manual_seed(0)
-    report = {"machine": machine(), "method": method_of(__doc__)}
+    report = about(__doc__)
     report["scale"] = {
         "models": [asdict(model) for model in scale.models],
         "tokens": scale.tokens,

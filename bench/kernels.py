@@ -29,8 +29,8 @@ from typing import Any
 import torch
 import triton
 
-from bench.gpu import DEVICE, capability, machine, noise, seconds
-from bench.report import arguments_of, emit, method_of, out_folders, save
+from bench.gpu import DEVICE, about, capability, noise, seconds
+from bench.report import arguments_of, emit, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
@@ -158,7 +158,7 @@ def on_gpu(
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """All shapes; `keep` has the report after each."""
-    report: dict[str, Any] = {"models": {}, "errors": {}, "machine": machine(), "method": method_of(__doc__)}
+    report: dict[str, Any] = {"models": {}, "errors": {}, **about(__doc__)}
     for shape, model in {shape: model for model, shape in shapes.items()}.items():
         forms: list[Fused | None] = [None, *candidates(shape.head_dim, capability())]
         errors = {form: _check(shape, form) for form in forms}
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="write the fastest forms to triton_kernels/tuned.json")
     arguments = parser.parse_args()
     if arguments.compile_only:
-        report = compile_all() | {"machine": machine(), "method": method_of(__doc__)}
+        report = compile_all() | about(__doc__)
         line = f"{report['compiled']} compiled, {report['failed']} failed, {report['spills']} spill"
         emit(arguments, "kernels_compiled", report, [line])
     elif DEVICE == "cpu":

@@ -24,21 +24,16 @@ def arguments_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def method_of(doc: str | None) -> str:
-    """What a bench's docstring says after "Method:"."""
-    return " ".join((doc or "").split("Method: ")[1].split())
-
-
 def about(
     doc: str | None, *, machine: dict[str, Any] | None = None, versions: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Of a report: machine and versions, with what a bench adds to them, date and method."""
+    """Of a report: machine and versions, with what a bench adds to them, date, and method: what `doc` says of it."""
     return {
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()} | (machine or {}),
         "versions": {"python": platform.python_version()} | (versions or {}),
         "date": datetime.date.today().isoformat(),
         "command": _command(),
-        "method": method_of(doc),
+        "method": " ".join((doc or "").split("Method: ")[1].split()),
     }
 
 

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ from sglang_hcache.triton_kernels import project_kv as project
 from sglang_hcache.triton_kernels.tuning import Fused, Shape
 from tests.triton_kernels.driver import batch
 
+ROOT = Path(__file__).parents[2]
+GPU_BENCHES = ("gpu_restore", "kernels", "codec")
 TINY = Shape(width=64, k_heads=2, v_heads=2, head_dim=264)  # too large a head for the fused form
+
+
+def test_gpu_benches_need_torch_triton_and_numpy_alone() -> None:
+    """On the machine that has the GPU there may be nothing else, and nothing may be installed."""
+    others = ("sglang", "transformers", "tokenizers", "psutil", "lmdb", "msgspec", "zmq", "xxhash", "matplotlib")
+    program = f"import sys; sys.modules.update(dict.fromkeys({others}))\nimport bench.{', bench.'.join(GPU_BENCHES)}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_kernels_bench_checks_and_times_every_form() -> None:
