@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.exactness import check, is_right, pool_of, projection_of
 from bench.gpu import DEVICE, capability, device_copy_gb_s, host_to_device_gb_s, noise, seconds
 from bench.gpu_run import KERNELS, Run, Scale
-from bench.kernels import CALLS, POSITIONS, misplaced, pool_of, projection_of
-from bench.restore_rig import errors
+from bench.kernels import CALLS
 from bench.toy_model import CHUNK, Model
 from sglang_hcache.copiers import Copier, EngineCopier, KernelCopier
 from sglang_hcache.copy_engine import NoCopyEngine
@@ -22,7 +22,6 @@ from sglang_hcache.host_pages import HostPages, StoredLayer
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 
-MOST_ERROR = 1.5  # over that of a forward's own K and V
 PAGE_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20)
 STEP_BYTES = 64 << 20  # as a restore copies at once
 
@@ -103,17 +102,13 @@ def projections(run: Run) -> dict[str, Any]:
     products, found = run.sections["ceilings"]["gemm"], {}
     for model in run.scale.models:
         checked = zip(_forms(model), run.sections["numerics"][model.name], strict=True)
-        forms = [form for form, errors in checked if _is_right(errors)]
+        forms = [form for form, errors in checked if is_right(errors)]
         if not forms:
             raise RuntimeError(f"no form is right for {model.name}")
         found[model.name] = [
             _projection(model, row["tokens"], row["ms"], forms, run.scale) for row in products[model.name]
         ]
     return found
-
-
-def _is_right(form: dict[str, Any]) -> bool:
-    return "ratio" in form and bool(form["ratio"] <= MOST_ERROR and not form["unwritten"] and not form["strayed"])
 
 
 def _projection(
@@ -134,10 +129,11 @@ def _projection(
 
 def numerics(run: Run) -> dict[str, Any]:
     """Both forms of the projection against float64, beside the forward's own way; into pools of NaNs."""
+    n = run.scale.checked_tokens
     return {
         model.name: [
             {"fused": asdict(form) if form else None}
-            | run.isolated(f"numerics, {model.name}, {form}", partial(_form_errors, model, form, run.scale))
+            | run.isolated(f"numerics, {model.name}, {form}", partial(check, model.shape, form, n, run.scale.dtype))
             for form in _forms(model)
         ]
         for model in run.scale.models
@@ -146,18 +142,3 @@ def numerics(run: Run) -> dict[str, Any]:
 
 def _forms(model: Model) -> list[Fused | None]:
     return [None, *candidates(model.shape.head_dim, capability())]
-
-
-def _form_errors(model: Model, form: Fused | None, scale: Scale) -> dict[str, Any]:
-    n, projection = scale.checked_tokens, projection_of(model.shape, scale.dtype)
-    rows = noise(n, model.shape.width, dtype=scale.dtype)
-    slots = torch.randperm(2 * n, device=DEVICE)[:n]
-    positions = torch.randint(0, POSITIONS, (n,), device=DEVICE)
-    pool = pool_of(model.shape, 2 * n, scale.dtype)
-    project_kv(rows, projection, positions, slots, *pool, fused=form)
-    unwritten, strayed = (sum(counts) for counts in zip(*(misplaced(part, slots) for part in pool), strict=True))
-    return {
-        "unwritten": unwritten,
-        "strayed": strayed,
-        **errors(rows, projection, positions, pool[0][slots], pool[1][slots]),
-    }

@@ -6,14 +6,15 @@
 Method: `--compile-only` needs no GPU: every kernel in every configuration is compiled for sm_80, sm_90 and sm_100;
 registers, shared memory and spills are what cuobjdump reads in the machine code; a failure or a spill makes the exit
 status 1. On a GPU: for each model's shape and number of tokens, random bf16 inputs; the projection's forms are first
-compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike), beside
-the same error of torch's own matrix product; a form with more than 1.5 times that and 2^-8, or with elements missing
-or strayed, is `wrong`, is not timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`),
-cuBLAS and the second kernel, and the fused kernels in each configuration are timed between events, 8 calls in a row
-that are issued while the device is kept busy, so that launches do not count; median of 7 after 2 that warm up.
-`ratio` is the product's time over the form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works
-on parts of the rows; `whole_ms` is the same in one part. `--tune` writes which form was fastest to
-triton_kernels/tuned.json. Both files are written after each model, and to $OUT, too, if that is set.
+compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike),
+beside the same error of K and V made as a forward makes them, and of torch's own matrix product; a form with more
+than 1.5 times the one, or 1.5 times the other and 2^-8, or with elements missing or strayed, is `wrong`, is not
+timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel,
+and the fused kernels in each configuration are timed between events, 8 calls in a row that are issued while the
+device is kept busy, so that launches do not count; median of 7 after 2 that warm up. `ratio` is the product's time
+over the form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works on parts of the rows;
+`whole_ms` is the same in one part. `--tune` writes which form was fastest to triton_kernels/tuned.json. Both files
+are written after each model, and to $OUT, too, if that is set.
 """
 
 from __future__ import annotations
@@ -29,18 +30,16 @@ from typing import Any
 import torch
 import triton
 
+from bench.exactness import check, is_right, pool_of, projection_of
 from bench.gpu import DEVICE, about, capability, noise, seconds
 from bench.report import arguments_of, emit, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
 from sglang_hcache.triton_kernels.project_kv import project_kv
-from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
 
 TOKENS = (64, 256, 1024, 4096, 16384)
 CHECKED_TOKENS = 512
-MOST_ERROR = 1.5  # of K and V, over that of torch's matrix product, and a rounding more
-ROUNDING = 2.0**-8  # of bf16, at worst
-POSITIONS = 32768
+DTYPE = torch.bfloat16
 CALLS = 8 if DEVICE == "cuda" else 1
 
 
@@ -62,75 +61,20 @@ def compile_all() -> dict[str, Any]:
     }
 
 
-def projection_of(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Projection:
-    """Random, with RoPE: activations of unit variance give K and V of unit variance."""
-    turns = torch.arange(POSITIONS)[:, None] / 10000 ** (torch.arange(0, shape.head_dim, 2) / shape.head_dim)
-    columns = (shape.k_heads + shape.v_heads) * shape.head_dim
-    return Projection(
-        weight=noise(columns, shape.width, dtype=dtype, scale=shape.width**-0.5),
-        k_heads=shape.k_heads,
-        k_dim=shape.head_dim,
-        v_heads=shape.v_heads,
-        v_dim=shape.head_dim,
-        cos_sin=torch.cat((turns.cos(), turns.sin()), dim=-1).to(DEVICE),
-    )
-
-
-def pool_of(shape: Shape, slots: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = (
-        torch.full((slots, heads, shape.head_dim), torch.nan, dtype=dtype, device=DEVICE)
-        for heads in (shape.k_heads, shape.v_heads)
-    )
-    return keys, values
-
-
-def check(shape: Shape, form: Fused | None, tokens: int = CHECKED_TOKENS) -> dict[str, float]:
-    """Relative errors of K and V, of the product alone, and how many elements were not written, or wrongly."""
-    projection, rows = projection_of(shape), noise(tokens, shape.width, dtype=torch.bfloat16)
-    slots = torch.randperm(2 * tokens, device=DEVICE)[:tokens]
-    positions = torch.randint(0, POSITIONS, (tokens,), device=DEVICE)
-    pool, exact = pool_of(shape, 2 * tokens), pool_of(shape, 2 * tokens, torch.float64)
-    project_kv(rows, projection, positions, slots, *pool, fused=form)
-    project_kv_reference(rows, projection, positions, slots, *exact)
-    product = rows.double() @ projection.weight.double().T
-    report = {"product": _error(rows @ projection.weight.T, product)}
-    for name, got, want in zip("kv", pool, exact, strict=True):
-        report[name] = _error(got[slots], want[slots])
-        report[f"{name}_unwritten"], report[f"{name}_strayed"] = misplaced(got, slots)
-    return report
-
-
 def _check(shape: Shape, form: Fused | None) -> dict[str, Any]:
     """As `check`, or why the form cannot be checked: the others still can."""
     try:
-        return check(shape, form)
+        return check(shape, form, CHECKED_TOKENS, DTYPE)
     except Exception as error:  # noqa: BLE001
         print(f"{form}: {type(error).__name__}: {error}", file=sys.stderr)
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def misplaced(buffer: torch.Tensor, slots: torch.Tensor) -> tuple[int, int]:
-    """Elements of these slots that were not written, and of others that were, of a buffer that was full of NaNs."""
-    poisoned = buffer.isnan().flatten(1)
-    others = torch.ones(len(buffer), dtype=torch.bool, device=buffer.device)
-    others[slots] = False
-    return int(poisoned[~others].sum()), int((~poisoned[others]).sum())
-
-
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def is_right(errors: dict[str, float]) -> bool:
-    strays = sum(errors[f"{name}_{kind}"] for name in "kv" for kind in ("unwritten", "strayed"))
-    return not strays and max(errors["k"], errors["v"]) <= MOST_ERROR * errors["product"] + ROUNDING
-
-
 def measure(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[str, Any]:
     """Times in milliseconds, and each form's ratio to the matrix product alone."""
-    projection, rows = projection_of(shape), noise(tokens, shape.width, dtype=torch.bfloat16)
+    projection, rows = projection_of(shape, DTYPE), noise(tokens, shape.width, dtype=DTYPE)
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
-    pool = pool_of(shape, tokens)
+    pool = pool_of(shape, tokens, DTYPE)
     workspace = rows.new_empty(tokens, projection.columns)
     product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace), calls=CALLS)
     project = partial(project_kv, rows, projection, positions, slots, *pool)
@@ -162,7 +106,7 @@ def on_gpu(
     for shape, model in {shape: model for model, shape in shapes.items()}.items():
         forms: list[Fused | None] = [None, *candidates(shape.head_dim, capability())]
         errors = {form: _check(shape, form) for form in forms}
-        right = [form for form in forms if "error" not in errors[form] and is_right(errors[form])]
+        right = [form for form in forms if is_right(errors[form])]
         report["errors"][model] = [
             {"fused": asdict(form) if form else None, "wrong": form not in right} | errors[form] for form in forms
         ]

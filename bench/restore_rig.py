@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from bench.exactness import POSITIONS, errors, misplaced, pool_of, projection_of
 from bench.gpu import DEVICE, WARM_UP, capability, noise
-from bench.kernels import POSITIONS, misplaced, pool_of, projection_of
-from bench.toy_model import Model, forward_kv
+from bench.toy_model import Model
 from sglang_hcache.copiers import Copier
 from sglang_hcache.host_pages import HostPages, StoredLayer
 from sglang_hcache.layer_events import LayerEvents
@@ -24,7 +24,6 @@ from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.restore import Load, Restorer, Staging, restorer_for
 from sglang_hcache.streams import current_stream, new_stream
 from sglang_hcache.triton_kernels.project_kv import project_kv
-from sglang_hcache.triton_kernels.projection import Projection, project_kv_reference
 from sglang_hcache.triton_kernels.rows import scatter_kv
 from sglang_hcache.triton_kernels.tuning import choose
 
@@ -104,20 +103,6 @@ class KVPool:
     def check(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> dict[str, float]:
         stored = torch.cat([part[slots].flatten(1) for part in self.buffers[layer]], dim=1)
         return {"differing": float((stored != rows).sum())}
-
-
-def errors(
-    rows: torch.Tensor, projection: Projection, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> dict[str, float]:
-    """Norm of the error over the norm, of K and V and of what a forward would have written; `ratio`, the worst."""
-    n = len(rows)
-    exact = [torch.empty(part.shape, dtype=torch.float64, device=DEVICE) for part in (key, value)]
-    project_kv_reference(rows, projection, positions, torch.arange(n, device=DEVICE), exact[0], exact[1])
-    report = {}
-    for name, pair in {"": (key, value), "forward_": forward_kv(rows, projection, positions)}.items():
-        for side, got, want in zip("kv", pair, exact, strict=True):
-            report[name + side] = float((got.double() - want).norm() / want.norm())
-    return report | {"ratio": max(report[side] / report[f"forward_{side}"] for side in "kv")}
 
 
 class Rig:

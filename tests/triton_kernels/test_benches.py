@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_ceilings, gpu_report, gpu_restore, gpu_run, kernels, report, restore_rig
+from bench import exactness, gpu_ceilings, gpu_report, gpu_restore, gpu_run, kernels, report, restore_rig
 from bench.gpu import DEVICE
 from bench.kernels import on_gpu, table
 from sglang_hcache import copiers, copy_engine
@@ -218,7 +218,8 @@ def test_a_form_that_fails_says_nothing_of_the_others(monkeypatch: pytest.Monkey
             raise RuntimeError("no shared memory is left")
         project.project_kv(*arguments, fused=fused)
 
-    monkeypatch.setattr(gpu_ceilings, "project_kv", project_kv)
+    for module in (exactness, gpu_ceilings):
+        monkeypatch.setattr(module, "project_kv", project_kv)
     run = gpu_run.Run(ONE_LENGTH, None, deadline=math.inf)  # type: ignore[arg-type]
     run.sections["numerics"] = found = gpu_ceilings.numerics(run)
     bad, good = found["tiny"]
