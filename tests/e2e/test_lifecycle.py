@@ -106,7 +106,9 @@ def test_all_are_aborted_while_they_are_held(server: Server) -> None:
     wait_until(lambda: nothing_is_held(server), 10)
     for victim in victims:
         victim.hang_up()
+    assert server.tier_state()["loads_failed"] == 0
     server.flush_cache()
+    assert server.healthy()
 
 
 def test_what_a_request_may_not_use_is_not_read_for_it(server: Server) -> None:
