@@ -16,6 +16,7 @@ from sglang_hcache.page_hash import page_hash
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import bytes_on_disk
 from tests.cli.stores import found, make, make_prefix, run
+from tests.storage.child import start_child
 from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, keys_of, open_store, segment_files
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,8 +101,7 @@ def test_fsck_lists_whole_pages_that_no_index_names(tmp_path: Path, capsys: pyte
 def test_repair_is_refused_while_a_server_runs_and_a_check_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "tests.storage.child", "write_then_wait", str(tmp_path), "10"]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with start_child("write_then_wait", tmp_path, 10) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "written\n"
         assert main(["fsck", "--repair", "--dir", str(tmp_path)]) == 3

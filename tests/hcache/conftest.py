@@ -1,4 +1,4 @@
-"""A store whose disk can be held up."""
+"""A store whose disk can be held up, and where pages lie on the device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.storage.stripe import Place
 from tests.storage.pages import open_store, save
+
+PAGE = 16  # tokens
+
+
+def slots_of(*device_pages: int) -> torch.Tensor:
+    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in device_pages])
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ from sglang_hcache.projector import KVProjector
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.streams import Event, ImmediateStream, _Passed
 from tests.e2e.conftest import wait_until
+from tests.hcache.conftest import PAGE, slots_of
 from tests.hcache.test_registration import SERVER
 from tests.storage.pages import key_of, keys_of
 
-PAGE = 16
 PAGES = 8  # of the pool
 
 
@@ -108,10 +108,6 @@ def tier(make: Callable[..., HCacheLinker]) -> Iterator[HCacheLinker]:
     made = make()
     yield made
     made.close()
-
-
-def slots_of(*device_pages: int) -> torch.Tensor:
-    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in device_pages])
 
 
 def transfer(pages: range, device_pages: tuple[int, ...] = ()) -> list[PoolTransfer]:

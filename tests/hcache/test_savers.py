@@ -21,9 +21,10 @@ from sglang_hcache.savers import KVRows, PageSaver, Restored
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.streams import Event, ImmediateStream
+from tests.hcache.conftest import PAGE, slots_of
 from tests.storage.pages import lease
 
-PAGE, WIDTH, HEADS, HEAD = 16, 6, 2, 4
+WIDTH, HEADS, HEAD = 6, 2, 4
 HIDDEN, KV = range(0, 2), range(2, 5)
 KEYS = [b"a" * 32, b"b" * 32, b"c" * 32]
 
@@ -71,10 +72,6 @@ def saver(
     return PageSaver(store, copy_out, captured=len(HIDDEN), kv=[kv])
 
 
-def slots_of(*device_pages: int) -> torch.Tensor:
-    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in device_pages])
-
-
 def assert_kv(
     rows: np.ndarray[Any, np.dtype[np.uint8]], pool: MHATokenToKVPool, device_page: int, layer: int
 ) -> None:
@@ -85,7 +82,7 @@ def assert_kv(
 
 def capture(saver: PageSaver, device_page: int, rows: torch.Tensor) -> torch.Tensor:
     """As a forward would: rows `[layers, n, width]`; returns the slots of the page."""
-    slots = torch.arange(device_page * PAGE, (device_page + 1) * PAGE)
+    slots = slots_of(device_page)
     saver.write(slots[: rows.shape[1]], torch.arange(rows.shape[1]), rows)
     return slots
 

@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,13 @@ from tests.storage.pages import LAYOUT, counters, open_store, save, served, stat
 
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start_child(role: str, directory: Path, *argument: object) -> subprocess.Popen[str]:
+    """For the test: the process, in that role."""
+    command = [sys.executable, "-m", "tests.storage.child", role, str(directory), *map(str, argument)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def write_forever(directory: Path, start: str) -> None:

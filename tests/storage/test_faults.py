@@ -5,8 +5,6 @@ import itertools
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +18,11 @@ from sglang_hcache.storage import index, index_file, volume
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
+from tests.storage.child import start_child
 from tests.storage.pages import LAYOUT, counters, open_store, save, segment_files, served, states
 
 ROUNDS = int(os.environ.get("HCACHE_FAULT_ROUNDS", "2"))
-REPOSITORY = Path(__file__).parents[2]
 PAGES = 20
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.storage.child", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def flip(path: Path) -> None:
@@ -256,7 +249,7 @@ def test_a_killed_writer_leaves_whole_pages(tmp_path: Path) -> None:
     reported = 0
     chance = random.Random(1)
     for _ in range(ROUNDS * 3):
-        child = start("write_forever", tmp_path, reported)
+        child = start_child("write_forever", tmp_path, reported)
         assert child.stdout is not None
         assert child.stdout.readline()
         time.sleep(chance.random() * 0.3)
@@ -272,7 +265,7 @@ def test_a_killed_writer_leaves_whole_pages(tmp_path: Path) -> None:
 
 
 def test_two_processes_use_one_directory(tmp_path: Path) -> None:
-    child = start("write_then_wait", tmp_path, 10)
+    child = start_child("write_then_wait", tmp_path, 10)
     assert child.stdout is not None
     assert child.stdout.readline() == "written\n"
     store = open_store(tmp_path)
@@ -290,7 +283,7 @@ def test_two_processes_use_one_directory(tmp_path: Path) -> None:
 
 
 def test_a_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path: Path) -> None:
-    out = start("write_without_fallocate", tmp_path).communicate(timeout=60)[0]
+    out = start_child("write_without_fallocate", tmp_path).communicate(timeout=60)[0]
     if out == "cannot filter system calls\n":
         pytest.skip(out)
     assert out == "ok 20\n"
@@ -300,7 +293,7 @@ def test_a_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path:
     ("role", "reason"), [("write_on_full_disk", "file size limit"), ("write_unwritable", "permissions")]
 )
 def test_a_disk_that_refuses_is_said_to_and_comes_back(tmp_path: Path, role: str, reason: str) -> None:
-    child = start(role, tmp_path)
+    child = start_child(role, tmp_path)
     out = child.communicate(timeout=60)[0]
     if out.startswith("cannot drop"):
         pytest.skip(out)

@@ -4,8 +4,6 @@ import errno
 import fcntl
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.layout import ROOT, seal
 from sglang_hcache.storage.quota import Quota, bytes_on_disk
 from sglang_hcache.storage.store import LocalStore
+from tests.storage.child import start_child
 from tests.storage.pages import (
     FINGERPRINT,
     LAYOUT,
@@ -38,13 +37,7 @@ from tests.storage.pages import (
     states,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 QUOTA = 100 * LAYOUT.record_bytes
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.storage.child", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def save_prefix(store: LocalStore, pages: range) -> None:
@@ -143,7 +136,7 @@ def test_others_that_evict_are_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
-    child = start("write_then_wait", tmp_path, 7)
+    child = start_child("write_then_wait", tmp_path, 7)
     assert child.stdout is not None
     assert child.stdout.readline() == "written\n"
     store = open_store(tmp_path, fingerprint=OTHER_FINGERPRINT, quota_bytes=QUOTA)

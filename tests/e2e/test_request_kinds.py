@@ -1,0 +1,68 @@
+"""Requests that are not plain generation: embeddings, and turns of streaming sessions."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.harness import Server, random_prompt
+from tests.e2e.conftest import Workshop, started_together, tier_state, wait_until
+from tests.e2e.scenarios import FLOAT32_TOLERANCE, PAGE, SERVER_ARGS, evict_everything, whole_pages
+
+
+def post(server: Server, path: str, **body: object) -> Any:
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    return json.load(response)
+
+
+def embedding(server: Server, prompt: Sequence[int]) -> Any:
+    return np.array(post(server, "/encode", input_ids=list(prompt))["embedding"])
+
+
+def test_embeddings_from_a_restored_prefix(workshop: Workshop) -> None:
+    args, store = (*SERVER_ARGS, "--is-embedding"), workshop.folder / "store-embeddings"
+    prefix = random_prompt(1200, seed=1)
+    endings = [random_prompt(40, seed=seed) for seed in (2, 3)]
+    others = [random_prompt(1500, seed=900 + i) for i in range(4)]
+    with started_together(workshop.stock(args=args), workshop.tiered(store, args=args)) as (stock, tiered):
+        wanted, found = (
+            [embedding(server, prompt) for prompt in (prefix, *others, prefix + endings[0], prefix + endings[1])]
+            for server in (stock, tiered)
+        )
+        state = tier_state(tiered)
+    assert state["representation"] == "hidden"
+    assert state["tokens_restored"] >= whole_pages(1200)
+    assert state["loads_failed"] == 0
+    for one, other in zip(found, wanted, strict=True):
+        assert np.allclose(one, other, rtol=0, atol=FLOAT32_TOLERANCE)
+    assert np.abs(wanted[-1] - wanted[-2]).max() > 20 * FLOAT32_TOLERANCE, "the embedding says nothing"
+
+
+@pytest.fixture(scope="module")
+def with_sessions(workshop: Workshop) -> Iterator[Server]:
+    args = (*SERVER_ARGS, "--enable-streaming-session")
+    with workshop.tiered(workshop.folder / "store-sessions", args=args) as server:
+        yield server
+
+
+def test_what_a_streaming_session_keeps_takes_no_room(with_sessions: Server) -> None:
+    """SGLang inserts its first prompt only, and keeps all else in device memory of the session's."""
+    server, turns, turn_tokens = with_sessions, 5, 3 * PAGE
+    session = post(server, "/open_session", capacity_of_str_len=100_000, streaming=True)
+    sampling = {"temperature": 0, "max_new_tokens": PAGE, "ignore_eos": True}
+    for turn in range(turns):
+        prompt = random_prompt(turn_tokens, seed=turn)
+        answer = post(server, "/generate", input_ids=prompt, session_params={"id": session}, sampling_params=sampling)
+        assert answer["meta_info"]["cached_tokens"] == turn * (turn_tokens + PAGE) - (turn > 0)
+    wait_until(lambda: tier_state(server)["pages_open"] == tier_state(server)["pages_granted"], 10)
+    assert tier_state(server)["pages_saved"] == turn_tokens // PAGE, "the first prompt's"
+    evict_everything(server)
+    assert server.generate(random_prompt(turn_tokens, seed=0), 1).cached_host == turn_tokens - PAGE
