@@ -24,29 +24,47 @@ class Endpoint:
     """
 
     socket: Path
-    lock: Path
+
+    @classmethod
+    def at(cls, address: str) -> Endpoint:
+        return cls(Path(address.removeprefix("ipc://")))
 
     @property
     def address(self) -> str:
         return f"ipc://{self.socket}"
+
+    @property
+    def lock(self) -> Path:
+        return self.socket.with_suffix(".lock")
 
 
 def endpoint_for(directories: Sequence[str]) -> Endpoint:
     """Raises OSError where the directory for sockets cannot be made, or is not this user's alone."""
     names = "\0".join(sorted(str(Path(directory).resolve()) for directory in directories))
     name = hashlib.sha256(names.encode()).hexdigest()[:16]
-    folder = _runtime_directory()
-    return Endpoint(folder / f"{name}.{messages.VERSION}.sock", folder / f"{name}.{messages.VERSION}.lock")
+    return Endpoint(_runtime_directory() / f"{name}.{messages.VERSION}.sock")
 
 
 def _runtime_directory() -> Path:
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(base) / "sglang-hcache" if base else Path(f"/tmp/sglang-hcache-{os.getuid()}")
+    base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    path = base / "sglang-hcache" if _is_for_us(base) else Path(f"/tmp/sglang-hcache-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise OSError(f"{path} must be a directory that only this user can enter; remove it")
     return path
+
+
+def _is_for_us(base: Path) -> bool:
+    """Whether it is there, and this user's, or root's and writable, as a container's volume may be.
+
+    `su`, Slurm and `docker -e` pass on the name of a directory that is another user's, or on another machine.
+    """
+    try:
+        owner = base.stat().st_uid
+    except OSError:
+        return False
+    return base.is_absolute() and base.is_dir() and owner in (os.getuid(), 0) and os.access(base, os.W_OK)
 
 
 class InstanceLock:

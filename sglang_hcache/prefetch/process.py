@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zmq
 
-from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for
+from sglang_hcache.prefetch.endpoint import Endpoint, InstanceLock
 from sglang_hcache.prefetch.server import Server, ServerConfig
 from sglang_hcache.storage.files import make_private
 
@@ -41,8 +41,7 @@ def serve(config: ServerConfig) -> int:
     logging.raiseExceptions = False  # whoever started us may be gone, and our stderr with him
     settle()
     try:
-        endpoint = endpoint_for(config.directories)
-        lock = InstanceLock.acquire(endpoint)
+        lock = InstanceLock.acquire(Endpoint.at(config.address))
     except OSError as error:
         log.error("hcache: no prefetcher can run: %s", error)
         return FAILED

@@ -214,7 +214,8 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
             gone.kill_prefetcher()
 
     def _launch(self) -> None:
-        config = json.dumps(dataclasses.asdict(self._config))
+        self._endpoint = endpoint_for(self._config.directories)  # anew: at logout its folder may have gone
+        config = json.dumps(dataclasses.asdict(self._config) | {"address": self._endpoint.address})
         launcher = [sys.executable, "-S", "-P", str(_LAUNCHER), str(os.getppid())]
         command = [*launcher, sys.executable, "-m", "sglang_hcache.prefetch", config]
         try:
