@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
 import time
@@ -14,6 +15,8 @@ from sglang_hcache.prefetch import messages
 from sglang_hcache.storage.files import is_still, try_lock
 
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,18 @@ class InstanceLock:
             os.close(fd)  # its former owner has just removed it
 
     def touch(self) -> None:
-        """Keep programs that clean /tmp by age from removing the lock."""
+        """Keep programs that clean /tmp by age from removing lock and socket.
+
+        Without the socket nobody can join: then the lock goes, too, and the next server starts another prefetcher.
+        """
+        if not self._is_in_place():
+            return
         os.utime(self._fd)
+        try:
+            os.utime(self._endpoint.socket)
+        except FileNotFoundError:
+            log.warning("hcache: %s was removed: the next server starts another prefetcher.", self._endpoint.socket)
+            self._endpoint.lock.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Remove socket and lock, unless the lock's file was removed already: then they are another prefetcher's."""

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FAILED = 1
 SWITCH_S = 0.0005  # a lookup in the index may wait for other threads so long; Python's 5 ms make seconds of many
-TOUCH_S = 3600.0  # systemd removes what has been left alone in /tmp for ten days
+TOUCH_S = 30.0  # between two looks whether clients still find us; a server that starts waits twice as long
 LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
 LOG_WAIT_S = 2.0  # for what is still to be written to it when the prefetcher ends
@@ -49,8 +49,8 @@ def serve(config: ServerConfig) -> int:
         log.info("hcache: another prefetcher serves %s", ", ".join(config.directories))
         return 0 if config.ends_when_unused else FAILED
     try:
-        with logging_to(Path(config.directories[0]) / LOG_NAME), _kept_fresh(lock):
-            return _run(config)
+        with logging_to(Path(config.directories[0]) / LOG_NAME):
+            return _run(config, lock)
     finally:
         lock.release()
 
@@ -63,14 +63,15 @@ def settle() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _run(config: ServerConfig) -> int:
+def _run(config: ServerConfig, lock: InstanceLock) -> int:
     try:
         server = Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         log.info("hcache: serving %s at %s %s", ", ".join(config.directories), config.address, config.listen)
         notify("READY=1")
-        server.run()
+        with _kept_fresh(lock):
+            server.run()
         log.info("hcache: the prefetcher has ended")
         notify("STOPPING=1")
     except (OSError, ValueError, zmq.ZMQError) as error:

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_hcache.prefetch import client as client_module
-from sglang_hcache.prefetch import connection
+from sglang_hcache.prefetch import connection, process
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.endpoint import endpoint_for
-from sglang_hcache.prefetch.process import serve
 from sglang_hcache.prefetch.server import ServerConfig
 from sglang_hcache.storage import store, writer
 from sglang_hcache.storage.segment import SegmentWriter
@@ -72,13 +71,19 @@ def write_slowly(directory: Path, batch_s: str) -> None:
 
     SegmentWriter.sync = slow  # type: ignore[method-assign, assignment]
     writer.BATCH_PAGES, store.CLOSE_WAIT_S = 4, 0.5
-    serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
+    process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
+
+
+def look_often(directory: Path, touch_s: str) -> None:
+    """Be a prefetcher that looks every `touch_s` whether it can still be found."""
+    process.TOUCH_S = float(touch_s)
+    process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 
 def be_the_next_versions(directory: Path, _: str) -> None:
     """Be a prefetcher where the next version of the protocol looks for one."""
     m.VERSION += 1
-    sys.exit(serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),))))
+    sys.exit(process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),))))
 
 
 def leave(directory: Path, _: str) -> None:

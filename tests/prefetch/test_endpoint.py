@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_hcache.prefetch.endpoint import endpoint_for
-from tests.prefetch.clients import fetched, prefetchers, save, supervisor_of, until
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from tests.prefetch.clients import child, fetched, prefetchers, save, supervisor_of, until
 
 WITHOUT = Path(f"/tmp/sglang-hcache-{os.getuid()}")
 
@@ -57,3 +57,27 @@ def test_the_runtime_directory_may_go_and_a_prefetcher_starts_all_the_same(
     running.close()
     assert until(lambda: not prefetchers(directory))
     assert not endpoint_for([str(directory)]).lock.exists()
+
+
+def test_a_prefetcher_whose_socket_was_removed_leaves_its_place_to_the_next_one(
+    directory: Path, runtime: Path
+) -> None:
+    """As by a program that removes old files from /tmp, but not the lock."""
+    former = child("look_often", directory, 0.05)
+    endpoint = endpoint_for([str(directory)])
+    assert until(endpoint.socket.exists)
+    first = supervisor_of(directory).open()
+    assert first.prefetcher_pid == former.pid
+    endpoint.socket.unlink()
+    second = supervisor_of(directory).open(10)
+    assert second.prefetcher_pid != first.prefetcher_pid
+    save(first, range(5))
+    assert first.flush(30)
+    assert fetched(second, range(10)) == 5
+    first.close()
+    assert former.wait(20) == 0
+    assert endpoint.socket.exists()
+    assert is_running(endpoint)
+    second.close()
+    assert until(lambda: not prefetchers(directory))
+    assert list(runtime.iterdir()) == []

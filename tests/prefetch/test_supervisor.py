@@ -614,9 +614,11 @@ def test_the_lock_of_a_running_prefetcher_does_not_look_forgotten(
     endpoint = endpoint_for([str(directory)])
     lock = InstanceLock.acquire(endpoint)
     assert lock is not None
-    os.utime(endpoint.lock, (0, 0))
+    endpoint.socket.touch()
+    for path in (endpoint.lock, endpoint.socket):
+        os.utime(path, (0, 0))
     monkeypatch.setattr(process, "TOUCH_S", 0.05)
     with process._kept_fresh(lock):
-        assert until(lambda: endpoint.lock.stat().st_mtime > 0)
+        assert until(lambda: all(path.stat().st_mtime > 0 for path in (endpoint.lock, endpoint.socket)))
     lock.release()
     assert list(runtime.iterdir()) == []
