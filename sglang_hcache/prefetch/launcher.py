@@ -41,4 +41,5 @@ def memory_policy(pid: int) -> str:
 
 if __name__ == "__main__":
     bind_as(int(sys.argv[1]))
+    os.environ.pop("NOTIFY_SOCKET", None)  # to systemd the server speaks for itself
     Popen(sys.argv[2:], stdin=DEVNULL, stdout=DEVNULL, start_new_session=True)

@@ -1,12 +1,28 @@
 from __future__ import annotations
 
 import resource
+import socket
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
+import pytest
 
 from sglang_hcache.prefetch.process import settle
+from tests.prefetch.clients import prefetchers, supervisor_of, until
 from tests.prefetch.conftest import Join
+
+
+@pytest.fixture
+def systemd(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Where a unit's processes tell systemd how they are."""
+    path = str(runtime.with_name("notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ears:
+        ears.bind(path)
+        ears.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        yield ears
 
 
 def test_a_prefetcher_may_open_as_many_files_as_the_system_lets_it(join: Join) -> None:
@@ -27,3 +43,13 @@ def test_its_loop_waits_shortly_for_threads_that_compute() -> None:
     finally:
         sys.setswitchinterval(interval)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_it_does_not_speak_for_the_unit_of_the_server_that_started_it(
+    directory: Path, systemd: socket.socket
+) -> None:
+    supervisor_of(directory).open().close()
+    assert until(lambda: not prefetchers(directory))
+    systemd.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        systemd.recv(100)
