@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import threading
@@ -20,6 +21,8 @@ _HUGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; needs no huge pages to be reserved or enabled
 _MAP_FIXED = 0x10
 _MAP_FAILED = 2**64 - 1
+
+log = logging.getLogger(__name__)
 
 
 class Region:
@@ -109,12 +112,19 @@ class Region:
 
     def _settle(self, used_behind: Callable[[], bool]) -> None:
         """Touching a page for the first time costs a fault; take them ahead of use. Without memory, leave it."""
-        with contextlib.suppress(OSError):
+        try:
             for start, step in _steps(0, self.size):
                 if self._stop.is_set():
                     return
                 _make_contiguous(self._fd, start, step // _HUGE_BYTES)
                 os.posix_fallocate(self._fd, start, step)
+        except OSError as error:
+            log.warning(
+                "hcache: the system gives %d bytes of host memory, not %d (%s): whoever uses more may be killed.",
+                self.taken,
+                self.size,
+                error.strerror,
+            )
         if self.size == len(self.memory):
             return
         while used_behind():

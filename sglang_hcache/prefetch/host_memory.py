@@ -26,6 +26,8 @@ _VERSIONS = (
 def available_bytes(system: Path = Path("/")) -> int:
     """What this process can take before it swaps or is killed: of the machine, and of each control group it is in."""
     left = [psutil.virtual_memory().available]
+    if (uncommitted := _uncommitted(system / "proc")) is not None:
+        left.append(uncommitted)
     for mount, limits, used, dropped in _VERSIONS:
         for group in _groups(system / mount, system / "proc/self/cgroup"):
             try:
@@ -45,6 +47,18 @@ def total_bytes(system: Path = Path("/")) -> int:
         for group in _groups(system / mount, system / "proc/self/cgroup"):
             least = min([least, *(limit for name in limits if (limit := _limit(group / name)) is not None)])
     return least
+
+
+def _uncommitted(proc: Path) -> int | None:
+    """What the kernel still gives where it promises no more than it has; None where it does not count promises.
+
+    Whoever touches more of a shared memory than that gets SIGBUS.
+    """
+    mode = proc / "sys/vm/overcommit_memory"
+    if not mode.is_file() or mode.read_text().strip() != "2":
+        return None
+    kib = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+    return (int(kib["CommitLimit"].split()[0]) - int(kib["Committed_AS"].split()[0])) * 1024
 
 
 def _groups(mount: Path, membership: Path) -> list[Path]:

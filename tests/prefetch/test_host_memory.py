@@ -86,6 +86,21 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 0
 
 
+def test_what_the_kernel_may_not_promise_is_not_taken(tmp_path: Path) -> None:
+    """Otherwise whoever touches it is killed."""
+    (tmp_path / "proc/sys/vm").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal:       16384 kB\nCommitLimit:     8192 kB\nCommitted_AS:    3072 kB\nHugePages_Total:       0\n"
+    )
+    for mode in ("0", "1"):
+        (tmp_path / "proc/sys/vm/overcommit_memory").write_text(f"{mode}\n")
+        assert_unbounded(tmp_path)
+    (tmp_path / "proc/sys/vm/overcommit_memory").write_text("2\n")
+    assert available_bytes(tmp_path) == 5 << 20
+    v2(tmp_path / V2, 8 * MB, used=4 * MB)
+    assert available_bytes(tmp_path) == 4 * MB
+
+
 @pytest.mark.parametrize(("free", "fits"), [(-1, False), (0, True)])
 def test_a_prefetcher_takes_no_more(free: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`free`: bytes beyond what is asked for."""

@@ -1,5 +1,6 @@
 """Memory that processes share: its size, its content while it is still being taken, and its end."""
 
+import errno
 import os
 import threading
 import time
@@ -39,6 +40,25 @@ def test_another_process_can_wait_until_all_is_taken() -> None:
     wait_until_taken("/proc/self/fd/nowhere", SIZE)
     assert 0.2 <= time.monotonic() - began < 5
     region.close()
+
+
+def test_memory_that_the_system_does_not_give_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with vm.overcommit_memory=2."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    region = Region.create("hcache-test", SIZE)
+    assert region._settling is not None
+    region._settling.join()
+    region.close()
+    assert [record.message for record in caplog.records] == [
+        f"hcache: the system gives 0 bytes of host memory, not {SIZE} (No space left on device): "
+        "whoever uses more may be killed."
+    ]
 
 
 def test_what_is_written_while_memory_is_taken_stays() -> None:
