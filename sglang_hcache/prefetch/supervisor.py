@@ -217,7 +217,7 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         self._endpoint = endpoint_for(self._config.directories)  # anew: at logout its folder may have gone
         config = json.dumps(dataclasses.asdict(self._config) | {"address": self._endpoint.address})
         launcher = [sys.executable, "-S", "-P", str(_LAUNCHER), str(os.getppid())]
-        command = [*launcher, sys.executable, "-m", "sglang_hcache.prefetch", config]
+        command = [*launcher, sys.executable, "-P", "-m", "sglang_hcache.prefetch", config]
         try:
             subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
         except (OSError, subprocess.SubprocessError) as error:

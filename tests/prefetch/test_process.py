@@ -53,3 +53,11 @@ def test_it_does_not_speak_for_the_unit_of_the_server_that_started_it(
     systemd.setblocking(False)
     with pytest.raises(BlockingIOError):
         systemd.recv(100)
+
+
+def test_no_module_in_a_servers_directory_is_taken_for_another(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('not ours')")
+    monkeypatch.chdir(tmp_path)
+    supervisor_of(directory).open(10).close()
