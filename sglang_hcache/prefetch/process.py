@@ -29,16 +29,20 @@ SWITCH_S = 0.0005  # a lookup in the index may wait for other threads so long; P
 TOUCH_S = 30.0  # between two looks whether clients still find us; a server that starts waits twice as long
 LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
-LOG_WAIT_S = 2.0  # for what is still to be written to it when the prefetcher ends
 LOG_BYTES = 5_000_000  # of each of two files: this one, and the one before it
+LOG_WAIT_S = 2.0  # for what is still to be written when the prefetcher ends, to it and to stderr
+LOG_RECORDS = 10_000  # that may wait for each of them; of a terminal that is stopped, or a pipe that nobody reads
 
 
 def serve(config: ServerConfig) -> int:
     """Run until stopped; the process's exit status. Where another one serves the endpoint there is nothing to do."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="[%(asctime)s prefetcher] %(message)s", datefmt=LOG_DATES
-    )
-    logging.raiseExceptions = False  # whoever started us may be gone, and our stderr with him
+    logging.getLogger().setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log that cannot be written is not for stderr, which may hang
+    with _logging_by(_Stderr()):
+        return _serve(config)
+
+
+def _serve(config: ServerConfig) -> int:
     settle()
     try:
         lock = InstanceLock.acquire(Endpoint.at(config.address))
@@ -110,13 +114,43 @@ class _PrivateFile(RotatingFileHandler):
         return open(os.open(path, flags, 0o600), "a", encoding="utf-8", errors="replace")
 
 
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Log to a file, too, where one can be had; in a thread of its own, as a disk may hang and we may not."""
+class _Stderr(logging.Handler):
+    """Whatever our stderr was at start; whoever started us may be gone, and it with him.
+
+    Past Python's own stderr, and without a lock: for those who have them, the end of the process would wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fd = sys.stderr.fileno() if sys.stderr else -1
+        self.setFormatter(logging.Formatter("[%(asctime)s prefetcher] %(message)s", LOG_DATES))
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        with contextlib.suppress(OSError):
+            os.write(self._fd, f"{self.format(record)}\n".encode(errors="replace"))
+        return True
+
+
+class _Records(queue.SimpleQueue[logging.LogRecord]):
+    """Those that wait to be written; what finds no room is dropped."""
+
+    def put_nowait(self, item: logging.LogRecord) -> None:
+        if self.qsize() < LOG_RECORDS:
+            super().put_nowait(item)
+
+
+def logging_to(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Log to a file, too, where one can be had."""
     file = _PrivateFile(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
     file.setFormatter(logging.Formatter("[%(asctime)s %(process)d] %(message)s", LOG_DATES))
-    records = queue.SimpleQueue[logging.LogRecord]()
-    handler, listener = QueueHandler(records), QueueListener(records, file)
+    return _logging_by(file)
+
+
+@contextlib.contextmanager
+def _logging_by(written_by: logging.Handler) -> Iterator[None]:
+    """In a thread of its own: a disk or a terminal may hang, and we may not."""
+    records = _Records()
+    handler, listener = QueueHandler(records), QueueListener(records, written_by)
     logging.getLogger().addHandler(handler)
     listener.start()
     try:

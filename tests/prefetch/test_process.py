@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import os
 import resource
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.process import settle
-from tests.prefetch.clients import prefetchers, supervisor_of, until
+from sglang_hcache.prefetch.server import ServerConfig
+from tests.prefetch.clients import fetched, prefetchers, save, supervisor_of, until
 from tests.prefetch.conftest import Join
 
 
@@ -61,3 +68,36 @@ def test_no_module_in_a_servers_directory_is_taken_for_another(
     (tmp_path / "queue.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(tmp_path)
     supervisor_of(directory).open(10).close()
+
+
+def full_pipe() -> tuple[int, int]:
+    """As stderr is where nobody reads it, or somebody has stopped the terminal."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(theirs, bytes(1 << 16))
+    os.set_blocking(theirs, True)
+    return ours, theirs
+
+
+def test_nobody_waits_for_its_stderr(directory: Path) -> None:
+    ours, theirs = full_pipe()
+    endpoint = endpoint_for([str(directory)])
+    config = json.dumps(dataclasses.asdict(ServerConfig(endpoint.address, (str(directory),))))
+    command = [sys.executable, "-m", "sglang_hcache.prefetch", config]
+    with subprocess.Popen(command, stderr=theirs) as process:
+        try:
+            assert until(lambda: is_running(endpoint))
+            client = supervisor_of(directory).open(10)
+            assert client.prefetcher_pid == process.pid
+            save(client, range(5))
+            assert client.flush(10)
+            assert fetched(client, range(10)) == 5
+            client.close()
+            assert process.wait(10) == 0, "it ends as ever"
+        finally:
+            process.kill()
+    assert "the prefetcher has ended" in (directory / "prefetcher.log").read_text()
+    os.close(theirs)
+    os.close(ours)
