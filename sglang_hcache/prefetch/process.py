@@ -70,8 +70,9 @@ def settle() -> None:
 def _run(config: ServerConfig, lock: InstanceLock) -> int:
     try:
         server = Server(config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda *_: server.stop())
         log.info("hcache: serving %s at %s %s", ", ".join(config.directories), config.address, config.listen)
         notify("READY=1")
         with _kept_fresh(lock):

@@ -5,10 +5,11 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ import pytest
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.process import settle
 from sglang_hcache.prefetch.server import ServerConfig
-from tests.prefetch.clients import fetched, prefetchers, save, supervisor_of, until
+from tests.prefetch.clients import fetched, figures, prefetchers, save, supervisor_of, until
 from tests.prefetch.conftest import Join
 
 
@@ -101,3 +102,51 @@ def test_nobody_waits_for_its_stderr(directory: Path) -> None:
     assert "the prefetcher has ended" in (directory / "prefetcher.log").read_text()
     os.close(theirs)
     os.close(ours)
+
+
+@pytest.fixture
+def started_by_hand(directory: Path, systemd: socket.socket) -> Iterator[Callable[[bool], subprocess.Popen[bytes]]]:
+    """Starts `hcache prefetcher`, under `nohup` or not; it is serving."""
+    command = [sys.executable, "-m", "sglang_hcache.cli.main", "prefetcher", "--dir", str(directory)]
+    processes = []
+
+    def start(nohup: bool) -> subprocess.Popen[bytes]:
+        former = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        processes.append(subprocess.Popen(command))
+        signal.signal(signal.SIGHUP, former)
+        assert systemd.recv(100) == b"READY=1"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_terminal_that_is_closed_stops_it_with_everything_written(
+    directory: Path, systemd: socket.socket, started_by_hand: Callable[[bool], subprocess.Popen[bytes]]
+) -> None:
+    process = started_by_hand(False)
+    client = supervisor_of(directory, write_policy="write_back").open()
+    assert client.prefetcher_pid == process.pid
+    save(client, range(10))
+    assert until(lambda: figures(client)["pages_host"] == 10)
+    assert figures(client)["pages_file"] == 0
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 0
+    assert systemd.recv(100) == b"STOPPING=1"
+    client.close()
+    again = supervisor_of(directory).open()
+    assert fetched(again, range(15)) == 10
+    again.close()
+
+
+def test_under_nohup_it_stays(directory: Path, started_by_hand: Callable[[bool], subprocess.Popen[bytes]]) -> None:
+    process = started_by_hand(True)
+    client = supervisor_of(directory).open()
+    process.send_signal(signal.SIGHUP)
+    save(client, range(5))
+    assert fetched(client, range(10)) == 5
+    client.close()
+    process.terminate()
+    assert process.wait(20) == 0
