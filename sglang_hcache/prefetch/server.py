@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Server:
             self._context, self._poller, config.address, config.listen, config.keys, self.refused
         )
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._wake).atexit = False  # a signal or a thread may ring after the end
         self._jobs: deque[Callable[[], None]] = deque()
         self._progress: deque[tuple[bytes, str]] = deque()
         self._spaces = Spaces(
@@ -116,7 +118,7 @@ class Server:
 
     def stop(self) -> None:
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._ring()
 
     # ---- the loop's parts ----
 
@@ -431,7 +433,6 @@ class Server:
         self._spaces.close_all()
         self._listeners.close()
         self._context.term()
-        os.close(self._wake)
 
     def _later(self, job: Callable[[], None]) -> None:
         self._jobs.append(job)
@@ -442,7 +443,4 @@ class Server:
         self._ring()
 
     def _ring(self) -> None:
-        try:
-            os.eventfd_write(self._wake, 1)
-        except OSError:
-            log.debug("hcache: the loop has ended")
+        os.eventfd_write(self._wake, 1)

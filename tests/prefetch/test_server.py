@@ -10,6 +10,7 @@ import pytest
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from sglang_hcache.prefetch.server import Server, ServerConfig
 from tests.prefetch.clients import (
     assert_nothing_held,
     child,
@@ -258,3 +259,16 @@ def test_who_waits_for_a_slow_disk_keeps_nobody_from_joining(directory: Path, jo
     assert client.flush(30)
     assert time.monotonic() - began > 2
     assert figures(client)["pages_file"] == 20
+
+
+def test_whoever_stops_it_after_its_end_writes_to_nobody_elses_file(runtime: Path, tmp_path: Path) -> None:
+    """As a second SIGTERM, and a thread that is late."""
+    server = Server(ServerConfig(f"ipc://{runtime}.sock", (str(tmp_path / "volume"),)))
+    server.stop()
+    server.run()
+    files = [(tmp_path / str(number)).open("wb") for number in range(16)]  # one has the number of what was closed
+    server.stop()
+    server._later(lambda: None)
+    for file in files:
+        file.close()
+    assert not any(path.stat().st_size for path in tmp_path.iterdir())
