@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import logging
 import socket
+import time
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
@@ -25,6 +26,7 @@ REMOTE_AT_ONCE = 8
 HANDSHAKE_MS = 5000
 ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect; one a context
 ZAP_DOMAIN = b"hcache"
+AGAIN_S = 60.0  # between two log lines on what is refused for one reason: a liveness probe comes every few seconds
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,7 @@ class Authenticator:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: str, refused: Counter[str]) -> None:
         self._keys = Path(keys)
         self._refused = refused
+        self._logged_at: dict[str, float] = {}
         self.questions = context.socket(zmq.REP)
         self.questions.set(zmq.LINGER, 0)
         self.questions.bind(ZAP)
@@ -157,8 +160,8 @@ class Authenticator:
         public = z85.encode(frames[6]) if frames[5:6] == [b"CURVE"] and len(frames) == 7 else b""
         welcome = bool(public) and domain == ZAP_DOMAIN and is_authorized(self._keys, public)
         if not welcome:
-            self._refused["unauthorised"] += 1
-            log.warning("hcache: %s was refused: its key is not in clients/.", address.decode(errors="replace"))
+            name = address.decode(errors="replace")
+            self._refuse("unauthorised", f"{name} was refused: its key is not in clients/")
         status = (b"200", b"OK") if welcome else (b"400", b"unauthorised")
         self.questions.send_multipart([version, request, *status, public, b""])
 
@@ -166,8 +169,14 @@ class Authenticator:
         """A client had no key, or expected another server's."""
         assert self.failures is not None
         self.failures.recv_multipart()
-        self._refused["no_handshake"] += 1
-        log.warning("hcache: a connection was dropped: it had no key, or expected another server's.")
+        self._refuse("no_handshake", "a connection was dropped: it had no key, or expected another server's")
+
+    def _refuse(self, reason: str, what: str) -> None:
+        self._refused[reason] += 1
+        now = time.monotonic()
+        if now - self._logged_at.get(reason, -AGAIN_S) >= AGAIN_S:
+            self._logged_at[reason] = now
+            log.warning("hcache: %s (%d so far).", what, self._refused[reason])
 
     def close(self, listener: Listener) -> None:
         listener.socket.disable_monitor()

@@ -223,6 +223,18 @@ def test_only_those_with_a_key_get_in(prefetcher: Prefetcher, tmp_path: Path) ->
     client.close()
 
 
+def test_a_probe_of_the_port_does_not_fill_the_log(prefetcher: Prefetcher) -> None:
+    client = prefetcher.remote()
+    host, _, port = prefetcher.address.removeprefix("tcp://").rpartition(":")
+    for _ in range(5):
+        socket.create_connection((host, int(port))).close()
+    assert until(lambda: client.stats().get("refused_no_handshake") == 5), client.stats()
+    client.close()
+    prefetcher.process.terminate()
+    assert prefetcher.process.wait(15) == 0
+    assert prefetcher.log().count("a connection was dropped") == 1
+
+
 def test_a_key_that_cannot_be_read_keeps_nobody_else_out(prefetcher: Prefetcher) -> None:
     clients = prefetcher.keys / "clients"
     (clients / "Zero.key").write_text("")
