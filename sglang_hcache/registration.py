@@ -97,7 +97,7 @@ class Registration:
             layer_bytes=list(self._layout.layer_bytes),
             host_bytes=self._host_bytes * sharing,
             host_share=self._host_share * sharing,
-            grant=self._pages_of_a_forward(),
+            grant=self._pages_of_a_forward() if self.saves else 0,
             on_file=self._weights is not None,
             write_policy=get_memory().hicache_write_policy,
             about={

@@ -46,7 +46,7 @@ class Hello(Message):
     page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
     host_bytes: Count  # of host memory for these pages, if nobody else uses them
-    grant: Count  # slots the client wants to have ready for new pages, and asks for with this message
+    grant: Count  # slots the client wants to have ready for new pages, and asks for now; 0: it saves none
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
     about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}

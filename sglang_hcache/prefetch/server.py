@@ -31,7 +31,7 @@ TAKE_S = 0.01  # spent on messages before progress is announced again; a prefetc
 EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
-MAX_GRANT = 0.25  # of an arena's slots, for pages that are being filled; shared by the sessions that are there
+MAX_GRANT = 0.25  # of an arena's slots, for pages that are being filled; shared by the sessions that fill any
 
 log = logging.getLogger(__name__)
 
@@ -370,8 +370,10 @@ class Server:
             return
         store = session.space.store
         slots: list[int] = []
-        most = int(store.memory.shape[0] * MAX_GRANT) // len(session.space.sessions)
-        wanted = min(session.wanted, most - len(session.granted))
+        sharing = [other for number in session.space.sessions if (other := self._by_number[number]).hello.grant]
+        most = int(store.memory.shape[0] * MAX_GRANT)
+        left = most - sum(len(other.granted) for other in sharing)
+        wanted = min(session.wanted, left, max(1, most // len(sharing)) - len(session.granted))
         while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
             store.memory[slot, :8] = 0  # no header of a former page may look like this one's
             slots.append(slot)

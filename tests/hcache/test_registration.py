@@ -239,6 +239,13 @@ def test_ranks_share_the_pages_of_a_latent(say: Say, tmp_path: Path) -> None:
         assert hellos[0].host_bytes == share * 10**9
 
 
+def test_only_a_rank_that_saves_asks_for_slots(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    for latent, grants in ((False, [24, 24]), (True, [24, 0])):
+        hellos = [say(model, latent=latent, place=placed(rank, 2)) for rank in range(2)]
+        assert [hello.grant for hello in hellos] == grants
+
+
 @pytest.mark.parametrize("latent", [False, True])
 def test_replicas_share_pages(latent: bool, say: Say, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", b"weights")

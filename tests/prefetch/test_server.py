@@ -136,11 +136,35 @@ def test_many_clients_leave_room_for_pages(join: Join) -> None:
     clients = [join(grant=64) for _ in range(8)]
     assert until(lambda: figures(clients[-1])["pages_open"] >= 16)
     time.sleep(0.5)
-    assert figures(clients[0])["pages_open"] <= 48
+    assert figures(clients[0])["pages_open"] == 16, "a quarter of all slots"
     save(clients[0], range(20))
     assert clients[0].flush(30)
-    assert fetched(clients[1], range(20)) >= 8
+    assert fetched(clients[1], range(20)) == 20
     save(clients[-1], range(30, 35))
+    for client in clients:
+        save(client, range(40, 45))
+        assert figures(client)["pages_open"] <= 16
+
+
+def test_clients_that_save_nothing_take_no_slots_from_those_that_do(join: Join) -> None:
+    """As ranks whose pages another one saves."""
+    for _ in range(7):
+        join(grant=0)
+    client = join(grant=64)
+    assert until(lambda: figures(client)["pages_granted"] == 16)
+    assert len({reserved(client) for _ in range(16)}) == 16
+
+
+def test_whoever_waits_for_slots_gets_those_that_others_have_filled(join: Join) -> None:
+    first, second = join(grant=64), join(grant=64)
+    filled = [reserved(first) for _ in range(16)]
+    assert second.reserve() is None
+    for page, slot in enumerate(filled[:10]):
+        fill(first.memory[slot], page)
+        first.commit(key_of(page), slot, parent_of(page))
+    assert until(lambda: figures(second)["pages_granted"] == 8), "without asking again"
+    time.sleep(0.5)
+    assert figures(first)["pages_open"] == 16
 
 
 def test_pages_are_shared_and_read_once(join: Join) -> None:
