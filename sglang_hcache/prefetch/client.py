@@ -39,7 +39,8 @@ class PrefetchClient:
     """A ChunkStore in the memory of another process on this host, for as long as that process lives.
 
     `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone. Raises Unavailable
-    where there is no prefetcher that serves `hello` within `timeout_s`, or `go_on` says not to wait any more.
+    where there is no prefetcher that serves `hello` within `timeout_s`, or `go_on` says not to wait any more;
+    `waiting`: as for Connection.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PrefetchClient:
         news: int,
         timeout_s: float,
         go_on: Callable[[], bool] = lambda: True,
+        waiting: Callable[[int], None] = lambda pages: None,
     ) -> None:
         self.layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
         self._news = news
@@ -62,7 +64,13 @@ class PrefetchClient:
         self._reserve_failed = 0
         self._figures: Stats = {}
         self._connection = Connection(
-            address, hello, receive=self._receive, ended=self._ended, timeout_s=timeout_s, go_on=go_on
+            address,
+            hello,
+            receive=self._receive,
+            ended=self._ended,
+            timeout_s=timeout_s,
+            go_on=go_on,
+            waiting=waiting,
         )
         welcome = self.welcome
         try:

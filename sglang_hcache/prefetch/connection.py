@@ -59,7 +59,8 @@ class Connection:
     keys it is spoken to; without, only where it needs none.
 
     Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello`, or that says within
-    `timeout_s` that it will, or `go_on` says that it is not waited for any more.
+    `timeout_s` that it will, or `go_on` says that it is not waited for any more. `waiting` is called, each time it
+    says that it is not ready yet, with the pages that it must write first, and may raise Unavailable.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Connection:
         record_bytes: int = 0,
         keys: Path | None = None,
         go_on: Callable[[], bool] = lambda: True,
+        waiting: Callable[[int], None] = lambda pages: None,
     ) -> None:
         self._remote = hello.pid == 0
         self._receive = receive
@@ -94,7 +96,7 @@ class Connection:
         set_limits(self._socket, remote=self._remote, from_client=zmq.SNDHWM, largest_frame=record_bytes)
         try:
             self._connect(address, keys)
-            self.welcome = self._introduce(hello, timeout_s, go_on)
+            self.welcome = self._introduce(hello, timeout_s, go_on, waiting)
             self._pidfd = -1 if self._remote else os.pidfd_open(self.welcome.pid)
         except (Unavailable, OSError, zmq.ZMQError) as error:
             self._socket.close(0)
@@ -154,7 +156,9 @@ class Connection:
             self._socket.curve_serverkey = server
         self._socket.connect(address)
 
-    def _introduce(self, hello: m.Hello, timeout_s: float, go_on: Callable[[], bool]) -> m.Welcome:
+    def _introduce(
+        self, hello: m.Hello, timeout_s: float, go_on: Callable[[], bool], waiting: Callable[[int], None]
+    ) -> m.Welcome:
         self._socket.send(m.encode(hello))
         said_at = 0.0
         while isinstance(answer := self._answer_to_hello(timeout_s, go_on), m.Waiting):
@@ -162,6 +166,7 @@ class Connection:
                 said_at = time.monotonic()
                 first = f"{answer.pages} pages must be written first" if answer.pages else "it opens its directories"
                 log.info("hcache: the prefetcher is not ready yet: %s.", first)
+            waiting(answer.pages)
         if not isinstance(answer, m.Welcome):
             raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
         return answer

@@ -67,6 +67,7 @@ class RemoteFiles:
         keys: Path | None,
         gone: Callable[[], None],
         go_on: Callable[[], bool],
+        waiting: Callable[[int], None],
     ) -> None:
         self._fingerprint = hello.fingerprint
         self._layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
@@ -84,6 +85,7 @@ class RemoteFiles:
             record_bytes=self._layout.record_bytes + MARGIN_BYTES,
             keys=keys,
             go_on=go_on,
+            waiting=waiting,
         )
         self.connection.start()
         self.connection.send(m.Credit(pages=READ_THREADS))
@@ -172,9 +174,9 @@ class RemoteClient:
     """A ChunkStore in this process, with a prefetcher on another host behind it, for as long as that answers.
 
     `hello`: its `pid` is set to 0, and `host_bytes` bounds the arena of this process. `keys`: the folder with this
-    client's keys, None where the prefetcher listens on loopback without. `news`: as for PrefetchClient. Raises
-    Unavailable where no prefetcher takes `hello` within `timeout_s`, or `go_on` says not to wait any more; ValueError
-    for bad values.
+    client's keys, None where the prefetcher listens on loopback without. `news`, `waiting`: as for PrefetchClient.
+    Raises Unavailable where no prefetcher takes `hello` within `timeout_s`, or `go_on` says not to wait any more;
+    ValueError for bad values.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class RemoteClient:
         timeout_s: float,
         keys: Path | None = None,
         go_on: Callable[[], bool] = lambda: True,
+        waiting: Callable[[int], None] = lambda pages: None,
     ) -> None:
         hello = msgspec.structs.replace(hello, pid=0, grant=0)
         layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
@@ -199,7 +202,9 @@ class RemoteClient:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         slots = max(1, hello.host_bytes // layout.record_bytes)
         self._region = mmap.mmap(-1, slots * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._files = RemoteFiles(address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring, go_on=go_on)
+        self._files = RemoteFiles(
+            address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring, go_on=go_on, waiting=waiting
+        )
         self._store = LocalStore(
             layout,
             hello.fingerprint,

@@ -24,7 +24,8 @@ from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import ServerConfig
 from sglang_hcache.storage.layout import ChunkLayout
 
-START_S = 60.0  # for a prefetcher to start and open its directories
+START_S = 60.0  # for a prefetcher to answer, and between two pages that it writes before it serves
+OPENING_S = 300.0  # at start, while it opens its directories; after a crash 100 million pages take so long
 LOCKED_S = 10.0  # for it to start, up to the point where it holds its lock
 BACK_OFF_S = (0.1, 30.0)  # first pause before another try, and longest
 REMOTE_OPEN_S = 10.0  # for one attempt
@@ -35,6 +36,28 @@ _LAUNCHER = Path(__file__).with_name("launcher.py")
 Client = TypeVar("Client", PrefetchClient, RemoteClient)
 
 log = logging.getLogger(__name__)
+
+
+class _Patience:
+    """With a prefetcher that says it is not ready yet, as it may say so for ever.
+
+    `stalled_s`: the longest without a page fewer that it must write first.
+    """
+
+    def __init__(self, stalled_s: float) -> None:
+        self._stalled_s = stalled_s
+        self._fewest: int | None = None  # pages, so far
+        self._since = 0.0  # monotonic
+
+    def look(self, pages: int) -> None:
+        """Raises Unavailable."""
+        now = time.monotonic()
+        if self._fewest is None or pages < self._fewest or (pages and not self._fewest):
+            self._fewest, self._since = pages, now
+        if pages and now > self._since + self._stalled_s:
+            raise Unavailable(f"it is not ready: of {pages} pages it has written none in {self._stalled_s:g} s")
+        if not pages and now > self._since + OPENING_S:
+            raise Unavailable(f"it is not ready: it has not opened its directories in {OPENING_S:g} s")
 
 
 class SessionSupervisor(ABC, Generic[Client]):
@@ -68,10 +91,11 @@ class SessionSupervisor(ABC, Generic[Client]):
     def start(self, timeout_s: float = START_S) -> Client | NoStore:
         """A session, or nothing for now: then another is looked for, as after `replace`.
 
-        Raises Unavailable where it takes a person: keys that cannot be read, a prefetcher that cannot be started.
+        timeout_s: for an answer, and between two pages that the prefetcher writes before it serves. Raises
+        Unavailable where it takes a person: keys that cannot be read, a prefetcher that cannot be started.
         """
         try:
-            store = self.open(timeout_s)
+            store = self.open(timeout_s, waiting=_Patience(timeout_s).look)
         except Unavailable as error:
             if isinstance(error, Hopeless) or not self._may_answer():
                 raise
@@ -85,13 +109,13 @@ class SessionSupervisor(ABC, Generic[Client]):
         self._opened(store)
         return store
 
-    def open(self, timeout_s: float = START_S) -> Client:
-        """A session. Raises Unavailable."""
+    def open(self, timeout_s: float = START_S, *, waiting: Callable[[int], None] = lambda pages: None) -> Client:
+        """A session. `waiting`: as for Connection. Raises Unavailable."""
         deadline = time.monotonic() + timeout_s
         pause = BACK_OFF_S[0]
         while True:
             try:
-                return self._connect(max(POLL_S, deadline - time.monotonic()))
+                return self._connect(max(POLL_S, deadline - time.monotonic()), waiting)
             except Unavailable as error:
                 hopeless = isinstance(error, Hopeless) or time.monotonic() + pause > deadline
                 if hopeless or self._closed.wait(pause):
@@ -136,7 +160,7 @@ class SessionSupervisor(ABC, Generic[Client]):
         self.stop_replacing()
 
     @abstractmethod
-    def _connect(self, timeout_s: float) -> Client:
+    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> Client:
         """One attempt. Raises Unavailable."""
 
     @abstractmethod
@@ -193,7 +217,7 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
             self._endpoint.address, directories, quota_bytes, read_bytes_per_s=read_bytes_per_s
         )
 
-    def _connect(self, timeout_s: float) -> PrefetchClient:
+    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> PrefetchClient:
         if not is_running(self._endpoint):
             self._launch()
         return PrefetchClient(
@@ -202,6 +226,7 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
             news=self.news,
             timeout_s=timeout_s,
             go_on=lambda: is_running(self._endpoint) and not self._closed.is_set(),
+            waiting=waiting,
         )
 
     def _may_answer(self) -> bool:
@@ -247,7 +272,7 @@ class RemoteSupervisor(SessionSupervisor[RemoteClient]):
         self._address = address
         self._keys = Path(keys) if keys else None
 
-    def _connect(self, timeout_s: float) -> RemoteClient:
+    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> RemoteClient:
         patience = min(timeout_s, REMOTE_OPEN_S)
         return RemoteClient(
             self._address,
@@ -256,6 +281,7 @@ class RemoteSupervisor(SessionSupervisor[RemoteClient]):
             timeout_s=patience,
             keys=self._keys,
             go_on=lambda: not self._closed.is_set(),
+            waiting=waiting,
         )
 
     def _may_answer(self) -> bool:

@@ -16,10 +16,15 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import connection, spaces
+from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.connection import Unavailable
+from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.server import Server, ServerConfig
 from sglang_hcache.prefetch.spaces import Space, Spaces
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.storage import store
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.region import Region
@@ -237,6 +242,88 @@ def test_whoever_needs_the_memory_of_another_waits_until_that_is_written(
     thread.join(20)
     assert not thread.is_alive()
     os.close(news)
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[LocalSupervisor]:
+    """Of a prefetcher in this process, whose memory is that of a model that nobody uses."""
+    endpoint = endpoint_for([str(tmp_path)])
+    lock = InstanceLock.acquire(endpoint)
+    assert lock is not None
+    server = Server(ServerConfig(endpoint.address, (str(tmp_path),), ends_when_unused=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    supervisor = LocalSupervisor((str(tmp_path),), None, lambda: hello(fingerprint=OTHER_FINGERPRINT))
+    PrefetchClient(endpoint.address, hello(), news=supervisor.news, timeout_s=5).close()
+    former = server._spaces._promised[FINGERPRINT]
+    assert until(lambda: former.taken == former.size)
+    yield supervisor
+    supervisor.close()
+    os.close(supervisor.news)
+    server.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    lock.release()
+
+
+def joined(supervisor: LocalSupervisor) -> PrefetchClient:
+    """The store that follows, once it is there."""
+    found: list[PrefetchClient] = []
+
+    def taken() -> bool:
+        found.extend(store for store in [supervisor.taken()] if store)
+        return bool(found)
+
+    assert until(taken)
+    return found[0]
+
+
+def test_a_server_starts_although_what_is_in_its_way_cannot_be_written(
+    supervisor: LocalSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [7]
+    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
+    free, available = spaces.available_bytes, [0]
+    monkeypatch.setattr(spaces, "available_bytes", lambda: available[0])
+    began = time.monotonic()
+    nothing = supervisor.start(2.0)
+    assert isinstance(nothing, NoStore)
+    assert nothing.why_ended == "it is not ready: of 7 pages it has written none in 2 s"
+    assert 2.0 < time.monotonic() - began < 6.0
+    left[0], available[0] = 0, free()
+    joined(supervisor).close()
+
+
+def test_a_server_starts_although_a_directory_hangs_while_it_is_opened(
+    supervisor: LocalSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, opened = threading.Event(), spaces.LocalStore
+
+    def hang(*arguments: Any, **options: Any) -> LocalStore:
+        assert go_on.wait(30)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(spaces, "LocalStore", hang)
+    monkeypatch.setattr(supervision, "OPENING_S", 3.0)
+    nothing = supervisor.start(2.0)
+    assert isinstance(nothing, NoStore)
+    assert nothing.why_ended == "it is not ready: it has not opened its directories in 3 s"
+    go_on.set()
+    joined(supervisor).close()
+
+
+def test_pages_that_are_written_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time; and not for ever, whatever comes and goes."""
+    now = [0.0]
+    monkeypatch.setattr(supervision, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    patience = supervision._Patience(60.0)
+    for pages in (0, *range(5, -1, -1), 7, 6):
+        patience.look(pages)
+        now[0] += 59.0
+    patience.look(9)
+    now[0] += 2.0
+    with pytest.raises(Unavailable, match="of 8 pages"):
+        patience.look(8)
 
 
 def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
