@@ -152,6 +152,11 @@ class Fetches:
 
     # ---- for readers ----
 
+    def is_awaited(self, key: bytes) -> bool:
+        """Whether an owner waits for a page that is being read."""
+        read = self._reads.get(key)
+        return read is not None and bool(read.waiting)
+
     def wait_for_read(self, volume: Files) -> bool:
         """Until there may be a page to read of a volume, under the lock. False once closed."""
         queue = self._queues[volume]

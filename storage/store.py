@@ -208,6 +208,11 @@ class LocalStore:
             places |= self._files.locate(key for key in run if key not in places)
         self._tell_progress()
 
+    def is_awaited(self, key: bytes) -> bool:
+        """Whether somebody waits for a page that is being read."""
+        with self._lock:
+            return self._fetches.is_awaited(key)
+
     def progress(self, owner: str, first: int = 0) -> Progress:
         """Of the pages from `first` on."""
         with self._lock:

@@ -31,6 +31,9 @@ from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 
 READ_S = 30.0  # the longest a page is waited for
+LATE_S = 1.0  # likewise, once nobody needs it any more: it may be on its way
+AGAIN_S = 30.0  # a page that has not come is not asked for again for so long: the drive that it lies on may hang
+LOOK_S = 0.1  # between two looks whether somebody still needs it
 POLL_S = 0.5
 CLOSE_FLUSH_S = 5.0
 MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
@@ -74,6 +77,8 @@ class RemoteFiles:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
+        self._late: dict[bytes, float] = {}  # key of a page that has not come → when to ask for it again
+        self.is_awaited: Callable[[bytes], bool] = lambda key: True  # whether somebody needs what is being read
         self._gone = gone
         self.damaged = 0
         self.connection = Connection(
@@ -95,21 +100,31 @@ class RemoteFiles:
         return self.connection.alive
 
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
-        if not keys:
+        now, late = time.monotonic(), self._late
+        wanted = [key for key in keys if late.get(key, now) <= now][: m.MAX_KEYS]
+        if not wanted:
             return {}
         try:
-            present = self.connection.ask(m.Lookup(keys=list(keys[: m.MAX_KEYS])), m.Found, ASK_S).present
+            present = self.connection.ask(m.Lookup(keys=wanted), m.Found, ASK_S).present
         except Unavailable:
             return {}
-        return {key: SOMEWHERE for key, there in zip(keys, present, strict=False) if there}
+        return {key: SOMEWHERE for key, there in zip(wanted, present, strict=False) if there}
 
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
         """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
+        asked_at = time.monotonic()
         with self._lock:
             number = self.connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0, deadline_s=0.0))
             read = self._reads[number] = _Read()
-            self._changed.wait_for(lambda: read.ended or not self.connection.alive, READ_S)
+        while not self._over(read):
+            waited_s = time.monotonic() - asked_at
+            if waited_s > READ_S or (waited_s > LATE_S and not self.is_awaited(key)):
+                break
+        with self._lock:
             self._reads.pop(number, None)
+            now = time.monotonic()
+            if read.frame is None and now > asked_at + LATE_S:
+                self._late = {key: until for key, until in self._late.items() if until > now} | {key: now + AGAIN_S}
         self.connection.send(m.Release(prefetch=number))
         if read.frame is None:
             return False
@@ -126,6 +141,11 @@ class RemoteFiles:
             self.damaged += 1
             return False
         return True
+
+    def _over(self, read: _Read) -> bool:
+        """Whether it has come to its end, at once or in a while."""
+        with self._lock:
+            return self._changed.wait_for(lambda: read.ended or not self.connection.alive, LOOK_S)
 
     def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> bool:
         """Send sealed records; once this returns their memory can be used again, as the prefetcher verifies them."""
@@ -214,6 +234,7 @@ class RemoteClient:
             region=self._region,
             on_progress=self._progressed,
         )
+        self._files.is_awaited = self._store.is_awaited
         self._worker = threading.Thread(target=self._work, name="hcache-remote", daemon=True)
         self._worker.start()
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import zmq
 from msgspec import structs
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch import remote
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import endpoint_for
@@ -25,7 +27,7 @@ from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import EXPIRE_S
 from sglang_hcache.prefetch.supervisor import RemoteSupervisor
-from sglang_hcache.storage.layout import ROOT, ChunkLayout
+from sglang_hcache.storage.layout import ROOT, ChunkLayout, seal
 from tests.prefetch.clients import until
 from tests.prefetch.raw import Raw
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
@@ -317,6 +319,87 @@ def test_payload_that_does_not_fit_is_refused(open_prefetcher: Prefetcher) -> No
     found, _ = raw.receive()
     assert isinstance(found, m.Found)
     assert found.present == [False]
+
+
+class HungDrive(threading.Thread):
+    """Serves one client, and never says what becomes of some pages: they lie on a drive that hangs."""
+
+    def __init__(self, hung: range) -> None:
+        super().__init__()
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self.hung = keys_of(hung)
+        self.records = {}
+        for page in range(20):
+            record = np.zeros(LAYOUT.record_bytes, np.uint8)
+            fill(record, page)
+            seal(record, LAYOUT, FINGERPRINT, key_of(page), ROOT)
+            self.records[key_of(page)] = record.tobytes()
+        self.asked: list[m.Prefetch] = []
+        self.released: list[int] = []
+        self.start()
+
+    def run(self) -> None:
+        message: m.FromClient = m.Health()
+        while not isinstance(message, m.Bye):
+            client, frame, *_ = self.socket.recv_multipart()
+            message = m.decode_from_client(frame)
+            if answer := self.answer(message):
+                head, *payload = answer
+                self.socket.send_multipart([client, m.encode(structs.replace(head, session=1)), *payload])
+        self.socket.close(500)
+
+    def answer(self, message: m.FromClient) -> tuple[m.Message, *tuple[bytes, ...]] | None:
+        if isinstance(message, m.Hello):
+            return (m.Welcome(pid=1, region="", slots=SLOTS, quota_bytes=None, read_bytes_per_s=None),)
+        if isinstance(message, m.Lookup):
+            return (m.Found(answers=message.seq, present=[True] * len(message.keys)),)
+        if isinstance(message, m.Prefetch):
+            self.asked.append(message)
+            if message.keys[0] not in self.hung:
+                ready = m.Ready(answers=message.seq, first=0, slots=[0], done=True)
+                return ready, self.records[message.keys[0]]
+        if isinstance(message, m.Release):
+            self.released.append(message.prefetch)
+        return (m.Alive(answers=message.seq),) if isinstance(message, m.Health | m.Bye) else None
+
+
+def test_a_drive_that_hangs_there_blocks_no_reads_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "AGAIN_S", 3.0)
+    there, news = HungDrive(range(8)), os.eventfd(0, os.EFD_NONBLOCK)
+    client = RemoteClient(there.address, hello(), news=news, timeout_s=5)
+    client.prefetch("hangs", keys_of(range(8)))
+    assert until(lambda: len(there.asked) == 8)
+    began = time.monotonic()
+    client.cut("hangs")
+    client.prefetch("good", keys_of([9]))
+    progress = client.wait("good", 5)
+    assert time.monotonic() - began < 2
+    assert holds(client.memory[progress.slots[0]], 9)
+    assert until(lambda: len(there.released) >= 8), "its prefetcher waits for them no more, either"
+    assert until(lambda: client._store.stats()["pages_reading"] == 0)
+    client.prefetch("hangs", keys_of([3, 10]))
+    assert client.wait("hangs", 0.5) == ((), True), "no other request waits for them"
+    assert client.contains(keys_of([3, 10])) == [False, True]
+    assert until(lambda: client.contains(keys_of([3])) == [True])
+    client.close()
+    there.join(5)
+    os.close(news)
+
+
+def test_a_page_that_is_waited_for_may_take_its_time() -> None:
+    there, news = HungDrive(range(1)), os.eventfd(0, os.EFD_NONBLOCK)
+    client = RemoteClient(there.address, hello(), news=news, timeout_s=5)
+    client.prefetch("first", keys_of([0]))
+    assert until(lambda: bool(there.asked))
+    client.prefetch("second", keys_of([0]))
+    client.cut("first")
+    time.sleep(1.5)
+    assert not there.released
+    assert not client.progress("second").done
+    client.close()
+    there.join(5)
+    os.close(news)
 
 
 def test_large_records(prefetcher: Prefetcher, capsys: pytest.CaptureFixture[str]) -> None:
