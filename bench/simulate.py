@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from sglang_hcache.planner.cost import Costs
-from sglang_hcache.planner.load import AGEING, plan_load
+from sglang_hcache.planner.load import plan_load
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
+from sglang_hcache.storage.contract import AGEING
 
 
 class Restore(Enum):

@@ -12,8 +12,7 @@ from enum import Enum, StrEnum, auto
 from sglang_hcache.config import PREFETCH_TIMEOUT_S
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import LoadPlanner, Prompt
-from sglang_hcache.planner.load import AGEING
-from sglang_hcache.storage.contract import ChunkStore
+from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
 LATE_S = 0.25  # past its deadline a request is admitted even if the prefetcher has not said so
@@ -408,8 +407,13 @@ class PrefetchQueue:
             now + deadline_s + LATE_S,
         )
         read_s = self._planner.read_s(1) if self._planner is not None else 0.0
-        arrival, page = (int(1e6 * seconds) for seconds in (AGEING * request.arrived_at, read_s))
-        self._store.prefetch(rid, keys, priority=arrival, page_priority=page, deadline_s=deadline_s)
+        self._store.prefetch(
+            rid,
+            keys,
+            priority=as_priority(arrived_at=request.arrived_at),
+            page_priority=as_priority(read_s),
+            deadline_s=deadline_s,
+        )
         return request
 
     def _deadline_s(self, pages: int) -> float:

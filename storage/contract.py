@@ -10,6 +10,13 @@ from sglang_hcache.storage.layout import ChunkLayout, Record
 
 Stats = dict[str, int | float | str | list[dict[str, int | str]]]
 
+AGEING = 0.5  # waiting requests are read for by ascending read_s + AGEING · arrival_s: none waits for ever
+
+
+def as_priority(read_s: float = 0.0, *, arrived_at: float = 0.0) -> int:
+    """For `prefetch`, the same scale for all who share a store: seconds of reading, and Unix time of a request."""
+    return int(1e6 * (read_s + AGEING * arrived_at))
+
 
 class WritePolicy(StrEnum):
     """When a page goes to a file; the names are SGLang's."""

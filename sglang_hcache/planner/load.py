@@ -12,7 +12,6 @@ from sglang_hcache.planner.cost import Costs
 from sglang_hcache.planner.timeline import COEFFICIENTS, Basis, Hit, Layout, recompute_s, stages, waits
 
 LEAST_GAIN = 0.1  # of the time to the first token: a head start that gains less is within the error of a plan
-AGEING = 0.5  # waiting requests are read for by ascending restore_s + AGEING · arrival_s: none waits for ever
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

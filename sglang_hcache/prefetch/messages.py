@@ -65,7 +65,7 @@ class Prefetch(Message):
     """Read the longest leading run of `keys` into memory, and lease it until `Release`; answered by `Ready`s."""
 
     keys: Keys
-    priority: int  # lower is earlier; equal ones in order of arrival
+    priority: int  # lower is earlier; equal ones in order of arrival; from another host: by arrival instead
     page_priority: int  # added to it for each page that has to be read
     deadline_s: Seconds  # from now; what is not in memory by then is left out; 0 for none
 

@@ -22,6 +22,7 @@ from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_
 from sglang_hcache.prefetch.session import Refusal, Session, split_owner
 from sglang_hcache.prefetch.sockets import MAX_PAYLOAD_BYTES
 from sglang_hcache.prefetch.spaces import Space, Spaces
+from sglang_hcache.storage.contract import as_priority
 from sglang_hcache.storage.rate_limit import RateLimit
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
@@ -292,10 +293,11 @@ class Server:
         self._send(session, m.Found(answers=message.seq, present=present))
 
     def _prefetch(self, session: Session, message: m.Prefetch) -> None:
+        by_arrival = as_priority(arrived_at=time.time())  # another host asks page by page, and has a clock of its own
         session.space.store.prefetch(
             session.ask(message).store_owner,
             message.keys,
-            priority=message.priority,
+            priority=by_arrival if session.remote else message.priority,
             page_priority=message.page_priority,
             deadline_s=message.deadline_s,
         )

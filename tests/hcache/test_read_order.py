@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_hcache import prefetch_queue
-from sglang_hcache.planner.load import AGEING
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage import store as stores
+from sglang_hcache.storage.contract import AGEING
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import LocalStore

@@ -27,6 +27,7 @@ from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import EXPIRE_S
 from sglang_hcache.prefetch.supervisor import RemoteSupervisor
+from sglang_hcache.storage.contract import as_priority
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, seal
 from tests.prefetch.clients import until
 from tests.prefetch.raw import Raw
@@ -38,7 +39,7 @@ SLOTS = 64
 class Prefetcher:
     """A prefetcher's process that listens on TCP; `keys`: made for the clients `a` and `b`."""
 
-    def __init__(self, folder: Path, *, secure: bool = True, address: str = "") -> None:
+    def __init__(self, folder: Path, *, secure: bool = True, address: str = "", **limits: float) -> None:
         self.directory, self.keys = folder / "pages", folder / "keys"
         self.directory.mkdir()
         make_keys(self.keys, ("a", "b"))
@@ -47,7 +48,7 @@ class Prefetcher:
             self.address = address or f"tcp://127.0.0.1:{free.getsockname()[1]}"
         self.local = endpoint_for([str(self.directory)]).address
         config = {"address": self.local, "directories": [str(self.directory)], "ends_when_unused": False}
-        config |= {"listen": self.address, "keys": str(self.keys) if secure else ""}
+        config |= {"listen": self.address, "keys": str(self.keys) if secure else "", **limits}
         command = [sys.executable, "-m", "sglang_hcache.prefetch", json.dumps(config)]
         self.log_path = folder / "log"
         with self.log_path.open("w") as log:
@@ -319,6 +320,29 @@ def test_payload_that_does_not_fit_is_refused(open_prefetcher: Prefetcher) -> No
     found, _ = raw.receive()
     assert isinstance(found, m.Found)
     assert found.present == [False]
+
+
+def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(tmp_path: Path) -> None:
+    prefetcher = Prefetcher(tmp_path, secure=False, read_bytes_per_s=20 * LAYOUT.record_bytes)
+    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=10)
+    save(local, range(30))
+    local.drop_host()
+    raw = RawClient(prefetcher.address)
+    raw.send(m.Credit(pages=SLOTS))
+
+    def ask(pages: range) -> None:
+        for page in pages:
+            raw.send(m.Prefetch(keys=[key_of(page)], priority=0, page_priority=0, deadline_s=0))
+
+    ask(range(3))
+    time.sleep(0.05)
+    local.prefetch("local", [key_of(3)], priority=as_priority(arrived_at=time.time()), page_priority=1000)
+    ask(range(4, 30))
+    assert len(local.wait("local", 10).slots) == 1
+    assert raw.pages(0.0) <= 10
+    assert raw.pages(5.0) >= 19
+    local.close()
+    prefetcher.close()
 
 
 class HungDrive(threading.Thread):
