@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -104,6 +105,9 @@ class Spaces:
                 self._adapt(space, hello)
         except (OSError, ValueError) as error:
             opened(f"its pages cannot be served: {error}")
+        except Exception as error:
+            log.exception("hcache: a client's pages cannot be served.")
+            opened(f"its pages cannot be served: {error!r}")
         else:
             if space is not None:
                 opened(space)
@@ -123,8 +127,9 @@ class Spaces:
 
     def close(self, space: Space) -> None:
         """Nobody uses it any more; whoever asks for it meanwhile waits until it can be opened anew."""
-        self._retire(space)
-        self._threads.submit(self._unmake, space)
+        with contextlib.suppress(RuntimeError):  # no thread can be had now: it stays open
+            self._start(self._unmake, space)
+            self._retire(space)
 
     def close_all(self) -> None:
         """Close everything and wait for it; what cannot be written soon is given up."""
@@ -142,11 +147,15 @@ class Spaces:
         if size > room:
             raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {max(0, room)} are free")
         in_the_way = self._in_the_way(size)
+        self._promised[hello.fingerprint] = _Promise(hello.about, size)
+        try:
+            self._start(self._make, hello, size, in_the_way)
+        except RuntimeError:
+            del self._promised[hello.fingerprint]
+            raise
         for other in in_the_way:
             self._retire(other)
         self._busy[hello.fingerprint] = [(hello, opened)]
-        self._promised[hello.fingerprint] = _Promise(hello.about, size)
-        self._threads.submit(self._make, hello, size, in_the_way)
 
     def _adapt(self, space: Space, hello: Hello) -> None:
         """What its client wishes holds from now on, unless others use it; what is in memory stays there."""
@@ -210,6 +219,20 @@ class Spaces:
             left += self._promised[space.fingerprint].size
             found.append(space)
         return found
+
+    def _start(self, job: Callable[..., None], *arguments: object) -> None:
+        """Have a thread do it. Raises RuntimeError where none can be had: then it is not done later, either."""
+        turn = threading.Lock()
+
+        def do() -> None:
+            if turn.acquire(blocking=False):
+                job(*arguments)
+
+        try:
+            self._threads.submit(do)
+        except RuntimeError:  # it is in the queue all the same, and another thread may have taken it
+            if turn.acquire(blocking=False):
+                raise
 
     def _retire(self, space: Space) -> None:
         del self._open[space.fingerprint]

@@ -326,6 +326,36 @@ def test_pages_that_are_written_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
         patience.look(8)
 
 
+def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next one with the same pages is served: nothing of the former is left."""
+    start, files = threading.Thread.start, Path("/proc/self/fd")
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("hcache-space"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    address, news = f"ipc://{tmp_path}/socket", os.eventfd(0)
+    server = Server(ServerConfig(address, (str(tmp_path),), ends_when_unused=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    before = len(list(files.iterdir()))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(Unavailable, match="can't start new thread"):
+            PrefetchClient(address, hello(), news=news, timeout_s=5)
+    assert until(lambda: len(list(files.iterdir())) <= before), "its process is not watched any more"
+    assert not server._greeted
+    for fingerprint in (FINGERPRINT, OTHER_FINGERPRINT):
+        PrefetchClient(address, hello(fingerprint=fingerprint), news=news, timeout_s=5).close()
+    server.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    os.close(news)
+
+
 def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
     space = keeper.opened(hello())
     save(space.store, range(10))
