@@ -244,12 +244,14 @@ class Spaces:
             self._unmake(space)
         result: Space | str
         try:
-            result = self._made(hello, size)
+            result = "the prefetcher ends" if self._hurry.is_set() else self._made(hello, size)
         except (OSError, ValueError, MemoryError) as error:
             result = f"its pages cannot be served: {error}"
         except Exception as error:
             log.exception("hcache: a client's pages cannot be served.")
             result = f"its pages cannot be served: {error!r}"
+        if isinstance(result, Space) and self._hurry.is_set():  # nobody comes for it any more
+            self._close(result)
         self._later(lambda: self._finished(hello.fingerprint, result))
 
     def _made(self, hello: Hello, size: int) -> Space:

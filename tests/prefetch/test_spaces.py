@@ -326,6 +326,35 @@ def test_pages_that_are_written_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
         patience.look(8)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_asked_for_as_the_prefetcher_ends_is_not_opened_or_closed_again(
+    begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checking an index may take minutes; what is open when the process ends is checked by the next one."""
+    keeper, made, go_on = Keeper(tmp_path), list[LocalStore](), threading.Event()
+    if not begun:  # it waits for memory
+        in_the_way = keeper.opened(hello())
+        assert is_taken(in_the_way)
+        monkeypatch.setattr(LocalStore, "unwritten", lambda _store: 1)
+        monkeypatch.setattr(spaces, "available_bytes", lambda: 0)
+
+    def make(*arguments: Any, **options: Any) -> LocalStore:
+        made.append(LocalStore(*arguments, **options))
+        assert go_on.wait(10)
+        return made[-1]
+
+    monkeypatch.setattr(spaces, "LocalStore", make)
+    keeper.spaces.open(hello(fingerprint=OTHER_FINGERPRINT), lambda _: None)
+    assert not begun or until(lambda: bool(made))
+    ending = threading.Thread(target=keeper.spaces.close_all)
+    ending.start()
+    assert until(keeper.spaces._hurry.is_set)
+    go_on.set()
+    ending.join(10)
+    assert not ending.is_alive()
+    assert [store.alive for store in made] == ([False] if begun else [])
+
+
 def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
