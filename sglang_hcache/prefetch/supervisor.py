@@ -172,11 +172,13 @@ class SessionSupervisor(ABC, Generic[Client]):
 
     def _reopen(self, gone: Client | NoStore, unwanted: threading.Event) -> None:
         pause = BACK_OFF_S[0]
+        former = None if isinstance(gone, NoStore) else gone
         while not self._closed.is_set() and not unwanted.is_set():
             try:
-                if not isinstance(gone, NoStore):
-                    self._give_up(gone)
-                    self.close_store(gone)
+                if former is not None:
+                    self._give_up(former)
+                    self.close_store(former)
+                    former = None
                 store = self.open()
             except (Unavailable, OSError) as error:
                 if self._closed.is_set():

@@ -263,6 +263,34 @@ def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
     supervisor.close()
 
 
+def test_a_prefetcher_that_hangs_is_killed_once(
+    directory: Path, join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long it takes to get a session with the next one, which may run already."""
+    monkeypatch.setattr(connection, "HUNG_S", 1.5)
+    supervisor, tries = supervisor_of(directory), list[None]()
+    hung, follow = supervisor.open(), supervisor.open
+    kill(hung, signal.SIGSTOP)
+    assert until(lambda: not hung.alive, 5.0)
+
+    def refused(*_: object) -> PrefetchClient:
+        tries.append(None)
+        if len(tries) == 1:
+            join()
+        if len(tries) < 4:
+            raise Unavailable("it has no memory")
+        return follow()
+
+    monkeypatch.setattr(supervisor, "open", refused)
+    supervisor.replace(hung)
+    found = replaced(supervisor)
+    assert [record.message for record in caplog.records if "is killed" in record.message] == [
+        f"hcache: the prefetcher (process {hung.prefetcher_pid}) hangs and is killed"
+    ]
+    found.close()
+    supervisor.close()
+
+
 def test_a_paused_clients_prefetcher_lives_on(directory: Path, join: Join) -> None:
     """As under `docker pause`: nobody was asked anything meanwhile, so nobody was silent."""
     hung_s = 3.0
