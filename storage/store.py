@@ -27,6 +27,7 @@ SEGMENT_BYTES = 256 << 20
 RETRY_S = 30.0
 CLOSE_WAIT_S = 5.0  # twice at most: who stops a prefetcher, or a scheduler, gives it 15 s
 READ_THREADS = 8  # for each volume
+BUG_PAUSE_S = 1.0  # of a thread that failed: it may fail again at once
 
 log = logging.getLogger(__name__)
 
@@ -324,33 +325,44 @@ class LocalStore:
         self._tell_progress()
 
     def _read_forever(self, volume: Files) -> None:
-        while (read := self._next_read(volume)) is not None:
+        goes_on = True
+        while goes_on:
             try:
-                sound = read.place.read(read.key, self._arena.memory[read.slot])
-            except Exception:  # a bug of ours must not end the thread: those who wait for the page would hang
-                log.exception("hcache: a page could not be read.")
-                sound = False
-            with self._lock:
-                self._hits_file += sound
-                self._fetches.finish_read(read, sound=sound)
-                if sound and (slot := self._arena.slot_of(read.key)) is not None:
-                    self._writer.used(read.key, slot)
-            self._tell_progress()
+                goes_on = self._read_next(volume)
+            except Exception:  # a bug of ours must not end the thread: those who wait for pages would hang
+                log.exception("hcache: a reader failed, and goes on.")
+                time.sleep(BUG_PAUSE_S)
 
-    def _next_read(self, volume: Files) -> Read | None:
-        """The page to read next of a volume, as soon as there is one; None once closed."""
-        while True:
-            with self._lock:
-                if not self._fetches.wait_for_read(volume):
-                    return None
-            limit = self._read_limit
+    def _read_next(self, volume: Files) -> bool:
+        """Read the page that is next of a volume, as soon as there is one; False once closed."""
+        with self._lock:
+            if not self._fetches.wait_for_read(volume):
+                return False
+        read: Read | None = None
+        sound, limit = False, self._read_limit
+        try:
             with limit.turn if limit is not None else contextlib.nullcontext():
                 with self._lock:
                     read = self._fetches.take_read(volume)
                 if read is not None and limit is not None:
                     limit.take(self.layout.record_bytes)
             if read is not None:
-                return read
+                sound = read.place.read(read.key, self._arena.memory[read.slot])
+        except Exception:
+            if read is None:
+                raise
+            log.exception("hcache: a page could not be read.")
+        if read is not None:
+            self._finish(read, sound=sound)
+        return True
+
+    def _finish(self, read: Read, *, sound: bool) -> None:
+        with self._lock:
+            self._hits_file += sound
+            self._fetches.finish_read(read, sound=sound)
+            if sound and (slot := self._arena.slot_of(read.key)) is not None:
+                self._writer.used(read.key, slot)
+        self._tell_progress()
 
     def _cut_late(self, fetch: Fetch) -> None:
         with self._lock:

@@ -3,9 +3,14 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
+
+from sglang_hcache.storage import store as store_module
+from sglang_hcache.storage.fetch import Fetches
 from sglang_hcache.storage.rate_limit import RateLimit
-from tests.storage.pages import LAYOUT, keys_of, open_store, save, served
+from tests.storage.pages import LAYOUT, counters, keys_of, open_store, save, served
 
 
 def test_many_threads_share_the_limit() -> None:
@@ -54,4 +59,27 @@ def test_what_is_left_out_in_the_meantime_takes_none_of_it(tmp_path: Path) -> No
     store.release("not needed any more")
     assert len(store.wait("needed", 10).slots) == 5
     assert 0.5 <= time.monotonic() - began < 0.5 + 0.1 + 0.3, "its own, at most one of the others, and noise"
+    store.close()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(RateLimit, "take"), (Fetches, "take_read"), (Fetches, "finish_read")])
+def test_a_bug_costs_pages_but_no_reader(
+    owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_module, "BUG_PAUSE_S", 0.01)
+    store = open_store(tmp_path, read_limit=RateLimit(1e9))
+    save(store, range(30))
+    assert store.flush(30)
+    store.drop_host()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, Mock(side_effect=RuntimeError("a bug of ours")))
+        store.prefetch("lost", keys_of(range(16)))
+        lost = store.wait("lost", 0.5)
+    assert "a bug of ours" in caplog.text
+    assert all(reader.is_alive() for reader in store._readers)
+    if name == "take":
+        assert lost == ((), True)
+        assert counters(store)["pages_open"] == 0
+    store.release("lost")
+    assert served(store, range(16, 30)) == list(range(16, 30))
     store.close()
