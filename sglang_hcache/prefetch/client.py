@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -59,6 +60,8 @@ class PrefetchClient:
         self._changed = threading.Condition(self._lock)
         self._grant = self._asked_for = hello.grant
         self._granted: deque[int] = deque()
+        self._held = 0  # granted slots, and those that are being filled
+        self._share = sys.maxsize  # of these, once others want some, too
         self._wanted: dict[str, _Wanted] = {}  # by owner: what these are called is nothing to the prefetcher
         self._asked: dict[int, _Wanted] = {}  # the same, by number
         self._reserve_failed = 0
@@ -124,9 +127,12 @@ class PrefetchClient:
         with self._lock:
             if self.alive:
                 self._granted.append(slot)
+                self._give_back()
 
     def commit(self, key: bytes, slot: int, parent: bytes) -> None:
-        self._connection.send(m.Commit(pages=[m.Page(key, parent, slot)]))
+        with self._lock:
+            self._held -= 1
+            self._connection.send(m.Commit(pages=[m.Page(key, parent, slot)]))
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of the pages the prefetcher has in memory or on file; none where it does not answer."""
@@ -219,6 +225,13 @@ class PrefetchClient:
         self._connection.close()
         self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
+    def _give_back(self) -> None:
+        """What is ready for new pages beyond its share: others may wait for it."""
+        slots = [self._granted.pop() for _ in range(min(len(self._granted), self._held - self._share))]
+        if slots:
+            self._held -= len(slots)
+            self._connection.send(m.GiveBack(slots=slots))
+
     def _release(self, wanted: _Wanted) -> None:
         self._asked.pop(wanted.number, None)
         self._connection.send(m.Release(prefetch=wanted.number))
@@ -231,7 +244,11 @@ class PrefetchClient:
         with self._lock:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)
+                self._held += len(message.slots)
                 self._asked_for -= len(message.slots)
+            elif isinstance(message, m.Share):
+                self._share = message.slots
+                self._give_back()
             elif isinstance(message, m.Ready):
                 if (wanted := self._asked.get(message.answers)) is None:
                     return

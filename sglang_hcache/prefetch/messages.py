@@ -13,7 +13,7 @@ import msgspec
 
 from sglang_hcache.storage import contract
 
-VERSION = 3
+VERSION = 4
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
@@ -100,6 +100,12 @@ class Want(Message):
     slots: Count
 
 
+class GiveBack(Message):
+    """Granted slots that come back empty, as the client has more than its `Share`."""
+
+    slots: Slots
+
+
 class Credit(Message):
     """Between hosts: flow control; the prefetcher may send this many more pages."""
 
@@ -159,6 +165,12 @@ class Granted(Message):
     slots: Slots
 
 
+class Share(Message):
+    """So many slots the client may have, empty or being filled; it gives back empty ones beyond that, at once."""
+
+    slots: Count
+
+
 class Ready(Message):
     """Pages `first`, `first + 1`, … of a `Prefetch` are in these slots; `done`: no more will come."""
 
@@ -204,6 +216,7 @@ FromClient = (
     | Release
     | Commit
     | Want
+    | GiveBack
     | Credit
     | Flush
     | DropHost
@@ -212,7 +225,7 @@ FromClient = (
     | Health
     | Bye
 )
-FromServer = Welcome | Waiting | Refused | Granted | Ready | Found | Flushed | Figures | Overviewed | Alive
+FromServer = Welcome | Waiting | Refused | Granted | Share | Ready | Found | Flushed | Figures | Overviewed | Alive
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)

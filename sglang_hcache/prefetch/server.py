@@ -92,6 +92,7 @@ class Server:
             m.Release: self._release,
             m.Commit: self._commit,
             m.Want: self._want,
+            m.GiveBack: self._give_back,
             m.Credit: self._credit,
             m.Flush: self._flush,
             m.DropHost: self._drop_host,
@@ -284,6 +285,8 @@ class Server:
             read_bytes_per_s=self.config.read_bytes_per_s,
         )
         if self._send(session, welcome):
+            if session.saves:
+                self._share_out(space)
             self._want(session, m.Want(slots=hello.grant))
         else:
             self._end(session, "it has not waited for its welcome")
@@ -330,6 +333,11 @@ class Server:
         session.wanted = min(session.wanted + message.slots, session.hello.grant)
         self._grant(session)
 
+    def _give_back(self, session: Session, message: m.GiveBack) -> None:
+        for slot in message.slots:
+            session.take_back(slot)
+            session.space.store.abandon(slot)
+
     def _flush(self, session: Session, message: m.Flush) -> None:
         session.flushes.append((message.seq, time.monotonic() + FLUSH_S))
 
@@ -367,15 +375,22 @@ class Server:
 
     # ---- towards clients ----
 
+    def _share_out(self, space: Space) -> None:
+        """Somebody has come or gone: each gives back what others should have, or may have more."""
+        savers = self._savers(space)
+        for session in savers:
+            self._send(session, m.Share(slots=_share(space, savers)))
+
+    def _savers(self, space: Space) -> list[Session]:
+        return [session for number in space.sessions if (session := self._by_number[number]).saves]
+
     def _grant(self, session: Session) -> None:
         if not session.wanted or session.remote or session.broken:
             return
-        store = session.space.store
+        store, savers = session.space.store, self._savers(session.space)
         slots: list[int] = []
-        sharing = [other for number in session.space.sessions if (other := self._by_number[number]).hello.grant]
-        most = int(store.memory.shape[0] * MAX_GRANT)
-        left = most - sum(len(other.granted) for other in sharing)
-        wanted = min(session.wanted, left, max(1, most // len(sharing)) - len(session.granted))
+        left = _most_granted(session.space) - sum(len(other.granted) for other in savers)
+        wanted = min(session.wanted, left, _share(session.space, savers) - len(session.granted))
         while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
             store.memory[slot, :8] = 0  # no header of a former page may look like this one's
             slots.append(slot)
@@ -427,6 +442,8 @@ class Server:
             del self._by_pidfd[session.pidfd]
         del self._by_peer[session.peer], self._by_number[session.number]
         self._partings += session.end()
+        if session.saves:
+            self._share_out(session.space)
         unwritten = 0 if session.space.sessions else session.space.store.unwritten()
         if unwritten:
             log.info("hcache: the last client of its pages has gone; %d of them are still to be written.", unwritten)
@@ -448,3 +465,11 @@ class Server:
 
     def _ring(self) -> None:
         os.eventfd_write(self._wake, 1)
+
+
+def _most_granted(space: Space) -> int:
+    return int(space.store.memory.shape[0] * MAX_GRANT)
+
+
+def _share(space: Space, savers: Sequence[Session]) -> int:
+    return max(1, _most_granted(space) // len(savers))

@@ -71,6 +71,11 @@ class Session:
     def remote(self) -> bool:
         return self.peer.listener.remote
 
+    @property
+    def saves(self) -> bool:
+        """Whether it fills slots, and has a share in those that are for that."""
+        return self.hello.grant > 0 and not self.remote
+
     def keep(self, frames: Frames) -> bool:
         """Keep a message for later; False where that is too much."""
         if len(self.outbox) >= OUTBOX or self.outbox_bytes + len(frames[0]) > OUTBOX_BYTES:

@@ -100,6 +100,7 @@ class Fuzzer(Raw):
                 m.Cancel(prefetch=former),
                 m.Release(prefetch=former),
                 m.Want(slots=self.chance.randrange(10)),
+                m.GiveBack(slots=[]),
                 m.Credit(pages=self.chance.randrange(10)),
                 m.Health(),
                 m.Stats() if self.chance.random() < 0.05 else m.Health(),

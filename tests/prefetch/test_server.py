@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.server import Server, ServerConfig
 from tests.prefetch.clients import (
@@ -49,6 +50,7 @@ def test_a_second_hello_is_refused_and_harms_nobody(directory: Path, join: Join)
         (m.Lookup(seq=0, keys=[]), "replayed", False),
         (m.Commit(seq=1, pages=[m.Page(key_of(1), key_of(0), 60)]), "not_granted", True),
         (m.Commit(seq=1, pages=[m.Page(key_of(1), key_of(0), 1 << 40)]), "not_granted", True),
+        (m.GiveBack(seq=1, slots=[60]), "not_granted", True),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -134,7 +136,7 @@ def test_a_client_is_granted_no_more_than_it_said_it_would_want(directory: Path,
 
 def test_many_clients_leave_room_for_pages(join: Join) -> None:
     clients = [join(grant=64) for _ in range(8)]
-    assert until(lambda: figures(clients[-1])["pages_open"] >= 16)
+    assert until(lambda: [figures(client)["pages_granted"] for client in clients] == [2] * 8)
     time.sleep(0.5)
     assert figures(clients[0])["pages_open"] == 16, "a quarter of all slots"
     save(clients[0], range(20))
@@ -153,6 +155,29 @@ def test_clients_that_save_nothing_take_no_slots_from_those_that_do(join: Join) 
     client = join(grant=64)
     assert until(lambda: figures(client)["pages_granted"] == 16)
     assert len({reserved(client) for _ in range(16)}) == 16
+
+
+@pytest.mark.parametrize("filling", [0, 16])
+def test_slots_that_a_client_does_not_fill_go_to_others(join: Join, filling: int) -> None:
+    """As with a server that nobody asks for anything."""
+
+    def granted(*clients: PrefetchClient) -> list[int]:
+        return [figures(client)["pages_granted"] for client in clients]
+
+    idle = join(grant=64)
+    assert until(lambda: granted(idle) == [16])
+    slots = [reserved(idle) for _ in range(filling)]
+    other = join(grant=64)
+    if filling:
+        time.sleep(0.5)
+        assert granted(idle, other) == [0, 0], "what is being filled is not taken away"
+    for slot in slots:
+        idle.abandon(slot)
+    assert until(lambda: granted(idle, other) == [8, 8])
+    save(other, range(20))
+    other.close()
+    assert until(lambda: granted(idle) == [16])
+    assert_nothing_held(idle)
 
 
 def test_whoever_waits_for_slots_gets_those_that_others_have_filled(join: Join) -> None:
