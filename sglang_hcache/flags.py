@@ -219,7 +219,7 @@ def translate(values: MutableMapping[str, Any]) -> None:
     _check_prefetcher(prefetcher, keys, {name: ours[name] for name in _LOCAL})
     base_s, per_ki_token_s = _prefetch_timeout(ours["hcache_prefetch_timeout"])
     config = HCacheConfig(
-        directories=_writable_directories(ours["hcache_dir"]),
+        directories=_writable_directories(ours["hcache_dir"], remote=prefetcher is not None),
         representation=representation or "auto",
         plan=ours["hcache_plan"] or "auto",
         codec=codec,
@@ -320,10 +320,16 @@ def _check_host_size(values: MutableMapping[str, Any]) -> None:
         )
 
 
-def _writable_directories(flag: str | None) -> tuple[str, ...]:
+def _writable_directories(flag: str | None, *, remote: bool) -> tuple[str, ...]:
+    """remote: pages are on another host, and the default directory, which no flag names, is for rates and digests."""
+    remedy = "set $XDG_CACHE_HOME to another directory" if remote else "name another"
     try:
         paths = [default_directory()] if flag is None else directories_of(flag)
     except ValueError as error:
+        if remote:
+            raise FlagError(
+                f"--hcache-prefetcher keeps measured rates on this host, and this user has no home directory: {remedy}"
+            ) from None
         raise FlagError(f"--hcache-dir{'' if flag is None else f' {flag!r}'} {error}") from None
     for path in paths:
         try:
@@ -332,7 +338,6 @@ def _writable_directories(flag: str | None) -> tuple[str, ...]:
                 pass
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise FlagError(
-                f"--hcache-dir {path} cannot be written ({reason}): make it writable, or name another"
-            ) from None
+            what = f"--hcache-prefetcher keeps measured rates in {path}, which" if remote else f"--hcache-dir {path}"
+            raise FlagError(f"{what} cannot be written ({reason}): make it writable, or {remedy}") from None
     return tuple(str(path) for path in paths)

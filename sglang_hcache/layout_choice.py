@@ -24,9 +24,14 @@ _NEW_TOKENS = 64  # after them
 _TOLERANCE = 0.02  # of the time to restore: not worth more bytes
 
 
-def choose_by_flag(wanted: str, formats: Formats, layers: int) -> Stored:
-    """One representation for all layers: the one that is wanted, or the smaller one. Raises Unsupported."""
+def choose_by_flag(wanted: str, formats: Formats, layers: int, *, codec: str | None = None) -> Stored:
+    """One representation for all layers: the one that is wanted, or the smaller one. Raises Unsupported.
+
+    codec: which was asked for, and wants hidden states.
+    """
     if wanted == Representation.HIDDEN and formats.hidden is None:
+        if codec is not None:
+            raise Unsupported(f"--hcache-codec {codec} needs hidden states: {formats.obstacle}; drop it")
         raise Unsupported(f"--hcache-representation hidden: {formats.obstacle}; use auto or kv")
     if wanted in (Representation.HIDDEN, Representation.KV):
         hidden, reason = wanted == Representation.HIDDEN, "as --hcache-representation says"

@@ -45,7 +45,7 @@ def plan(
         codec_name=config.codec,
         drafts=drafts,
     )
-    stored = choose_by_flag(config.representation, formats, pool.layer_num)
+    stored = choose_by_flag(config.representation, formats, pool.layer_num, codec=config.codec)
     if config.plan != "auto":
         return stored, None
     device = str(pool.device)

@@ -134,7 +134,7 @@ def _weight_bits(config: Mapping[str, Any]) -> float:
     known = [float(bits) for bits in given if type(bits) in (int, float) and 1 <= bits <= 64]
     if not known:
         method = quantized.get("quant_method")
-        logger.warning("weights by quant_method %r are counted as if they were not quantised", method)
+        logger.warning("hcache: weights by quant_method %r are counted as if they were not quantised", method)
     return max(known, default=0.0)
 
 

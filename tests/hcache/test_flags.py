@@ -10,7 +10,7 @@ import psutil
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from sglang_hcache import server_kwargs
+from sglang_hcache import flags, server_kwargs
 from sglang_hcache.config import HCacheConfig, names_our_linker
 from sglang_hcache.flags import _CONFLICTS, FlagError, add_cli_args, translate
 
@@ -184,6 +184,20 @@ def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
         server_kwargs(hcache_dir=f"{tmp_path},")
     with pytest.raises(FlagError, match="twice"):
         server_kwargs(hcache_dir=f"{tmp_path},{tmp_path}")
+
+
+def test_a_directory_that_only_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(FlagError, match=r"--hcache-prefetcher keeps .* cannot be written .* or set \$XDG_CACHE_HOME"):
+        server_kwargs(hcache_prefetcher="tcp://host:7400")
+
+    def no_home() -> Path:
+        raise ValueError("has no default, as this user has no home directory: name one")
+
+    monkeypatch.setattr(flags, "default_directory", no_home)
+    with pytest.raises(FlagError, match=r"--hcache-prefetcher keeps .* no home directory: set \$XDG_CACHE_HOME"):
+        server_kwargs(hcache_prefetcher="tcp://host:7400")
 
 
 def test_the_tiers_flags_do_nothing_alone() -> None:

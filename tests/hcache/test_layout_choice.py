@@ -62,6 +62,8 @@ def test_by_itself_the_smaller_one_that_works() -> None:
     assert (failed.name, failed.reason) == ("kv", "the self-test failed")
     with pytest.raises(Unsupported, match="--hcache-representation hidden: the self-test failed"):
         choose_by_flag("hidden", formats(hidden=False), 8)
+    with pytest.raises(Unsupported, match="--hcache-codec packed needs hidden states: the self-test failed; drop it"):
+        choose_by_flag("hidden", formats(hidden=False), 8, codec="packed")
 
 
 def test_the_machine_decides(tmp_path: Path) -> None:
