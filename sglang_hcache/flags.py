@@ -82,7 +82,7 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         choices=("sglang", "hcache"),
         default="sglang",
         help="Cache tier behind the radix cache: SGLang's own HiCache (as set by its flags), or hcache, "
-        "which keeps evicted prefixes restorable as hidden states in host memory (--hicache-size, --hicache-ratio) "
+        "which keeps evicted prefixes, as hidden states or K and V, in host memory (--hicache-size, --hicache-ratio) "
         f"and files (--hcache-dir). With hcache, --page-size defaults to {DEFAULT_PAGE_SIZE}.",
     )
     group.add_argument(
@@ -90,14 +90,15 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="PATH[,PATH...]",
         help="Where hcache keeps its files; several paths, best on several drives, are striped. "
-        "Default: ~/.cache/sglang-hcache",
+        "Default: $XDG_CACHE_HOME/sglang-hcache, or ~/.cache/sglang-hcache.",
     )
     group.add_argument(
         "--hcache-representation",
         choices=REPRESENTATION_CHOICES,
         default=None,
         help="What hcache stores of each layer: hidden states, K and V, or (auto, the default) what is restored "
-        "fastest on this machine. With --hcache-plan always or --hcache-prefetcher, auto is the smaller one.",
+        "fastest on this machine. With --hcache-plan always or --hcache-prefetcher, auto is the smaller one; with "
+        "several ranks it is the same for all layers.",
     )
     group.add_argument(
         "--hcache-codec",
@@ -133,15 +134,16 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "--hcache-read-limit",
         type=float,
         default=None,
-        metavar="GB",
-        help="Limit on reads from hcache's files in GB/s, for drives shared with other workloads. Default: none.",
+        metavar="GB/S",
+        help="Limit on reads from hcache's files, in all directories together, for drives shared with other "
+        "workloads. Default: none.",
     )
     group.add_argument(
         "--hcache-prefetcher",
         default=None,
         metavar="tcp://HOST:PORT",
         help="Keep pages in a prefetcher on another host (`hcache prefetcher --listen`), instead of one on this node "
-        "and --hcache-dir.",
+        "and --hcache-dir. The rates measured on this host are kept in the default directory.",
     )
     group.add_argument(
         "--hcache-keys",
@@ -154,8 +156,8 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="BASE[,PER_KI_TOKEN]",
         help="With --hicache-storage-prefetch-policy timeout: how long a queued request waits for its pages at most: "
-        f"BASE seconds, plus PER_KI_TOKEN seconds for every 1,024 tokens. Default: {PREFETCH_TIMEOUT_S[0]:g},"
-        f"{PREFETCH_TIMEOUT_S[1]}",
+        f"BASE seconds, plus PER_KI_TOKEN (0 if not given) seconds for every 1,024 tokens. Default: "
+        f"{PREFETCH_TIMEOUT_S[0]:g},{PREFETCH_TIMEOUT_S[1]}",
     )
 
 
@@ -328,7 +330,7 @@ def _writable_directories(flag: str | None, *, remote: bool) -> tuple[str, ...]:
     except ValueError as error:
         if remote:
             raise FlagError(
-                f"--hcache-prefetcher keeps measured rates on this host, and this user has no home directory: {remedy}"
+                f"--hcache-prefetcher keeps measured rates on this host, but this user has no home: {remedy}"
             ) from None
         raise FlagError(f"--hcache-dir{'' if flag is None else f' {flag!r}'} {error}") from None
     for path in paths:

@@ -39,7 +39,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         type=_directories,
         default=[],
         metavar="PATH[,PATH…]",
-        help="the server's --hcache-dir (default: the server's, ~/.cache/sglang-hcache)",
+        help="the server's --hcache-dir (default: the server's, in $XDG_CACHE_HOME or ~/.cache)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 

@@ -1,7 +1,8 @@
 """Show the rates that servers measured on this machine, the drives' read rates now, and what limits restoring.
 
-A server measures each model once per machine and version, and keeps the rates in its first directory; `--again` makes
-the next server measure again. Exit status: 0; 2 bad arguments; 3 nothing has been measured yet.
+A server measures each model at its first start and keeps the rates in its first directory. While it serves, it keeps
+rates that have changed by more than 1.2 times for the next start. `--again` makes the next server measure again.
+Exit status: 0; 2 bad arguments; 3 nothing has been measured (--hcache-plan always measures nothing).
 """
 
 from __future__ import annotations

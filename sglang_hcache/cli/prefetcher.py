@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='the options below in JSON, or in TOML if FILE ends in .toml (size_limit = "2TB")',
     )
-    parser.add_argument("--dir", metavar="PATH[,PATH...]", help="directories of the pages: the servers' --hcache-dir")
+    parser.add_argument(
+        "--dir",
+        metavar="PATH[,PATH...]",
+        help="directories of the pages: the servers' --hcache-dir; required, here or in --config",
+    )
     parser.add_argument(
         "--listen",
         metavar="tcp://HOST:PORT",

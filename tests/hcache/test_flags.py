@@ -196,7 +196,7 @@ def test_a_directory_that_only_the_environment_names(tmp_path: Path, monkeypatch
         raise ValueError("has no default, as this user has no home directory: name one")
 
     monkeypatch.setattr(flags, "default_directory", no_home)
-    with pytest.raises(FlagError, match=r"--hcache-prefetcher keeps .* no home directory: set \$XDG_CACHE_HOME"):
+    with pytest.raises(FlagError, match=r"--hcache-prefetcher keeps .* no home: set \$XDG_CACHE_HOME"):
         server_kwargs(hcache_prefetcher="tcp://host:7400")
 
 
