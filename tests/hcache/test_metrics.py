@@ -54,6 +54,7 @@ def test_alerts_and_dashboard_use_what_there_is() -> None:
     page = (DOCS / "operating.md").read_text()
     for rule in (rule for rule in rules if "alert" in rule):
         assert f"\n### {rule['alert']}\n" in page
+        assert rule["annotations"]["runbook_url"] == f"docs/operating.md#{rule['alert'].lower()}"
     kinds = {metric.name: metric.kind for metric in METRICS}
     since_start = re.compile(r"\((\w+) > 0 unless \1 offset 1h\)")
     for query in (since_start.sub(r"increase(\1)", query) for query in queries):
