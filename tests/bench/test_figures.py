@@ -75,9 +75,17 @@ def test_replays(name: str, workload: str, row: str) -> None:
 
 
 def test_the_time_of_a_queued_request() -> None:
-    queued = result("ttft")["ttft_ssd_s"]["queued"]
+    measured = result("ttft")["ttft_ssd_s"]
+    queued, idle = measured["queued"], measured["idle"]
     text = " ".join(README.split())
     assert f"({queued['prefetched']:.2f} s with it and {queued['in_lookup']:.2f} s without" in text
+    assert f"; {idle['prefetched']:.2f} s and {idle['in_lookup']:.2f} s for one that finds an idle server)" in text
+
+
+def test_the_time_of_a_plan() -> None:
+    planned = result("planner")["plan_us"]
+    text = " ".join((ROOT / "docs" / "planner.md").read_text().split())
+    assert f": {planned['ahead']['p50']:.0f} µs, {planned['streams']['p50']:.0f} µs with streaming drives" in text
 
 
 def test_the_planners_cases_are_those_of_the_models_that_are_known() -> None:
