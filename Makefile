@@ -70,9 +70,9 @@ fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
 soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
-bench: setup ## all benches that need no GPU; an hour and a half, on a quiet machine (BENCH_ARGS=--save keeps their figures)
+bench: setup ## all benches that need no GPU; almost two hours, on a quiet machine (BENCH_ARGS=--save keeps their figures)
 	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
-	$(BIN)/python -m bench.replay --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.replay --modes none,auto --rounds 3 --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.prefetch --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.storage --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.planner --json $(BENCH_ARGS)
