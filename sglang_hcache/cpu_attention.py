@@ -34,13 +34,23 @@ class TorchCpuAttention(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang
         v_cache: torch.Tensor,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
         *args: Any,
         sliding_window_size: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         table, rows = self._in_the_layers_pool(req_to_token, req_pool_indices, sliding_window_size)
         attended: torch.Tensor = super()._run_sdpa_forward_decode(
-            query, output, k_cache, v_cache, table, rows, *args, sliding_window_size=sliding_window_size, **kwargs
+            query,
+            output,
+            k_cache,
+            v_cache,
+            table,
+            rows,
+            seq_lens,
+            *args,
+            sliding_window_size=sliding_window_size,
+            **kwargs,
         )
         return attended
 

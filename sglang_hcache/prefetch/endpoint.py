@@ -98,7 +98,7 @@ class InstanceLock:
 
         Without the socket nobody can join: then the lock goes, too, and the next server starts another prefetcher.
         """
-        if not self._is_in_place():
+        if not is_still(self._endpoint.lock, self._fd):
             return
         os.utime(self._fd)
         try:

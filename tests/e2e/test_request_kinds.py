@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench.harness import Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, tier_state, wait_until
+from tests.e2e.conftest import Workshop, started_together, wait_until
 from tests.e2e.scenarios import FLOAT32_TOLERANCE, PAGE, SERVER_ARGS, evict_everything, whole_pages
 
 
@@ -37,7 +37,7 @@ def test_embeddings_from_a_restored_prefix(workshop: Workshop) -> None:
             [embedding(server, prompt) for prompt in (prefix, *others, prefix + endings[0], prefix + endings[1])]
             for server in (stock, tiered)
         )
-        state = tier_state(tiered)
+        state = tiered.tier_state()
     assert state["representation"] == "hidden"
     assert state["tokens_restored"] >= whole_pages(1200)
     assert state["loads_failed"] == 0
@@ -62,7 +62,7 @@ def test_what_a_streaming_session_keeps_takes_no_room(with_sessions: Server) -> 
         prompt = random_prompt(turn_tokens, seed=turn)
         answer = post(server, "/generate", input_ids=prompt, session_params={"id": session}, sampling_params=sampling)
         assert answer["meta_info"]["cached_tokens"] == turn * (turn_tokens + PAGE) - (turn > 0)
-    wait_until(lambda: tier_state(server)["pages_open"] == tier_state(server)["pages_granted"], 10)
-    assert tier_state(server)["pages_saved"] == turn_tokens // PAGE, "the first prompt's"
+    wait_until(lambda: server.tier_state()["pages_open"] == server.tier_state()["pages_granted"], 10)
+    assert server.tier_state()["pages_saved"] == turn_tokens // PAGE, "the first prompt's"
     evict_everything(server)
     assert server.generate(random_prompt(turn_tokens, seed=0), 1).cached_host == turn_tokens - PAGE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,6 +15,7 @@ from sglang_hcache import prefetch_queue
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.contract import AGEING
+from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import LocalStore
@@ -39,7 +40,7 @@ class Drive:
     def read(self, key: bytes, entry: Entry, out: Record) -> bool:
         return True
 
-    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Iterable[bytes] = ()) -> bool:
+    def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> bool:
         return False
 
     def touch(self, hits: Mapping[bytes, int]) -> None: ...
@@ -63,7 +64,6 @@ class Prefetcher:
                 slots * LAYOUT.record_bytes,
                 [],
                 files=self._drive,
-                writable=False,
                 lease_limit=1.0,
             )
         planner: Any = SimpleNamespace(read_s=lambda pages: pages * PAGE_S)

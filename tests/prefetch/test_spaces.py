@@ -20,6 +20,7 @@ from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for
+from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.server import Server, ServerConfig
@@ -283,7 +284,7 @@ def test_a_server_starts_although_what_is_in_its_way_cannot_be_written(
 ) -> None:
     left = [7]
     monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
-    free, available = spaces.available_bytes, [0]
+    free, available = available_bytes, [0]
     monkeypatch.setattr(spaces, "available_bytes", lambda: available[0])
     began = time.monotonic()
     nothing = supervisor.start(2.0)
@@ -297,7 +298,7 @@ def test_a_server_starts_although_what_is_in_its_way_cannot_be_written(
 def test_a_server_starts_although_a_directory_hangs_while_it_is_opened(
     supervisor: LocalSupervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, opened = threading.Event(), spaces.LocalStore
+    go_on, opened = threading.Event(), LocalStore
 
     def hang(*arguments: Any, **options: Any) -> LocalStore:
         assert go_on.wait(30)

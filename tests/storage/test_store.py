@@ -304,7 +304,7 @@ def test_many_reserves_do_not_wait_for_a_read(tmp_path: Path, monkeypatch: pytes
         read(*args)
 
     monkeypatch.setattr(SegmentReader, "read", slow)
-    thread = threading.Thread(target=store.lease, args=("a", keys_of(range(3))))
+    thread = threading.Thread(target=lease, args=(store, "a", keys_of(range(3))))
     thread.start()
     assert entered.wait(30)
     save(store, range(10, 13))
