@@ -181,8 +181,9 @@ def test_slots_that_a_client_does_not_fill_go_to_others(join: Join, filling: int
 
 
 def test_whoever_waits_for_slots_gets_those_that_others_have_filled(join: Join) -> None:
-    first, second = join(grant=64), join(grant=64)
+    first = join(grant=64)
     filled = [reserved(first) for _ in range(16)]
+    second = join(grant=64)
     assert second.reserve() is None
     for page, slot in enumerate(filled[:10]):
         fill(first.memory[slot], page)
