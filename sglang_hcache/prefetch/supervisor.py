@@ -220,6 +220,7 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         )
 
     def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> PrefetchClient:
+        self._endpoint = endpoint_for(self._config.directories)  # anew: at logout its folder may have gone
         if not is_running(self._endpoint):
             self._launch()
         return PrefetchClient(
@@ -241,7 +242,6 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
             gone.kill_prefetcher()
 
     def _launch(self) -> None:
-        self._endpoint = endpoint_for(self._config.directories)  # anew: at logout its folder may have gone
         config = json.dumps(dataclasses.asdict(self._config) | {"address": self._endpoint.address})
         launcher = [sys.executable, "-S", "-P", str(_LAUNCHER), str(os.getppid())]
         command = [*launcher, sys.executable, "-P", "-m", "sglang_hcache.prefetch", config]
