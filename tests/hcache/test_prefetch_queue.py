@@ -171,8 +171,9 @@ def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStor
     assert store.wait("a", 10).done
     assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
     assert requests.stats()["lookups_not_ahead"] == 0
-    assert requests.ready("a", keys_of(range(0, 10))) or store.wait("a", 10).done, "the device has lost some"
-    assert requests.ready("a", keys_of(range(0, 10))) == 10
+    requests.ready("a", keys_of(range(10)))  # the device has lost some
+    assert store.wait("a", 10).done
+    assert requests.ready("a", keys_of(range(10))) == 10
     assert requests.stats()["lookups_not_ahead"] == 1
     requests.forget("a")
     assert store.stats()["pages_leased"] == 0
@@ -192,7 +193,8 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
     requests.queued("a", keys_of(range(4, 10)), Prompt(new_tokens=999, device_tokens=4 * LAYOUT.page_tokens))
     disk.set()
     assert store.wait("a", 10).done
-    assert requests.ready("a", keys_of(range(10))) or store.wait("a", 10).done, "the device has lost some"
+    requests.ready("a", keys_of(range(10)))  # the device has lost some
+    assert store.wait("a", 10).done
     assert requests.ready("a", keys_of(range(10))) == 10
     assert prompts == {Prompt(new_tokens=999, device_tokens=0)}
     requests.clear()
