@@ -339,8 +339,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self.prefetch_queue.clear()
         self._saver.clear()
 
-    def never_inserted(self, slots: torch.Tensor) -> None:
-        """These device slots are in use, but SGLang will not offer them: what was captured of them is not kept."""
+    def not_inserted(self, slots: torch.Tensor) -> None:
+        """These device slots stay in use, but SGLang does not offer them: what was captured of them is not kept."""
         self._saver.discard(slots)
 
     def weights_changed(self) -> None:

@@ -77,9 +77,12 @@ class LoadPlanner:
         )
         return plan_load(costs, self._layout, hit, least_pages=least_pages).pages
 
-    def least_pages(self, host_pages: int) -> int:
-        """Ask once for a hit in host memory: how many to restore in any case, to see how fast that is."""
-        return self._tracker.least_pages(host_pages)
+    def least_pages(self, host_pages: int, *, again: bool) -> int:
+        """How many of a hit in host memory to restore in any case, to see how fast that is.
+
+        again: it was asked for the same hit before.
+        """
+        return self._tracker.least_pages(host_pages, again=again)
 
     def served(self, left_out: int) -> None:
         """A request with a hit in host memory is over, of which so many pages were not restored."""

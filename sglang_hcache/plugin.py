@@ -33,6 +33,7 @@ CALLED = (  # by our hooks, and not meant for others
     "sglang.srt.mem_cache.common._req_radix_key",
     "sglang.srt.mem_cache.radix_cache.RadixKey.maybe_to_bigram_view",
     "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.get_prefix_hash_values",
+    "sglang.srt.session.streaming_session.StreamingSession.borrowed_slot",
     "sglang.srt.session.streaming_session.StreamingSession.will_lend_record",
     f"{_WRAPPER}._tail_hashes",
 )
@@ -95,8 +96,8 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         ),
         (
             "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
-            hooks.after_turn,
-            HookType.AFTER,
+            hooks.around_turn,
+            HookType.AROUND,
         ),
         (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, HookType.AFTER),
         (

@@ -82,7 +82,7 @@ class _Request:
     looked_up: int = 0  # pages, by the last lookup
     found: int = 0  # of these
     planned: int | None = None  # of these, to be restored
-    least: int | None = None  # of these, to be restored in any case
+    counted: bool = False  # as a plan that could use host memory
 
     @property
     def pages_awaited(self) -> int:
@@ -260,14 +260,14 @@ class PrefetchQueue:
         request.looked_up, request.found, request.planned = len(keys), found, None
         if not found or self._planner is None:
             return found
-        if request.least is None:
-            request.least = self._planner.least_pages(found)
+        least_pages = self._planner.least_pages(found, again=request.counted)
+        request.counted = True
         request.planned = self._planner.pages(
             found,
             self._prompt(request, keys),
             missing_pages=len(keys) - found,
             queued_pages=queued_pages,
-            least_pages=request.least,
+            least_pages=least_pages,
         )
         return request.planned
 

@@ -136,13 +136,18 @@ def after_check_weights(_result: object, _runner: object, *, action: str, **_kwa
         linker.weights_changed()
 
 
-def after_turn(kept: bool, sessions: Any, req: Any) -> None:
-    """A turn of a streaming session is over; if its K and V are kept for the next one, they are never inserted."""
-    if linker is None or not kept:
-        return
-    kv = sessions.slots[req.session.session_id].kv
-    row = sessions.cache.req_to_token_pool.req_to_token[kv.req_pool_idx]
-    linker.never_inserted(row[kv.cache_protected_len : kv.kv_committed_len])
+def around_turn(original: Callable[..., bool], sessions: Any, req: Any) -> bool:
+    """A turn of a streaming session is over, or retracted.
+
+    If the session keeps its K and V they are not inserted, unless a later turn is aborted, which hands over all.
+    """
+    slot = sessions.borrowed_slot(req)  # SGLang may take the request's session away
+    kept = original(sessions, req)
+    if linker is not None and kept:
+        kv = slot.kv
+        row = sessions.cache.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        linker.not_inserted(row[kv.cache_protected_len : kv.kv_committed_len])
+    return kept
 
 
 def after_metrics_constants(_result: None, scheduler: Any) -> None:

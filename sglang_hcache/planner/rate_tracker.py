@@ -103,11 +103,14 @@ class RateTracker:
             attention_flop_per_s=at.attention_flop_per_s / factor(Resource.PREFILL),
         )
 
-    def least_pages(self, host_pages: int) -> int:
-        """Ask once a plan: pages to restore in any case, lest a bus that seems too slow is never measured again."""
-        return min(PROBE_PAGES, host_pages) if self.due(Resource.BUS) else 0
+    def least_pages(self, host_pages: int, *, again: bool = False) -> int:
+        """To restore in any case, lest a bus that seems too slow is never measured again. `again`: as in `due`."""
+        return min(PROBE_PAGES, host_pages) if self.due(Resource.BUS, again=again) else 0
 
-    def due(self, tier: Resource) -> bool:
-        """Ask once a plan that could have used the tier: whether it should be tried, to see what it delivers now."""
-        self._probes[tier].plans_since += 1
+    def due(self, tier: Resource, *, again: bool = False) -> bool:
+        """Whether a tier that a plan could use should be tried, to see what it delivers now.
+
+        again: it was asked for the same plan before, which counts once.
+        """
+        self._probes[tier].plans_since += not again
         return self._probes[tier].plans_since >= self._probes[tier].after

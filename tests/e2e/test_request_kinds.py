@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,16 @@ def test_what_a_streaming_session_keeps_takes_no_room(with_sessions: Server) -> 
         assert answer["meta_info"]["cached_tokens"] == turn * (turn_tokens + PAGE) - (turn > 0)
     wait_until(lambda: server.tier_state()["pages_open"] == server.tier_state()["pages_granted"], 10)
     assert server.tier_state()["pages_saved"] == turn_tokens // PAGE, "the first prompt's"
+    with ThreadPoolExecutor(1) as pool:
+        sampling["max_new_tokens"] = 8 * PAGE
+        prompt = random_prompt(turn_tokens, seed=turns)
+        turn_again = {"input_ids": prompt, "session_params": {"id": session}, "sampling_params": sampling}
+        retracted = pool.submit(post, server, "/generate", **turn_again)
+        wait_until(lambda: server.tier_state()["pages_open"] > server.tier_state()["pages_granted"], 10)
+        post(server, "/pause_generation", mode="retract")
+        post(server, "/continue_generation")
+        assert retracted.result()["meta_info"]["completion_tokens"] == 8 * PAGE
+    assert server.healthy()
     post(server, "/close_session", session_id=session)
     evict_everything(server)
     assert server.generate(random_prompt(turn_tokens, seed=0), 1).cached_host == turn_tokens - PAGE

@@ -505,6 +505,13 @@ def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_l
         restored.append({requests.ready(str(number), keys) for _ in range(3 * PROBE_EVERY)})
         requests.forget(str(number))
     assert restored == [{0}] * (PROBE_EVERY - 1) + [{PROBE_PAGES}]
+    for rid in ("a", "b"):
+        requests.queued(rid, keys)
+        store.wait(rid, 10)
+        assert requests.ready(rid, keys) == PROBE_PAGES
+    believes.restored(1024, 1e3)
+    assert [requests.ready(rid, keys) for rid in ("a", "b")] == [0, 0], "it has been tried"
+    requests.clear()
 
 
 def test_what_was_not_found_is_asked_for_more_and_more_rarely(

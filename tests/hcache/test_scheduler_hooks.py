@@ -219,12 +219,18 @@ def test_what_a_streaming_session_keeps_is_never_inserted(
 ) -> None:
     """But for its first prompt, which the tree has."""
     never: list[int] = []
-    monkeypatch.setattr(tier, "never_inserted", lambda slots: never.extend(slots.tolist()), raising=False)
+    monkeypatch.setattr(tier, "not_inserted", lambda slots: never.extend(slots.tolist()), raising=False)
     rows = torch.arange(20).reshape(2, 10)
-    sessions: Any = StreamingSession(SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=rows)))
+    cache: Any = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=rows))
+    sessions = StreamingSession(cache)
     sessions.slots["s"] = SessionSlot(kv=ReqKvInfo(req_pool_idx=1, cache_protected_len=4, kv_committed_len=8))
-    req = SimpleNamespace(session=SimpleNamespace(session_id="s"))
-    scheduler_hooks.after_turn(kept, sessions, req)
+    req = SimpleNamespace(session=SimpleNamespace(session_id="s", streaming=True), kv=sessions.slots["s"].kv)
+
+    def finish(_sessions: object, req: Any) -> bool:
+        req.session = None  # as for a turn that has been retracted before
+        return kept
+
+    assert scheduler_hooks.around_turn(finish, sessions, req) is kept
     assert never == ([14, 15, 16, 17] if kept else [])
 
 
