@@ -43,8 +43,17 @@ class Endpoint:
 
 def endpoint_for(directories: Sequence[str]) -> Endpoint:
     """Raises OSError where the directory for sockets cannot be made, or is not this user's alone."""
+    return endpoint_named(name_for(directories))
+
+
+def name_for(directories: Sequence[str]) -> str:
+    """Of their prefetcher. Looks at the directories, one of which may hang."""
     names = "\0".join(sorted(str(Path(directory).resolve()) for directory in directories))
-    name = hashlib.sha256(names.encode()).hexdigest()[:16]
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def endpoint_named(name: str) -> Endpoint:
+    """Raises OSError, as `endpoint_for`."""
     return Endpoint(_runtime_directory() / f"{name}.{messages.VERSION}.sock")
 
 

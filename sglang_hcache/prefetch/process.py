@@ -132,11 +132,11 @@ class _Stderr(logging.Handler):
         return True
 
 
-class _Records(queue.SimpleQueue[logging.LogRecord]):
-    """Those that wait to be written; what finds no room is dropped."""
+class _Records(queue.SimpleQueue[logging.LogRecord | None]):
+    """Those that wait to be written, and None at the end; a record that finds no room is dropped."""
 
-    def put_nowait(self, item: logging.LogRecord) -> None:
-        if self.qsize() < LOG_RECORDS:
+    def put_nowait(self, item: logging.LogRecord | None) -> None:
+        if item is None or self.qsize() < LOG_RECORDS:
             super().put_nowait(item)
 
 

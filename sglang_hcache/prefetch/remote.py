@@ -31,7 +31,8 @@ from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 
 READ_S = 30.0  # the longest a page is waited for
-LATE_S = 1.0  # likewise, once nobody needs it any more: it may be on its way
+LATE_S = 1.0  # likewise, once nobody needs it any more, or
+LATE = 4  # times as long as pages take now, if that is longer: it may be on its way
 AGAIN_S = 30.0  # a page that has not come is not asked for again for so long: the drive that it lies on may hang
 LOOK_S = 0.1  # between two looks whether somebody still needs it
 POLL_S = 0.5
@@ -78,6 +79,7 @@ class RemoteFiles:
         self._changed = threading.Condition(self._lock)
         self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
         self._late: dict[bytes, float] = {}  # key of a page that has not come → when to ask for it again
+        self._takes_s = 0.0  # a page, at most, of late
         self.is_awaited: Callable[[bytes], bool] = lambda key: True  # whether somebody needs what is being read
         self._gone = gone
         self.damaged = 0
@@ -118,12 +120,14 @@ class RemoteFiles:
             read = self._reads[number] = _Read()
         while not self._over(read):
             waited_s = time.monotonic() - asked_at
-            if waited_s > READ_S or (waited_s > LATE_S and not self.is_awaited(key)):
+            if waited_s > READ_S or (waited_s > max(LATE_S, LATE * self._takes_s) and not self.is_awaited(key)):
                 break
         with self._lock:
             self._reads.pop(number, None)
             now = time.monotonic()
-            if read.frame is None and now > asked_at + LATE_S:
+            if read.frame is not None:
+                self._takes_s = max(now - asked_at, 0.9 * self._takes_s)
+            elif now > asked_at + LATE_S:
                 self._late = {key: until for key, until in self._late.items() if until > now} | {key: now + AGAIN_S}
         self.connection.send(m.Release(prefetch=number))
         if read.frame is None:

@@ -29,7 +29,7 @@ TICK_MS = 200  # grants that memory could not give at once are tried again so of
 SOON_MS = 5  # while records are on their way, or pages being written for those who wait for that
 WAITING_S = 1.0  # between two messages to a client whose pages cannot be served yet
 TAKE_S = 0.01  # spent on messages before progress is announced again; a prefetch of 2,000 pages takes about 5 ms
-EXPIRE_S = 10.0  # a client on another host that is not heard of; it says something every second
+EXPIRE_S = 10.0  # a client that is not heard of: it says something every second. On another host its session ends
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
 MAX_GRANT = 0.25  # of an arena's slots, for pages that are being filled; shared by the sessions that fill any
@@ -389,8 +389,12 @@ class Server:
             return
         store, savers = session.space.store, self._savers(session.space)
         slots: list[int] = []
-        left = _most_granted(session.space) - sum(len(other.granted) for other in savers)
-        wanted = min(session.wanted, left, _share(session.space, savers) - len(session.granted))
+        share, heard_since = _share(session.space, savers), time.monotonic() - EXPIRE_S
+        left = _most_granted(session.space)
+        for other in savers:  # one that is stopped gives nothing back
+            stopped = other.broken or other.heard_at < heard_since
+            left -= min(len(other.granted), share) if stopped else len(other.granted)
+        wanted = min(session.wanted, left, share - len(session.granted))
         while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
             store.memory[slot, :8] = 0  # no header of a former page may look like this one's
             slots.append(slot)

@@ -18,7 +18,6 @@ from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
-THREADS = 256  # one for each store that is being opened or closed, and each flush; idle ones are used again
 LOOK_S = 0.2  # between two looks whether all of a store is written
 MOST_BY_DEFAULT = 0.8  # of what is free goes to one arena whose size nobody has asked for
 
@@ -86,7 +85,7 @@ class Spaces:
         self._busy: dict[bytes, list[tuple[Hello, Opened]]] = {}
         self._closing: dict[bytes, Space] = {}
         self._promised: dict[bytes, _Promise] = {}
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hcache-space")
+        self._threads: set[threading.Thread] = set()  # each opens or closes a store
         self._hurry = threading.Event()
 
     def __len__(self) -> int:
@@ -137,7 +136,8 @@ class Spaces:
         with ThreadPoolExecutor(max(1, len(self._open))) as threads:  # each may take its full time to write
             for space in self._open.values():
                 threads.submit(self._close, space)
-        self._threads.shutdown()
+        for thread in self._threads:
+            thread.join()
         for promise in self._promised.values():
             if promise.region:
                 promise.region.close()
@@ -221,18 +221,10 @@ class Spaces:
         return found
 
     def _start(self, job: Callable[..., None], *arguments: object) -> None:
-        """Have a thread do it. Raises RuntimeError where none can be had: then it is not done later, either."""
-        turn = threading.Lock()
-
-        def do() -> None:
-            if turn.acquire(blocking=False):
-                job(*arguments)
-
-        try:
-            self._threads.submit(do)
-        except RuntimeError:  # it is in the queue all the same, and another thread may have taken it
-            if turn.acquire(blocking=False):
-                raise
+        """Have a thread do it. Raises RuntimeError where none can be had."""
+        thread = threading.Thread(target=job, args=arguments, name="hcache-space")
+        thread.start()
+        self._threads = {one for one in self._threads if one.is_alive()} | {thread}
 
     def _retire(self, space: Space) -> None:
         del self._open[space.fingerprint]

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Hopeless, Unavailable
-from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_for, is_running
+from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_named, is_running, name_for
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
@@ -214,13 +214,14 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         closing: Callable[[PrefetchClient], None] = lambda store: None,
     ) -> None:
         super().__init__(hello, opened=opened, closing=closing)
-        self._endpoint: Endpoint = endpoint_for(directories)
+        self._name = name_for(directories)
+        self._endpoint: Endpoint = endpoint_named(self._name)
         self._config = ServerConfig(
             self._endpoint.address, directories, quota_bytes, read_bytes_per_s=read_bytes_per_s
         )
 
     def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> PrefetchClient:
-        self._endpoint = endpoint_for(self._config.directories)  # anew: at logout its folder may have gone
+        self._endpoint = endpoint_named(self._name)  # anew: at logout its folder may have gone
         if not is_running(self._endpoint):
             self._launch()
         return PrefetchClient(

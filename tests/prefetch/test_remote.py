@@ -348,8 +348,10 @@ def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(tmp_path
 class HungDrive(threading.Thread):
     """Serves one client, and never says what becomes of some pages: they lie on a drive that hangs."""
 
-    def __init__(self, hung: range) -> None:
+    def __init__(self, hung: range, takes_s: float = 0.0) -> None:
+        """takes_s: any other page."""
         super().__init__()
+        self.takes_s = takes_s
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
         self.hung = keys_of(hung)
@@ -381,6 +383,7 @@ class HungDrive(threading.Thread):
         if isinstance(message, m.Prefetch):
             self.asked.append(message)
             if message.keys[0] not in self.hung:
+                time.sleep(self.takes_s)
                 ready = m.Ready(answers=message.seq, first=0, slots=[0], done=True)
                 return ready, self.records[message.keys[0]]
         if isinstance(message, m.Release):
@@ -406,6 +409,22 @@ def test_a_drive_that_hangs_there_blocks_no_reads_from_others(monkeypatch: pytes
     assert client.wait("hangs", 0.5) == ((), True), "no other request waits for them"
     assert client.contains(keys_of([3, 10])) == [False, True]
     assert until(lambda: client.contains(keys_of([3])) == [True])
+    client.close()
+    there.join(5)
+    os.close(news)
+
+
+def test_on_a_slow_link_pages_come_though_nobody_waits_for_them_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LATE_S", 0.1)
+    there, news = HungDrive(range(0), takes_s=0.5), os.eventfd(0, os.EFD_NONBLOCK)
+    client = RemoteClient(there.address, hello(), news=news, timeout_s=5)
+    client.prefetch("first", keys_of([0]))
+    assert len(client.wait("first", 10).slots) == 1
+    client.prefetch("next", keys_of([1]))
+    assert until(lambda: len(there.asked) == 2)
+    client.cut("next")
+    assert until(lambda: client._store.stats()["pages_host"] == 2)
+    assert client.contains(keys_of([1])) == [True]
     client.close()
     there.join(5)
     os.close(news)

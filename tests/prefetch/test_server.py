@@ -11,7 +11,7 @@ import pytest
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from sglang_hcache.prefetch.server import Server, ServerConfig
+from sglang_hcache.prefetch.server import EXPIRE_S, Server, ServerConfig
 from tests.prefetch.clients import (
     assert_nothing_held,
     child,
@@ -178,6 +178,16 @@ def test_slots_that_a_client_does_not_fill_go_to_others(join: Join, filling: int
     other.close()
     assert until(lambda: granted(idle) == [16])
     assert_nothing_held(idle)
+
+
+def test_a_client_that_is_stopped_keeps_no_more_than_its_share(directory: Path, join: Join) -> None:
+    join(grant=0)
+    with Raw(directory) as raw:
+        raw.open(grant=64)
+        assert len(raw.hear(m.Granted).slots) == 16
+        other = join(grant=64)
+        assert figures(other)["pages_granted"] == 0
+        assert until(lambda: figures(other)["pages_granted"] == 8, EXPIRE_S + 5)
 
 
 def test_whoever_waits_for_slots_gets_those_that_others_have_filled(join: Join) -> None:

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from sglang_hcache.prefetch.spaces import Space, Spaces
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.storage import store
 from sglang_hcache.storage.contract import WritePolicy
+from sglang_hcache.storage.layout import ChunkLayout
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
@@ -378,8 +380,21 @@ def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
             PrefetchClient(address, hello(), news=news, timeout_s=5)
     assert until(lambda: len(list(files.iterdir())) <= before), "its process is not watched any more"
     assert not server._greeted
-    for fingerprint in (FINGERPRINT, OTHER_FINGERPRINT):
-        PrefetchClient(address, hello(fingerprint=fingerprint), news=news, timeout_s=5).close()
+    go_on = threading.Event()
+
+    def hang(layout: ChunkLayout, fingerprint: bytes, *arguments: Any, **options: Any) -> LocalStore:
+        assert fingerprint != FINGERPRINT or go_on.wait(30)
+        return LocalStore(layout, fingerprint, *arguments, **options)
+
+    monkeypatch.setattr(spaces, "LocalStore", hang)
+    with ThreadPoolExecutor(1) as pool:
+        hangs = pool.submit(PrefetchClient, address, hello(), news=news, timeout_s=5)
+        assert until(lambda: bool(server._spaces._busy))
+        began = time.monotonic()
+        PrefetchClient(address, hello(fingerprint=OTHER_FINGERPRINT), news=news, timeout_s=5).close()
+        assert time.monotonic() - began < 5, "it waits for no thread of another"
+        go_on.set()
+        hangs.result().close()
     server.stop()
     thread.join(20)
     assert not thread.is_alive()
