@@ -29,35 +29,35 @@ def embedding(server: Server, prompt: Sequence[int]) -> Any:
     return np.array(post(server, "/encode", input_ids=list(prompt))["embedding"])
 
 
-def test_embeddings_from_a_restored_prefix(workshop: Workshop) -> None:
-    args, store = (*SERVER_ARGS, "--is-embedding"), workshop.folder / "store-embeddings"
+@pytest.fixture(scope="module")
+def servers(workshop: Workshop) -> Iterator[tuple[Server, ...]]:
+    """One for embeddings, and one with streaming sessions."""
+    kinds = ("--is-embedding", "--enable-streaming-session")
+    made = [workshop.tiered(workshop.folder / f"store{kind}", args=(*SERVER_ARGS, kind)) for kind in kinds]
+    with started_together(*made) as servers:
+        yield servers
+
+
+def test_embeddings_from_a_restored_prefix(servers: tuple[Server, ...]) -> None:
+    server, _ = servers
     prefix = random_prompt(1200, seed=1)
-    endings = [random_prompt(40, seed=seed) for seed in (2, 3)]
-    others = [random_prompt(1500, seed=900 + i) for i in range(4)]
-    with started_together(workshop.stock(args=args), workshop.tiered(store, args=args)) as (stock, tiered):
-        wanted, found = (
-            [embedding(server, prompt) for prompt in (prefix, *others, prefix + endings[0], prefix + endings[1])]
-            for server in (stock, tiered)
-        )
-        state = tiered.tier_state()
+    prompts = [prefix + random_prompt(40, seed=seed) for seed in (2, 3)]
+    prefilled = embedding(server, prompts[0])
+    for seed in range(4):
+        embedding(server, random_prompt(1500, seed=900 + seed))
+    assert server.tier_state()["tokens_restored"] == 0
+    restored, other = (embedding(server, prompt) for prompt in prompts)
+    state = server.tier_state()
     assert state["representation"] == "hidden"
     assert state["tokens_restored"] >= whole_pages(1200)
     assert state["loads_failed"] == 0
-    for one, other in zip(found, wanted, strict=True):
-        assert np.allclose(one, other, rtol=0, atol=FLOAT32_TOLERANCE)
-    assert np.abs(wanted[-1] - wanted[-2]).max() > 20 * FLOAT32_TOLERANCE, "the embedding says nothing"
+    assert np.allclose(restored, prefilled, rtol=0, atol=FLOAT32_TOLERANCE)
+    assert np.abs(other - prefilled).max() > 20 * FLOAT32_TOLERANCE, "the embedding says nothing"
 
 
-@pytest.fixture(scope="module")
-def with_sessions(workshop: Workshop) -> Iterator[Server]:
-    args = (*SERVER_ARGS, "--enable-streaming-session")
-    with workshop.tiered(workshop.folder / "store-sessions", args=args) as server:
-        yield server
-
-
-def test_what_a_streaming_session_keeps_takes_no_room(with_sessions: Server) -> None:
+def test_what_a_streaming_session_keeps_takes_no_room(servers: tuple[Server, ...]) -> None:
     """SGLang inserts its first prompt only, and keeps all else in device memory of the session's."""
-    server, turns, turn_tokens = with_sessions, 5, 3 * PAGE
+    (_, server), turns, turn_tokens = servers, 5, 3 * PAGE
     session = post(server, "/open_session", capacity_of_str_len=100_000, streaming=True)
     sampling = {"temperature": 0, "max_new_tokens": PAGE, "ignore_eos": True}
     for turn in range(turns):
