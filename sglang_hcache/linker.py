@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import select
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.load_planner import ForwardTimer, Prompt
+from sglang_hcache.loads import Loads
 from sglang_hcache.model import Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
@@ -81,14 +80,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.pools[PoolName.SWA] = self._pool.swa_kv_pool
             self._window_pages = -(-params.swa_retain_window // self._page_tokens)
         self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
-        self._queued: list[Load] = []
-        self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
-        self._landing: deque[tuple[int, list[Load]]] = deque()  # by batch; SGLang does not ask for these any more
         self._completed_offloads = 0
         self._offload_follows = ROOT
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
-        self._tokens_restored = 0
-        self._loads = {"accepted": 0, "refused": 0, "failed": 0}
+        self._loads_refused = 0
         self._attachment = Attachment(
             self._stored,
             self._pool,
@@ -137,6 +132,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             reads_at_once=reads_at_once(self._config),
             in_whole=self._window_pages > 0,
         )
+        self._loads = Loads(self.layer_done_counter, self._page_tokens, self._planner, self.prefetch_queue.forget)
         scheduler_hooks.linker = self
         others_wait_for_us = bool(get_parallel().attn_dp_enabled)
         scheduler_hooks.admission = Admission(self, self.prefetch_queue, others_wait_for_us=others_wait_for_us)
@@ -150,8 +146,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         Perhaps once more, retracted or preempted while its load lands: what is given back then is not what it asks
         for now.
         """
-        if any(load.rid == rid for load in self._under_way):
-            self._give_back_what_has_landed(wait=True)
+        if self._loads.of(rid):
+            self._loads.end_landed(wait=True)
         self.prefetch_queue.queued(rid, keys, prompt)
 
     def wait_for_news(self, timeout_s: float) -> None:
@@ -163,10 +159,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def renew_store(self) -> None:
         """Called between batches: leave a store that is gone, once nothing reads its memory, and take the next."""
-        self._give_back_what_has_landed()
+        self._loads.end_landed()
         if self._store.alive:
             return
-        if not self._renewing and not self._under_way:
+        if not self._renewing and not self._loads:
             self._renewing = True
             self._leave_store()
         if store := self._supervisor.taken():
@@ -186,8 +182,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        queued_pages = sum(len(load.chunks) for load in self._under_way)
-        pages = self.prefetch_queue.ready(rid, keys, queued_pages=queued_pages)
+        pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.pages)
         if not (self._window_pages and pages):
             return list(range(1, pages + 1))
         chunks = self.prefetch_queue.leased(rid, keys)
@@ -199,14 +194,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         keys = [bytes.fromhex(key) for key in transfer.keys]
         chunks = self.prefetch_queue.leased(rid, keys)
         if len(chunks) < len(keys):
-            self._loads["refused"] += 1
+            self._loads_refused += 1
             self.forget_request(rid)
             return False
         self._saver.discard(transfer.device_indices)
         self._restored.add(keys)
         window_slots = of_window[0].device_indices if of_window else None
-        self._queued.append(Load(rid, tuple(chunks), transfer.device_indices, window_slots))
-        self._loads["accepted"] += 1
+        self._loads.queue(Load(rid, tuple(chunks), transfer.device_indices, window_slots))
         return True
 
     def start_layer_wise_loading(self) -> int:
@@ -214,70 +208,23 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
         SGLang sets it in the layer counter where text is generated, but not for embeddings, rewards and classes.
         """
-        index = self._start_queued() if self._queued else -1
+        index = self._loads.start(self._restorer)
         self.layer_done_counter.set_consumer(index)  # afterwards: to replay attention may read the pool
-        return index
-
-    def _start_queued(self) -> int:
-        loads, self._queued = self._queued, []
-        try:
-            assert self._restorer is not None, "what is promised is in a store"
-            index, landed = self._restorer.run(loads), True
-        except Exception:
-            # SGLang aborts the requests of a failed load; the server must live on for all others.
-            logger.exception("hcache: restoring failed; %d request(s) will be aborted by SGLang", len(loads))
-            index, landed = self.layer_done_counter.new_batch(), False
-            self._loads["failed"] += len(loads)
-        self._started[index] = loads, landed
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Does not wait: whatever uses these slots from now on does so in a forward, behind their loads."""
-        if counter_index not in self._started:
-            return self._drop_what_was_never_started()
-        loads, landed = self._started.pop(counter_index)
-        self.layer_done_counter.follow(counter_index, current_stream(str(self._pool.device), self.forward_stream))
-        self._tokens_restored += self._tokens_of(loads) * landed
-        self._landing.append((counter_index, loads))
-        self._give_back_what_has_landed()
-        return landed
-
-    def _give_back_what_has_landed(self, *, wait: bool = False) -> None:
-        while self._landing and (wait or self.layer_done_counter.is_restored(self._landing[0][0])):
-            index, loads = self._landing.popleft()
-            seconds = self.layer_done_counter.synchronize(index)
-            for load in loads:
-                self.forget_request(load.rid)
-            if seconds is not None and self._planner is not None:
-                self._planner.restored(self._tokens_of(loads), seconds)
-
-    def _tokens_of(self, loads: Sequence[Load]) -> int:
-        return sum(len(load.chunks) for load in loads) * self._page_tokens
-
-    def _drop_what_was_never_started(self) -> bool:
-        """A forward has run without these loads: SGLang aborts their requests, and frees the slots they are for."""
-        loads, self._queued = self._queued, []
-        logger.error("hcache: %d load(s) were not started before their forward", len(loads))
-        self._loads["failed"] += len(loads)
-        for load in loads:
-            self.forget_request(load.rid)
-        return False
+        return self._loads.finish(counter_index, current_stream(str(self._pool.device), self.forward_stream))
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued; on the CPU its loads are done, on a GPU it may wait for them."""
-        batches = [*self._started, *(index for index, _ in self._landing)]
-        self._forwards.begin(batch, alone=all(map(self.layer_done_counter.is_restored, batches)))
+        self._forwards.begin(batch, alone=self._loads.all_landed())
 
     def forward_ended(self) -> None:
         self._forwards.end()
 
     def cancel_queued_load(self, rid: str) -> bool:
-        kept = [load for load in self._queued if load.rid != rid]
-        cancelled = len(kept) < len(self._queued)
-        self._queued = kept
-        if cancelled:
-            self.forget_request(rid)
-        return cancelled
+        return self._loads.cancel(rid)
 
     def scheduled(self, rids: Sequence[str]) -> None:
         """These requests are in the next batch: what they have leased and do not load is not needed any more."""
@@ -286,13 +233,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
-        if all(load.rid != rid for load in self._under_way):
+        if not self._loads.of(rid):
             self.prefetch_queue.forget(rid)
-
-    @property
-    def _under_way(self) -> list[Load]:
-        started, landing = (loads for loads, _ in self._started.values()), (loads for _, loads in self._landing)
-        return list(itertools.chain(self._queued, *started, *landing))
 
     # ---- offload ----
 
@@ -325,16 +267,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def reset(self) -> None:
         """`/flush_cache`: empties the host tier; files stay, as HiCache's storage does."""
         self._forget_all()
-        self._started.clear()
+        self._loads.drop_started()
         self._completed_offloads = 0
         self._store.drop_host()
 
     def _forget_all(self) -> None:
         """What the store has promised, and what is on its way into it. Loads under way come to their end."""
-        for index in self._started:
-            self.layer_done_counter.synchronize(index)
-        self._give_back_what_has_landed(wait=True)
-        self._queued.clear()
+        self._loads.drop_queued()
         self._restored.clear()
         self.prefetch_queue.clear()
         self._saver.clear()
@@ -355,7 +294,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store.give_up("the weights were changed; from now on pages are kept in host memory only")
 
     def close(self) -> None:
-        self._give_back_what_has_landed(wait=True)
+        self._loads.end_landed(wait=True)
         self._attachment.close()
         self._supervisor.close()
         if not isinstance(self._store, NoStore):
@@ -376,10 +315,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "bytes_per_token": sum(self._stored.row_bytes),
             "page_size": self._page_tokens,
             "page_bytes": self._store.layout.record_bytes,
-            "loads_accepted": self._loads["accepted"],
-            "loads_refused": self._loads["refused"],
-            "loads_failed": self._loads["failed"],
-            "tokens_restored": self._tokens_restored,
+            "loads_refused": self._loads_refused,
+            **self._loads.stats(),
             "prefetcher_restarts": self._supervisor.restarts,
             **self.prefetch_queue.stats(),
             **(self._planner.stats() if self._planner is not None else {}),

@@ -269,7 +269,7 @@ def test_the_scheduler_goes_on_while_a_load_lands(
     stored.forget_request("a")
     stored.renew_store()
     assert stored.stats()["pages_leased"] == 2
-    assert [load.rid for load in stored._under_way] == ["a"]
+    assert len(stored._loads.of("a")) == 1
     if waits:
         stored.reset()
         assert event.passed
@@ -277,7 +277,7 @@ def test_the_scheduler_goes_on_while_a_load_lands(
     stored.renew_store()
     stats = stored.stats()
     assert (stats["pages_leased"], stats["tokens_restored"]) == (0, 2 * PAGE)
-    assert not stored._under_way
+    assert not stored._loads
 
 
 def test_the_pool_waits_for_a_load_though_sglang_does_not_say_which(
