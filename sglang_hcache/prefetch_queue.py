@@ -17,7 +17,7 @@ from sglang_hcache.storage.store import READ_THREADS
 
 LATE_S = 0.25  # past its deadline a request is admitted even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
-ANSWERS_WAIT_S = 0.02  # likewise, for many requests one after the other
+KNOWN_WAIT_S = 0.1  # what is not known after this to be in memory is taken to be on drives
 NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this, and after half of the time waited
@@ -228,7 +228,7 @@ class PrefetchQueue:
             return
         request.head_start = _HeadStartOf.NO_MORE
         request.admit_by = time.monotonic() + self._deadline_s(len(request.keys)) + LATE_S
-        slots, done = self._store.progress(rid)
+        slots, done, _ = self._store.progress(rid)
         alone = request.asked_at > self._crowded_at
         if self._planner is not None and done and alone and len(slots) >= MEASURED_PAGES:
             self._planner.read(len(slots), self._store.took_s(rid))
@@ -312,11 +312,11 @@ class PrefetchQueue:
         """Whether all of its pages are there, or so many that it is not worth waiting for more."""
         if request.head_start is _HeadStartOf.UNDER_WAY:
             return False
-        slots, done = self._store.progress(rid)
+        slots, done, known = self._store.progress(rid)
         if self._planner is None:
             return done
         request.there = len(slots)
-        if request.wait is None and (slots or done or self._may_be_answered(request)):
+        if request.wait is None and (done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S):
             request.wait = self._plan_wait(self._planner, request, request.there, done=done)
         if (wait := request.wait) is None:
             return False
@@ -357,11 +357,6 @@ class PrefetchQueue:
     def _before(self, request: _Request) -> dict[str, _Request]:
         """Requests that were queued before it."""
         return dict(itertools.takewhile(lambda item: item[1] is not request, self._requests.items()))
-
-    def _may_be_answered(self, request: _Request) -> bool:
-        """Whether pages of which nothing has been said are not in memory: requests are answered one by one."""
-        answered_s = min(ANSWERS_WAIT_S, len(self._held) * ANSWER_WAIT_S)
-        return time.monotonic() - request.asked_at > answered_s
 
     def _plan_wait(self, planner: LoadPlanner, request: _Request, there: int, *, done: bool) -> _Wait:
         """Behind the requests that were queued before it, and what is read for those that wait for it.

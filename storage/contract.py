@@ -31,6 +31,7 @@ class Progress(NamedTuple):
 
     slots: tuple[int, ...]  # of the leading pages that are there; leased until `release`
     done: bool  # no more will come
+    known: bool = True  # those in memory are counted, as far as they lead: what is not must be read
 
 
 class ChunkStore(Protocol):

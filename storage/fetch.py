@@ -38,7 +38,7 @@ class Fetch:
         return self.admitted and self.ready == len(self.keys)
 
     def progress(self, first: int = 0) -> Progress:
-        return Progress(tuple(self.slots[i] for i in range(first, self.ready)), self.done)
+        return Progress(tuple(self.slots[i] for i in range(first, self.ready)), self.done, self.admitted)
 
 
 @dataclass(frozen=True)

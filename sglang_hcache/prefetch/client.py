@@ -17,7 +17,7 @@ from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import ChunkLayout, Record
 from sglang_hcache.storage.region import Region, wait_until_taken
 
-NOTHING_YET = Progress((), False)
+NOTHING_YET = Progress((), False, known=False)
 ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 
 
@@ -25,14 +25,16 @@ ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 class _Wanted:
     number: int  # of the message that asks for it; 0 where nobody is asked
     slots: list[int] = field(default_factory=list)
+    known: bool = False
     done: bool = False
     began_at: float = field(default_factory=time.monotonic)
     ended_at: float = 0.0
     told: Progress = NOTHING_YET  # the last time somebody asked: a scheduler asks for all, at each step
 
     def progress(self) -> Progress:
-        if (len(self.told.slots), self.told.done) != (len(self.slots), self.done):
-            self.told = Progress(tuple(self.slots), self.done)
+        known = self.known or self.done
+        if (len(self.told.slots), self.told.done, self.told.known) != (len(self.slots), self.done, known):
+            self.told = Progress(tuple(self.slots), self.done, known)
         return self.told
 
 
@@ -254,6 +256,7 @@ class PrefetchClient:
                     return
                 assert message.first == len(wanted.slots), "pages are announced in order"
                 wanted.slots.extend(message.slots)
+                wanted.known = True
                 wanted.done = message.done
                 wanted.ended_at = time.monotonic() if message.done else 0.0
                 self._changed.notify_all()

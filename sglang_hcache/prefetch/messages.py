@@ -172,7 +172,10 @@ class Share(Message):
 
 
 class Ready(Message):
-    """Pages `first`, `first + 1`, … of a `Prefetch` are in these slots; `done`: no more will come."""
+    """Pages `first`, `first + 1`, … of a `Prefetch` are in these slots; `done`: no more will come.
+
+    On one host the first one comes at once, with what is in memory, even if that is nothing.
+    """
 
     answers: Count  # `seq` of the `Prefetch`
     first: Count

@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.client import ASK_S
+from sglang_hcache.prefetch.client import ASK_S, NOTHING_YET
 from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.eviction import Keep
@@ -314,13 +314,13 @@ class RemoteClient:
 
     def progress(self, owner: str) -> Progress:
         with self._lock:
-            return Progress((), False) if owner in self._pending else self._store.progress(owner)
+            return NOTHING_YET if owner in self._pending else self._store.progress(owner)
 
     def wait(self, owner: str, timeout_s: float) -> Progress:
         deadline = time.monotonic() + timeout_s
         with self._lock:
             if not self._settled.wait_for(lambda: owner not in self._pending, timeout_s):
-                return Progress((), False)
+                return NOTHING_YET
         return self._store.wait(owner, max(0.0, deadline - time.monotonic()))
 
     def took_s(self, owner: str) -> float:

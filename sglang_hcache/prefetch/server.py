@@ -207,13 +207,13 @@ class Server:
         if asked is None or asked.done:
             return
         first = asked.announced
-        fresh, done = session.space.store.progress(asked.store_owner, first)
+        fresh, done, known = session.space.store.progress(asked.store_owner, first)
         if session.remote and session.credit < len(fresh):
             fresh, done = fresh[: session.credit], False
-        if not fresh and not done:
+        if not fresh and not done and (asked.known or not known or session.remote):
             return
         upto = first + len(fresh)
-        asked.announced, asked.done = upto, done
+        asked.announced, asked.done, asked.known = upto, done, True
         payload: list[zmq.Frame] = []
         if session.remote:
             payload = frames_of(session.space, asked.keys[first:upto], fresh)

@@ -35,6 +35,7 @@ class Asked:
     store_owner: str  # its name in the store, which knows nothing of sessions
     keys: Sequence[bytes] = ()  # without repetitions; between hosts only
     announced: int = 0
+    known: bool = False  # by the client: what of it is in memory
     done: bool = False
     sending: list[zmq.MessageTracker] = field(default_factory=list)  # records on their way to another host
 

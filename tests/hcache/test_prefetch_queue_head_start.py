@@ -28,7 +28,6 @@ def evenly_matched(store: LocalStore, **options: Any) -> PrefetchQueue:
 
 
 def head_start_of(requests: PrefetchQueue, *, idle: bool = True) -> HeadStart | None:
-    time.sleep(2 * prefetch_queue.ANSWERS_WAIT_S)
     requests.admissible(idle=idle)
     return requests.head_start()
 

@@ -84,7 +84,7 @@ def save(client: PrefetchClient, pages: Iterable[int]) -> None:
 def fetched(client: PrefetchClient, pages: Sequence[int], owner: str = "fetched", timeout_s: float = 10.0) -> int:
     """How many of the pages can be had in a run; asserts that they are right."""
     client.prefetch(owner, keys_of(pages))
-    slots, done = client.wait(owner, timeout_s)
+    slots, done, _ = client.wait(owner, timeout_s)
     assert done, "a prefetch hangs"
     for slot, page in zip(slots, pages, strict=False):
         assert holds(client.memory[slot], page), f"a wrong page was served for {page}"

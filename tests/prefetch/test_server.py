@@ -244,7 +244,7 @@ def test_too_much_at_once_waits_for_room(join: Join) -> None:
     assert not client.wait("second", 0.2).done
     assert figures(client)["prefetches_waiting"] == 1
     client.prefetch("third", keys_of(range(30, 50)), deadline_s=0.3)
-    assert client.wait("third", 2) == ((), True), "a deadline holds for those who wait, too"
+    assert client.wait("third", 2) == ((), True, True), "a deadline holds for those who wait, too"
     client.release("first")
     assert len(client.wait("second", 10).slots) == 30
     client.release("second")
@@ -260,7 +260,7 @@ def test_a_cancelled_prefetch_keeps_what_is_there(join: Join) -> None:
     client.wait("first", 10)
     client.prefetch("second", keys_of(range(20, 55)))
     client.cut("second")
-    slots, done = client.wait("second", 5)
+    slots, done, _ = client.wait("second", 5)
     assert done
     assert all(holds(client.memory[slot], 20 + i) for i, slot in enumerate(slots))
     client.cut("first")
@@ -296,11 +296,29 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
         while not done:
             ready = raw.hear(m.Ready)
             assert (ready.answers, ready.first) == (asked, len(slots))
-            assert ready.done or ready.slots
+            assert ready.done or ready.slots or not slots
             slots += ready.slots
             done = ready.done
         assert len(slots) == 30
         assert all(holds(client.memory[slot], page) for page, slot in enumerate(slots))
+    assert_nothing_held(client)
+
+
+def test_what_is_in_memory_is_announced_at_once(directory: Path, join: Join) -> None:
+    """Though it is nothing: a client that must guess would take what is in memory for what is on a drive."""
+    client = join()
+    save(client, range(40))
+    assert client.flush(30)
+    with Raw(directory) as raw:
+        raw.open(grant=1)
+        asked = raw.say(m.Prefetch(keys=keys_of(range(8)), priority=0, page_priority=0, deadline_s=0))
+        ready = raw.hear(m.Ready)
+        assert (ready.answers, len(ready.slots), ready.done) == (asked, 8, True)
+        raw.say(m.Release(prefetch=asked))
+        raw.say(m.DropHost())
+        asked = raw.say(m.Prefetch(keys=keys_of(range(40)), priority=0, page_priority=0, deadline_s=0))
+        ready = raw.hear(m.Ready)
+        assert (ready.answers, ready.slots, ready.done) == (asked, [], False)
     assert_nothing_held(client)
 
 

@@ -164,7 +164,7 @@ class Sharing(RuleBasedStateMachine):
     @rule(owner=owners)
     def release(self, owner: str) -> None:
         self.fetches.release(owner)
-        assert self.fetches.progress(owner) == ((), True)
+        assert self.fetches.progress(owner) == ((), True, True)
 
     @rule()
     def begin_read(self) -> None:

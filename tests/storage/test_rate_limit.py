@@ -81,5 +81,5 @@ def test_a_bug_costs_pages_but_no_reader(
     assert served(store, range(16, 30)) == list(range(16, 30))
     store.close()
     if name == "take":
-        assert lost == ((), True)
+        assert lost == ((), True, True)
         assert counters(store)["pages_open"] == 0

@@ -150,7 +150,7 @@ def test_no_more_is_leased_than_allowed(tmp_path: Path, on_file: bool) -> None:
     assert len(lease(store, "b", keys_of([3]))) == 1
     store.prefetch("d", keys_of(range(4, 6)))
     assert len(lease(store, "c", keys_of(range(4)))) == 4, "a slot that is leased already costs nothing"
-    assert store.progress("d") == ((), False)
+    assert store.progress("d") == ((), False, False)
     assert counters(store)["pages_leased"] == 4
     store.check()
     for owner in "abc":
@@ -280,7 +280,7 @@ def test_hundreds_of_prefetches_with_deadlines_take_no_thread_each(tmp_path: Pat
     assert threading.active_count() <= threads
     begun_at = time.monotonic()
     late = [f"waits {number}" for number in range(0, 500, 2) if number not in (2, 4)]
-    assert all(store.wait(owner, 5) == ((), True) for owner in late)
+    assert all(store.wait(owner, 5) == ((), True, True) for owner in late)
     assert time.monotonic() - begun_at < 5
     assert all(0.5 <= store.took_s(owner) < 5 for owner in late)
     assert not any(store.progress(f"waits {number}").done for number in (1, 2, 499)), "their time has not come"
@@ -413,7 +413,7 @@ def test_a_page_that_is_read_into_a_slot_that_is_in_use_no_more_is_a_miss(
     store.resize(5, region)
     store.prefetch("second", keys_of([3]))
     go.set()
-    assert store.wait("second", 10) == ((), True)
+    assert store.wait("second", 10) == ((), True, True)
     store.check()
     assert not store.used_behind()
     assert served(store, range(10)) == list(range(10))
