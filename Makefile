@@ -8,7 +8,6 @@ export HF_HUB_OFFLINE = 1
 
 # Sizes of the long counts; `make test` runs a small slice of each.
 FAULT_ROUNDS ?= 200
-DAMAGE_CASES ?= 0
 SERVER_KILLS ?= 50
 KILLS        ?= 50
 FUZZ_FRAMES  ?= 1000000
@@ -58,7 +57,7 @@ e2e: setup ## tests against the real server
 faults: setup ## the full counts: kills of writer, prefetcher and clients, flipped bits, failing transfers, damaged files
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
 	HCACHE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/prefetch/test_kills.py
-	HCACHE_DAMAGE_CASES=$(DAMAGE_CASES) $(BIN)/python -m pytest tests/e2e/test_damage.py
+	HCACHE_DAMAGE_ALL=1 $(BIN)/python -m pytest tests/e2e/test_damage.py
 	HCACHE_SERVER_KILLS=$(SERVER_KILLS) $(BIN)/python -m pytest tests/e2e/test_prefetcher.py -k killed_prefetcher
 
 ranks: setup ## replicas and data-parallel attention with two ranks each

@@ -11,6 +11,7 @@ environment has more arguments for all servers, where a machine needs them.
 from __future__ import annotations
 
 import functools
+import http.client
 import itertools
 import json
 import os
@@ -156,7 +157,7 @@ class Server(Client):
                 start_new_session=True,
             )
         try:
-            self._wait_until_healthy(began)
+            self._wait_until_it_answers(began)
         except BaseException:
             self.kill()
             raise
@@ -234,7 +235,7 @@ class Server(Client):
             child.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all of SGLang anew
         return child
 
-    def _wait_until_healthy(self, began: float) -> None:
+    def _wait_until_it_answers(self, began: float) -> None:
         told = 0.0
         while True:
             elapsed = time.monotonic() - began
@@ -245,13 +246,20 @@ class Server(Client):
             if self.progress and elapsed - told >= 1.0:
                 told = elapsed
                 self.progress(elapsed, self.log_tail(1))
-            if self._listens() and self.healthy():
+            if self._listens() and self._answers():
                 return
             time.sleep(POLL_S)
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0
+
+    def _answers(self) -> bool:
+        """Sooner than `healthy`: each scheduler tells its state."""
+        try:
+            return bool(self.server_info())
+        except (OSError, http.client.HTTPException, RequestFailed):
+            return False
 
     def _running_launcher(self) -> subprocess.Popen[bytes] | None:
         return self._launcher if self._launcher is not None and self._launcher.poll() is None else None

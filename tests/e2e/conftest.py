@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,14 @@ from typing import TypeVar
 
 import pytest
 
-from bench.harness import Answer, ModelSpec, Server, make_model
-from tests.e2e.scenarios import LLAMA, SCENARIOS, SERVER_ARGS
+from bench.harness import Answer, ModelSpec, Server, make_model, random_prompt
+from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, tail_logprobs
+
+# Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 AnyServer = TypeVar("AnyServer", bound=Server)
+Told = TypeVar("Told")
 Environment = Mapping[str, str]
 
 
@@ -31,7 +36,9 @@ class Workshop:
     def log(self, name: str) -> Path:
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
-        return logs / f"{len(list(logs.iterdir())):02}-{name}.log"
+        log = logs / f"{len(list(logs.iterdir())):02}-{name}.log"
+        log.touch()  # the next one has another number
+        return log
 
     def stock(
         self, spec: ModelSpec = LLAMA, args: Sequence[str] = SERVER_ARGS, *, env: Environment | None = None
@@ -81,6 +88,15 @@ def reference(workshop: Workshop) -> dict[str, list[Answer]]:
         return {name: scenario(server) for name, scenario in SCENARIOS.items()}
 
 
+@pytest.fixture(scope="session")
+def filled_store(workshop: Workshop) -> Path:
+    """To be copied: a server has filled it with the prefix of `evicted_prefix`, and left on SIGTERM."""
+    store = workshop.folder / "store-filled"
+    with workshop.tiered(store) as server:
+        server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+    return store
+
+
 @pytest.fixture
 def fresh_store(tmp_path: Path) -> Path:
     return tmp_path / "store"
@@ -96,6 +112,12 @@ def started_together(*servers: Server) -> Iterator[tuple[Server, ...]]:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start, servers))
         yield servers
+
+
+def told_by_all(ask: Callable[[Server], Told], *servers: Server) -> list[Told]:
+    """What each of the servers, asked at the same time, says."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return list(pool.map(ask, servers))
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:

@@ -14,6 +14,7 @@ from bench.harness import Answer, Difference, ModelSpec, Request, Server, compar
 
 PAGE = 64
 POOL_TOKENS = 4096
+PREFIX_TOKENS = 1200  # of `evicted_prefix`
 LLAMA = ModelSpec("llama", hidden_size=128, layers=3)
 SERVER_ARGS = (
     "--page-size",
@@ -48,8 +49,8 @@ def evict_everything(server: Server, seed: int = 900) -> None:
 
 
 def evicted_prefix(server: Server) -> list[Answer]:
-    """A prefix of 1,200 tokens, evicted, and asked for again with another ending."""
-    prefix = random_prompt(1200, seed=1)
+    """A prefix, evicted, and asked for again with another ending."""
+    prefix = random_prompt(PREFIX_TOKENS, seed=1)
     first = server.send(tail_logprobs(prefix))
     evict_everything(server)
     again = server.send(tail_logprobs(prefix + random_prompt(40, seed=2)))

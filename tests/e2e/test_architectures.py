@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, update_weights
+from tests.e2e.conftest import Workshop, started_together, told_by_all, update_weights
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     LLAMA,
+    PAGE,
     SCENARIOS,
     assert_equal,
     evict_everything,
@@ -34,6 +35,7 @@ REPRESENTATIONS = {
     "olmo3": "hidden",  # K norm over all heads, layers with a sliding window
     "gemma3": "kv",  # GQA, layers with a sliding window
 }
+BY_KERNELS = ("qwen3", "opt")  # these, too: in Triton's interpreter, where there is no GPU to run them
 
 
 def restore_once(server: Server) -> list[Answer]:
@@ -50,17 +52,22 @@ def evict(server: Server) -> None:
 
 
 @pytest.mark.parametrize("architecture", REPRESENTATIONS)
-def test_restores(architecture: str, workshop: Workshop, fresh_store: Path) -> None:
+def test_restores(architecture: str, workshop: Workshop, tmp_path: Path) -> None:
     spec = ModelSpec(architecture)
     changed = random_prompt(PROMPT_TOKENS, seed=1)
     changed[5] += 1
-    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (stock, tiered):
-        wanted, answers = restore_once(stock), restore_once(tiered)
+    servers = [workshop.stock(spec, ARGS), workshop.tiered(tmp_path / "store", spec, ARGS)]
+    if architecture in BY_KERNELS:
+        servers.append(workshop.tiered(tmp_path / "by-kernels", spec, ARGS, env={"TRITON_INTERPRET": "1"}))
+    with started_together(*servers) as (stock, *tiered):
+        wanted, *restored = told_by_all(restore_once, *servers)
         control = compare(stock.send(tail_logprobs(changed)), wanted[0])
-        state = tiered.tier_state()
-    assert state["representation"] == REPRESENTATIONS[architecture], state["representation_reason"]
-    assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
-    assert_equal(answers, wanted)
+        states = [server.tier_state() for server in tiered]
+    for state, answers in zip(states, restored, strict=True):
+        assert state["representation"] == REPRESENTATIONS[architecture], state["representation_reason"]
+        assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
+        assert_equal(answers, wanted)
+    assert [state["projector"] for state in states[1:]] == ["kernels"] * (architecture in BY_KERNELS)
     assert control.logprob > 5 * FLOAT32_TOLERANCE, "the model's output does not depend on its prefix"
 
 
@@ -71,9 +78,10 @@ def test_of_windowed_layers_the_ends_are_restored(workshop: Workshop, fresh_stor
     """
     spec, window, args = ModelSpec("mellum"), 200, (*ARGS, "--max-total-tokens", "4096")
     with started_together(workshop.stock(spec, args), workshop.tiered(fresh_store, spec, args)) as servers:
-        answers = [SCENARIOS["eight_conversations"](server) + long_answer(server, 2 * window) for server in servers]
+        conversations = told_by_all(SCENARIOS["eight_conversations"], *servers)
+        long_answers = told_by_all(lambda server: long_answer(server, window + 2 * PAGE), *servers)
         state = servers[1].tier_state()
-    wanted, restored = answers
+    wanted, restored = (of_all + long for of_all, long in zip(conversations, long_answers, strict=True))
     assert_equal(restored, wanted)
     former, answer = restored[-2:]
     assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
@@ -89,19 +97,6 @@ def long_answer(server: Server, tokens: int) -> list[Answer]:
     answer = server.send(tail_logprobs(prompt, new_tokens=tokens))
     evict_everything(server)
     return [answer, server.send(tail_logprobs([*prompt, *answer.output_ids, *random_prompt(30, seed=61)]))]
-
-
-@pytest.mark.parametrize("architecture", ["qwen3", "opt"])
-def test_restores_by_kernels(architecture: str, workshop: Workshop, fresh_store: Path) -> None:
-    """The kernels in Triton's interpreter, where there is no GPU to run them."""
-    spec = ModelSpec(architecture)
-    tiered = workshop.tiered(fresh_store, spec, ARGS, env={"TRITON_INTERPRET": "1"})
-    with started_together(workshop.stock(spec, ARGS), tiered) as (stock, tiered):
-        wanted, answers = restore_once(stock), restore_once(tiered)
-        state = tiered.tier_state()
-    assert state["projector"] == "kernels"
-    assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
-    assert_equal(answers, wanted)
 
 
 def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop, fresh_store: Path) -> None:
@@ -130,8 +125,8 @@ def test_two_ranks_share_the_pages_of_a_latent(workshop: Workshop, fresh_store: 
     args = (*ARGS, "--tp", "2")
     waiting = ("--hicache-storage-prefetch-policy", "wait_complete")
     stock = workshop.stock(spec, args, env=env)
-    with started_together(stock, workshop.tiered(fresh_store, spec, (*args, *waiting), env=env)) as (stock, tiered):
-        wanted, answers = restore_once(stock), restore_once(tiered)
+    with started_together(stock, workshop.tiered(fresh_store, spec, (*args, *waiting), env=env)) as servers:
+        wanted, answers = told_by_all(restore_once, *servers)
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
     with started_together(workshop.tiered(fresh_store, spec, (*ARGS, *waiting))) as (alone,):
@@ -145,8 +140,8 @@ def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
     args = (*ARGS, "--tp", "2")
     waiting = (*args, "--hicache-storage-prefetch-policy", "wait_complete")
     stock, tiered = workshop.stock(args=args, env=env), workshop.tiered(fresh_store, args=waiting, env=env)
-    with started_together(stock, tiered):
-        wanted, answers = restore_once(stock), restore_once(tiered)
+    with started_together(stock, tiered) as servers:
+        wanted, answers = told_by_all(restore_once, *servers)
         assert len(tiered.pids("sglang::scheduler")) == 2
     with started_together(workshop.tiered(fresh_store, args=waiting, env=env)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.harness import ModelSpec, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together
-from tests.e2e.scenarios import SERVER_ARGS, evicted_prefix, tail_logprobs, whole_pages
+from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
+from tests.e2e.conftest import Workshop, started_together, told_by_all
+from tests.e2e.scenarios import LLAMA, SERVER_ARGS, evicted_prefix, tail_logprobs, whole_pages
 
 CLOSER = 5  # times, than the same question after another prefix
 
@@ -25,7 +25,7 @@ def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> Non
         serving(workshop, spec, fresh_store / "packed", "--hcache-codec", "packed"),
     )
     with started_together(*both) as (plain, packed):
-        wanted, answers = evicted_prefix(plain), evicted_prefix(packed)
+        wanted, answers = told_by_all(evicted_prefix, plain, packed)
         other = plain.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
         state = packed.tier_state()
     assert wanted[1].cached_host == answers[1].cached_host == whole_pages(1200)
@@ -38,15 +38,14 @@ def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> Non
     assert compare(answers[1], other).logprob > 0.1, "the prefix matters"
 
 
-def test_restored_from_eight_bits(workshop: Workshop, fresh_store: Path) -> None:
-    spec = ModelSpec("llama", hidden_size=128, layers=3)
-    lossy = serving(workshop, spec, fresh_store, "--hcache-codec", "lossy_int8")
-    with started_together(workshop.stock(spec), lossy) as (stock, server):
-        wanted, answers, state = evicted_prefix(stock), evicted_prefix(server), server.tier_state()
-        other = stock.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
+def test_restored_from_eight_bits(workshop: Workshop, fresh_store: Path, reference: dict[str, list[Answer]]) -> None:
+    lossy, wanted = serving(workshop, LLAMA, fresh_store, "--hcache-codec", "lossy_int8"), reference["evicted_prefix"]
+    with started_together(lossy) as (server,):
+        answers, state = evicted_prefix(server), server.tier_state()
+        other = server.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
     assert answers[1].cached_host == whole_pages(1200)
     assert state["codec"] == "lossy_int8"
-    assert state["bytes_per_token"] == spec.layers * (spec.hidden_size + 4)
+    assert state["bytes_per_token"] == LLAMA.layers * (LLAMA.hidden_size + 4)
     first, again = (compare(*pair) for pair in zip(answers, wanted, strict=True))
     assert first.logprob == 0, "what was never stored is exact"
     assert 0 < again.logprob < compare(answers[1], other).logprob / CLOSER

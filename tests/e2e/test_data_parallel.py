@@ -12,13 +12,16 @@ import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
 from sglang_hcache.metrics import EVERY_S
-from tests.e2e.conftest import Workshop, wait_until
+from tests.e2e.conftest import Workshop, started_together, wait_until
 from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 
 PROMPT_TOKENS = 700
 RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for
 RANKS = int(os.environ.get("HCACHE_GROUP_RANKS", "1"))  # that have the same requests
-ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics")
+ARGS = (
+    *("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512"),
+    *("--enable-metrics", "--sleep-on-idle"),
+)
 WAITING = ("--hicache-storage-prefetch-policy", "wait_complete")
 
 
@@ -38,7 +41,7 @@ def test_what_one_has_stored_another_restores(
     cores = "|".join(str(rank % 2) for rank in range(2 * RANKS))
     args, env = (*ARGS, *WAITING, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": cores}
     requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
-    with workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env) as server:
+    with started_together(workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env)) as (server,):
         fresh = [server.send(requests[0])]
         wait_until(lambda: server.tier_state()["pages_host"] >= PROMPT_TOKENS // 64, 30)
         by_the_other = server.send(requests[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.harness import Answer, Server, random_prompt
@@ -63,7 +64,6 @@ def assert_survives(server: Server, reference: Reference, harm: Callable[[], Non
     harm()
     assert_equal(SCENARIOS["evicted_prefix"](server), reference["evicted_prefix"])
     assert wait_until(lambda: volume_state(server).startswith("failed"), 10.0), server.tier_state()
-    log = server.log_text()
     assert server.tier_state()["pages_write_failed"] > 0
     assert server.tier_state()["tokens_restored"] > 1000, "the host tier no longer serves"
     heal()
@@ -73,33 +73,36 @@ def assert_survives(server: Server, reference: Reference, harm: Callable[[], Non
         return volume_state(server) == "ok" and server.tier_state()["pages_written"] > 0
 
     assert wait_until(recovered, RECOVERY_S), server.tier_state()
+    log = server.log_text()
     assert log.count("cannot be used") == 1, "said once, and not again at each try"
-    assert "works again" in server.log_text()
+    assert "works again" in log
     assert server.healthy()
 
 
-def test_disk_full(workshop: Workshop, reference: Reference, tmp_path: Path) -> None:
-    mount_point = tmp_path / "disk"
+def test_a_disk_that_is_full_and_a_directory_that_turns_read_only(
+    workshop: Workshop, reference: Reference, tmp_path: Path
+) -> None:
+    """Of two servers at the same time: most of it is waiting for the next try."""
+    mount_point, store = tmp_path / "disk", tmp_path / "store"
     mount_point.mkdir()
-    server = workshop.tiered_by(ServerOnSmallDisk, mount_point / "store")
-    server.mount_point = mount_point
-    with started_together(server):
-        ballast = server.disk / "ballast"
+    on_small_disk = workshop.tiered_by(ServerOnSmallDisk, mount_point / "store")
+    on_small_disk.mount_point = mount_point
+    read_only = workshop.tiered_by(ServerBoundByPermissions, store)
+    with started_together(on_small_disk, read_only), ThreadPoolExecutor(2) as pool:
+        ballast = on_small_disk.disk / "ballast"
 
         def fill() -> None:
             with ballast.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, DISK_BYTES - (8 << 20))
 
-        assert_survives(server, reference, harm=fill, heal=ballast.unlink)
+        def permit(mode: int) -> None:
+            for folder in (store / "segments", *(store / "segments").iterdir(), store / "index", store):
+                folder.chmod(mode)
 
-
-def test_directory_turns_read_only(workshop: Workshop, reference: Reference, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-
-    def permit(mode: int) -> None:
-        for folder in (store / "segments", *(store / "segments").iterdir(), store / "index", store):
-            folder.chmod(mode)
-
-    server = workshop.tiered_by(ServerBoundByPermissions, store)
-    with started_together(server):
-        assert_survives(server, reference, harm=lambda: permit(0o500), heal=lambda: permit(0o700))
+        for survival in (
+            pool.submit(assert_survives, on_small_disk, reference, harm=fill, heal=ballast.unlink),
+            pool.submit(
+                assert_survives, read_only, reference, harm=lambda: permit(0o500), heal=lambda: permit(0o700)
+            ),
+        ):
+            survival.result()

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import http.client
 import json
-import statistics
-import time
 from pathlib import Path
 
 import pytest
 
-from bench.harness import ModelSpec, Server, random_prompt
+from bench.harness import Answer, ModelSpec, Server, random_prompt
+from sglang_hcache.planner.hf_config import shape_of_config
 from tests.e2e.conftest import Workshop, only_on_disk, started_together, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs
 
-# A head start pays if reading takes a ninth to nine times as long as prefilling, by the server's rates. What a chunk
-# costs whatever its tokens, much with small models, is in the time measured here and hardly in those rates: half of
-# that time is nearer to their middle.
-READ_OVER_PREFILL = 0.5
+KNOWN_RATES_PLUGIN = Path(__file__).parent / "known_rates"
 SPEC = ModelSpec("llama", hidden_size=256, layers=4, max_position_embeddings=8192)
 PREFIX = 48 * PAGE
 PREFIXES = range(3)
 ARGS = (*SERVER_ARGS, "--max-total-tokens", "8192", "--chunked-prefill-size", "512")
 BYTES = PREFIX * 256 * 4 * 4  # of a prefix, as hidden states
+READ_S = 1.0  # of a prefix
+PREFILL_S = 2.0  # likewise, by the rates that the server is told: so long that waiting pays in any case
+RATES: dict[str, float] = dict.fromkeys(
+    ("projection_flop_per_s", "memory_bytes_per_s", "bus_bytes_per_s", "scatter_bytes_per_s"), 1e12
+)
 
 
 def first(prefix: int) -> list[int]:
@@ -33,34 +34,45 @@ def again(prefix: int) -> list[int]:
     return first(prefix) + random_prompt(40, seed=100 + prefix)
 
 
-def as_it_comes(
-    workshop: Workshop, store: Path, args: tuple[str, ...], read_s: float, env: dict[str, str] | None = None
-) -> Server:
-    """Plans what it restores, and reads a prefix from its files in `read_s`."""
+def evenly_matched(workshop: Workshop, store: Path, args: tuple[str, ...], env: dict[str, str]) -> Server:
+    """Plans what it restores, with a drive that is about as fast as the engine."""
     tier = ("--hicache-backend", "hcache", "--hcache-representation", "hidden", "--hcache-dir", str(store))
-    slow = ("--hcache-read-limit", str(BYTES / read_s / 1e9), "--hicache-storage-prefetch-policy", "wait_complete")
+    slow = ("--hcache-read-limit", str(BYTES / READ_S / 1e9), "--hicache-storage-prefetch-policy", "wait_complete")
+    env = {"PYTHONPATH": str(KNOWN_RATES_PLUGIN), "HCACHE_RATES": json.dumps(rates(workshop)), **env}
     return Server(workshop.model(SPEC), (*args, *tier, *slow), log=workshop.log("head-start"), env=env)
 
 
+def rates(workshop: Workshop) -> dict[str, float]:
+    shape = shape_of_config(json.loads((workshop.model(SPEC) / "config.json").read_text()), "")
+    flop = shape.layers * (PREFIX * shape.linear_flop + PREFIX**2 / 2 * shape.attention_flop_per_pair)
+    return RATES | dict.fromkeys(("gemm_flop_per_s", "attention_flop_per_s"), flop / PREFILL_S)
+
+
 def leave(server: Server, prompt: list[int]) -> None:
-    """Ask, and hang up before there is an answer."""
+    """Ask, and hang up when it has been given a head start."""
+    before = server.tier_state()["head_starts"]
     connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
     body = {"input_ids": prompt, "stream": True, "sampling_params": {"max_new_tokens": 4}}
     connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
-    time.sleep(0.15)
+    wait_until(lambda: server.tier_state()["head_starts"] > before, 10)
     connection.close()
     wait_until(lambda: server.tier_state()["requests_held_now"] == server.tier_state()["pages_leased"] == 0, 60)
 
 
+@pytest.fixture(scope="module")
+def wanted(workshop: Workshop) -> list[Answer]:
+    """The answers of a server without the tier."""
+    with started_together(workshop.stock(SPEC, ARGS)) as (stock,):
+        return [stock.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_beginning_is_prefilled_and_the_end_restored(workshop: Workshop, fresh_store: Path, ranks: int) -> None:
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else None
-    args = (*ARGS, "--tp", str(ranks))
-    with started_together(workshop.stock(SPEC, args, env=env)) as (stock,):
-        prefill_s = statistics.median(stock.send(tail_logprobs(first(prefix))).ttft_s for prefix in PREFIXES)
-        stock.flush_cache()
-        wanted = [stock.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
-    with started_together(as_it_comes(workshop, fresh_store, args, READ_OVER_PREFILL * prefill_s, env)) as (server,):
+def test_the_beginning_is_prefilled_and_the_end_restored(
+    workshop: Workshop, fresh_store: Path, wanted: list[Answer], ranks: int
+) -> None:
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
+    server = evenly_matched(workshop, fresh_store, (*ARGS, "--tp", str(ranks)), env)
+    with started_together(server):
         for prefix in PREFIXES:
             server.send(tail_logprobs(first(prefix)))
         only_on_disk(server)
@@ -75,9 +87,10 @@ def test_the_beginning_is_prefilled_and_the_end_restored(workshop: Workshop, fre
         after = server.tier_state()
         log = server.log_text()
     assert_equal(answers, wanted + wanted)
-    assert state["head_starts"] > 0, (prefill_s, state)
+    assert state["head_starts"] == len(PREFIXES)
     assert state["tokens_ahead"] % PAGE == 0
-    assert left["head_starts"] > state["head_starts"]
+    assert left["head_starts"] == 2 * len(PREFIXES)
+    assert after["head_starts"] == 3 * len(PREFIXES)
     assert after["requests_admitted_late"] == after["loads_failed"] == 0
     assert any(PAGE <= answer.cached_host < PREFIX for answer in answers), "part of a prefix was restored"
     for answer in answers:

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bench.harness import CPU_ARGS, on_accelerator
 from tests.e2e.conftest import Workshop
-from tests.e2e.scenarios import LLAMA
+from tests.e2e.scenarios import LLAMA, whole_pages
 
 ENGINE_SCRIPT = """
 import json, sys
@@ -21,8 +23,15 @@ import sglang
 def main():
     options = json.loads(sys.argv[1])
     engine = sglang.Engine(**options)
-    info = engine.get_server_info()
-    print(json.dumps(info["internal_states"][0]["hcache"]))
+
+    def ask(seed):
+        prompt = [100 + (seed * token) % 97 for token in range(700)]
+        answer = engine.generate(input_ids=prompt, sampling_params={"temperature": 0, "max_new_tokens": 8})
+        return answer["output_ids"], answer["meta_info"]["cached_tokens_details"]["host"]
+
+    answers = [ask(seed) for seed in (3, 5, 7, 3)]
+    state = engine.get_server_info()["internal_states"][0]["hcache"]
+    print(json.dumps({"first": answers[0], "again": answers[-1], "state": state}))
     engine.shutdown()
 
 if __name__ == "__main__":
@@ -34,42 +43,49 @@ LAUNCH_SERVER = (sys.executable, "-W", "ignore", "-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve", "--model-type", "llm")
 
 
-def launch(*args: str, command: tuple[str, ...] = LAUNCH_SERVER) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *args], capture_output=True, text=True, timeout=240, check=False)
+HCACHE = ("--hicache-backend", "hcache")
+CONFLICT = "cannot be combined with --hicache-backend hcache"
+REFUSED = {
+    "--disable-radix-cache": (LAUNCH_SERVER, ("--model-path", "any", *HCACHE, "--disable-radix-cache"), CONFLICT),
+    "--hcache-dir": (
+        LAUNCH_SERVER,
+        ("--model-path", "any", *HCACHE, "--hcache-dir", "/proc/nowhere"),
+        "/proc/nowhere cannot be written",
+    ),
+    "--pp-size": (SGLANG_SERVE, ("--model-path", "any", *HCACHE, "--pp-size", "2"), CONFLICT),
+    "--enable-hierarchical-cache": (LAUNCH_SERVER, ("--config", "server.yaml"), CONFLICT),
+}
 
 
-def test_help_shows_the_flags() -> None:
-    shown = launch("--help").stdout
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
+    """What each command, none of which starts a server, has printed; all at once, as most of it is imports."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "server.yaml").write_text("model-path: any\nhicache-backend: hcache\nenable-hierarchical-cache: true\n")
+    commands = {flag: (*command, *args) for flag, (command, args, _) in REFUSED.items()}
+    commands["--help"] = (*LAUNCH_SERVER, "--help")
+
+    def launch(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        yield dict(zip(commands, pool.map(launch, commands.values()), strict=True))
+
+
+def test_help_shows_the_flags(launched: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    shown = launched["--help"].stdout
     for flag in ("--hicache-backend {sglang,hcache}", "--hcache-dir PATH[,PATH...]", "--hcache-representation"):
         assert flag in shown
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--disable-radix-cache"], "--disable-radix-cache cannot be combined with --hicache-backend hcache"),
-        (["--hcache-dir", "/proc/nowhere"], "--hcache-dir /proc/nowhere cannot be written"),
-    ],
-)
-def test_a_contradiction_stops_the_launch_with_one_line(flags: list[str], says: str) -> None:
-    assert_refused(launch("--model-path", "anywhere", "--hicache-backend", "hcache", *flags), says)
-
-
-def test_sglang_serve_knows_the_flag() -> None:
-    refused = launch("--model-path", "any", "--hicache-backend", "hcache", "--pp-size", "2", command=SGLANG_SERVE)
-    assert_refused(refused, "--pp-size cannot be combined with --hicache-backend hcache")
-
-
-def test_a_configuration_file_knows_the_flag(tmp_path: Path) -> None:
-    config = tmp_path / "server.yaml"
-    config.write_text("model-path: any\nhicache-backend: hcache\nenable-hierarchical-cache: true\n")
-    refused = launch("--config", str(config))
-    assert_refused(refused, "--enable-hierarchical-cache cannot be combined with --hicache-backend hcache")
-
-
-def assert_refused(run: subprocess.CompletedProcess[str], says: str) -> None:
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_contradiction_stops_the_launch_with_one_line(
+    flag: str, launched: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    """By the launcher, by `sglang serve`, and out of a configuration file."""
+    run, says = launched[flag], REFUSED[flag][2]
     assert run.returncode != 0
-    assert says in run.stderr.splitlines()[-1]
+    assert f"{flag} {says}" in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
 
 
@@ -87,6 +103,7 @@ def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path
         "max_total_tokens": 1024,
         "hicache_backend": "hcache",
         "hcache_dir": str(fresh_store),
+        "hcache_plan": "always",
         "hcache_representation": "hidden",  # what `auto` stores depends on what the machine delivers now
     }
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -99,7 +116,10 @@ def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    state = json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(run.stdout.splitlines()[-1])
+    (first, restored_of_none), (again, restored), state = found["first"], found["again"], found["state"]
+    assert (restored_of_none, restored) == (0, whole_pages(699))
+    assert again == first
     assert state["representation"] == "hidden"
     assert state["page_size"] == 64
     assert state["volumes"][0]["path"] == str(fresh_store)

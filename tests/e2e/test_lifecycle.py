@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bench.harness import Request, Server, random_prompt
-from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, wait_until
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
 
 PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
@@ -27,7 +27,7 @@ ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY":
 @pytest.fixture(scope="module")
 def server(workshop: Workshop) -> Iterator[Server]:
     store = workshop.folder / "store-lifecycle"
-    with workshop.tiered(store, args=ARGS, env=ENV) as server:
+    with started_together(workshop.tiered(store, args=ARGS, env=ENV)) as (server,):
         yield server
 
 
@@ -45,6 +45,11 @@ class Victim:
 
     def first_token(self) -> None:
         assert self._connection.getresponse().readline().startswith(b"data:")
+
+    def how_it_ends(self) -> str:
+        """For a victim whose first token nobody has read."""
+        *_, last = (line for line in self._connection.getresponse().read().splitlines() if b"meta_info" in line)
+        return str(json.loads(last.removeprefix(b"data: "))["meta_info"]["finish_reason"]["type"])
 
     def hang_up(self) -> None:
         self._connection.close()
@@ -73,6 +78,7 @@ def abort_at_every_stage(server: Server, attempt: int) -> None:
             victim.first_token()
         if by_id:
             tell(server, "/abort_request", rid=rid)
+            assert stage == "running" or victim.how_it_ends() == "abort"
         victim.hang_up()
 
 

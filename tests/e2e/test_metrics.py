@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.harness import Server, random_prompt
 from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
-from tests.e2e.conftest import Workshop, wait_until
+from tests.e2e.conftest import Workshop, started_together, wait_until
 from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, whole_pages
 
 NAMES = {metric.stat: metric.name for metric in METRICS}
@@ -23,7 +23,7 @@ def scraped(server: Server) -> dict[str, tuple[str, float]]:
 
 
 def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path) -> None:
-    with workshop.tiered(fresh_store, args=(*SERVER_ARGS, "--enable-metrics")) as server:
+    with started_together(workshop.tiered(fresh_store, args=(*SERVER_ARGS, "--enable-metrics"))) as (server,):
         prefix = random_prompt(1200, seed=1)
         server.send(tail_logprobs(prefix))
         evict_everything(server)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import ModelSpec, Server, random_prompt
+from bench.harness import Answer, Server, random_prompt
 from sglang_hcache.cli.main import main
-from tests.e2e.conftest import Workshop, started_together
-from tests.e2e.scenarios import SERVER_ARGS, assert_equal, evicted_prefix, tail_logprobs, whole_pages
+from tests.e2e.conftest import Workshop, only_on_disk, started_together
+from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, evicted_prefix, tail_logprobs, whole_pages
 
-SPEC = ModelSpec("llama", hidden_size=128, layers=3)
+Reference = dict[str, list[Answer]]
+
 PREFIX = whole_pages(1200)
 
 
@@ -21,17 +22,17 @@ def as_it_comes(store: Path, workshop: Workshop) -> Server:
     """With memory for all pages of the test, and a drive on which reading does not pay."""
     tier = ("--hicache-backend", "hcache", "--hcache-dir", str(store), "--hicache-ratio", "4")
     args = (*SERVER_ARGS, *tier, "--hcache-read-limit", "0.0001")
-    return Server(workshop.model(SPEC), args, log=workshop.log("planned"))
+    return Server(workshop.model(LLAMA), args, log=workshop.log("planned"))
 
 
-def test_two_ranks_store_the_same(workshop: Workshop, fresh_store: Path) -> None:
+def test_two_ranks_store_the_same(workshop: Workshop, fresh_store: Path, reference: Reference) -> None:
     """Each measures its own rates; what is stored of all layers is what the first rank finds best."""
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     args = (*SERVER_ARGS, "--tp", "2")
     tier = ("--hicache-backend", "hcache", "--hcache-dir", str(fresh_store))
-    server = Server(workshop.model(SPEC), (*args, *tier), log=workshop.log("planned"), env=env)
-    with started_together(workshop.stock(SPEC, args, env=env), server) as (stock, planned):
-        wanted, answers = evicted_prefix(stock), evicted_prefix(planned)
+    server = Server(workshop.model(LLAMA), (*args, *tier), log=workshop.log("planned"), env=env)
+    with started_together(server) as (planned,):
+        answers = evicted_prefix(planned)
         state, log = planned.tier_state(), planned.log_text()
     stored = re.findall(r"hcache: storing (\w+ of layers 0-2) \(", log)
     assert len(stored) == 2
@@ -39,11 +40,11 @@ def test_two_ranks_store_the_same(workshop: Workshop, fresh_store: Path) -> None
     assert log.count("hcache: calibrated in") == 2
     assert len(list((fresh_store / "layouts").glob("*.json"))) == 1
     assert state["plans"] > 0
-    assert_equal(answers, wanted)
+    assert_equal(answers, reference["evicted_prefix"])
 
 
 def test_rates_decide_what_is_restored(
-    workshop: Workshop, fresh_store: Path, capsys: pytest.CaptureFixture[str]
+    workshop: Workshop, fresh_store: Path, reference: Reference, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rates are measured, and then replaced, so that it is known what is right: memory is fast, drives are slow.
 
@@ -65,11 +66,10 @@ def test_rates_decide_what_is_restored(
     layout.write_text(json.dumps(json.loads(layout.read_text()) | {"hidden": 1, "kv": 2}))
     assert main(["doctor", "--dir", str(fresh_store)]) == 0
     assert "  layer 0: hidden states\n  layers 1–2: KV\n" in capsys.readouterr().out
-    with started_together(workshop.stock(SPEC), as_it_comes(fresh_store, workshop)) as (stock, server):
-        wanted = evicted_prefix(stock)
+    with started_together(as_it_comes(fresh_store, workshop)) as (server,):
         answers = evicted_prefix(server)
         in_memory = server.tier_state()
-        server.flush_cache()
+        only_on_disk(server)
         prompt = random_prompt(1200, seed=1)
         on_drive = server.send(tail_logprobs(prompt + random_prompt(40, seed=2)))
         assert "hcache: calibrated in" not in server.log_text(), "the rates were kept"
@@ -78,4 +78,4 @@ def test_rates_decide_what_is_restored(
     assert (in_memory["representation"], in_memory["layers_hidden"], in_memory["layers_kv"]) == ("hidden+kv", 1, 2)
     assert in_memory["pages_incomplete"] == 0
     assert on_drive.cached_host < PREFIX // 2
-    assert_equal([*answers, on_drive], [*wanted, wanted[1]])
+    assert_equal([*answers, on_drive], [*reference["evicted_prefix"], reference["evicted_prefix"][1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,18 @@ from bench.harness import Answer, random_prompt
 from sglang_hcache.cli.bundle import read_header_of
 from sglang_hcache.cli.main import main
 from tests.e2e.conftest import Workshop, started_together
-from tests.e2e.scenarios import LLAMA, PAGE, SERVER_ARGS, assert_equal, tail_logprobs, whole_pages
+from tests.e2e.scenarios import (
+    LLAMA,
+    PAGE,
+    PREFIX_TOKENS,
+    SERVER_ARGS,
+    assert_equal,
+    tail_logprobs,
+    whole_pages,
+)
 
 Reference = dict[str, list[Answer]]
 
-PREFIX_TOKENS = 1200
 STRANGERS = {
     "another model": (replace(LLAMA, sharpness=2.4), SERVER_ARGS),
     "another dtype": (LLAMA, (*SERVER_ARGS, "--dtype", "bfloat16")),
@@ -25,12 +33,9 @@ STRANGERS = {
 
 
 @pytest.fixture(scope="module")
-def store(workshop: Workshop, reference: Reference) -> Path:
-    """A store that a server has filled with the prefix of scenario `evicted_prefix`, and left on SIGTERM."""
-    store = workshop.folder / "store-restart"
-    with workshop.tiered(store) as server:
-        server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
-    return store
+def store(workshop: Workshop, filled_store: Path) -> Path:
+    """A store that a server has left on SIGTERM."""
+    return Path(shutil.copytree(filled_store, workshop.folder / "store-restart"))
 
 
 def assert_restored(workshop: Workshop, store: Path, reference: Reference) -> None:
@@ -59,11 +64,6 @@ def test_after_sigterm(workshop: Workshop, store: Path, reference: Reference) ->
     assert_restored(workshop, store, reference)
 
 
-def test_after_sigkill(workshop: Workshop, store: Path, reference: Reference) -> None:
-    """The server of the test before was killed on this directory."""
-    assert_restored(workshop, store, reference)
-
-
 def test_strangers_miss(workshop: Workshop, store: Path) -> None:
     """Three servers at once on the directory, none of which its pages are for."""
     servers = [workshop.tiered(store, spec, args) for spec, args in STRANGERS.values()]
@@ -77,4 +77,5 @@ def test_strangers_miss(workshop: Workshop, store: Path) -> None:
 
 
 def test_strangers_destroy_nothing(workshop: Workshop, store: Path, reference: Reference) -> None:
+    """They, and the server before them, were killed on this directory."""
     assert_restored(workshop, store, reference)

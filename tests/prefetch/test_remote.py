@@ -337,6 +337,8 @@ def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(tmp_path
     ask(range(3))
     time.sleep(0.05)
     local.prefetch("local", [key_of(3)], priority=as_priority(arrived_at=time.time()), page_priority=1000)
+    while not local.progress("local").known:
+        time.sleep(0.001)
     ask(range(4, 30))
     assert len(local.wait("local", 10).slots) == 1
     assert raw.pages(0.0) <= 10
