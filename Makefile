@@ -47,6 +47,7 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
+unit: export OMP_NUM_THREADS = 1
 unit: setup ## tests without a server
 	$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/triton_kernels
 	$(BIN)/python -m pytest tests/triton_kernels
