@@ -91,6 +91,24 @@ class Architecture:
 # For three layers.
 _WINDOWED = {"sliding_window": 200, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "moe_layer_freq": 1,
+    "topk_group": 1,
+    "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+    | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", {}),
     "llama_gqa": Architecture("llama", {}, heads_per_kv_head=2),
@@ -111,27 +129,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         heads_per_kv_head=2,
     ),
     "deepseek_v2": Architecture(
-        "deepseek_v2",
-        {
-            "q_lora_rank": 96,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "head_dim": 16,
-            "first_k_dense_replace": 1,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "moe_layer_freq": 1,
-            "scoring_func": "softmax",
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": False,
-            "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
-            | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
-        },
+        "deepseek_v2", _LATENT | {"scoring_func": "softmax", "n_group": 1, "norm_topk_prob": False}
+    ),
+    "deepseek_v3": Architecture(
+        "deepseek_v3",
+        _LATENT
+        | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 2, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
     ),
 }
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.harness import Answer, Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together
+from bench.harness import Answer, ModelSpec, Server, random_prompt
+from tests.e2e.conftest import Workshop, started_together, told_by_all
 from tests.e2e.scenarios import (
     LLAMA,
     SCENARIOS,
@@ -28,7 +28,12 @@ from tests.e2e.scenarios import (
 SPOILT_PLUGIN = Path(__file__).parent / "spoilt"
 DRAFT_LAYERS = {"STANDALONE": 3, "EAGLE": 1, "EAGLE3": 1}
 ONE_LAYER, WIDTH = replace(LLAMA, layers=1), LLAMA.hidden_size
+LATENTS = ModelSpec("deepseek_v3")
 DRAFTS = 3  # at once
+CHAIN = (
+    *("--speculative-num-steps", str(DRAFTS), "--speculative-eagle-topk", "1"),
+    *("--speculative-num-draft-tokens", str(DRAFTS + 1)),
+)
 ROOM_FOR_ALL = ("--hicache-ratio", "8")  # so that what is not captured is so for the drafts, not for a slow disk
 
 
@@ -63,11 +68,7 @@ def speculating(workshop: Workshop) -> Iterator[Speculating]:
 
 
 def flags(algorithm: str, draft: Path) -> tuple[str, ...]:
-    return (
-        *("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(draft)),
-        *("--speculative-num-steps", str(DRAFTS), "--speculative-eagle-topk", "1"),
-        *("--speculative-num-draft-tokens", str(DRAFTS + 1)),
-    )
+    return ("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(draft), *CHAIN)
 
 
 def eagle_draft(workshop: Workshop) -> Path:
@@ -86,6 +87,22 @@ def eagle3_draft(workshop: Workshop) -> Path:
     weights |= {"fc.weight": noise(WIDTH, 2 * WIDTH), "layers.0.hidden_norm.weight": torch.ones(WIDTH)}
     of_the_model = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]}}
     return saved(workshop, "LlamaForCausalLMEagle3", weights, {"draft_vocab_size": LLAMA.vocab, **of_the_model})
+
+
+def model_with_a_draft_layer(workshop: Workshop) -> Path:
+    """DeepSeek's way: the checkpoint's last layer drafts, from the next token and what the model made of the last."""
+    folder = workshop.folder / "models" / "nextn"
+    shutil.copytree(workshop.model(LATENTS), folder)
+    weights, own = load_file(folder / "model.safetensors"), f"model.layers.{LATENTS.layers}."
+    last = f"model.layers.{LATENTS.layers - 1}."
+    draft = {own + name.removeprefix(last): weight.clone() for name, weight in weights.items() if last in name}
+    draft |= {own + f"{name}.weight": torch.ones(LATENTS.hidden_size) for name in ("enorm", "hnorm")}
+    draft[own + "eh_proj.weight"] = noise(LATENTS.hidden_size, 2 * LATENTS.hidden_size)
+    for name, of_the_model in (("shared_head.norm", "model.norm"), ("shared_head.head", "lm_head")):
+        draft[own + f"{name}.weight"] = weights[f"{of_the_model}.weight"].clone()
+    draft[own + "embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | draft, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def one_layer(workshop: Workshop) -> dict[str, torch.Tensor]:
@@ -124,6 +141,24 @@ def test_outputs_equal_those_of_a_plain_server(
     assert (state["representation"], state["layers_draft"]) == ("hidden", DRAFT_LAYERS[algorithm])
     assert state["loads_failed"] == state["pages_leased"] == state["tokens_not_captured"] == 0
     assert "leak" not in server.log_text()
+
+
+def test_latents_and_those_of_the_draft_layer_are_restored(workshop: Workshop, fresh_store: Path) -> None:
+    """NEXTN: multi-token prediction as in DeepSeek-V3."""
+    model, converse = model_with_a_draft_layer(workshop), SCENARIOS["conversation"]
+    tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(fresh_store))
+    drafting = (*tier, "--speculative-algorithm", "NEXTN", *CHAIN, *ROOM_FOR_ALL)
+    plain = Server(model, SERVER_ARGS, log=workshop.log("stock"))
+    server = Server(model, (*SERVER_ARGS, *drafting), log=workshop.log("nextn"))
+    with started_together(plain, server):
+        wanted, answers = told_by_all(converse, plain, server)
+        state = server.tier_state()
+    assert_equal(answers, wanted)
+    for former, answer in itertools.pairwise(answers):
+        assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
+        assert 0 < answer.verifications < len(answer.output_ids)
+    assert (state["representation"], state["layers_draft"]) == ("kv", 1)
+    assert state["loads_failed"] == state["pages_leased"] == 0
 
 
 def test_drafts_after_a_restored_prefix_are_as_good_as_before(speculating: Speculating) -> None:
