@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
 _BLOCK_BYTES = 16 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 16 << 10
 
 
 def fingerprint(parts: Iterable[tuple[str, object]]) -> bytes:
@@ -38,7 +39,7 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
 
     model_path: a local folder or file, or a hub id: what SGLang has loaded for it lies in a cache of the hub, at
     `revision`; in `cache`, or else where huggingface_hub keeps its own. Weights are read once at memory or disk
-    speed; the result is kept in the file `memo` under each file's inode, size and modification time, so the next
+    speed; the result is kept in the file `memo` under what is seen of each file without reading it all, so the next
     start does not read them. Raises OSError when there are no weights to read, or they cannot be read.
     """
     roots = _local(model_path, revision, cache)
@@ -46,10 +47,10 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
     if not files:
         raise FileNotFoundError(f"no weight files in {' or '.join(map(str, roots))}")
     known = _read_memo(memo)
-    stats = {path: _stat_key(path) for path in files}
-    unknown = [path for path in files if stats[path] not in known]
+    seen = {path: _seen(path) for path in files}
+    unknown = [path for path in files if seen[path] not in known]
     if unknown:
-        known.update(zip((stats[path] for path in unknown), _digests(unknown), strict=True))
+        known.update(zip((seen[path] for path in unknown), _digests(unknown), strict=True))
         _write_memo(memo, known)
     digest = xxhash.xxh3_128()
     for configuration in (root / name for root in roots for name in _CONFIGURATIONS):
@@ -58,7 +59,7 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
     for code in (path for root in roots for path in _files(root, {".py"})):  # which --trust-remote-code runs
         digest.update(f"{code.name}:{file_digest(code)}".encode())
     for path in files:
-        digest.update(f"{path.name}:{known[stats[path]]}".encode())
+        digest.update(f"{path.name}:{known[seen[path]]}".encode())
     return digest.hexdigest()
 
 
@@ -94,9 +95,20 @@ def process_identity() -> str:
     return f"process {os.getpid()} {secrets.token_hex(16)}"
 
 
-def _stat_key(path: Path) -> str:
+def _seen(path: Path) -> str:
+    """What tells a weight file from others, and from what it was before. Raises OSError.
+
+    Archives and images set the modification time, and a file system gives an inode's number to the next file; only
+    the kernel sets the time of the last change, but a read-only image has none of its own: hence the samples.
+    """
     info = path.stat()
-    return f"{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}"
+    sample = xxhash.xxh3_64()
+    with path.open("rb", buffering=0) as file:
+        for i in range(_SAMPLES):
+            file.seek(max(0, info.st_size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            sample.update(file.read(_SAMPLE_BYTES))
+    times = f"{info.st_mtime_ns}:{info.st_ctime_ns}"
+    return f"{info.st_dev}:{info.st_ino}:{info.st_size}:{times}:{sample.hexdigest()}"
 
 
 def file_digest(path: Path) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,41 @@ def test_the_memo_saves_reading(
 
     monkeypatch.setattr("sglang_hcache.fingerprint._digests", refuse)
     assert checkpoint_identity(str(checkpoint), memo) == identity
+
+
+def test_weights_in_the_place_of_others_are_not_taken_for_them(checkpoint: Path, tmp_path: Path) -> None:
+    """As an archive with all times set to a constant leaves them: with the inode, size and time of the former."""
+    memo, weights = tmp_path / "memo.json", checkpoint / "model-2.safetensors"
+    weights.write_bytes(bytes(1_000_000))
+    os.utime(weights, (0, 0))
+    former, before = weights.stat(), checkpoint_identity(str(checkpoint), memo)
+    flip_one_bit_of_the_weights(checkpoint)
+    while weights.stat().st_ctime_ns == former.st_ctime_ns or weights.stat().st_mtime_ns:
+        os.utime(weights, (0, 0))
+    assert (weights.stat().st_ino, weights.stat().st_size) == (former.st_ino, former.st_size)
+    assert checkpoint_identity(str(checkpoint), memo) != before
+
+
+@pytest.mark.parametrize("at", [0, 500_000, 999_999])
+def test_nor_are_those_of_an_image_without_times(
+    at: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only one, which another one takes the place of."""
+    memo, weights, stat = tmp_path / "memo.json", checkpoint / "model-2.safetensors", Path.stat
+    weights.write_bytes(bytes(1_000_000))
+    times = {"st_mtime_ns": 0, "st_ctime_ns": 0}
+
+    def without_times(path: Path, **options: bool) -> SimpleNamespace:
+        info = stat(path, **options)
+        return SimpleNamespace(**{name: getattr(info, name) for name in dir(info) if name.startswith("st_")} | times)
+
+    monkeypatch.setattr(Path, "stat", without_times)
+    before = checkpoint_identity(str(checkpoint), memo)
+    with weights.open("r+b") as file:
+        file.seek(at)
+        file.write(os.urandom(70_000))
+        file.truncate(1_000_000)
+    assert checkpoint_identity(str(checkpoint), memo) != before
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", None])
