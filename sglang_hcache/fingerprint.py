@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
+# What else SGLang takes of a model from JSON: quantisation by various names, Mistral's own format, how it attends.
+_FURTHER = ("*quant*.json", "params.json", "decision_config.json")
 _BLOCK_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 16 << 10
 
@@ -56,8 +58,10 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
     for configuration in (root / name for root in roots for name in _CONFIGURATIONS):
         if configuration.is_file():
             digest.update(configuration.read_bytes())
-    for code in (path for root in roots for path in _files(root, {".py"})):  # which --trust-remote-code runs
-        digest.update(f"{code.name}:{file_digest(code)}".encode())
+    further = [path for root in roots for path in _files(root, {".json"}) if any(map(path.match, _FURTHER))]
+    code = [path for root in roots for path in _files(root, {".py"})]  # which --trust-remote-code runs
+    for path in further + code:
+        digest.update(f"{path.name}:{file_digest(path)}".encode())
     for path in files:
         digest.update(f"{path.name}:{known[seen[path]]}".encode())
     return digest.hexdigest()

@@ -52,6 +52,27 @@ def test_any_change_is_another_model(change: Callable[[Path], None], checkpoint:
     assert checkpoint_identity(str(checkpoint), memo) != before
 
 
+@pytest.mark.parametrize(
+    "name", ["hf_quant_config.json", "quantize_config.json", "quant_model_description.json", "params.json"]
+)
+def test_nor_is_another_file_of_configuration_left_out(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    """What SGLang reads beside, or instead of, config.json."""
+    memo, identities = tmp_path / "memo.json", set()
+    for content in (None, '{"bits": 4}', '{"bits": 8}'):
+        if content is not None:
+            (checkpoint / name).write_text(content)
+        identities.add(checkpoint_identity(str(checkpoint), memo))
+    assert len(identities) == 3
+
+
+def test_the_tokenizer_is_no_part_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "memo.json"
+    before = checkpoint_identity(str(checkpoint), memo)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (checkpoint / name).write_text("{}")
+    assert checkpoint_identity(str(checkpoint), memo) == before
+
+
 def test_a_copy_elsewhere_is_the_same_model(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     memo = tmp_path / "memo.json"
