@@ -135,7 +135,7 @@ def check(path: Path, *, repair: bool) -> Report:
     report, damage = Report(path), Damage()
     if repair:
         prepare(path / "index", damage)
-    listed = _listed(path, damage, repair)
+    listed, sizes = _listed(path, damage, repair)
     if damage.files:
         lost = count(damage.pages, "entry", "entries") if damage.pages else "everything"
         report.add(path / "index", f"damaged; {lost} in it lost", repaired=repair)
@@ -145,9 +145,10 @@ def check(path: Path, *, repair: bool) -> Report:
             continue
         fingerprint = bytes.fromhex(folder.name)
         pages = listed.pop(fingerprint, {})
-        layout = read_about(folder).layout
+        layout = _layout(folder, sizes.get(fingerprint))
         if layout is None:
-            report.unchecked.append(Problem(str(folder), f"{NAME} is missing or damaged; its pages are not checked"))
+            reason = f"{NAME} is missing, damaged, without a checksum or not as the index says"
+            report.unchecked.append(Problem(str(folder), f"{reason}; its pages are not checked"))
             continue
         _check_model(_Model(folder, fingerprint, layout, pages), report, repair)
     for fingerprint, pages in listed.items():
@@ -155,6 +156,18 @@ def check(path: Path, *, repair: bool) -> Report:
     if repair:
         seal_closed(path / "index")
     return report
+
+
+def _layout(folder: Path, size: Size | None) -> ChunkLayout | None:
+    """How the pages lie; None where that is not certain: by another layout none of them would be whole.
+
+    size: what the index says of a page, if it does.
+    """
+    about = read_about(folder)
+    layout = about.layout if about.verified else None
+    if layout is not None and size not in (None, Size(layout.record_bytes, layout.page_tokens)):
+        return None
+    return layout
 
 
 def _check_model(model: _Model, report: Report, repair: bool) -> None:
@@ -188,8 +201,10 @@ def _check_lost(fingerprint: bytes, pages: dict[tuple[str, int], bytes], report:
         index.close()
 
 
-def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[str, int], bytes]]:
-    """The pages in the index: keys by fingerprint and place."""
+def _listed(
+    path: Path, damage: Damage, repair: bool
+) -> tuple[dict[bytes, dict[tuple[str, int], bytes]], dict[bytes, Size]]:
+    """The pages in the index: keys by fingerprint and place; and the sizes of those that it lists in full."""
     found: dict[bytes, dict[tuple[str, int], bytes]] = defaultdict(dict)
     if repair:
         index = Index(path / "index", b"")
@@ -199,7 +214,7 @@ def _listed(path: Path, damage: Damage, repair: bool) -> dict[bytes, dict[tuple[
         table = read_table(path, damage)
     for name, entry in table.entries():
         found[name[:FINGERPRINT_BYTES]][entry.place] = name[FINGERPRINT_BYTES:]
-    return found
+    return found, table.sizes
 
 
 def _check_pages(model: _Model, report: Report) -> None:
@@ -248,7 +263,8 @@ def _read(
 
 def _forgive(model: _Model, path: Path) -> None:
     """A server may have evicted pages while they were read: those are no problem."""
-    now = _listed(path, Damage(), repair=False).get(model.fingerprint, {})
+    listed, _ = _listed(path, Damage(), repair=False)
+    now = listed.get(model.fingerprint, {})
     model.bad = {(key, entry): reason for (key, entry), reason in model.bad.items() if now.get(entry.place) == key}
 
 

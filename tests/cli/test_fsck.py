@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from sglang_hcache.cli import fsck
 from sglang_hcache.cli.main import main
+from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.index import Index
 from tests.cli.stores import found, make, run
 from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, segment_files
@@ -31,6 +34,43 @@ def test_what_is_not_checked_is_not_clean(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "segments" / "stray").touch()
     assert check(capsys, tmp_path)[0] == 2
     assert check(capsys, tmp_path, "--repair")[0] == 3
+
+
+@pytest.mark.parametrize("change", [("4096", "4086"), ("4096", "12288"), ('"page_tokens": 5', '"page_tokens": 4')])
+@pytest.mark.parametrize("with_checksum", [True, False])
+def test_no_page_is_deleted_because_about_json_is_damaged(
+    change: tuple[str, str], with_checksum: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, about={"model": "a/b"})
+    about = tmp_path / "segments" / FINGERPRINT.hex() / "about.json"
+    content = about.read_text().replace(*change)
+    about.write_text(content if with_checksum else content.replace("checksum", "earlier"))
+    for options in ([], ["--repair"]):
+        status, report = check(capsys, tmp_path, *options)
+        assert (status, report["problems"], len(report["unchecked"])) == (3, [], 1)
+    assert found(tmp_path, about={"model": "a/b"}) == list(range(10))
+    assert check(capsys, tmp_path)[0] == 0, "the store has written it anew"
+
+
+def test_no_page_is_deleted_because_about_json_is_anothers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)
+    folder = tmp_path / "segments" / FINGERPRINT.hex()
+    write_about(folder, replace(LAYOUT, layer_bytes=(1000, 0, 12288)), {})
+    status, report = check(capsys, tmp_path, "--repair")
+    assert (status, report["problems"], len(report["unchecked"])) == (3, [], 1)
+    assert found(tmp_path) == list(range(10))
+
+
+def test_about_json_of_an_earlier_version_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, about={"model": "a/b"})
+    about = tmp_path / "segments" / FINGERPRINT.hex() / "about.json"
+    content = json.loads(about.read_text())
+    del content["checksum"]
+    about.write_text(json.dumps(content))
+    (shown,) = run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]["fingerprints"]
+    assert (shown["about"], shown["record_bytes"]) == ({"model": "a/b"}, LAYOUT.record_bytes)
 
 
 def test_what_does_not_belong_beside_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
