@@ -1,7 +1,7 @@
 """Check the index against the files, and every checksum of every page.
 
 Without --repair it changes nothing and is safe while a server runs. --repair removes damaged pages from the index,
-adds intact pages that it lacks, and deletes stray files; no other process may have the directory open then.
+adds intact pages that it has lost, and deletes stray files; no other process may have the directory open then.
 
 Exit status: 0 clean; 1 problems, all repaired; 2 problems, not all repaired (or bad arguments); 3 not everything
 could be checked, and what was found has been repaired.
@@ -92,8 +92,9 @@ class _Model:
     fingerprint: bytes
     layout: ChunkLayout
     listed: dict[tuple[str, int], bytes]
+    in_full: bool  # any other record is free, whatever it holds
     bad: dict[tuple[bytes, Entry], str] = field(default_factory=dict)  # listed, and why they are not whole
-    unlisted: list[tuple[bytes, Entry]] = field(default_factory=list)
+    unlisted: list[tuple[bytes, Entry]] = field(default_factory=list)  # whole, and lost from the index
 
     def record(self, segment: str, slot: int) -> str:
         return f"{segment_file(self.folder, segment)}, record {slot}"
@@ -150,7 +151,8 @@ def check(path: Path, *, repair: bool) -> Report:
             reason = f"{NAME} is missing, damaged, without a checksum or not as the index says"
             report.unchecked.append(Problem(str(folder), f"{reason}; its pages are not checked"))
             continue
-        _check_model(_Model(folder, fingerprint, layout, pages), report, repair)
+        in_full = fingerprint in sizes and not damage.files
+        _check_model(_Model(folder, fingerprint, layout, pages, in_full), report, repair)
     for fingerprint, pages in listed.items():
         _check_lost(fingerprint, pages, report, repair)
     if repair:
@@ -177,14 +179,14 @@ def _check_model(model: _Model, report: Report, repair: bool) -> None:
         if file not in belong:
             _stray(file, report, repair)
     _check_pages(model, report)
-    if model.bad and not repair:
+    if (model.bad or model.unlisted) and not repair:
         _forgive(model, report.path)
     for (_, entry), reason in model.bad.items():
         report.add(model.record(*entry.place), reason)
+    if model.unlisted:
+        report.add(model.folder, f"{count(len(model.unlisted), 'intact page')} not in the index", repaired=repair)
     if repair:
         _repair(model, report)
-    elif model.unlisted and not model.listed:
-        report.add(model.folder, f"{count(len(model.unlisted), 'intact page')}, none of them in the index")
 
 
 def _stray(path: Path, report: Report, repair: bool) -> None:
@@ -229,7 +231,7 @@ def _check_pages(model: _Model, report: Report) -> None:
         progress.step()
         key = model.listed.get((name, slot))
         if key is None:
-            if header is not None and header.key not in keys:
+            if header is not None and header.key not in keys and not model.in_full:
                 keys.add(header.key)
                 parent = header.parent[:PARENT_BYTES]
                 model.unlisted.append((header.key, Entry(name, slot, parent, 0, int(found[name].st_mtime))))
@@ -262,9 +264,12 @@ def _read(
 
 
 def _forgive(model: _Model, path: Path) -> None:
-    """A server may have evicted pages while they were read: those are no problem."""
-    listed, _ = _listed(path, Damage(), repair=False)
+    """A server may have evicted or written pages while they were read: those are no problem."""
+    damage = Damage()
+    listed, sizes = _listed(path, damage, repair=False)
     now = listed.get(model.fingerprint, {})
+    if model.fingerprint in sizes and not damage.files:
+        model.unlisted = []
     model.bad = {(key, entry): reason for (key, entry), reason in model.bad.items() if now.get(entry.place) == key}
 
 
@@ -274,7 +279,6 @@ def _repair(model: _Model, report: Report) -> None:
         report.repaired += index.delete_many(model.bad)
         if model.unlisted:
             index.put_many(model.unlisted)
-            report.add(model.folder, f"{count(len(model.unlisted), 'intact page')} not in the index", repaired=1)
             report.pages += len(model.unlisted)
         index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
         with census(model.folder):

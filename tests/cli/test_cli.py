@@ -84,13 +84,14 @@ def test_fsck_finds_a_damaged_page_and_repairs(tmp_path: Path, capsys: pytest.Ca
     assert len(found(tmp_path)) == 9
 
 
-def test_fsck_lists_whole_pages_that_no_index_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fsck_lists_whole_pages_that_the_index_has_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
     index = Index(tmp_path / "index", FINGERPRINT)
-    index.delete_many(index.get_many([key_of(4)]).items())
+    index.delete_many(index.get_many([b"", key_of(4)]).items())
     index.close()
     for file in segment_files(tmp_path):
         os.utime(file, (1_500_000_000, 1_500_000_000))
+    assert run(capsys, "fsck", "--dir", tmp_path)[0] == 2
     assert run(capsys, "fsck", "--dir", tmp_path, "--repair")[0] == 1
     index = Index(tmp_path / "index", FINGERPRINT)
     assert index.get_many([key_of(4)])[key_of(4)].last_use == 1_500_000_000, "it may have been evicted for its worth"

@@ -15,7 +15,7 @@ from sglang_hcache.cli.main import main
 from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.index import Index
 from tests.cli.stores import found, make, run
-from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, segment_files
+from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, segment_files
 
 
 def check(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> tuple[int, dict[str, Any]]:
@@ -124,3 +124,40 @@ def test_pages_that_a_server_evicts_meanwhile_are_no_problem(
     problems = check(capsys, tmp_path)[1]["problems"]
     assert len(problems) == 1
     assert "record 3: " in problems[0]
+
+
+def test_pages_that_a_server_writes_meanwhile_are_no_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of a model, which the index does not name yet when it is read."""
+    make(tmp_path)
+    index = Index(tmp_path / "index", FINGERPRINT)
+    entries = index.get_many([b"", *map(key_of, range(10))])
+    index.delete_many(entries.items())
+    index.close()
+    assert check(capsys, tmp_path)[1]["problems"] == [
+        f"{tmp_path / 'segments' / FINGERPRINT.hex()}: 10 intact pages not in the index"
+    ]
+    check_pages = fsck._check_pages
+
+    def name_them(*arguments: Any) -> None:
+        check_pages(*arguments)
+        index = Index(tmp_path / "index", FINGERPRINT)
+        index.put_many(entries.items())
+        index.close()
+
+    monkeypatch.setattr(fsck, "_check_pages", name_them)
+    status, report = check(capsys, tmp_path)
+    assert (status, report["problems"]) == (0, [])
+
+
+@pytest.mark.parametrize("options", [[], ["--repair"]])
+def test_evicted_pages_stay_evicted(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their records hold them until something else is written there."""
+    make(tmp_path)
+    index = Index(tmp_path / "index", FINGERPRINT)
+    index.delete_many(index.get_many([key_of(4)]).items())
+    index.close()
+    status, report = check(capsys, tmp_path, *options)
+    assert (status, report["pages"], report["problems"]) == (0, 9, [])
+    assert found(tmp_path) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
