@@ -29,6 +29,7 @@ from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 
 LENGTHS = [1024 << step for step in range(8)]  # tokens
+MOST_TOKENS = 1 << 24  # no model takes as many, and planning for more takes seconds
 NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
 MOST_DRIVES = 16
 METHODS = ("recompute", "kv", "hidden", "plan")
@@ -401,9 +402,9 @@ def _length(text: str) -> int:
     """Tokens, from 8192, or 8k for as many."""
     match = re.fullmatch(r"(\d+)([kK]?)", text.strip())
     tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
-    if tokens < DEFAULT_PAGE_SIZE:
+    if not DEFAULT_PAGE_SIZE <= tokens <= MOST_TOKENS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of tokens of at least {DEFAULT_PAGE_SIZE}, such as 8192 or 8k"
+            f"{text!r} is not a number of tokens from {DEFAULT_PAGE_SIZE} to {MOST_TOKENS}, such as 8192 or 8k"
         )
     return tokens
 

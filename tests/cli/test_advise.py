@@ -265,6 +265,8 @@ def test_a_wrong_machine_is_said_in_one_line(capsys: pytest.CaptureFixture[str])
         ["--tokens", "8192,63"],
         ["--tokens", "8kk"],
         ["--tokens", "k"],
+        ["--tokens", "16385k"],
+        ["--tokens", "99999999999"],
         ["--bus-gb-s", "0"],
         ["--tp", "x"],
         ["--offload", "2"],
