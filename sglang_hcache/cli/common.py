@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -210,11 +211,19 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> int:
-    """As it is; where there is none, a new one that the server can open, too."""
-    name, flags = path / "hcache.lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    """As it is; where there is none, a new one that the server can open, too.
+
+    To write, as an exclusive lock asks for on NFS; but to read on a file system that a failing drive left read-only.
+    """
+    name, flags = path / "hcache.lock", os.O_CLOEXEC | os.O_NOFOLLOW
     with suppress(FileNotFoundError):
-        return os.open(name, flags)
-    fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            return os.open(name, flags | os.O_RDWR)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            return os.open(name, flags | os.O_RDONLY)
+    fd = os.open(name, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     if os.geteuid() == 0:
         owner = (path / "segments").stat()
         os.fchown(fd, owner.st_uid, owner.st_gid)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -182,6 +183,25 @@ def test_an_import_into_what_is_no_directory_is_refused_in_one_line(
     assert main(["import", str(tmp_path / "out"), "--dir", str(tmp_path / "out")]) == 3
     assert capsys.readouterr().err == f"hcache import: {tmp_path / 'out'}: File exists\n"
     assert not caplog.records
+
+
+def test_a_file_system_that_is_read_only_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel leaves that of a failing drive, when its pages are wanted elsewhere."""
+    stored, exported, opened = tmp_path / "a", tmp_path / "out", os.open
+    make(stored)
+
+    def read_only(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR) and Path(path).is_relative_to(stored):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert run(capsys, "inspect", "--dir", stored)[1]["directories"][0]["fingerprints"][0]["pages"] == 10
+    assert run(capsys, "fsck", "--dir", stored)[0] == 0
+    assert run(capsys, "export", "--dir", stored, "--all", "--out", exported)[1]["pages"] == 10
+    assert main(["fsck", "--repair", "--dir", str(stored)]) == 3
 
 
 def test_an_empty_or_damaged_index_is_no_reason_to_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
