@@ -7,6 +7,7 @@ import os
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from sglang_hcache.storage.direct import DirectIO, File
@@ -51,9 +52,13 @@ class SegmentWriter:
             return None
         return cls(fd, path, record_bytes, io)
 
-    def punch(self, slot: int, records: int) -> None:
-        """Give the disk space of so many records back, where the file system can."""
-        punch(self._fd, slot * self._record_bytes, records * self._record_bytes)
+    def punch_all_but(self, used: Iterable[int]) -> int:
+        """Give the disk space of all other records back, where the file system can; how many bytes that were."""
+        before = self.disk_bytes()
+        for last, end in pairwise([-1, *sorted(used), self.records]):
+            if last + 1 < end:
+                punch(self._fd, (last + 1) * self._record_bytes, (end - last - 1) * self._record_bytes)
+        return before - self.disk_bytes()
 
     def disk_bytes(self) -> int:
         return os.fstat(self._fd).st_blocks * 512

@@ -23,16 +23,18 @@ ADOPT_AT_MOST = 64  # files with free records kept open for writing
 class _Held:
     """A segment this process writes, and its unused records, lowest last.
 
-    `sparse`: some of it has lost its disk space; nothing is written to it until it has that again.
+    `sparse`: some of it has lost its disk space; nothing is written to it until it has that again, and what else
+    becomes unused loses it, too.
     """
 
     writer: SegmentWriter
     unused: list[int]
     sparse: bool = False
 
-    def look_up(self, used: set[int]) -> None:
+    def look_up(self, used: set[int]) -> int:
         self.unused = [slot for slot in range(self.writer.records - 1, -1, -1) if slot not in used]
         self.sparse = self.writer.is_sparse()
+        return self.writer.punch_all_but(used) if self.sparse else 0
 
     @property
     def free(self) -> int:
@@ -93,10 +95,12 @@ class Segments:
         self._held.append(_Held(writer, []))
         return True
 
-    def look_up(self, used: Used) -> None:
-        """See which records are free. `used` is as of a time since the segments were taken, and no page is placed."""
-        for held in self._held:
-            held.look_up(used.of(held.writer.name))
+    def look_up(self, used: Used) -> int:
+        """See which records are free; how many bytes that returns to the disk, of segments that lack some already.
+
+        `used` is as of a time since the segments were taken, and no page is placed.
+        """
+        return sum(held.look_up(used.of(held.writer.name)) for held in self._held)
 
     def held(self) -> set[str]:
         """The segments this process writes."""

@@ -62,8 +62,7 @@ def sweep_folder(folder: Path, index: Index, segments: Segments | None = None, f
                 if segments is None or not used.count(writer.name) or not segments.take(writer):
                     gained += _give_back(writer, used.of(writer.name))
     if segments:
-        segments.look_up(used)
-        gained += (segments.free_records() - before) * record_bytes
+        gained += segments.look_up(used) + (segments.free_records() - before) * record_bytes
     return gained
 
 
@@ -102,12 +101,9 @@ def _give_back(writer: SegmentWriter, used: set[int]) -> int:
             writer.truncate_to(0)  # others may have it open, to read
             writer.path.unlink()
             return before
-        slots = sorted(used)
-        if slots[-1] + 1 < writer.records:
-            writer.truncate_to(slots[-1] + 1)
-        for start, end in zip([0, *(slot + 1 for slot in slots)], slots, strict=False):
-            if start < end:
-                writer.punch(start, end - start)
+        if max(used) + 1 < writer.records:
+            writer.truncate_to(max(used) + 1)
+        writer.punch_all_but(used)
         return before - writer.disk_bytes()
     finally:
         writer.close()

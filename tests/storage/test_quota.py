@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import shutil
 import threading
 import time
@@ -32,6 +33,7 @@ from tests.storage.pages import (
     key_of,
     keys_of,
     open_store,
+    save,
     segment_files,
     served,
     states,
@@ -91,6 +93,24 @@ def test_a_smaller_quota_is_kept_from_the_opening_on(tmp_path: Path) -> None:
     assert len(kept) > 30
     save_prefix(store, range(100, 130))
     assert bytes_on_disk(tmp_path) <= QUOTA // 2
+    assert states(store) == ["ok"]
+    assert counters(store)["pages_damaged"] == 0
+    store.close()
+
+
+def test_a_much_smaller_quota_stays_full(tmp_path: Path) -> None:
+    """What was evicted when it was lowered has left holes in all segments; so does what is evicted after that."""
+    segment = 8 * LAYOUT.record_bytes
+    store = open_store(tmp_path, slots=400, quota_bytes=50 * segment)
+    save(store, range(300))
+    assert store.flush(30)
+    store._volumes[0].touch(dict.fromkeys(keys_of(random.Random(0).sample(range(300), 150)), 1))
+    store.close()
+    store = open_store(tmp_path, quota_bytes=30 * segment)
+    for page in range(1000, 1100):
+        save_prefix(store, range(page, page + 1))
+        assert counters(store)["pages_file"] > 0.8 * 30 * 8
+        assert bytes_on_disk(tmp_path) <= 30 * segment
     assert states(store) == ["ok"]
     assert counters(store)["pages_damaged"] == 0
     store.close()
