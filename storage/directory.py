@@ -33,7 +33,7 @@ from sglang_hcache.storage.index import Index, Size, Used
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
-from sglang_hcache.storage.quota import Quota, census
+from sglang_hcache.storage.quota import Quota, census, opening
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep_folder
@@ -264,18 +264,19 @@ class Directory:
 
 def open_shared(path: Path, damage: Damage) -> int:
     """Hold the directory's lock; if nobody else does, check the index first."""
-    while True:
-        lock = _open_lock(path / "hcache.lock", damage)
-        try:
-            if try_lock(lock, exclusive=True):
-                prepare(path / "index", damage)
-            lock_within(lock, exclusive=False, timeout_s=LOCK_WAIT_S)
-            if is_still(path / "hcache.lock", lock):
-                return lock
-        except BaseException:
+    with opening(path):
+        while True:
+            lock = _open_lock(path / "hcache.lock", damage)
+            try:
+                if try_lock(lock, exclusive=True):
+                    prepare(path / "index", damage)
+                lock_within(lock, exclusive=False, timeout_s=LOCK_WAIT_S)
+                if is_still(path / "hcache.lock", lock):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
             os.close(lock)
-            raise
-        os.close(lock)
 
 
 def seal_if_last(path: Path, lock: int, index: Index) -> None:

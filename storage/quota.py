@@ -84,6 +84,11 @@ def census(folder: Path) -> AbstractContextManager[None]:
     return _directory_lock(folder, LOCK_WAIT_S)
 
 
+def opening(path: Path) -> AbstractContextManager[None]:
+    """While it lasts nobody else locks `hcache.lock`. Who has locked it before knows that the index was checked."""
+    return _directory_lock(path, LOCK_WAIT_S)
+
+
 def bytes_on_disk(path: Path) -> int:
     """What the segments of all fingerprints and the index take of the disk, including what is preallocated."""
     return bytes_below(path / "index") + sum(map(bytes_below, folders_in(path / "segments")))

@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import lmdb
@@ -22,6 +22,7 @@ from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_file import copy_checked
+from sglang_hcache.storage.quota import opening
 from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from sglang_hcache.storage.table import Table
 from sglang_hcache.storage.tree import fingerprint_of
@@ -199,15 +200,18 @@ def alone(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold the directory's lock; whether nobody else does."""
-    fd = _open_lock(path)
-    try:
-        exclusive = try_lock(fd, exclusive=True)
-        if not exclusive:
-            lock_within(fd, exclusive=False, timeout_s=30)
-        yield exclusive
-    finally:
-        os.close(fd)
+    """Hold the directory's lock; whether nobody else does: nobody opens it meanwhile, then."""
+    with ExitStack() as gate:
+        gate.enter_context(opening(path))
+        fd = _open_lock(path)
+        try:
+            exclusive = try_lock(fd, exclusive=True)
+            if not exclusive:
+                lock_within(fd, exclusive=False, timeout_s=30)
+                gate.close()
+            yield exclusive
+        finally:
+            os.close(fd)
 
 
 def _open_lock(path: Path) -> int:

@@ -6,15 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from sglang_hcache.cli import common
 from sglang_hcache.cli.main import main
 from sglang_hcache.page_hash import page_hash
+from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.index_file import copy_checked
 from sglang_hcache.storage.quota import bytes_on_disk
 from tests.cli.stores import found, make, make_prefix, run
 from tests.storage.child import start_child
@@ -111,6 +115,18 @@ def test_repair_is_refused_while_a_server_runs_and_a_check_is_not(
         assert run(capsys, "fsck", "--dir", tmp_path)[0] == 0
         assert run(capsys, "inspect", "--dir", tmp_path)[1]["directories"][0]["fingerprints"][0]["pages"] == 10
         assert child.communicate("go on\n")[0] == "10\n"
+
+
+def test_of_two_that_read_an_index_nobody_uses_both_check_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    checked = Mock(side_effect=copy_checked)
+    monkeypatch.setattr(common, "copy_checked", checked)
+    with ThreadPoolExecutor() as pool:
+        with common.alone(tmp_path):
+            table = pool.submit(common.read_table, tmp_path, Damage())
+            assert not wait([table], timeout=0.3).done
+        assert len(table.result().names) == 10
+    assert checked.called
 
 
 def test_gc_deletes_orphans_old_models_and_what_is_worth_least(

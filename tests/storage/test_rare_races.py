@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from unittest.mock import Mock
 
 import lmdb
 import pytest
 
-from sglang_hcache.storage import evictor, index_file
+from sglang_hcache.cli.common import alone
+from sglang_hcache.storage import directory, evictor, index_file
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import evicting
 from sglang_hcache.storage.segments import Segments
@@ -131,6 +134,27 @@ def test_an_index_whose_check_is_killed_is_kept(tmp_path: Path, monkeypatch: pyt
     store = open_store(tmp_path)
     assert served(store, range(8)) == list(range(8))
     store.close()
+
+
+def test_an_index_is_checked_also_by_who_waited_for_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That reads the index, and leaves the file as it is. Of two that wait one checks it."""
+    store = open_store(tmp_path)
+    save(store, range(8))
+    store.close()
+    (tmp_path / "index" / "closed.xxh3").unlink()
+    prepared = Mock(side_effect=index_file.prepare)
+    monkeypatch.setattr(directory, "prepare", prepared)
+    with ThreadPoolExecutor(2) as pool:
+        with alone(tmp_path):
+            opened = [pool.submit(open_store, tmp_path, fingerprint=letter * 16) for letter in (b"f", b"g")]
+            assert not wait(opened, timeout=0.3).done
+        stores = [one.result() for one in opened]
+    assert prepared.call_count == 1
+    assert served(stores[0], range(8)) == list(range(8))
+    for store in stores:
+        store.close()
 
 
 @pytest.mark.parametrize("method", ["delete_names", "raw"])
