@@ -3,8 +3,8 @@
 LMDB maps its file into memory and trusts every byte of it: a damaged or truncated file can crash the process that
 reads it, or make it loop. So the check is run as a program, `index_check.py SOURCE TARGET`, by a process that can
 afford to lose it. It needs only the standard library, lmdb and xxhash, and nothing of this package. It reads every
-entry of SOURCE and writes those that are sound to a fresh index in TARGET; prints how many were damaged, and the
-number of SOURCE's last transaction. Entries of an older version are left out and not counted.
+entry of the directory SOURCE and writes those that are sound to a fresh index, the file TARGET; prints how many were
+damaged, and the number of SOURCE's last transaction. Entries of an older version are left out and not counted.
 
 Exit status: 0 done; 2 SOURCE cannot be read to its end; 3 TARGET cannot be written. Anything else: it crashed.
 """
@@ -74,7 +74,7 @@ def copy_sound(source: Path, target: Path) -> int:
     """
     dropped, last = 0, b""
     size = (source / "data.mdb").stat().st_size
-    env = lmdb.open(str(target), map_size=2 * size + (16 << 20), lock=False, mode=0o600)
+    env = lmdb.open(str(target), subdir=False, map_size=2 * size + (16 << 20), lock=False, mode=0o600)
     with env, env.begin(write=True) as txn:
         for name, value in _entries(source):
             if name <= last:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -29,8 +30,8 @@ _CHECK_PROGRAM = Path(__file__).with_name("index_check.py")
 def prepare(path: Path, damage: Damage) -> None:
     """Make the index in a directory safe to open, for a caller who alone uses it.
 
-    Keeps every sound entry of an index that can be read, in a fresh file; removes one that cannot. Starts a process
-    and waits for it. Raises OSError where the disk does not let it.
+    Keeps every sound entry of an index that can be read, in a fresh file, or on a full disk in the same one; removes
+    one that cannot. Starts a process and waits for it. Raises OSError where the disk does not let it.
     """
     if os.path.lexists(path) and not path.is_dir():
         damage.file(path, "it is not a directory")
@@ -42,28 +43,51 @@ def prepare(path: Path, damage: Damage) -> None:
     data, seal = path / "data.mdb", path / _SEAL
     if is_sealed(path) or not os.path.lexists(data):
         return
-    fresh = Path(tempfile.mkdtemp(prefix="check-", dir=path))
+    fresh = path / "check-data.mdb"
     try:
         reason = copy_checked(data, fresh, damage)
         remove(seal)
         if reason is None:
-            os.replace(fresh / "data.mdb", data)
-        else:
-            damage.file(data, reason)
-            remove(data)
+            os.replace(fresh, data)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        reason = _write_over(data, seal, damage)
     finally:
         remove(fresh)
+    if reason is not None:
+        damage.file(data, reason)
+        remove(data)
     sync_directory(path)
 
 
+def _write_over(data: Path, seal: Path, damage: Damage) -> str | None:
+    """Replace the index by what `copy_checked` makes of it in memory, without more of the disk.
+
+    What is interrupted is found unreadable the next time. The file stays as long as it is, for the index to grow.
+    """
+    with open(os.memfd_create("hcache-index"), "rb") as copy:
+        reason = copy_checked(data, Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}"), damage)
+        remove(seal)
+        if reason is None:
+            with open(data, "r+b") as file:
+                shutil.copyfileobj(copy, file)
+                os.fsync(file.fileno())
+    return reason
+
+
 def seal_closed(path: Path) -> None:
-    """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check."""
+    """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check.
+
+    Where the disk does not let it, as a full one, the next opening does check it.
+    """
     data = path / "data.mdb"
     content = _SEALED.pack(_digest(data), last_transaction(path))
     temporary = path / f"{_SEAL}.new"
-    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(content)
-    os.replace(temporary, path / _SEAL)
+    with suppress(OSError):
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(content)
+        os.replace(temporary, path / _SEAL)
 
 
 def unseal(path: Path) -> None:
@@ -97,7 +121,7 @@ def _digest(data: Path) -> bytes:
 
 
 def copy_checked(data: Path, fresh: Path, damage: Damage) -> str | None:
-    """Copy what is sound of the index to `fresh`; why there is nothing to keep, or None."""
+    """Copy what is sound of the index to a file `fresh`; why there is nothing to keep, or None."""
     if not data.is_file():
         return "it is not a regular file"
     timeout_s = CHECK_TIMEOUT_S + data.stat().st_size / CHECK_RATE

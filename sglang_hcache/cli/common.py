@@ -161,7 +161,7 @@ def read_table(path: Path, damage: Damage) -> Table:
             data = path / "index" / "data.mdb"
             if not data.exists():
                 return Table.join([])
-            reason = copy_checked(data, Path(copy), damage)
+            reason = copy_checked(data, Path(copy, "data.mdb"), damage)
             if reason is not None:
                 damage.file(data, reason)
                 return Table.join([])

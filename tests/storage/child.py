@@ -17,8 +17,11 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from sglang_hcache.cli.main import main
 from sglang_hcache.storage.store import LocalStore
 from tests.storage.pages import LAYOUT, counters, open_store, save, served, states
 
@@ -27,9 +30,9 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 REPOSITORY = Path(__file__).parents[2]
 
 
-def start_child(role: str, directory: Path, *argument: object) -> subprocess.Popen[str]:
-    """For the test: the process, in that role."""
-    command = [sys.executable, "-m", "tests.storage.child", role, str(directory), *map(str, argument)]
+def start_child(role: str, directory: Path, *argument: object, within: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """For the test: the process, in that role. `within`: a command that runs another one."""
+    command = [*within, sys.executable, "-m", "tests.storage.child", role, str(directory), *map(str, argument)]
     return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -60,6 +63,30 @@ def write_on_full_disk(directory: Path, _: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * LAYOUT.record_bytes, hard))
     report_failure_and_recovery(store, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
+
+
+def open_on_full_disk(mounted: Path, _: str) -> None:
+    """After a kill, on a file system of its own: whether it can be repaired, used, and made smaller."""
+    directory, quota = mounted / "cache", 100 * LAYOUT.record_bytes
+    store = open_store(directory, quota_bytes=quota)
+    save(store, range(50))
+    store.close()
+
+    def kill_and_fill() -> None:
+        (directory / "index" / "closed.xxh3").unlink(missing_ok=True)
+        with suppress(OSError), open(mounted / f"{time.time_ns()}", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    kill_and_fill()
+    repaired = main(["fsck", "--repair", "--dir", str(directory)])
+    kill_and_fill()
+    store = open_store(directory, quota_bytes=quota)
+    found = len(served(store, range(50)))
+    store.close()
+    kill_and_fill()
+    shrunk = main(["gc", "--to-size", "300kB", "--dir", str(directory)])
+    print(repaired, found, shrunk, flush=True)
 
 
 def write_unwritable(directory: Path, _: str) -> None:

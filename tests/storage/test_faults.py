@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,16 @@ def test_a_disk_that_refuses_is_said_to_and_comes_back(tmp_path: Path, role: str
     assert memory == "[0, 1, 2, 3] 4"
     assert recovered == "ok [10, 11, 12, 13]"
     assert child.returncode == 0
+
+
+def test_a_full_disk_after_a_kill_is_no_dead_end(tmp_path: Path) -> None:
+    """There is no room for a second copy of the index, though the directory is full of pages that could go."""
+    within = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*within, "true"], check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    mount = ["sh", "-c", f'mount -t tmpfs -o size=2m tmpfs "{tmp_path}" && exec "$@"', "sh"]
+    out = start_child("open_on_full_disk", tmp_path, within=[*within, *mount]).communicate(timeout=60)[0]
+    assert out.splitlines()[-1:] == ["0 50 0"]
 
 
 def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path) -> None:
