@@ -75,7 +75,6 @@ class Directory:
         self._damage = damage
         self._quota = quota
         self._size = Size(layout.record_bytes, layout.page_tokens)
-        self._pages = 0
         make_private(path)
         folder = folder_of(path, self._fingerprint)
         with ExitStack() as opened:
@@ -97,8 +96,8 @@ class Directory:
 
     @property
     def pages(self) -> int:
-        """Pages on file, as far as this process knows: not those that others wrote since it was opened."""
-        return self._pages
+        """Pages on file, as far as this process knows: what others write and delete is seen when it evicts."""
+        return self._index.pages
 
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         """Where those of the pages lie that are here."""
@@ -118,7 +117,7 @@ class Directory:
         damaged = self._try_read(key, entry, out)  # it may have been evicted and stored there anew in the meantime
         if damaged is not None:
             self._damage.page(self._segments.file(entry.segment), damaged.reason)
-            self._pages -= self._index.delete_many([(key, entry)])
+            self._index.delete_many([(key, entry)])
         return damaged is None
 
     def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> None:
@@ -132,7 +131,7 @@ class Directory:
 
     def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep) -> None:
         if self._evictor is not None:
-            self._pages -= self._evictor.make_room(len(pages), keep)
+            self._evictor.make_room(len(pages), keep)
         placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)
         for key, record in pages:
             writer, slot = self._segments.place()
@@ -144,7 +143,6 @@ class Directory:
         for writer in writers:
             writer.sync()
         self._index.put_many(placed)
-        self._pages += len(placed)
         self._segments.give_up_full()
 
     def touch(self, hits: Mapping[bytes, int]) -> None:
@@ -169,7 +167,7 @@ class Directory:
         """Raise unless the next write can be expected to succeed: there is room, and the index takes entries."""
         self._index.mark(self._size)
         if self._evictor is not None:
-            self._pages -= self._evictor.make_room(1)
+            self._evictor.make_room(1)
         else:
             self._segments.make_room()
 
@@ -210,7 +208,6 @@ class Directory:
             self._evictor.shrink()
         with census(self._segments.path):
             used = self._index.used(self._fingerprint, used)
-            self._pages = used.pages
             self._segments.lock_unfilled(used)
             sweep_folder(self._segments.path, self._index, self._segments, used)
 

@@ -50,27 +50,25 @@ class Evictor:
         self._quota = quota
         self._siblings = siblings
 
-    def make_room(self, records: int, keep: Keep = list) -> int:
-        """See to it that so many pages can be placed within the quota; how many pages of the fingerprint that cost.
+    def make_room(self, records: int, keep: Keep = list) -> None:
+        """See to it that so many pages can be placed within the quota.
 
         `keep`: pages that are not to be given up, as others are about to follow them. Raises OSError (EDQUOT) where
         there cannot be room.
         """
-        lost = 0
         while self._segments.free_records() < records:
             with evicting(self._path, EVICTING_S):
                 for _ in range(ROUNDS):
                     excess = self._quota.excess(self._segments.growth_bytes())
                     if excess <= 0 or self._segments.free_records() >= records:
                         break
-                    lost += self._free(max(excess, self._quota.batch), self._segments, keep)
+                    self._free(max(excess, self._quota.batch), self._segments, keep)
                 if self._segments.free_records() >= records:
                     break
                 if self._quota.excess(self._segments.growth_bytes()) > 0:
                     raise OSError(errno.EDQUOT, "the quota of this directory holds nothing that could be evicted")
                 self._quota.used += self._segments.growth_bytes()
                 self._segments.grow()
-        return lost
 
     def shrink(self) -> None:
         """Evict until the quota is kept, as far as other processes let it; before any segment is held.
@@ -89,8 +87,8 @@ class Evictor:
         else:
             log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
 
-    def _free(self, wanted: int, reuse: Segments | None = None, keep: Keep = list) -> int:
-        """Free so many bytes; how many pages of this fingerprint and directory were evicted for it.
+    def _free(self, wanted: int, reuse: Segments | None = None, keep: Keep = list) -> None:
+        """Free so many bytes.
 
         `reuse`: where records are kept for the next pages. What evicting in other directories has left here is swept
         up before any page is given up.
@@ -100,7 +98,7 @@ class Evictor:
         if self._unaccounted(own) >= wanted // 2:
             wanted -= self._sweep(reuse)
         if wanted <= 0:
-            return 0
+            return
         with _in_turn():
             places = self._choose(own, others, wanted, keep)
         count, elsewhere = drop([self._index], places[:1]), places[1:]
@@ -111,7 +109,6 @@ class Evictor:
         self._quota.evicted += count
         log.debug("%s: %d pages evicted", self._path, count)
         self._sweep(reuse)
-        return sum(name.startswith(self._segments.fingerprint) for name, _ in places[0])
 
     def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Keep) -> list[Places]:
         """What to evict for so many bytes, of this directory and then of each other: names and places.

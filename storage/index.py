@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import struct
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -87,6 +87,8 @@ class _Environment:
         self.users = 0
         self.condemned = False
         self.sound = True
+        self.pages = Counter[bytes]()  # by fingerprint
+        self.counting = threading.Lock()  # `pages` is as of the last transaction that was committed here
         if writable:
             unseal(path)
         self.env = lmdb.open(
@@ -143,12 +145,20 @@ class Index:
                     found[key] = entry
         return found
 
+    @property
+    def pages(self) -> int:
+        """Of the fingerprint, as far as this process knows: what others write and delete is seen by `used`."""
+        return self._shared.pages[self._fingerprint]
+
     def put_many(self, entries: Iterable[tuple[bytes, Entry]]) -> None:
         """Add or replace entries: all or none, and durable on return."""
-        with self._in_use(), self._env.begin(write=True) as txn:
+        new = 0
+        with self._in_use(), self._shared.counting, self._env.begin(write=True) as txn:
             for key, entry in entries:
                 name = self._fingerprint + key
+                new += len(name) == NAME_BYTES and txn.get(name) is None
                 txn.put(name, encode(name, entry))
+            self._shared.pages[self._fingerprint] += new
 
     def delete_many(self, entries: Iterable[tuple[bytes, Entry]]) -> int:
         """Delete those entries that still name the place given; how many."""
@@ -156,13 +166,14 @@ class Index:
 
     def delete_names(self, names: Iterable[tuple[bytes, tuple[str, int]]]) -> int:
         """`delete_many` for entries of any fingerprint, by full name."""
-        deleted = 0
-        with self._in_use(), self._env.begin(write=True) as txn:
+        deleted = Counter[bytes]()
+        with self._in_use(), self._shared.counting, self._env.begin(write=True) as txn:
             for name, place in names:
                 value = txn.get(name)
                 if value is not None and (entry := decode(name, value)) is not None and entry.place == place:
-                    deleted += txn.delete(name)
-        return deleted
+                    deleted[name[:FINGERPRINT_BYTES]] += txn.delete(name)
+            self._shared.pages.subtract(deleted)
+        return deleted.total()
 
     def touch(self, hits: Mapping[bytes, int], now: int) -> None:
         """Add hits to those of the pages that have an entry, and set their last use, unix seconds.
@@ -198,7 +209,11 @@ class Index:
 
         Entries are not checked.
         """
-        with self._in_use(), self._env.begin() as txn, txn.cursor() as cursor:
+        with self._in_use(), ExitStack() as opened:
+            with self._shared.counting:
+                txn = opened.enter_context(self._env.begin())
+                believed = self._shared.pages[fingerprint]
+            cursor = opened.enter_context(txn.cursor())
             transaction = txn.id()
             if former is not None and former.transaction == transaction:
                 return former
@@ -209,7 +224,10 @@ class Index:
                     break
                 if len(name) == NAME_BYTES and len(value) == ENTRY.size:
                     found[value[_SEGMENT]] += value[_SLOT]
-        return Used({segment.decode("ascii", "replace"): slots for segment, slots in found.items()}, transaction)
+        used = Used({segment.decode("ascii", "replace"): slots for segment, slots in found.items()}, transaction)
+        with self._shared.counting:
+            self._shared.pages[fingerprint] += used.pages - believed
+        return used
 
     def raw(self) -> tuple[Rows, Rows]:
         """The pages of all fingerprints, by name, as arrays of NAME and of VALUE; only their size is checked."""

@@ -137,6 +137,21 @@ def test_pages_of_a_model_that_is_not_used_any_more_make_room(tmp_path: Path) ->
     other.close()
 
 
+def test_pages_that_others_evict_are_not_counted_any_more(tmp_path: Path) -> None:
+    idle = open_store(tmp_path, fingerprint=OTHER_FINGERPRINT, quota_bytes=QUOTA)
+    save_prefix(idle, range(40))
+    index = Index(tmp_path / "index", OTHER_FINGERPRINT)
+    index.touch(dict.fromkeys(keys_of(range(40)), 0), now=1_000_000_000)
+    index.close()
+    store = open_store(tmp_path, quota_bytes=QUOTA)
+    for first in range(1000, 1300, 10):
+        save_prefix(store, range(first, first + 10))
+    assert counters(idle)["pages_file"] == len(on_file(idle, range(40))) < 40
+    assert counters(store)["pages_file"] == len(on_file(store, range(1000, 1300)))
+    idle.close()
+    store.close()
+
+
 def test_others_that_evict_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many pages that takes longer than any other lock is kept."""
     monkeypatch.setattr(quotas, "LOCK_WAIT_S", 0.1)
@@ -189,6 +204,7 @@ def test_a_striped_prefix_is_one_prefix(tmp_path: Path) -> None:
     for start in range(0, 300, 20):
         save_prefix(store, range(start, start + 20))
         kept = on_file(store, range(start + 20))
+        assert counters(store)["pages_file"] == len(kept)
         assert start + 19 in kept
         for page in kept:
             assert page % 20 == 0 or page - 1 in kept
