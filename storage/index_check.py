@@ -29,6 +29,7 @@ ENTRY_VERSION = 2
 
 ENTRY = struct.Struct("<16sI8sIIQ")
 _OLD_SIZES = (28,)
+_MOST_LAST_USE = (1 << 32) - 1
 
 
 class Entry(NamedTuple):
@@ -47,7 +48,8 @@ class Entry(NamedTuple):
 
 def encode(name: bytes, entry: Entry) -> bytes:
     """The value stored under `name` (fingerprint and page key), with a checksum over both."""
-    value = ENTRY.pack(entry.segment.encode("ascii"), entry.slot, entry.parent, entry.hits, entry.last_use, 0)[:-8]
+    last_use = min(max(entry.last_use, 0), _MOST_LAST_USE)  # a file's time, or the clock, may be anything
+    value = ENTRY.pack(entry.segment.encode("ascii"), entry.slot, entry.parent, entry.hits, last_use, 0)[:-8]
     return value + xxhash.xxh3_64_intdigest(name + value).to_bytes(8, "little")
 
 

@@ -175,10 +175,12 @@ class Volume:
             self._retry_at = 0.0
         if self.healthy or time.monotonic() < self._retry_at:
             return False
+        self._retry_at = time.monotonic() + self._retry_s  # whatever comes of it
         try:
             with self._busy():
                 self._revive(directory)
         except IndexStillOpen:
+            self._retry_at = 0.0
             return False
         except (OSError, lmdb.Error) as error:
             self._fail(error)

@@ -222,24 +222,34 @@ class Writer:
     # ---- without it ----
 
     def _run(self, volume: Files, todo: _VolumeQueue) -> None:
-        while True:
-            with self._lock:
-                todo.work.wait_for(lambda: self._closing or self._has_work(volume, todo), self._tick_s)
-                if self._closing:
-                    break
-                if not todo.queue and self._has_work(volume, todo):
-                    self._write_back()
-                if not volume.healthy:
-                    self._pass_on(todo)
-                self._begin_batch(todo)
-            if volume.retry():
-                self._requeue()
-            if todo.batch:
-                self._write(volume, todo)
-            self._settled()
-            self._touch(volume, todo)
+        goes_on = True
+        while goes_on:
+            try:
+                goes_on = self._write_next(volume, todo)
+            except Exception:  # a bug of ours must not end the thread: nothing would be written any more
+                log.exception("hcache: a writer failed, and goes on.")
+                time.sleep(self._tick_s)
         self._touch(volume, todo, now=True)
         volume.close()
+
+    def _write_next(self, volume: Files, todo: _VolumeQueue) -> bool:
+        """Write a batch, as soon as there is one, and do what is due at times; False once closed."""
+        with self._lock:
+            todo.work.wait_for(lambda: self._closing or self._has_work(volume, todo), self._tick_s)
+            if self._closing:
+                return False
+            if not todo.queue and self._has_work(volume, todo):
+                self._write_back()
+            if not volume.healthy:
+                self._pass_on(todo)
+            self._begin_batch(todo)
+        if todo.batch:
+            self._write(volume, todo)
+        self._settled()
+        self._touch(volume, todo)
+        if volume.retry():
+            self._requeue()
+        return True
 
     def _write(self, volume: Files, todo: _VolumeQueue) -> None:
         batch = todo.batch

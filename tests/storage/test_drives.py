@@ -224,6 +224,27 @@ def test_selective_queues_a_new_page_in_the_slot_of_one_that_could_not_be_writte
     store.close()
 
 
+def test_a_bug_ends_no_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad").write_text("not a directory yet")
+    with monkeypatch.context() as patch:
+        revive = Mock(side_effect=RuntimeError("a bug of ours"))
+        patch.setattr(Volume, "_revive", revive)
+        store = open_store(tmp_path / "bad", retry_s=0.05)
+        while revive.call_count < 2:
+            assert store._writer.threads[0].is_alive()
+            time.sleep(0.02)
+    assert "a bug of ours" in caplog.text
+    (tmp_path / "bad").unlink()
+    save(store, range(3))
+    deadline = time.monotonic() + 10
+    while counters(store)["pages_file"] < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    store.close()
+
+
 def test_selective_writes_what_was_used_twice_once_a_directory_works_again(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("not a directory yet")
     store = open_store(tmp_path / "bad", retry_s=0.05, write_policy=WritePolicy.SELECTIVE)

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import lmdb
+import pytest
 import xxhash
 
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import Entry, decode, encode
 from sglang_hcache.storage.index_file import prepare
-from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, open_store, save, served
+from tests.storage.pages import FINGERPRINT, LAYOUT, counters, key_of, open_store, save, segment_files, served
 
 SIZE = Size(LAYOUT.record_bytes, LAYOUT.page_tokens)
 OTHER = b"g" * 16
@@ -124,4 +126,17 @@ def test_an_index_of_the_first_version_is_rebuilt_without_a_word_of_damage(tmp_p
     assert served(store, range(5)) == list(range(5))
     assert counters(store)["index_rebuilt"] == 1
     assert counters(store)["pages_damaged"] == 0
+    store.close()
+
+
+@pytest.mark.parametrize("mtime", [-86400, 1 << 33])
+def test_a_rebuilt_index_takes_files_of_any_time(tmp_path: Path, mtime: int) -> None:
+    store = open_store(tmp_path)
+    save(store, range(5))
+    store.close()
+    for file in segment_files(tmp_path):
+        os.utime(file, (mtime, mtime))
+    (tmp_path / "index" / "data.mdb").unlink()
+    store = open_store(tmp_path)
+    assert served(store, range(5)) == list(range(5))
     store.close()
