@@ -40,6 +40,7 @@ from sglang_hcache.storage.sweep import sweep_folder
 from sglang_hcache.storage.tree import folder_of
 
 LOCK_WAIT_S = 30.0
+IDLE_S = 300.0  # without a write, until others may evict what lies in the segments that were written
 WRITES_IN_FLIGHT = 4
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Directory:
         self._damage = damage
         self._quota = quota
         self._size = Size(layout.record_bytes, layout.page_tokens)
+        self._wrote_at: float | None = None  # monotonic; None: it holds no segments
         make_private(path)
         folder = folder_of(path, self._fingerprint)
         with ExitStack() as opened:
@@ -130,6 +132,9 @@ class Directory:
             self._write(pages[start : start + at_once], keep)
 
     def _write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep) -> None:
+        if self._wrote_at is None:
+            self._take_segments()
+        self._wrote_at = time.monotonic()
         if self._evictor is not None:
             self._evictor.make_room(len(pages), keep)
         placed, writers = [], defaultdict[SegmentWriter, list[tuple[int, Record]]](list)
@@ -144,6 +149,12 @@ class Directory:
             writer.sync()
         self._index.put_many(placed)
         self._segments.give_up_full()
+
+    def rest(self) -> None:
+        """To be called often: after IDLE_S without a write others may write, and evict, what was written here."""
+        if self._wrote_at is not None and time.monotonic() - self._wrote_at > IDLE_S:
+            self._wrote_at = None
+            self._segments.give_up_writing()
 
     def touch(self, hits: Mapping[bytes, int]) -> None:
         """Note that pages were used now, so many times each."""
@@ -206,10 +217,15 @@ class Directory:
             used = self._drop_lost()
         if self._evictor is not None:
             self._evictor.shrink()
+        self._take_segments(used)
+
+    def _take_segments(self, former: Used | None = None) -> None:
+        """Write those that have room from now on."""
         with census(self._segments.path):
-            used = self._index.used(self._fingerprint, used)
+            used = self._index.used(self._fingerprint, former)
             self._segments.lock_unfilled(used)
             sweep_folder(self._segments.path, self._index, self._segments, used)
+        self._wrote_at = time.monotonic()
 
     def _drop_lost(self) -> Used:
         """Drop entries of records that are not there; the records that were named before."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sglang_hcache.storage import directory as directory_module
 from sglang_hcache.storage import quota as quotas
 from sglang_hcache.storage import segment
 from sglang_hcache.storage.damage import Damage
@@ -135,6 +136,32 @@ def test_pages_of_a_model_that_is_not_used_any_more_make_room(tmp_path: Path) ->
     assert 0 < len(kept) < 70
     assert counters(other)["pages_damaged"] == 0
     other.close()
+
+
+def test_a_model_that_is_idle_holds_no_files_that_another_one_could_evict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_module, "IDLE_S", 0.2)
+    idle = open_store(tmp_path, fingerprint=OTHER_FINGERPRINT, quota_bytes=QUOTA, retry_s=0.05)
+    directory, chance = idle._volumes[0]._directory, random.Random(0)
+    assert directory is not None
+    for page in range(200):  # pages go here and there, so that most files get room
+        save_prefix(idle, range(page, page + 1))
+        directory.index.touch({key_of(page): chance.randrange(100)}, now=1_000_000_000)
+    deadline = time.monotonic() + 10
+    while directory._segments.held():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    store = open_store(tmp_path, quota_bytes=QUOTA)
+    for first in range(1000, 1200, 10):
+        save_prefix(store, range(first, first + 10))
+    assert counters(store)["pages_file"] > 60, "and not the 38 that the other one's files would leave it"
+    save_prefix(idle, range(300, 310))
+    assert on_file(idle, range(300, 310)) == list(range(300, 310))
+    assert bytes_on_disk(tmp_path) <= QUOTA
+    assert states(idle) == states(store) == ["ok"]
+    idle.close()
+    store.close()
 
 
 def test_pages_that_others_evict_are_not_counted_any_more(tmp_path: Path) -> None:
