@@ -60,6 +60,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         try:
             if params.disable:
                 raise Unsupported("SGLang serves it without a radix cache; the tier restores what that evicts")
+            if scheduler_hooks.runner.model_config.is_encoder_decoder:
+                raise Unsupported(
+                    "its forward takes all of an encoder's tokens from a cache or none; pages end in them"
+                )
             self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
             if self._page_tokens < _MIN_PAGE_TOKENS:
                 raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")

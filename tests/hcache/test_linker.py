@@ -75,7 +75,7 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
         for module in (registration, linker, ranks, representation, start):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, partial(copy, value))
-    model = SimpleNamespace(model_path="m", dtype=torch.float32, quantization=None)
+    model = SimpleNamespace(model_path="m", dtype=torch.float32, quantization=None, is_encoder_decoder=False)
     monkeypatch.setattr(scheduler_hooks, "runner", SimpleNamespace(model_config=model))
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
     monkeypatch.setattr(scheduler_hooks, "linker", None)
@@ -397,6 +397,13 @@ def test_a_model_without_a_radix_cache_is_refused(make: Callable[..., HCacheLink
     """SGLang switches it off for some, such as encoders, when the flags have been checked."""
     with pytest.raises(RuntimeError, match="cannot serve this model: SGLang serves it without a radix cache"):
         make(radix_cache=False)
+
+
+def test_a_model_that_attends_to_an_encoder_is_refused(make: Callable[..., HCacheLinker]) -> None:
+    """As Llama 3.2 Vision does: SGLang asserts that no hit ends in the midst of an image's tokens."""
+    scheduler_hooks.runner.model_config.is_encoder_decoder = True
+    with pytest.raises(RuntimeError, match="cannot serve this model: its forward takes all of an encoder's"):
+        make()
 
 
 class NotYet:
