@@ -57,6 +57,8 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
     "hicache_mem_layout": ("page_first", "the tier has a layout of its own", "drop it"),
     "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported yet", "drop it"),
+    "language_only": (False, "images that another server encodes are of weights unknown here", "drop it"),
+    "encoder_only": (False, "an encoder has no prefixes to restore", "drop one"),
     "enable_pdmux": (False, "layers of one batch run interleaved with another's", "drop it"),
     "enable_two_batch_overlap": (False, "layers of one batch run interleaved with another's", "drop it"),
     "pp_size": (1, "pipeline parallelism is not supported yet", "use --tp instead"),

@@ -118,6 +118,8 @@ def test_without_the_backend_nothing_changes() -> None:
         ("hicache_io_backend", "direct"),
         ("hicache_mem_layout", "layer_first"),
         ("disaggregation_mode", "prefill"),
+        ("language_only", True),
+        ("encoder_only", True),
         ("pp_size", 2),
         ("dwdp_size", 2),
         ("elastic_ep_backend", "mooncake"),
