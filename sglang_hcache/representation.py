@@ -208,7 +208,7 @@ def _try(
     except Exception as error:  # of the model's own code, as a rule: the tier can do without
         logger.warning("hcache: self-test of hidden states by %s FAILED", projector.name, exc_info=True)
         return False, type(error).__name__
-    verdict = f"largest error {result.worst:.1e}, tolerated {result.tolerance:.1e}"
+    verdict = str(result)
     passed = "passed" if result.passed else "FAILED"
     logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
     if codec is not None and result.not_encoded:

@@ -23,10 +23,16 @@ class SelfTestResult:
     worst: float  # largest difference in any layer's K or V, over its largest magnitude there
     tolerance: float
     not_encoded: float = 0.0  # share of the tokens that a codec has no room for; not compared
+    shifted: bool = False  # positions are not those of the batch, from 0 on
 
     @property
     def passed(self) -> bool:
-        return self.worst <= self.tolerance  # False for NaN
+        return self.worst <= self.tolerance and not self.shifted  # False for NaN
+
+    def __str__(self) -> str:
+        if self.shifted:
+            return "the model shifts the positions it is given, which in a CUDA graph are not the batch's"
+        return f"largest error {self.worst:.1e}, tolerated {self.tolerance:.1e}"
 
 
 class _Recorder:
@@ -67,6 +73,8 @@ def run_self_test(
             if recorder.rows is None:
                 return SelfTestResult(float("inf"), 0.0)
             rows, positions, slots = recorder.rows, recorder.positions, recorder.slots
+            if (positions != torch.arange(len(positions), device=positions.device)).any():
+                return SelfTestResult(float("inf"), 0.0, shifted=True)
             tolerance = _tolerance(rows.dtype, pool.dtype, rows.shape[-1])
             if codec is None or not codec.lossless:
                 return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)

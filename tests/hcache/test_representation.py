@@ -31,7 +31,7 @@ class Attention(torch.nn.Module):
 
 
 def formats(
-    monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, *, deterministic: bool = False
+    monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, *, deterministic: bool = False, first_position: int = 0
 ) -> tuple[Formats, Any]:
     """Of a model with one layer, whose forward hands rows over, and the capture that takes them."""
     execution = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=deterministic))
@@ -44,7 +44,8 @@ def formats(
     capture: Any = SimpleNamespace(sites=[site], sink=None)
 
     def prefill(*_: object) -> None:
-        capture.sink.write(torch.arange(PAGE, 2 * PAGE), torch.arange(PAGE), torch.ones(1, PAGE, WIDTH))
+        positions = torch.arange(first_position, first_position + PAGE)
+        capture.sink.write(torch.arange(PAGE, 2 * PAGE), positions, torch.ones(1, PAGE, WIDTH))
 
     monkeypatch.setattr(selftest, "prefill_random_prompt", prefill)
     pool = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 1, "cpu", enable_memory_saver=False)
@@ -97,3 +98,10 @@ def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: p
     found, _ = formats(monkeypatch, Attention(rotary))
     assert found.hidden is None
     assert "LongRoPE" in found.obstacle
+
+
+def test_positions_that_a_model_shifts_in_place_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma 3's does where it sees: those of a CUDA graph are other memory, so the batch's stay what they were."""
+    found, _ = formats(monkeypatch, Attention(), first_position=1)
+    assert found.hidden is None
+    assert "shifts the positions" in found.obstacle
