@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 _NOT_FROM_FILES = ("dummy", "remote", "remote_instance", "rdma", "ipc_cache", "private")
 _NOT_WEIGHTS_ALONE = ("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks")
 # The same weights are computed with in another way.
-_COMPUTING = ("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target")
+_COMPUTING = (
+    *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
+    "enable_precise_embedding_interpolation",  # of an image's positions, in its encoder
+)
 
 
 class Registration:
@@ -113,7 +116,9 @@ class Registration:
         return 2 * pages + (get_schedule().max_running_requests or 64)
 
     def _weights_on_disk(self, memo: Path) -> str | None:
-        """The weights of the model, of all adapters known at start, and of a draft model; None if they are unknown.
+        """All weights: of the model, of adapters known at start, of a draft model, of an encoder elsewhere.
+
+        None if they are unknown.
 
         Keys of pages name an adapter by name and path, or, where it was loaded later, by an id that is never used
         again: what is in it must be named here.
@@ -134,6 +139,8 @@ class Registration:
                 )
             if self._stored.formats.drafts:
                 parts.append(self._draft_on_disk(memo))
+            if encoder := getattr(self._model.hf_config, "mm_vision_tower", None):
+                parts.append(self._encoder_on_disk(encoder, memo))
             return repr(parts) if len(parts) > 1 else str(parts[0])
         except (OSError, ValueError) as error:
             logger.warning(
@@ -154,6 +161,11 @@ class Registration:
         weights = checkpoint_identity(path, memo, revision=revision, cache=get_model().download_dir)
         quantized = spec.speculative_draft_model_quantization, spec.speculative_draft_kv_cache_dtype
         return spec.speculative_algorithm, weights, quantized
+
+    def _encoder_on_disk(self, named: str, memo: Path) -> str:
+        """LLaVA's own checkpoints name another one for it, or a folder of theirs. Raises OSError."""
+        inside = Path(self._model.model_path, named)
+        return checkpoint_identity(str(inside) if inside.is_dir() else named, memo)
 
     def _fingerprint(self) -> bytes:
         parts: list[tuple[str, object]] = [

@@ -41,6 +41,7 @@ SERVER = {
     "enable_tf32_matmul": None,
     "enable_deterministic_inference": False,
     "rl_on_policy_target": None,
+    "enable_precise_embedding_interpolation": False,
     "kt_weight_path": None,
     "modelopt_checkpoint_restore_path": None,
     "rl_quant_profile": None,
@@ -99,6 +100,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         remote: str | None = None,
         latent: bool = False,
         draft: Path | None = None,
+        encoder: Path | str | None = None,
         place: SimpleNamespace | None = None,
         **arguments: object,
     ) -> Hello:
@@ -120,7 +122,12 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         return Registration(
             HCacheConfig((str(tmp_path),), prefetcher=remote),
             SimpleNamespace(**{**SERVER, **arguments}),
-            SimpleNamespace(model_path=str(model), dtype=torch.float32, quantization=None),
+            SimpleNamespace(
+                model_path=str(model),
+                dtype=torch.float32,
+                quantization=None,
+                hf_config=SimpleNamespace(mm_vision_tower=encoder),
+            ),
             pool,
             stored,
             page_tokens=64,
@@ -177,6 +184,21 @@ def test_an_adapter_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path)
     assert len(fingerprints) == 4
 
 
+def test_an_encoder_of_images_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
+    """Be it a checkpoint of its own or, by a relative path, a folder of the model's."""
+    model = checkpoint(tmp_path / "model", b"weights")
+    elsewhere, inside = checkpoint(tmp_path / "clip", b"first"), checkpoint(model / "vit", b"first")
+    for encoder, named in ((elsewhere, elsewhere), (inside, "./vit")):
+        first = say(model, encoder=named)
+        assert first.on_file
+        assert say(model, encoder=named).fingerprint == first.fingerprint
+        checkpoint(encoder, b"again")
+        again = say(model, encoder=named)
+        assert again.on_file
+        assert again.fingerprint != first.fingerprint
+    assert not say(model, encoder="nobody/never-fetched").on_file
+
+
 def test_a_lora_server_without_adapters_at_start_keeps_its_pages(say: Say, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", b"weights")
     assert say(model, **served()).on_file
@@ -191,6 +213,7 @@ def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Sa
         {"enable_tf32_matmul": True},
         {"enable_deterministic_inference": True},
         {"rl_on_policy_target": "fsdp"},
+        {"enable_precise_embedding_interpolation": True},
     ]
     assert len({say(model, **way).fingerprint for way in ways}) == len(ways)
 
