@@ -37,6 +37,7 @@ class Request:
     logprobs_from: int | None = None  # prompt position; SGLang takes no position from here on out of a cache
     cache_salt: str | None = None
     extra_key: str | None = None
+    images: Sequence[str] = ()  # as URIs, one for each image token of the prompt
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,11 @@ def _generate_body(request: Request) -> dict[str, Any]:
         "logprob_start_len": -1 if request.logprobs_from is None else request.logprobs_from,
         "stream": True,
     }
-    optional = {"cache_salt": request.cache_salt, "extra_key": request.extra_key}
+    optional = {
+        "cache_salt": request.cache_salt,
+        "extra_key": request.extra_key,
+        "image_data": list(request.images) or None,
+    }
     return body | {name: value for name, value in optional.items() if value is not None}
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from bench import vision
 
 SCHEMA = 1  # raise it when the same spec gives other weights or another tokenizer
 MARKER = "made_by_bench.json"
@@ -86,6 +88,8 @@ class Architecture:
     intermediate_field: str = "intermediate_size"
     heads_per_kv_head: int = 1
     tied: bool = False  # the family has no head of its own: logits come from the embedding
+    vision: dict[str, Any] | None = None  # fields of the encoder of a model that also sees (see bench/vision.py)
+    class_name: str | None = None  # where SGLang's is another than transformers'
 
 
 # For three layers.
@@ -128,6 +132,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         _WINDOWED | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
         heads_per_kv_head=2,
     ),
+    "qwen2_5_vl": Architecture(
+        "qwen2_5_vl",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}},
+        vision={
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 128,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 128,
+        },
+    ),
+    "lighton_ocr": Architecture(
+        "lighton_ocr",
+        {},
+        vision={
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 128,
+            "patch_size": 4,
+            "image_size": 96,
+        },
+        class_name="LightOnOCRForConditionalGeneration",
+    ),
     "deepseek_v2": Architecture(
         "deepseek_v2", _LATENT | {"scoring_func": "softmax", "n_group": 1, "norm_topk_prob": False}
     ),
@@ -150,7 +180,9 @@ def make_model(directory: Path, spec: ModelSpec, seed: int = 0) -> Path:
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
         _write_checkpoint(scratch, spec, seed)
-        _tokenizer(spec).save_pretrained(scratch)
+        tokenizer, family = _tokenizer(spec), ARCHITECTURES[spec.architecture]
+        with_tokenizer = tokenizer if family.vision is None else vision.processor(family.model_type, tokenizer)
+        with_tokenizer.save_pretrained(scratch)
         (scratch / MARKER).write_text(json.dumps({"digest": digest, "seed": seed, "spec": asdict(spec)}))
         _publish(scratch, directory, digest)
     finally:
@@ -195,6 +227,8 @@ def _config(spec: ModelSpec) -> Any:
         "tie_word_embeddings": family.tied,
         family.intermediate_field: spec.intermediate,
     }
+    if family.vision is not None:
+        return vision.config_of(family.model_type, fields | family.extra, family.vision)
     return AutoConfig.for_model(family.model_type, **(fields | family.extra))
 
 
@@ -202,7 +236,8 @@ def _write_checkpoint(directory: Path, spec: ModelSpec, seed: int) -> None:
     import torch
 
     config = _config(spec)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    sees = ARCHITECTURES[spec.architecture].vision is not None
+    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -210,6 +245,9 @@ def _write_checkpoint(directory: Path, spec: ModelSpec, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(scale.centre(parameter) + scale.spread * noise)
     model.to(getattr(torch, spec.dtype)).save_pretrained(directory)
+    if (class_name := ARCHITECTURES[spec.architecture].class_name) is not None:
+        written = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**written, "architectures": [class_name]}))
 
 
 @dataclass(frozen=True)
@@ -255,7 +293,8 @@ def _scale(name: str, shape: tuple[int, ...], spec: ModelSpec) -> _Scale:
     if len(shape) == 1:
         return _Scale(0.1, 1.0)
     gain = next(gain for pattern, gain in _MATRIX_GAINS if re.search(pattern, name))
-    return _Scale((gain or math.sqrt(spec.sharpness)) / math.sqrt(shape[-1]))
+    fan_in = math.prod(shape[1:]) if len(shape) > 3 else shape[-1]  # of a convolution, or of a matrix for each expert
+    return _Scale((gain or math.sqrt(spec.sharpness)) / math.sqrt(fan_in))
 
 
 def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
@@ -266,6 +305,8 @@ def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    of_images = {} if ARCHITECTURES[spec.architecture].vision is None else vision.TOKENS
+    tokenizer.add_special_tokens(list(of_images.values()))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -274,6 +315,7 @@ def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
         additional_special_tokens=[TURN_START, TURN_END],
         chat_template=CHAT_TEMPLATE,
         model_max_length=spec.max_position_embeddings,
+        model_specific_special_tokens=of_images,
     )
 
 

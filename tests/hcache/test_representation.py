@@ -101,7 +101,7 @@ def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: p
 
 
 def test_positions_that_a_model_shifts_in_place_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Gemma 3's does where it sees: those of a CUDA graph are other memory, so the batch's stay what they were."""
+    """As Gemma's do that see: those of a CUDA graph are other memory, so the batch's stay what they were."""
     found, _ = formats(monkeypatch, Attention(), first_position=1)
     assert found.hidden is None
     assert "shifts the positions" in found.obstacle
