@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -79,15 +78,18 @@ def _write_over(data: Path, seal: Path, damage: Damage) -> str | None:
 def seal_closed(path: Path) -> None:
     """Note what the index holds, for a caller who alone uses it and has closed it; it then opens without a check.
 
-    Where the disk does not let it, as a full one, the next opening does check it.
+    Where the disk is full the next opening does check it.
     """
     data = path / "data.mdb"
     content = _SEALED.pack(_digest(data), last_transaction(path))
     temporary = path / f"{_SEAL}.new"
-    with suppress(OSError):
+    try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(content)
         os.replace(temporary, path / _SEAL)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def unseal(path: Path) -> None:
