@@ -12,6 +12,7 @@ from enum import Enum, StrEnum, auto
 from sglang_hcache.config import PREFETCH_TIMEOUT_S
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import LoadPlanner, Prompt
+from sglang_hcache.read_meter import ReadMeter
 from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
@@ -21,8 +22,6 @@ KNOWN_WAIT_S = 0.1  # what is not known after this to be in memory is taken to b
 NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this, and after half of the time waited
-MEASURED_PAGES = 4  # read for one request: fewer say little about the drives
-MEASURED_WITHIN = 0.1  # of the time a read took: if it was last looked at longer before its end, that says little
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
 
 
@@ -53,8 +52,6 @@ class HoldRule:
 class _Wait:
     """What a held request waits for; planned when it is first looked at."""
 
-    there: int  # pages, at that time
-    since: float  # that time; monotonic
     enough: int  # pages
     pass_s: float  # of the engine, from then on
     to_try: tuple[bytes, ...]  # pages that it does not wait for: to be read to see how fast that is
@@ -155,13 +152,13 @@ class PrefetchQueue:
         ) = 0
         self.requests_held_s = 0.0
         self._trial = _TrialRead(store)
-        self._looked_at = 0.0  # at held requests, before this time; monotonic
-        self._crowded_at = 0.0  # when more than one was held last; monotonic
+        self._meter = ReadMeter(store, reads_at_once)
         self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: what was asked of the former one is void, and not waited for."""
         self._store, self._trial = store, _TrialRead(store)
+        self._meter = ReadMeter(store, self._reads_at_once)
         self._requests.clear()
 
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
@@ -175,6 +172,7 @@ class PrefetchQueue:
                 request.wait = self._plan_wait(self._planner, request, there, done=True)
             return
         self._held[rid] = time.monotonic()
+        self._meter.begin(rid, keys, request.asked_at)
         self.requests_held += 1
 
     @property
@@ -188,8 +186,6 @@ class PrefetchQueue:
         if not self._held:
             return []
         now = time.monotonic()
-        if len(self._held) > 1:
-            self._crowded_at = now
         free: list[str] = []
         for rid in self._held:
             request = self._requests.get(rid)
@@ -198,7 +194,8 @@ class PrefetchQueue:
             elif now > request.admit_by:
                 free.append(rid)
                 self.requests_admitted_late += 1
-        self._looked_at = now
+        if self._planner is not None:
+            self._meter.look(self._planner, leaving=free)
         return free
 
     def head_start(self) -> HeadStart | None:
@@ -220,6 +217,8 @@ class PrefetchQueue:
             rest.admit_by = rest.asked_at + NO_DEADLINE_S
         if keys:
             self._store.wait(start.head, ANSWER_WAIT_S)
+        if request is not None:
+            self._meter.begin(start.rid, rest.keys, rest.asked_at)
 
     def head_start_over(self, rid: str) -> None:
         """On all ranks, any number of times. From now on it is held for its pages, as any other request."""
@@ -228,16 +227,13 @@ class PrefetchQueue:
             return
         request.head_start = _HeadStartOf.NO_MORE
         request.admit_by = time.monotonic() + self._deadline_s(len(request.keys)) + LATE_S
-        slots, done, _ = self._store.progress(rid)
-        alone = request.asked_at > self._crowded_at
-        if self._planner is not None and done and alone and len(slots) >= MEASURED_PAGES:
-            self._planner.read(len(slots), self._store.took_s(rid))
 
     def admit(self, rids: Iterable[str]) -> None:
         """Hold these no more."""
         for rid in rids:
             if (since := self._held.pop(rid, None)) is not None:
                 self.requests_held_s += time.monotonic() - since
+                self._meter.end(rid)
                 if self._planner is not None:  # what is missing was not worth waiting for
                     self._store.cut(rid)
                     self._try_reading(self._requests.get(rid))
@@ -281,6 +277,7 @@ class PrefetchQueue:
     def forget(self, rid: str) -> None:
         """The request has been served, or is gone."""
         self._held.pop(rid, None)
+        self._meter.end(rid)
         if (request := self._requests.pop(rid, None)) is not None:
             self.pages_looked_up += request.looked_up
             self.pages_found += request.found
@@ -322,17 +319,7 @@ class PrefetchQueue:
             return False
         if idle and not done and self._plan_head_start(self._planner, rid, request):
             return False
-        enough = done or request.there >= wait.enough
-        if enough:
-            self._note_read(self._planner, request.there - wait.there, wait.since)
-        return enough
-
-    def _note_read(self, planner: LoadPlanner, pages: int, since: float) -> None:
-        """What it took, unless others were read meanwhile, or its end was seen late."""
-        now = time.monotonic()
-        timed = now - self._looked_at <= MEASURED_WITHIN * (now - since)
-        if timed and since > self._crowded_at and pages >= MEASURED_PAGES:
-            planner.read(pages, now - since)
+        return done or request.there >= wait.enough
 
     def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
@@ -380,7 +367,7 @@ class PrefetchQueue:
         tries = enough <= there and first < there + lower_pages
         to_try = request.keys[first : first + planner.pages_to_try()] if tries else ()
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
-        return _Wait(there, time.monotonic(), enough, pass_s, to_try)
+        return _Wait(enough, pass_s, to_try)
 
     def _try_reading(self, request: _Request | None) -> None:
         """None beside other reads."""
