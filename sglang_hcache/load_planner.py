@@ -157,8 +157,10 @@ class LoadPlanner:
         slower = Resource.PROJECTION if making_s > copies_s else Resource.BUS
         self._tracker.observe(slower, max(copies_s, making_s), seconds)
 
-    def read(self, pages: int, seconds: float) -> None:
-        """Pages of one request, from a lower tier into host memory, with nobody else waiting for any."""
+    def read(self, pages: int, seconds: float, *, at_least: bool = False) -> None:
+        """Pages from a lower tier into host memory. `at_least`: it was given up then; that may say nothing."""
+        if at_least and seconds <= self.read_s(pages):
+            return
         self._tracker.observe(self._lower_tier, self._read_s(self._calibrated, pages), seconds)
 
     def stats(self) -> dict[str, float | int]:

@@ -172,7 +172,7 @@ class PrefetchQueue:
                 request.wait = self._plan_wait(self._planner, request, there, done=True)
             return
         self._held[rid] = time.monotonic()
-        self._meter.begin(rid, keys, request.asked_at)
+        self._measure(rid, request)
         self.requests_held += 1
 
     @property
@@ -218,7 +218,7 @@ class PrefetchQueue:
         if keys:
             self._store.wait(start.head, ANSWER_WAIT_S)
         if request is not None:
-            self._meter.begin(start.rid, rest.keys, rest.asked_at)
+            self._measure(start.rid, rest)
 
     def head_start_over(self, rid: str) -> None:
         """On all ranks, any number of times. From now on it is held for its pages, as any other request."""
@@ -320,6 +320,10 @@ class PrefetchQueue:
         if idle and not done and self._plan_head_start(self._planner, rid, request):
             return False
         return done or request.there >= wait.enough
+
+    def _measure(self, rid: str, request: _Request) -> None:
+        deadline_s = self._deadline_s(len(request.keys))
+        self._meter.begin(rid, request.keys, asked_at=request.asked_at, deadline_s=deadline_s)
 
     def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""

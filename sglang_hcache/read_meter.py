@@ -20,6 +20,7 @@ MEASURED_S = 0.25  # while some are waited for all the time, what came is told s
 class _Reading:
     keys: Sequence[bytes]
     asked_at: float  # monotonic
+    deadline_s: float  # after that; then no more will come
     known_at: float | None = None  # when it was seen what of it is in memory; monotonic
     there: int = 0  # pages, when it was last looked at
 
@@ -31,13 +32,14 @@ class ReadMeter:
         self._store = store
         self._reads_at_once = reads_at_once
         self._readings: dict[str, _Reading] = {}  # by owner
+        self._since = 0.0  # the planner was told last, or nobody waited; monotonic
         self._came: set[bytes] = set()
         self._busy_s = 0.0  # in which these came
         self._busy_until = 0.0  # that is counted; monotonic
 
-    def begin(self, owner: str, keys: Sequence[bytes], asked_at: float) -> None:
+    def begin(self, owner: str, keys: Sequence[bytes], *, asked_at: float, deadline_s: float) -> None:
         """The sooner after it asked, the fewer pages of its are taken for some that were in memory."""
-        self._readings[owner] = _Reading(keys, asked_at)
+        self._readings[owner] = _Reading(keys, asked_at, deadline_s)
         self._look_at(owner)
 
     def end(self, owner: str) -> None:
@@ -46,13 +48,16 @@ class ReadMeter:
     def look(self, planner: LoadPlanner, leaving: Collection[str] = ()) -> None:
         """Tell the planner, if there is enough to tell. `leaving`: owners that will not be waited for any more."""
         now, spans = time.monotonic(), list[tuple[float, float]]()
-        reads = goes_on = False  # for any of them; for any that stays
+        reads = goes_on = late = False  # for any of them; for any that stays; any that had to go without
         for owner, reading in self._readings.items():
             done = self._look_at(owner)
             if reading.known_at is None:
                 continue
-            spans.append((reading.known_at, reading.asked_at + self._store.took_s(owner) if done else now))
-            reads |= not done
+            until = reading.asked_at + self._store.took_s(owner) if done else now
+            spans.append((reading.known_at, until))
+            in_vain = until - reading.asked_at >= reading.deadline_s
+            late |= in_vain and reading.asked_at >= self._since
+            reads |= in_vain or not done
             goes_on |= not done and owner not in leaving
         for since, until in sorted(spans):
             self._busy_s += max(0.0, until - max(since, self._busy_until))
@@ -61,9 +66,11 @@ class ReadMeter:
         enough = len(self._came) >= (max(MEASURED_PAGES, self._reads_at_once) if reads else MEASURED_PAGES)
         if enough and (self._busy_s >= MEASURED_S or not goes_on):
             planner.read(len(self._came), self._busy_s)
+        elif late:
+            planner.read(max(1, len(self._came)), self._busy_s, at_least=True)
         elif goes_on:
             return
-        self._came, self._busy_s = set(), 0.0
+        self._since, self._came, self._busy_s = now, set(), 0.0
 
     def _look_at(self, owner: str) -> bool:
         """Whether all that will come is there."""

@@ -96,6 +96,17 @@ def test_drives_that_turn_out_slow_are_waited_for_no_more_and_tried_again() -> N
     assert gaps[-1] > gaps[0]
 
 
+def test_what_was_given_up_says_only_that_it_is_slower() -> None:
+    follows = planner()
+    seconds = 4 * PAGE * 8 * SHAPE.hidden_bytes / 1e9
+    for _ in range(20):
+        follows.read(4, seconds / 10, at_least=True)
+    assert follows.stats()["slower_ssd"] == 1.0
+    for _ in range(20):
+        follows.read(4, seconds * 10, at_least=True)
+    assert follows.stats()["slower_ssd"] == pytest.approx(10, rel=0.1)
+
+
 def test_a_slower_machine_restores_more() -> None:
     """Forwards that take five times what was measured make restoring worth more, and the other way round."""
     tight = replace(CPU, projection_flop_per_s=9e9)

@@ -243,7 +243,7 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
 def timed(believes: LoadPlanner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     """Pages and seconds that it is told of."""
     told = list[tuple[int, float]]()
-    monkeypatch.setattr(believes, "read", lambda pages, seconds: told.append((pages, seconds)))
+    monkeypatch.setattr(believes, "read", lambda pages, seconds, **_: told.append((pages, seconds)))
     return told
 
 
@@ -458,6 +458,21 @@ def test_a_slow_drive_is_noticed_where_several_wait_for_it(store: LocalStore, di
     wait_until_admissible(requests, "b")
     assert float(str(believes.stats()["slower_ssd"])) > 1
     requests.clear()
+
+
+def test_a_drive_that_hangs_is_not_waited_for_again_and_again(store: LocalStore) -> None:
+    """Even if nothing comes from it before the deadline."""
+    believes = planner(ssd_bytes_per_s=1e10)
+    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=believes)
+    waited_s = []
+    for _ in range(4):
+        requests.queued("a", keys_of(range(10)))
+        waited_s.append(wait_until_admissible(requests, "a"))
+        requests.admit(["a"])
+        requests.forget("a")
+        believes._costs_at = 0.0  # as if time had passed
+    assert waited_s[0] > 0.2
+    assert waited_s[-1] < 0.2
 
 
 def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(

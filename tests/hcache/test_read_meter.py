@@ -12,6 +12,8 @@ from sglang_hcache.read_meter import MEASURED_PAGES, MEASURED_S, ReadMeter
 from sglang_hcache.storage.contract import Progress
 from tests.storage.pages import keys_of
 
+DEADLINE_S = 1.0
+
 
 class Drives:
     """Reads what is asked for in turn, each page in as many seconds; and hears what is told of it."""
@@ -20,6 +22,7 @@ class Drives:
         self.now = 0.0
         self.page_s = page_s
         self.told: list[tuple[int, float]] = []
+        self.least: list[tuple[int, float]] = []  # that it took
         self.free_at = 0.0
         self.comes_at: dict[bytes, float] = {}
         self._asked: dict[str, tuple[list[bytes], float]] = {}
@@ -27,8 +30,8 @@ class Drives:
     def monotonic(self) -> float:
         return self.now
 
-    def read(self, pages: int, seconds: float) -> None:
-        self.told.append((pages, round(seconds, 6)))
+    def read(self, pages: int, seconds: float, *, at_least: bool = False) -> None:
+        (self.least if at_least else self.told).append((pages, round(seconds, 6)))
 
     def ask(self, owner: str, pages: range) -> list[bytes]:
         keys = keys_of(pages)
@@ -39,13 +42,13 @@ class Drives:
         return keys
 
     def progress(self, owner: str) -> Progress:
-        keys, _ = self._asked[owner]
-        there = sum(self.comes_at[key] <= self.now for key in keys)
-        return Progress(tuple(range(there)), there == len(keys))
+        keys, asked_at = self._asked[owner]
+        there = sum(self.comes_at[key] <= min(self.now, asked_at + DEADLINE_S) for key in keys)
+        return Progress(tuple(range(there)), there == len(keys) or self.now >= asked_at + DEADLINE_S)
 
     def took_s(self, owner: str) -> float:
         keys, asked_at = self._asked[owner]
-        return max(0.0, max(self.comes_at[key] for key in keys) - asked_at)
+        return min(DEADLINE_S, max(0.0, max(self.comes_at[key] for key in keys) - asked_at))
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def meter(drives: Any) -> ReadMeter:
 
 
 def begin(meter: ReadMeter, drives: Drives, owner: str, pages: range) -> None:
-    meter.begin(owner, drives.ask(owner, pages), drives.now)
+    meter.begin(owner, drives.ask(owner, pages), asked_at=drives.now, deadline_s=DEADLINE_S)
 
 
 def look_at(meter: ReadMeter, drives: Any, now: float, **options: Any) -> list[tuple[int, float]]:
@@ -115,3 +118,23 @@ def test_while_others_are_under_way_few_say_nothing(
 ) -> None:
     begin(meter, drives, "a", range(20))
     assert bool(look_at(meter, drives, 0.01 * there + 0.001, leaving=["a"])) is tells
+
+
+@pytest.mark.parametrize("page_s", [0.3, 3.0])
+def test_what_a_deadline_ends_took_at_least_so_long(meter: ReadMeter, drives: Drives, page_s: float) -> None:
+    """Else each hit would wait for its deadline: of a drive that hardly delivers there is nothing else to tell."""
+    drives.page_s = page_s
+    begin(meter, drives, "a", range(10))
+    begin(meter, drives, "b", range(10, 20))  # of which the same could be told
+    assert look_at(meter, drives, 0.9) == []
+    assert look_at(meter, drives, 1.1) == []
+    assert drives.least == [(max(1, int(1 / page_s)), DEADLINE_S)]
+    meter.end("a")
+    assert look_at(meter, drives, 1.2) == []
+    assert len(drives.least) == 1
+
+
+def test_what_comes_within_the_deadline_is_not_late(meter: ReadMeter, drives: Drives) -> None:
+    begin(meter, drives, "a", range(3))
+    assert look_at(meter, drives, 5.0) == []
+    assert drives.least == []
