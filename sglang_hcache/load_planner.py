@@ -11,7 +11,7 @@ from typing import Any
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_head_start, plan_load
 from sglang_hcache.planner.machine import Machine
-from sglang_hcache.planner.rate_tracker import PROBE_PAGES, RateTracker, Resource
+from sglang_hcache.planner.rate_tracker import RateTracker, Resource
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
 from sglang_hcache.streams import Event, Stream
@@ -111,9 +111,9 @@ class LoadPlanner:
         plan = plan_head_start(self._now(), self._layout, hit, in_vain_s=in_vain_s)
         return 0 if plan is None else plan.pages
 
-    def pages_to_try(self) -> int:
-        """Ask once for a hit that waits for no reads: how many to make all the same, to see how fast that is."""
-        return PROBE_PAGES if self._tracker.due(self._lower_tier) else 0
+    def tries_drives(self) -> bool:
+        """Ask once for a hit that does not wait for all reads: whether to time some all the same."""
+        return self._tracker.due(self._lower_tier)
 
     def read_s(self, pages: int) -> float:
         """From the lower tier into host memory, with nobody else reading."""

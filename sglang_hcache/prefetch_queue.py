@@ -12,7 +12,7 @@ from enum import Enum, StrEnum, auto
 from sglang_hcache.config import PREFETCH_TIMEOUT_S
 from sglang_hcache.head_start import HeadStart
 from sglang_hcache.load_planner import LoadPlanner, Prompt
-from sglang_hcache.read_meter import ReadMeter
+from sglang_hcache.read_meter import MEASURED_PAGES, ReadMeter
 from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
@@ -54,7 +54,7 @@ class _Wait:
 
     enough: int  # pages
     pass_s: float  # of the engine, from then on
-    to_try: tuple[bytes, ...]  # pages that it does not wait for: to be read to see how fast that is
+    tries: bool  # to see how fast drives are: what is being read when it waits no more is timed
 
 
 class _HeadStartOf(Enum):
@@ -84,32 +84,6 @@ class _Request:
     @property
     def pages_awaited(self) -> int:
         return 0 if self.wait is None else max(0, self.wait.enough - self.there)
-
-
-class _TrialRead:
-    """Pages that are read though nobody waits for them, to see how fast that is; one trial at a time."""
-
-    def __init__(self, store: ChunkStore) -> None:
-        self._store = store
-        self._owner = f"trial {uuid.uuid4()}"  # beside requests, whose ids their senders may choose
-        self.pages = 0  # that are being read
-
-    def begin(self, keys: Sequence[bytes]) -> None:
-        self.pages = len(keys)
-        self._store.prefetch(self._owner, keys, deadline_s=NO_DEADLINE_S)
-
-    def look(self, planner: LoadPlanner) -> None:
-        """Tell the planner, if it is over."""
-        if not self.pages or not (found := self._store.progress(self._owner)).done:
-            return
-        if len(found.slots) == self.pages:
-            planner.read(self.pages, self._store.took_s(self._owner))
-        self.end()
-
-    def end(self) -> None:
-        if self.pages:
-            self.pages = 0
-            self._store.release(self._owner)
 
 
 class PrefetchQueue:
@@ -151,13 +125,14 @@ class PrefetchQueue:
             self.pages_found
         ) = 0
         self.requests_held_s = 0.0
-        self._trial = _TrialRead(store)
+        self._trial = f"trial {uuid.uuid4()}"  # an owner beside requests, whose ids their senders may choose
+        self._trying = False  # it has something read; one trial at a time
         self._meter = ReadMeter(store, reads_at_once)
         self._next_wait_at = 0.0  # monotonic
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: what was asked of the former one is void, and not waited for."""
-        self._store, self._trial = store, _TrialRead(store)
+        self._store, self._trying = store, False
         self._meter = ReadMeter(store, self._reads_at_once)
         self._requests.clear()
 
@@ -181,10 +156,6 @@ class PrefetchQueue:
 
     def admissible(self, *, idle: bool = False) -> list[str]:
         """Held requests that need not wait any longer; `idle`: the engine has nothing to do but to wait for them."""
-        if self._planner is not None:
-            self._trial.look(self._planner)
-        if not self._held:
-            return []
         now = time.monotonic()
         free: list[str] = []
         for rid in self._held:
@@ -195,7 +166,11 @@ class PrefetchQueue:
                 free.append(rid)
                 self.requests_admitted_late += 1
         if self._planner is not None:
+            for rid in free:
+                self._try_reading(self._requests.get(rid))
             self._meter.look(self._planner, leaving=free)
+            if self._trying and self._store.progress(self._trial).done:
+                self._end_trial()
         return free
 
     def head_start(self) -> HeadStart | None:
@@ -215,10 +190,9 @@ class PrefetchQueue:
             rest = self._ask(start.rid, request.keys[start.pages :], behind, arrived_at=request.arrived_at)
             rest.head_start = _HeadStartOf.UNDER_WAY
             rest.admit_by = rest.asked_at + NO_DEADLINE_S
+            self._measure(start.rid, rest, none_there=True)
         if keys:
             self._store.wait(start.head, ANSWER_WAIT_S)
-        if request is not None:
-            self._measure(start.rid, rest)
 
     def head_start_over(self, rid: str) -> None:
         """On all ranks, any number of times. From now on it is held for its pages, as any other request."""
@@ -236,7 +210,6 @@ class PrefetchQueue:
                 self._meter.end(rid)
                 if self._planner is not None:  # what is missing was not worth waiting for
                     self._store.cut(rid)
-                    self._try_reading(self._requests.get(rid))
 
     def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> int:
         """How many leading pages of `keys` to load, all in memory, and `leased` until `forget`.
@@ -290,7 +263,7 @@ class PrefetchQueue:
         for rid in self._requests:
             self._store.release(rid)
         self._requests.clear()
-        self._trial.end()
+        self._end_trial()
 
     def stats(self) -> dict[str, int | float]:
         return {
@@ -321,9 +294,9 @@ class PrefetchQueue:
             return False
         return done or request.there >= wait.enough
 
-    def _measure(self, rid: str, request: _Request) -> None:
-        deadline_s = self._deadline_s(len(request.keys))
-        self._meter.begin(rid, request.keys, asked_at=request.asked_at, deadline_s=deadline_s)
+    def _measure(self, rid: str, request: _Request, *, none_there: bool = False) -> None:
+        asked_at, deadline_s = request.asked_at, self._deadline_s(len(request.keys))
+        self._meter.begin(rid, request.keys, asked_at=asked_at, deadline_s=deadline_s, none_there=none_there)
 
     def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
@@ -365,20 +338,24 @@ class PrefetchQueue:
         )
         if self._in_whole and 2 * enough > pages:
             enough = pages
-        # The next pages are being read already when the request is admitted, and its last ones may be in memory, as
-        # they were stored last: neither would say anything.
-        first = there + self._reads_at_once
-        tries = enough <= there and first < there + lower_pages
-        to_try = request.keys[first : first + planner.pages_to_try()] if tries else ()
+        tries = lower_pages >= MEASURED_PAGES and enough < pages and planner.tries_drives()
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
-        return _Wait(enough, pass_s, to_try)
+        return _Wait(enough, pass_s, tries)
 
     def _try_reading(self, request: _Request | None) -> None:
-        """None beside other reads."""
-        if request is None or request.wait is None or self._held or self._trial.pages:
+        """Time what is being read for one that waits no more: that goes on in any case."""
+        if request is None or request.wait is None or not request.wait.tries or self._trying:
             return
-        if keys := request.wait.to_try:
-            self._trial.begin(keys)
+        self._trying = True
+        keys = request.keys[request.there : request.there + max(self._reads_at_once, MEASURED_PAGES)]
+        self._store.prefetch(self._trial, keys, deadline_s=NO_DEADLINE_S)
+        now = time.monotonic()
+        self._meter.begin(self._trial, keys, asked_at=now, deadline_s=NO_DEADLINE_S, none_there=True)
+
+    def _end_trial(self) -> None:
+        self._trying = False
+        self._meter.end(self._trial)
+        self._store.release(self._trial)
 
     def _ask(
         self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None, *, arrived_at: float | None = None

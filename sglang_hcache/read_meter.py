@@ -37,9 +37,14 @@ class ReadMeter:
         self._busy_s = 0.0  # in which these came
         self._busy_until = 0.0  # that is counted; monotonic
 
-    def begin(self, owner: str, keys: Sequence[bytes], *, asked_at: float, deadline_s: float) -> None:
-        """The sooner after it asked, the fewer pages of its are taken for some that were in memory."""
-        self._readings[owner] = _Reading(keys, asked_at, deadline_s)
+    def begin(
+        self, owner: str, keys: Sequence[bytes], *, asked_at: float, deadline_s: float, none_there: bool = False
+    ) -> None:
+        """The sooner after it asked, the fewer of its pages are taken for some that were in memory.
+
+        none_there: none of them was.
+        """
+        self._readings[owner] = _Reading(keys, asked_at, deadline_s, asked_at if none_there else None)
         self._look_at(owner)
 
     def end(self, owner: str) -> None:

@@ -86,8 +86,8 @@ def test_drives_that_turn_out_slow_are_waited_for_no_more_and_tried_again() -> N
         follows._costs_at = 0.0  # as if time had passed
         if wanted:
             follows.read(wanted, seconds * wanted / 64)
-        elif pages := follows.pages_to_try():
-            follows.read(pages, seconds * pages / 64)
+        elif follows.tries_drives():
+            follows.read(4, seconds * 4 / 64)
             probes.append(len(waited))
     assert waited[0] == 64
     assert set(waited[3:]) == {0}, "nobody waits"

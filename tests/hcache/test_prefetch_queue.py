@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Place
-from tests.storage.pages import LAYOUT, holds, key_of, keys_of, save
+from tests.storage.pages import LAYOUT, holds, key_of, keys_of, open_store, save
 
 TIMEOUT = HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.3, per_ki_token_s=0.0)
 
@@ -225,7 +225,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalSto
         requests.admit(["a"])
         requests.forget("a")
     disk.set()
-    store.wait(requests._trial._owner, 10)
+    store.wait(requests._trial, 10)
     assert requests.admissible() == []
     assert float(str(believes.stats()["slower_ssd"])) < 0.1
     assert store.stats()["pages_leased"] == 0
@@ -267,25 +267,36 @@ def test_reads_are_timed_however_late_their_end_is_seen(
     requests.clear()
 
 
-def test_what_is_tried_is_not_being_read_already(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many reads are under way as there are threads; they are not called back."""
-    asked, prefetch = dict[str, list[bytes]](), store.prefetch
+@pytest.mark.parametrize("pages", [6, 30])
+def test_a_trial_takes_as_long_as_its_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+    """What is being read already when it begins is part of it, so it is of hits that are short."""
+    turn, read, page_s = threading.Lock(), Place.read, 0.02
 
-    def recorded(owner: str, keys: Sequence[bytes], **kwargs: Any) -> None:
-        asked[owner] = list(keys)
-        prefetch(owner, keys, **kwargs)
+    def slow(place: Place, key: bytes, out: Record) -> bool:
+        with turn:  # threads share what a drive delivers
+            time.sleep(page_s)
+        return read(place, key, out)
 
-    monkeypatch.setattr(store, "prefetch", recorded)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
-    for pages in (READ_THREADS, 10):
-        for _ in range(PROBE_EVERY):
-            assert requests._trial._owner not in asked
-            requests.queued("a", keys_of(range(pages)))
-            wait_until_admissible(requests, "a")
-            requests.admit(["a"])
-            requests.forget("a")
-    assert asked[requests._trial._owner] == keys_of(range(READ_THREADS, 10))
-    requests.clear()
+    store = open_store(tmp_path)
+    save(store, range(pages))
+    assert store.flush(30)
+    monkeypatch.setattr(Place, "read", slow)
+    believes = planner(ssd_bytes_per_s=1e3)
+    told = timed(believes, monkeypatch)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    for _ in range(PROBE_EVERY):
+        store.drop_host()
+        requests.queued("a", keys_of(range(pages)))
+        wait_until_admissible(requests, "a")
+        requests.admit(["a"])
+        requests.forget("a")
+        store.wait(requests._trial, 10)
+        requests.admissible()
+        time.sleep(0.3)  # other reads come to their end
+    ((read_pages, seconds),) = told
+    assert read_pages == min(pages, READ_THREADS)
+    assert 0.8 < seconds / (read_pages * page_s) < 1.6
+    store.close()
 
 
 def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event) -> None:
@@ -582,7 +593,7 @@ def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, dis
     requests.queued("hcache-synthetic", keys_of(range(5)))
     wait_until_admissible(requests, "hcache-synthetic")
     slots = requests.ready("hcache-synthetic", keys_of(range(5)))
-    requests._trial.begin([key_of(7)])
+    store.prefetch(requests._trial, [key_of(7)])
     assert int(str(store.stats()["pages_leased"])) >= slots == 5
     requests.clear()
 
