@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
@@ -81,9 +82,12 @@ class _Request:
     planned: int | None = None  # of these, to be restored
     counted: bool = False  # as a plan that could use host memory
 
-    @property
-    def pages_awaited(self) -> int:
-        return 0 if self.wait is None else max(0, self.wait.enough - self.there)
+    def pages_awaited_before(self, other: _Request) -> int:
+        """Those that the other does not wait for as well: what two requests share is at the beginning of both."""
+        if self.wait is None:
+            return 0
+        own = bisect_left(self.keys, True, self.there, self.wait.enough, key=lambda key: key not in other.place)
+        return max(0, self.wait.enough - own)
 
 
 class PrefetchQueue:
@@ -305,18 +309,22 @@ class PrefetchQueue:
             return False
         request.head_start = _HeadStartOf.NO_MORE
         missing = len(request.keys) - request.there
-        queued = sum(other.pages_awaited for before, other in self._before(request).items() if before in self._held)
         pages = planner.head_start(
             request.there,
             missing,
             request.prompt,
-            queued_pages=queued,
+            queued_pages=self._queued_pages(request),
             begun_pages=min(missing, self._reads_at_once),
         )
         if pages:
             tokens = request.prompt.device_tokens + pages * self._page_tokens
             self._start = HeadStart(rid, f"{rid} head start {uuid.uuid4()}", pages, tokens)
         return pages > 0
+
+    def _queued_pages(self, request: _Request) -> int:
+        """That are read before those of this one."""
+        before = self._before(request).items()
+        return sum(other.pages_awaited_before(request) for rid, other in before if rid in self._held)
 
     def _before(self, request: _Request) -> dict[str, _Request]:
         """Requests that were queued before it."""
@@ -327,14 +335,14 @@ class PrefetchQueue:
 
         done: no more of its pages will come.
         """
-        before = self._before(request)
+        before = self._before(request).values()
         pages, lower_pages = len(request.keys), 0 if done else len(request.keys) - there
         enough = planner.worth_waiting_for(
             there,
             lower_pages,
             request.prompt,
-            start_s=sum(other.wait.pass_s for other in before.values() if other.wait is not None),
-            queued_pages=sum(other.pages_awaited for rid, other in before.items() if rid in self._held),
+            start_s=sum(other.wait.pass_s for other in before if other.wait is not None),
+            queued_pages=self._queued_pages(request),
         )
         if self._in_whole and 2 * enough > pages:
             enough = pages

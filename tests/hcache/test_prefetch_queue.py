@@ -418,9 +418,12 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
 ) -> None:
     plans, reads, read = (
         planner(ssd_bytes_per_s=1e10),
-        {key: threading.Event() for key in keys_of(range(10))},
+        {key: threading.Event() for key in keys_of(range(30))},
         Place.read,
     )
+    save(store, range(10, 30))
+    assert store.flush(30)
+    store.drop_host()
     worth, start_s, queued = plans.worth_waiting_for, list[float](), list[int]()
 
     def recorded(*args: Any, **kwargs: Any) -> int:
@@ -437,22 +440,23 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     wait_until_admissible(requests, "nowhere")
     requests.admit(["nowhere"])
 
-    def behind(rid: str) -> int:
-        requests.queued(rid, keys_of(range(10)))
+    def behind(rid: str, first: int) -> int:
+        requests.queued(rid, keys_of(range(first, first + 10)))
         assert requests.admissible() == []
         return queued[-1]
 
-    assert behind("read") == 0, "what is nowhere is not read"
+    assert behind("read", 0) == 0, "what is nowhere is not read"
     assert start_s[-1] == pytest.approx(plans.pass_s(0, prompt, missing_pages=5)), "it is prefilled"
-    assert behind("also read") == 10
+    assert behind("also read", 10) == 10
     for key in keys_of(range(READ_THREADS)):
         reads[key].set()
     while len(store.progress("read").slots) < READ_THREADS:
         time.sleep(0.01)
     assert requests.admissible() == []
-    assert behind("read at last") == 2 * (10 - READ_THREADS)
-    requests.admit(["read", "also read", "read at last"])
-    assert behind("later") == 0, "they are still queued, but wait no more"
+    assert behind("read at last", 20) == (10 - READ_THREADS) + 10
+    assert behind("read with it", 20) == (10 - READ_THREADS) + 10, "its own pages are read for both"
+    requests.admit(["read", "also read", "read at last", "read with it"])
+    assert behind("later", 0) == 0, "they are still queued, but wait no more"
     for may_be_read in reads.values():
         may_be_read.set()
     requests.clear()
