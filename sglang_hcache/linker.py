@@ -191,7 +191,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             return list(range(1, pages + 1))
         chunks = self.prefetch_queue.leased(rid, keys)
         found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
-        return windows.up_to(found, pages)
+        return windows.up_to(found, pages) or found[: self.prefetch_queue.tries_bus(rid)]
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers

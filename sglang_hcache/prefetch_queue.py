@@ -81,6 +81,7 @@ class _Request:
     found: int = 0  # of these
     planned: int | None = None  # of these, to be restored
     counted: bool = False  # as a plan that could use host memory
+    tries_bus: bool = False
 
     def pages_awaited_before(self, other: _Request) -> int:
         """Those that the other does not wait for as well: what two requests share is at the beginning of both."""
@@ -234,7 +235,7 @@ class PrefetchQueue:
         if not found or self._planner is None:
             return found
         least_pages = self._planner.least_pages(found, again=request.counted)
-        request.counted = True
+        request.counted, request.tries_bus = True, least_pages > 0
         request.planned = self._planner.pages(
             found,
             self._prompt(request, keys),
@@ -243,6 +244,11 @@ class PrefetchQueue:
             least_pages=least_pages,
         )
         return request.planned
+
+    def tries_bus(self, rid: str) -> bool:
+        """Whether what `ready` said is to be loaded to see how fast that is, be it worth it or not."""
+        request = self._requests.get(rid)
+        return request is not None and request.tries_bus
 
     def leased(self, rid: str, keys: Sequence[bytes]) -> list[int]:
         """Slots of the leading pages of `keys`; of no fewer than `ready` said, unless it was asked again since."""

@@ -190,6 +190,10 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
     with monkeypatch.context() as planner:
         planner.setattr(tier.prefetch_queue, "ready", lambda *_, **__: 2)
         assert tier.lookup("a", both(range(4))) == [3], "what is planned is rounded to an end"
+        planner.setattr(tier.prefetch_queue, "ready", lambda *_, **__: 1)
+        assert tier.lookup("a", both(range(4))) == []
+        planner.setattr(tier.prefetch_queue, "tries_bus", lambda rid: True)
+        assert tier.lookup("a", both(range(4))) == [3], "else a bus that seems slow would never be tried"
     assert tier.load("a", both(range(4), (5, 6, 7, 8), (4,)))
     assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
     for layer in (1, 3):

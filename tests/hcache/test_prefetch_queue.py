@@ -545,6 +545,7 @@ def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_l
         requests.queued(str(number), keys)
         store.wait(str(number), 10)
         restored.append({requests.ready(str(number), keys) for _ in range(3 * PROBE_EVERY)})
+        assert requests.tries_bus(str(number)) == (number == PROBE_EVERY - 1)
         requests.forget(str(number))
     assert restored == [{0}] * (PROBE_EVERY - 1) + [{PROBE_PAGES}]
     for rid in ("a", "b"):
