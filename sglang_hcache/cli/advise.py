@@ -207,8 +207,8 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
         "planned_for": stored_for,
         "planned_tokens": arguments.tokens,
         "bytes_per_token": {
-            "plan": layout.bytes_per_token(shape),
-            "kv": shape.layers * shape.kv_bytes,
+            "plan": layout.bytes_per_token(shape, machine.ranks),
+            "kv": shape.layers * shape.kv_bytes * shape.kv_copies(machine.ranks),
             "hidden": shape.layers * shape.hidden_bytes,
         },
         "times": {

@@ -119,7 +119,7 @@ def _layout(directory: Path, measured: Measured) -> Layout:
     by_itself = about["ranks"] == 1 and not about.get("prefetcher")  # as the linker has it: only then is it planned
     if by_itself and (planned := kept.read()) is not None:
         return planned
-    smaller = about.get("projector") and shape.hidden_bytes < shape.kv_bytes
+    smaller = about.get("projector") and shape.hidden_bytes < shape.kv_bytes * shape.kv_copies(about["ranks"])
     return Layout(0, shape.layers, 0) if smaller else Layout(0, 0, shape.layers)
 
 

@@ -60,7 +60,7 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
     ranks = machine.ranks
     # A ring reduces in two halves, each of which moves (ranks - 1) / ranks of the data; twice a layer.
     half_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
-    kv_shares = shape.kv_shares(ranks)
+    kv_shares, kv_bytes = shape.kv_shares(ranks), shape.kv_bytes * shape.kv_copies(ranks)
     ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)
     weight_bytes = shape.layer_weight_bytes / ranks
     windowed = shape.windowed_layers / shape.layers
@@ -68,7 +68,7 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
     return Costs(
         layers=shape.layers,
         hidden_bytes_per_token=shape.hidden_bytes,
-        kv_bytes_per_token=shape.kv_bytes,
+        kv_bytes_per_token=kv_bytes,
         linear_s_per_token=shape.linear_flop / ranks / machine.gemm_flop_per_s
         + 4 * half_s
         + windowed * shape.window * pair_s,
@@ -83,10 +83,10 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
         hidden_bus_s_per_token=shape.hidden_bytes / machine.bus_bytes_per_s,
         kv_bus_s_per_token=shape.kv_bytes / kv_shares / machine.bus_bytes_per_s,
         hidden_ssd_s_per_token=shape.hidden_bytes * ssd_s,
-        kv_ssd_s_per_token=shape.kv_bytes * ssd_s,
+        kv_ssd_s_per_token=kv_bytes * ssd_s,
         ssd_latency_s=machine.ssd_latency_s,
         hidden_remote_s_per_token=shape.hidden_bytes * remote_s,
-        kv_remote_s_per_token=shape.kv_bytes * remote_s,
+        kv_remote_s_per_token=kv_bytes * remote_s,
         remote_latency_s=machine.remote_latency_s,
         streams=machine.streams,
     )

@@ -75,13 +75,17 @@ class ModelShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Of K and V as they are stored."""
+        """Of K and V as they are stored, each head once."""
         elements = self.latent.size if self.latent is not None else 2 * self.kv_heads * self.head_dim
         return self.stored_kv_bytes or elements * self.dtype_bytes
 
     def kv_shares(self, ranks: int) -> int:
         """Ranks among which K and V are divided; each has all of MLA's latent."""
         return 1 if self.latent is not None else min(ranks, self.kv_heads)
+
+    def kv_copies(self, ranks: int) -> int:
+        """How often K and V are stored: each rank stores the heads it has, and of a latent there is one."""
+        return 1 if self.latent is not None else ranks // self.kv_shares(ranks)
 
     @property
     def projection_parameters(self) -> int:

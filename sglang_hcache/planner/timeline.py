@@ -32,8 +32,8 @@ class Layout:
     def layers(self) -> int:
         return self.none + self.hidden + self.kv
 
-    def bytes_per_token(self, shape: ModelShape) -> int:
-        return self.hidden * shape.hidden_bytes + self.kv * shape.kv_bytes
+    def bytes_per_token(self, shape: ModelShape, ranks: int = 1) -> int:
+        return self.hidden * shape.hidden_bytes + self.kv * shape.kv_bytes * shape.kv_copies(ranks)
 
     def ranges(self) -> Iterator[tuple[str, int, int]]:
         """Representation, first layer, last layer."""

@@ -196,6 +196,12 @@ def test_ranks_store_all_layers_alike(capsys: pytest.CaptureFixture[str]) -> Non
     assert stored(8, 0) == {"kv"}
 
 
+def test_heads_that_several_ranks_have_are_stored_by_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3-235B has four of 128 elements, on eight ranks one each."""
+    report = advise(capsys, "Qwen3-235B-A22B", "--gpu", "H200", "--tp", 8, "--drives", 1)
+    assert report["bytes_per_token"]["kv"] == 94 * 8 * 2 * 128 * 2
+
+
 def test_heads_that_ranks_cannot_share_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "Qwen2.5-7B", "--gpu", "H100", "--tp", 8)
     assert "--tp 8 does not divide the heads of Qwen2.5-7B: 28 query heads, 4 KV heads" in said

@@ -64,9 +64,11 @@ def test_ranks_share_the_work_but_not_every_copy() -> None:
     assert one.linear_s_per_token / 4 < four.linear_s_per_token < one.linear_s_per_token / 2
     assert four.hidden_bus_s_per_token == one.hidden_bus_s_per_token
     assert four.kv_bus_s_per_token == pytest.approx(one.kv_bus_s_per_token / 4)
-    sixteen = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=16))
-    eight = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=8))
+    sixteen = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=16, drives=1, drive_bytes_per_s=7e9))
+    eight = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=8, drives=1, drive_bytes_per_s=7e9))
     assert sixteen.kv_bus_s_per_token == eight.kv_bus_s_per_token, "8 heads cannot be cut in 16"
+    assert sixteen.kv_ssd_s_per_token == 2 * eight.kv_ssd_s_per_token, "each rank stores the one it has"
+    assert sixteen.kv_remote_s_per_token == 2 * eight.kv_remote_s_per_token
 
 
 def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
@@ -77,6 +79,7 @@ def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
     assert shape.layer_weight_bytes - experts == pytest.approx(187.1e6, rel=1e-3)
     one, eight = (costs_of(shape, machine_of("H200", ranks=ranks)) for ranks in (1, 8))
     assert eight.kv_bus_s_per_token == one.kv_bus_s_per_token
+    assert eight.kv_ssd_s_per_token == one.kv_ssd_s_per_token, "it is stored once"
     assert one.attention_s_per_pair == pytest.approx(2 * 128 * (192 + 128) / machine_of("H200").attention_flop_per_s)
 
 
