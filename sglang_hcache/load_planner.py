@@ -18,6 +18,7 @@ from sglang_hcache.streams import Event, Stream
 
 _REFRESH_S = 0.1  # rates are made into costs anew at most so often
 _MOST_UNREAD = 16  # forwards whose end has not been looked at
+_FASTER = 1.5  # than believed: more than the noise of forwards, whose faster half would make prefill seem faster
 _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
 
 
@@ -132,8 +133,8 @@ class LoadPlanner:
     ) -> None:
         """A forward of some requests' next tokens, each after its context; `alone`: it waited for no load.
 
-        Else it says nothing, unless it was faster than it should have been even alone. Nor does one of so few tokens
-        that most of it is the reading of weights, whose rate is not followed.
+        Else it says nothing, unless it was clearly faster than it should have been even alone. Nor does one of so few
+        tokens that most of it is the reading of weights, whose rate is not followed.
         """
         if sum(tokens) < _LEAST_TOKENS:
             return
@@ -143,7 +144,7 @@ class LoadPlanner:
         fixed_s = costs.layers * weights_s + costs.head_s
         took_s = seconds - fixed_s
         believed_s = work_s * self._tracker.factor(Resource.PREFILL)
-        if believed_s >= fixed_s and (alone or took_s < believed_s):
+        if believed_s >= fixed_s and (alone or took_s < believed_s / _FASTER):
             self._tracker.observe(Resource.PREFILL, work_s, took_s)
 
     def restored(self, tokens: int, seconds: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 
@@ -152,6 +154,15 @@ def test_prefill_that_is_believed_slow_is_seen_to_be_fast_beside_loads() -> None
     for _ in range(20):
         follows.prefilled([512], [0], expected_s / 10, alone=False)
     assert follows.stats()["slower_prefill"] == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_noise_of_forwards_beside_loads_does_not_make_prefill_seem_faster() -> None:
+    """Where a server restores part of every hit, there are no others."""
+    follows, noise = planner(), random.Random(1)
+    expected_s = costs_of(SHAPE, CPU).prefill_s(512)
+    for _ in range(3000):
+        follows.prefilled([512], [0], expected_s * math.exp(noise.gauss(0, 0.1)), alone=False)
+    assert follows.stats()["slower_prefill"] > 0.9
 
 
 def test_prefill_that_is_believed_fast_is_seen_to_be_slow_in_what_restoring_leaves() -> None:
