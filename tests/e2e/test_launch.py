@@ -27,7 +27,8 @@ def main():
     def ask(seed):
         prompt = [100 + (seed * token) % 97 for token in range(700)]
         answer = engine.generate(input_ids=prompt, sampling_params={"temperature": 0, "max_new_tokens": 8})
-        return answer["output_ids"], answer["meta_info"]["cached_tokens_details"]["host"]
+        cached = answer["meta_info"].get("cached_tokens_details") or {}
+        return answer["output_ids"], cached.get("host", 0)
 
     answers = [ask(seed) for seed in (3, 5, 7, 3)]
     state = engine.get_server_info()["internal_states"][0]["hcache"]
