@@ -139,10 +139,8 @@ class Rehearsal:
         except ServerDied as error:
             print(f"{name:14} FAILED: {error}", flush=True)
             return False
-        text, differences = (
-            log.read_text(errors="replace"),
-            [worst([a], [b]) for a, b in zip(found, wanted, strict=True)],
-        )
+        text = log.read_text(errors="replace")
+        differences = [worst([a], [b]) for a, b in zip(found, wanted, strict=True)]
         equal = sum(one.same_tokens and one.logprob <= TOLERANCE for one in differences)
         restored = sum(answer.cached_host for answer in found)
         wrong = [f"the log lacks {part!r}" for part in way.log_has if part not in text]
