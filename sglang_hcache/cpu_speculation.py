@@ -28,7 +28,8 @@ def use_pytorch() -> None:
     eagle_utils._is_cpu = True  # drafts are accepted greedily, as on SGLang's own CPU platform
     draft_utils.DraftBackendFactory.create_decode_backend = _draft_steps
     draft_utils.DraftBackendFactory.create_draft_extend_backend = _draft_extend
-    torch.cuda.synchronize = _nothing_to_wait_for  # called on any device, as DeepSeek's draft is loaded
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = _nothing_to_wait_for  # called on any device, as DeepSeek's draft is loaded
 
 
 def _nothing_to_wait_for(device: object = None) -> None:
