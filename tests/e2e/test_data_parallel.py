@@ -18,10 +18,7 @@ from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 PROMPT_TOKENS = 700
 RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for
 RANKS = int(os.environ.get("HCACHE_GROUP_RANKS", "1"))  # that have the same requests
-ARGS = (
-    *("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512"),
-    *("--enable-metrics", "--sleep-on-idle"),
-)
+ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics")
 WAITING = ("--hicache-storage-prefetch-policy", "wait_complete")
 
 
