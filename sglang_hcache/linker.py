@@ -150,7 +150,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         Perhaps once more, retracted or preempted while its load lands: what is given back then is not what it asks
         for now.
         """
-        if self._loads.of(rid):
+        if rid in self._loads:
             self._loads.end_landed(wait=True)
         self.prefetch_queue.queued(rid, keys, prompt)
 
@@ -237,7 +237,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
-        if not self._loads.of(rid):
+        if rid not in self._loads:
             self.prefetch_queue.forget(rid)
 
     # ---- offload ----

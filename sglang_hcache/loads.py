@@ -37,8 +37,9 @@ class Loads:
         """Whether any is under way."""
         return bool(self._queued or self._started or self._landing)
 
-    def of(self, rid: str) -> list[Load]:
-        return [load for load in self._under_way() if load.rid == rid]
+    def __contains__(self, rid: str) -> bool:
+        """Whether one of this request is."""
+        return any(load.rid == rid for load in self._under_way())
 
     @property
     def pages(self) -> int:
@@ -128,7 +129,7 @@ class Loads:
 
     def _end(self, loads: Sequence[Load]) -> None:
         for load in loads:
-            if not self.of(load.rid):
+            if load.rid not in self:
                 self._release(load.rid)
 
     def _tokens_of(self, loads: Sequence[Load]) -> int:

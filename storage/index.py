@@ -153,11 +153,12 @@ class Index:
     def put_many(self, entries: Iterable[tuple[bytes, Entry]]) -> None:
         """Add or replace entries: all or none, and durable on return."""
         new = 0
-        with self._in_use(), self._shared.counting, self._env.begin(write=True) as txn:
-            for key, entry in entries:
-                name = self._fingerprint + key
-                new += len(name) == NAME_BYTES and txn.get(name) is None
-                txn.put(name, encode(name, entry))
+        with self._in_use(), self._shared.counting:
+            with self._env.begin(write=True) as txn:
+                for key, entry in entries:
+                    name = self._fingerprint + key
+                    new += len(name) == NAME_BYTES and txn.get(name) is None
+                    txn.put(name, encode(name, entry))
             self._shared.pages[self._fingerprint] += new
 
     def delete_many(self, entries: Iterable[tuple[bytes, Entry]]) -> int:
@@ -167,11 +168,12 @@ class Index:
     def delete_names(self, names: Iterable[tuple[bytes, tuple[str, int]]]) -> int:
         """`delete_many` for entries of any fingerprint, by full name."""
         deleted = Counter[bytes]()
-        with self._in_use(), self._shared.counting, self._env.begin(write=True) as txn:
-            for name, place in names:
-                value = txn.get(name)
-                if value is not None and (entry := decode(name, value)) is not None and entry.place == place:
-                    deleted[name[:FINGERPRINT_BYTES]] += txn.delete(name)
+        with self._in_use(), self._shared.counting:
+            with self._env.begin(write=True) as txn:
+                for name, place in names:
+                    value = txn.get(name)
+                    if value is not None and (entry := decode(name, value)) is not None and entry.place == place:
+                        deleted[name[:FINGERPRINT_BYTES]] += txn.delete(name)
             self._shared.pages.subtract(deleted)
         return deleted.total()
 
