@@ -8,7 +8,8 @@ limited (`--hcache-read-limit`) so that the smaller representation of the whole 
 (balanced), or a tenth (rich) of what prefilling it takes, as measured before on the server without a tier. `hidden`
 and `kv` restore all of it (`--hcache-plan always`), `auto` is the server as it comes; every request asks for its
 prefix and 64 tokens never seen before, so `recompute` is prefilling both. All four servers run at once and are asked
-in turn, so that a noisy machine slows all of them; those that are not asked sleep. Medians over the rounds, after two
+in turn, so that a noisy machine slows all of them; those that are not asked sleep. Each round begins with another
+server: who comes after `recompute` finds a machine that is up to a tenth slower. Medians over the rounds, after two
 requests of each that fill the store and two that are not counted. `worst_auto` is the largest ratio of auto's median
 to the best method's. Answers are compared with recompute's token by token.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -111,9 +113,11 @@ def compete(case: Case, regime: str, plain: Contender, prefill_s: float, folder:
         tiers = {method: stack.enter_context(serving(case, method, limit_gb, folder)) for method in METHODS}
         plain.requests, plain.answers = 0, []
         everybody = {"recompute": plain} | tiers
+        turns = deque(everybody.values())
         for _ in range(2 + UNCOUNTED + case.rounds):
-            for contender in everybody.values():
+            for contender in turns:
                 contender.ask()
+            turns.rotate()
         state = tiers["auto"].server.tier_state()
     counted = {method: contender.answers[-case.rounds :] for method, contender in everybody.items()}
     seconds = {method: median_s(answers) for method, answers in counted.items()}
@@ -167,7 +171,7 @@ def main() -> None:
     parser.add_argument("--prefix-tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--model", action="append", choices=("llama", "llama_gqa"), help="default: both")
     arguments = parser.parse_args()
     sizes = arguments.prefix_tokens, arguments.hidden_size, arguments.layers, arguments.rounds
