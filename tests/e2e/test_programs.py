@@ -1,24 +1,42 @@
-"""SGLang frontend programs, and replayed workloads, on a server with the tier and on one without it."""
+"""SGLang frontend programs, OpenAI clients and replayed workloads, on servers with the tier and without it."""
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import sglang
+from openai import OpenAI
 
 from bench.harness import Server
 from bench.replay import replay
 from bench.workloads import MADE
 from tests.e2e.conftest import Workshop, started_together
-from tests.e2e.scenarios import evict_everything
+from tests.e2e.scenarios import SERVER_ARGS, evict_everything
 
 Servers = tuple[Server, Server]
 
 TURNS = 3
+
+
+class ServedFromConfig(Server):
+    """By `sglang serve`, which wants to see the model, with all other flags in a file."""
+
+    def command(self) -> list[str]:
+        words = super().command()
+        flags: dict[str, str | bool] = {}
+        for word, follows in zip(words, [*words[1:], "--"], strict=True):
+            if word.startswith("--"):
+                flags[word.removeprefix("--")] = follows if not follows.startswith("--") else True
+        model, file = str(flags.pop("model-path")), self.log.with_suffix(".yaml")
+        file.write_text(json.dumps(flags))  # which YAML reads, too
+        sglang_command = str(Path(words[0]).with_name("sglang"))
+        return [sglang_command, "serve", "--model-type", "llm", "--model-path", model, "--config", str(file)]
 
 
 def text_of(characters: int, seed: int) -> str:
@@ -64,7 +82,10 @@ def run(program: Any, server: Server) -> str:
 @pytest.fixture(scope="module")
 def servers(workshop: Workshop) -> Iterator[Servers]:
     """With the tier, and without it."""
-    with started_together(workshop.tiered(workshop.folder / "store-programs"), workshop.stock()) as (tiered, stock):
+    args = (*SERVER_ARGS, "--enable-cache-report")
+    tiered = workshop.tiered_by(ServedFromConfig, workshop.folder / "store-programs", args=args)
+    stock = workshop.stock(args=args)
+    with started_together(tiered, stock):
         yield tiered, stock
 
 
@@ -77,6 +98,43 @@ def test_a_program_says_the_same_when_its_prefixes_were_evicted(name: str, serve
     before = tiered.tier_state()["tokens_restored"]
     assert run(PROGRAMS[name], tiered) == wanted
     assert tiered.tier_state()["tokens_restored"] - before >= 512
+
+
+def converse(server: Server, *, stream: bool) -> tuple[list[str], list[int]]:
+    """What an OpenAI client is answered in each turn, and how much of its prompt it is told was cached."""
+    client = OpenAI(base_url=f"http://{server.host}:{server.port}/v1", api_key="none", max_retries=0, timeout=120)
+    messages: list[dict[str, str]] = [{"role": "system", "content": text_of(300, seed=4)}]
+    said, cached = [], []
+    for turn in range(TURNS):
+        messages.append({"role": "user", "content": text_of(150, seed=40 + turn)})
+        asked: Any = {"model": "default", "messages": messages, "max_tokens": 24, "temperature": 0.0}
+        if stream:
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
+            chunks = list(client.chat.completions.create(**asked))
+            said.append("".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices))
+            usage = chunks[-1].usage
+        else:
+            answer = client.chat.completions.create(**asked)
+            said.append(answer.choices[0].message.content)
+            usage = answer.usage
+        details = usage.prompt_tokens_details
+        cached.append(details.cached_tokens if details else 0)
+        messages.append({"role": "assistant", "content": said[-1]})
+    return said, cached
+
+
+def test_an_openai_client_gets_the_same_answers_and_is_told_what_was_restored(servers: Servers) -> None:
+    tiered, stock = servers
+    wanted, _ = converse(stock, stream=False)
+    assert all(wanted)
+    assert converse(tiered, stream=False)[0] == wanted
+    evict_everything(tiered)
+    before = tiered.tier_state()["tokens_restored"]
+    found, cached = converse(tiered, stream=True)
+    assert found == wanted
+    restored = tiered.tier_state()["tokens_restored"] - before
+    assert cached[0] > 0
+    assert restored >= cached[0]
 
 
 def test_programs_in_a_batch(servers: Servers) -> None:
