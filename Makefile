@@ -17,7 +17,7 @@ MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit e2e faults ranks fuzz soak bench gpu format clean
+.PHONY: help setup demo test check lint types imports unit e2e faults ranks rehearse fuzz soak bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ faults: setup ## the full counts: kills of writer, prefetcher and clients, flipp
 
 ranks: setup ## replicas and data-parallel attention with two ranks each
 	HCACHE_GROUP_RANKS=2 $(BIN)/python -m pytest tests/e2e/test_data_parallel.py
+
+rehearse: setup ## the GPU's path on an emulated GPU, with the real server; needs g++, takes half an hour
+	$(BIN)/python -m tests.emulated_gpu.rehearse
 
 fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
 	HCACHE_FUZZ_FRAMES=$(FUZZ_FRAMES) $(BIN)/python -m pytest tests/prefetch/test_fuzz.py -s
