@@ -417,6 +417,7 @@ void run_now(const c10::OperatorHandle& op, Stack* stack, size_t begin) {
     stack->push_back(with(value, [&](const Tensor& tensor) {
       for (auto& [cpu, own] : same) if (cpu.is_same(tensor)) return own;
       auto made = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(GPU));
+      synchronize(current); // its memory may have been used before, and is spoilt
       on_cpu(made).copy_(tensor);
       return made;
     }, c10::kCPU));
