@@ -45,7 +45,10 @@ class Platform(TorchCpuPlatform):
 
 
 def _make_attention(model_runner: Any) -> object:
-    from sglang_hcache.cpu_attention import TorchCpuAttention  # imports much of SGLang
+    from sglang_hcache.cpu_attention import TorchCpuAttention, attend_to_latents  # imports much of SGLang
+
+    if model_runner.use_mla_backend:
+        attend_to_latents()
 
     class Attention(TorchCpuAttention):
         """Masks and such are made where the rest is."""
