@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.client import RequestFailed
 from bench.harness import Answer, ModelSpec, Server, ServerDied, make_model, random_prompt
 from tests.e2e.scenarios import tail_logprobs, worst
 
@@ -143,7 +144,7 @@ class Rehearsal:
         flags = ("--hicache-backend", "hcache", *way.flags, "--hcache-dir", str(self._folder / f"store-{name}"))
         try:
             found = ask(EmulatedServer(way.device, self._model(way.spec), (*SERVER_ARGS, *flags), log=log))
-        except ServerDied as error:
+        except (ServerDied, RequestFailed) as error:
             print(f"{name:14} FAILED: {error}", flush=True)
             return False
         text = log.read_text(errors="replace")
