@@ -48,19 +48,19 @@ class Workshop:
 
     def tiered(
         self,
-        store: Path,
+        store: Path | str,
         spec: ModelSpec = LLAMA,
         args: Sequence[str] = SERVER_ARGS,
         *,
         env: Environment | None = None,
     ) -> Server:
-        """A server with the tier, its files in `store`."""
+        """A server with the tier, its files in `store`, or in several with commas between."""
         return self.tiered_by(Server, store, spec, args, env=env)
 
     def tiered_by(
         self,
         server_class: type[AnyServer],
-        store: Path,
+        store: Path | str,
         spec: ModelSpec = LLAMA,
         args: Sequence[str] = SERVER_ARGS,
         *,

@@ -35,6 +35,16 @@ REPRESENTATIONS = {
     "olmo3": "hidden",  # K norm over all heads, layers with a sliding window
     "gemma3": "kv",  # GQA, layers with a sliding window
 }
+# What no other test serves with: SGLang's flags, with and without the tier, and the tier's own.
+SCHEDULING = {
+    "olmoe": ("--disable-overlap-schedule",),
+    "gemma": ("--enable-mixed-chunk",),
+}
+TIER = {
+    "phi3": ("--hicache-write-policy", "write_back"),
+    "stablelm": ("--hicache-write-policy", "write_through_selective"),
+    "gptj": ("--hicache-storage-prefetch-policy", "best_effort"),
+}
 BY_KERNELS = ("qwen3", "opt")  # these, too: in Triton's interpreter, where there is no GPU to run them
 
 
@@ -56,7 +66,9 @@ def test_restores(architecture: str, workshop: Workshop, tmp_path: Path) -> None
     spec = ModelSpec(architecture)
     changed = random_prompt(PROMPT_TOKENS, seed=1)
     changed[5] += 1
-    servers = [workshop.stock(spec, ARGS), workshop.tiered(tmp_path / "store", spec, ARGS)]
+    args = (*ARGS, *SCHEDULING.get(architecture, ()))
+    of_tier = (*args, *TIER.get(architecture, ()))
+    servers = [workshop.stock(spec, args), workshop.tiered(tmp_path / "store", spec, of_tier)]
     if architecture in BY_KERNELS:
         servers.append(workshop.tiered(tmp_path / "by-kernels", spec, ARGS, env={"TRITON_INTERPRET": "1"}))
     with started_together(*servers) as (stock, *tiered):

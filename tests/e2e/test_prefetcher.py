@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.harness import Answer, Server, free_port, random_prompt
+from bench.harness import Answer, Server, disk_bytes, free_port, random_prompt
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, wait_until
 from tests.e2e.scenarios import (
@@ -42,9 +42,14 @@ HUNG_S = 10.0  # after which a client gives a silent prefetcher up
 
 
 @pytest.fixture(scope="module")
-def server(workshop: Workshop) -> Iterator[Server]:
+def directories(workshop: Workshop) -> list[Path]:
+    return [workshop.folder / f"store-prefetcher-{number}" for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def server(workshop: Workshop, directories: list[Path]) -> Iterator[Server]:
     args = (*SERVER_ARGS, "--hcache-prefetch-timeout", f"{BASE_S},0")
-    with started_together(workshop.tiered(workshop.folder / "store-prefetcher", args=args)) as (server,):
+    with started_together(workshop.tiered(",".join(map(str, directories)), args=args)) as (server,):
         yield server
 
 
@@ -56,7 +61,9 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Reference) -> None:
+def test_pages_on_disk_come_in_ahead_of_scheduling(
+    server: Server, directories: list[Path], reference: Reference
+) -> None:
     prefix = random_prompt(PREFIX_TOKENS, seed=1)
     server.send(tail_logprobs(prefix))
     only_on_disk(server)
@@ -69,6 +76,7 @@ def test_pages_on_disk_come_in_ahead_of_scheduling(server: Server, reference: Re
     assert after["requests_admitted_late"] == before["requests_admitted_late"] == 0
     pages = len(wanted) // PAGE
     assert pages - 1 <= after["hits_file"] - before["hits_file"] <= pages, "one read serves all"
+    assert all(disk_bytes(directory) > pages // 4 * after["page_bytes"] for directory in directories), "striped"
     assert max(answer.cached_host for answer in answers) >= whole_pages(PREFIX_TOKENS)
     for answer in answers:
         assert_equal([answer], [reference["evicted_prefix"][1]])

@@ -32,6 +32,7 @@ import argparse
 import functools
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,8 @@ from bench.harness import Answer, ModelSpec, Server, ServerDied, make_model, ran
 from tests.e2e.scenarios import tail_logprobs, worst
 
 SERVER_ARGS = ("--page-size", "64", "--max-total-tokens", "1536", "--chunked-prefill-size", "256", "--sleep-on-idle")
-ALL = ("--hcache-plan", "always")
+TIER = ("--hicache-backend", "hcache")
+ALL = (*TIER, "--hcache-plan", "always")
 HIDDEN, KV = (*ALL, "--hcache-representation", "hidden"), (*ALL, "--hcache-representation", "kv")
 TOLERANCE = 1e-3  # of log-probabilities; the same kernels run with and without the tier
 
@@ -51,49 +53,7 @@ ENGINE = "emulated copy engine: "
 FAULTS = ("emulated GPU: ", "hcache: restoring failed", "hcache: a page could not be kept")
 
 
-@dataclass(frozen=True)
-class Way:
-    """To serve: the tier's flags and what the device is like, and what the log must have and must not have."""
-
-    flags: tuple[str, ...]
-    device: str = "late"
-    log_has: tuple[str, ...] = ()
-    log_lacks: tuple[str, ...] = ()
-    spec: ModelSpec = PLAIN
-    restores: bool = True
-    control: bool = False  # answers must differ
-
-
-WAYS = {
-    "engine": Way(HIDDEN, log_has=("by kernels passed", "storing hidden", ENGINE)),
-    "lazy": Way(HIDDEN, "lazy", log_has=("storing hidden", ENGINE)),
-    "kernel": Way((*HIDDEN, "--hcache-copier", "kernel"), log_has=("storing hidden",), log_lacks=(ENGINE,)),
-    "unregistered": Way(HIDDEN, "late unregistered", ("cannot register",), (ENGINE,)),
-    "kv": Way(KV, log_has=("storing kv", ENGINE)),
-    "default": Way((), log_has=("calibrated",), restores=False),
-    "packed": Way((*HIDDEN, "--hcache-codec", "packed"), spec=replace(PLAIN, dtype="bfloat16")),
-    "replay": Way(HIDDEN, log_has=("by replay of K and V passed",), spec=replace(PLAIN, architecture="phi3")),
-    "qwen3": Way(HIDDEN, log_has=("by kernels passed",), spec=replace(PLAIN, architecture="qwen3", kv_heads=4)),
-    "latent": Way(KV, spec=replace(PLAIN, architecture="deepseek_v2")),
-    "windows": Way(KV, spec=replace(PLAIN, architecture="mellum")),
-    "control": Way(HIDDEN, "late unordered", log_has=("storing hidden",), control=True),
-}
-
-
-class EmulatedServer(Server):
-    def __init__(self, device: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, env={"EMULATED_GPU": device, "OMP_NUM_THREADS": "1"}, start_timeout_s=900, **kwargs)
-
-    def command(self) -> list[str]:
-        words = super().command()
-        words[words.index("sglang.launch_server")] = "tests.emulated_gpu.server"
-        words[words.index("--device") + 1] = "cuda"
-        return words
-
-
-def ask(server: Server) -> list[Answer]:
-    with server:
-        return [*an_evicted_prefix(server), *three_conversations(server)]
+Asks = Callable[[Server], list[Answer]]
 
 
 def an_evicted_prefix(server: Server) -> list[Answer]:
@@ -118,6 +78,57 @@ def three_conversations(server: Server) -> list[Answer]:
         return [answer for answers in pool.map(converse, range(3)) for answer in answers]
 
 
+def all_of_it(server: Server) -> list[Answer]:
+    return [*an_evicted_prefix(server), *three_conversations(server)]
+
+
+@dataclass(frozen=True)
+class Way:
+    """To serve: the tier's flags and what the device is like, and what the log must have and must not have."""
+
+    flags: tuple[str, ...]
+    device: str = "late"
+    log_has: tuple[str, ...] = ()
+    log_lacks: tuple[str, ...] = ()
+    spec: ModelSpec = PLAIN
+    restores: bool = True
+    control: bool = False  # answers must differ
+    asks: Asks = all_of_it
+    like: tuple[str, ...] = ()  # flags of the server whose answers must be the same; none: that has no tier
+
+
+WAYS = {
+    "engine": Way(HIDDEN, log_has=("by kernels passed", "storing hidden", ENGINE)),
+    "lazy": Way(HIDDEN, "lazy", log_has=("storing hidden", ENGINE)),
+    "kernel": Way((*HIDDEN, "--hcache-copier", "kernel"), log_has=("storing hidden",), log_lacks=(ENGINE,)),
+    "unregistered": Way(HIDDEN, "late unregistered", ("cannot register",), (ENGINE,)),
+    "kv": Way(KV, log_has=("storing kv", ENGINE)),
+    "default": Way(TIER, log_has=("calibrated",), restores=False),
+    "packed": Way(
+        (*HIDDEN, "--hcache-codec", "packed"),
+        spec=replace(PLAIN, dtype="bfloat16"),  # in which prefilling in other pieces gives other answers
+        asks=an_evicted_prefix,
+        like=HIDDEN,
+    ),
+    "replay": Way(HIDDEN, log_has=("by replay of K and V passed",), spec=replace(PLAIN, architecture="stablelm")),
+    "qwen3": Way(HIDDEN, log_has=("by kernels passed",), spec=replace(PLAIN, architecture="qwen3", kv_heads=4)),
+    "latent": Way(KV, spec=replace(PLAIN, architecture="deepseek_v2")),
+    "windows": Way(KV, spec=replace(PLAIN, architecture="mellum")),
+    "control": Way(HIDDEN, "late unordered", log_has=("storing hidden",), control=True),
+}
+
+
+class EmulatedServer(Server):
+    def __init__(self, device: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, env={"EMULATED_GPU": device, "OMP_NUM_THREADS": "1"}, start_timeout_s=900, **kwargs)
+
+    def command(self) -> list[str]:
+        words = super().command()
+        words[words.index("sglang.launch_server")] = "tests.emulated_gpu.server"
+        words[words.index("--device") + 1] = "cuda"
+        return words
+
+
 def are_equal(one: Answer, other: Answer) -> bool:
     try:
         difference = worst([one], [other])
@@ -131,23 +142,33 @@ class Rehearsal:
         self._folder = folder
 
     @functools.cache  # noqa: B019
-    def _reference(self, spec: ModelSpec) -> list[Answer]:
-        log = self._folder / f"no tier, {spec.architecture}.log"
-        return ask(EmulatedServer("late", self._model(spec), SERVER_ARGS, log=log))
+    def _reference(self, spec: ModelSpec, asks: Asks, flags: tuple[str, ...]) -> list[Answer]:
+        name = f"{'tier' if flags else 'no-tier'}-{spec.architecture}-{spec.dtype}"
+        return self._answers(name, spec, asks, flags)
+
+    def _answers(
+        self, name: str, spec: ModelSpec, asks: Asks, flags: tuple[str, ...], device: str = "late"
+    ) -> list[Answer]:
+        if flags:
+            flags = (*flags, "--hcache-dir", str(self._folder / f"store-{name}"))
+        with EmulatedServer(device, self._model(spec), (*SERVER_ARGS, *flags), log=self._log(name)) as server:
+            return asks(server)
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
 
     def _model(self, spec: ModelSpec) -> Path:
         return make_model(self._folder / spec.digest(0)[:16], spec)
 
     def passes(self, name: str, way: Way) -> bool:
         """Prints how it went."""
-        wanted, began, log = self._reference(way.spec), time.monotonic(), self._folder / f"{name}.log"
-        flags = ("--hicache-backend", "hcache", *way.flags, "--hcache-dir", str(self._folder / f"store-{name}"))
+        wanted, began = self._reference(way.spec, way.asks, way.like), time.monotonic()
         try:
-            found = ask(EmulatedServer(way.device, self._model(way.spec), (*SERVER_ARGS, *flags), log=log))
+            found = self._answers(name, way.spec, way.asks, way.flags, way.device)
         except (ServerDied, RequestFailed) as error:
             print(f"{name:14} FAILED: {error}", flush=True)
             return False
-        text = log.read_text(errors="replace")
+        text = self._log(name).read_text(errors="replace")
         equal = sum(map(are_equal, found, wanted))
         restored = sum(answer.cached_host for answer in found)
         wrong = [f"the log lacks {part!r}" for part in way.log_has if part not in text]
