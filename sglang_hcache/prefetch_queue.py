@@ -29,7 +29,7 @@ NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a re
 class PrefetchPolicy(StrEnum):
     """How long a request is held while its pages are on the way; the names are SGLang's."""
 
-    BEST_EFFORT = "best_effort"  # not at all: it takes what is there
+    BEST_EFFORT = "best_effort"  # until it is known which are in memory: it takes these
     WAIT_COMPLETE = "wait_complete"  # until they are there
     TIMEOUT = "timeout"  # until they are there, or for a time that grows with their number
 
@@ -144,8 +144,6 @@ class PrefetchQueue:
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
         request = self._ask(rid, keys, prompt)
-        if self._rule.policy is PrefetchPolicy.BEST_EFFORT:
-            return
         if self._alone and self._answered_within(rid, ANSWER_WAIT_S):
             if self._planner is not None:
                 there = len(self._store.progress(rid).slots)
@@ -213,8 +211,8 @@ class PrefetchQueue:
             if (since := self._held.pop(rid, None)) is not None:
                 self.requests_held_s += time.monotonic() - since
                 self._meter.end(rid)
-                if self._planner is not None:  # what is missing was not worth waiting for
-                    self._store.cut(rid)
+                if self._planner is not None and not self._takes_what_is_there:
+                    self._store.cut(rid)  # what is missing was not worth waiting for
 
     def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> int:
         """How many leading pages of `keys` to load, all in memory, and `leased` until `forget`.
@@ -293,16 +291,23 @@ class PrefetchQueue:
         if request.head_start is _HeadStartOf.UNDER_WAY:
             return False
         slots, done, known = self._store.progress(rid)
+        known = done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S
+        if self._takes_what_is_there:
+            return known
         if self._planner is None:
             return done
         request.there = len(slots)
-        if request.wait is None and (done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S):
+        if request.wait is None and known:
             request.wait = self._plan_wait(self._planner, request, request.there, done=done)
         if (wait := request.wait) is None:
             return False
         if idle and not done and self._plan_head_start(self._planner, rid, request):
             return False
         return done or request.there >= wait.enough
+
+    @property
+    def _takes_what_is_there(self) -> bool:
+        return self._rule.policy is PrefetchPolicy.BEST_EFFORT
 
     def _measure(self, rid: str, request: _Request, *, none_there: bool = False) -> None:
         asked_at, deadline_s = request.asked_at, self._deadline_s(len(request.keys))

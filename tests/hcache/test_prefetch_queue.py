@@ -59,15 +59,34 @@ def test_never_longer_than_the_timeout(store: LocalStore) -> None:
     requests.forget("a")
 
 
-def test_best_effort_holds_nothing_and_takes_what_is_there(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
-    requests.queued("a", keys_of(range(10)))
-    assert not requests.held
-    assert requests.ready("a", keys_of(range(10))) == 0
+@pytest.mark.parametrize("alone", [True, False])
+def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
+    store: LocalStore, disk: threading.Event, alone: bool
+) -> None:
+    save(store, range(20, 25))
+    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=alone)
+    requests.queued("memory", keys_of(range(20, 25)))
+    requests.queued("file", keys_of(range(10)))
+    assert [*requests.held] == ["file"] if alone else ["memory", "file"]
+    assert requests.admissible() == [*requests.held], "in the next step"
+    requests.admit(["memory", "file"])
+    assert requests.ready("memory", keys_of(range(20, 25))) == 5
+    assert requests.ready("file", keys_of(range(10))) == 0
     disk.set()
-    assert store.wait("a", 10).done
-    assert requests.ready("a", keys_of(range(10))) == 10
-    requests.forget("a")
+    assert store.wait("file", 10).done, "reading goes on"
+    assert requests.ready("file", keys_of(range(10))) == 10
+    requests.clear()
+
+
+def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
+    monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
+    requests.queued("a", keys_of(range(10)))
+    assert requests.admissible() == []
+    assert wait_until_admissible(requests, "a") < prefetch_queue.KNOWN_WAIT_S + 0.2
+    requests.clear()
 
 
 def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: threading.Event) -> None:
