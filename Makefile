@@ -17,7 +17,7 @@ MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit kernels e2e faults ranks rehearse fuzz soak bench gpu format clean
+.PHONY: help setup demo test check lint types imports unit e2e faults ranks rehearse fuzz soak bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,8 @@ demo: setup ## run the main job on the real server and print what was restored
 	$(BIN)/python -m bench.demo
 
 test: check ## lint, types, import contracts and all tests, the real server included
-	$(MAKE) --jobs 2 --output-sync unit kernels
-	$(MAKE) e2e
+	@echo "Tests with and without a server, side by side: about half an hour. Each says how it went when it has ended."
+	@$(MAKE) --jobs 2 --output-sync unit e2e
 
 check: lint types imports ## what needs no test run
 
@@ -49,12 +49,9 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-unit kernels: export OMP_NUM_THREADS = 1
-
-unit: setup ## tests without a server and without Triton's interpreter
+unit: export OMP_NUM_THREADS = 1
+unit: setup ## tests without a server
 	$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/triton_kernels
-
-kernels: setup ## tests of the Triton kernels and of the restore pipeline, interpreted and compiled
 	$(BIN)/python -m pytest tests/triton_kernels
 
 e2e: setup ## tests against the real server

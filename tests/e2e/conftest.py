@@ -81,20 +81,33 @@ def reference_log(workshop: Workshop, reference: dict[str, list[Answer]]) -> str
     return min((workshop.folder / "logs").glob("*-stock.log")).read_text(errors="replace")
 
 
-@pytest.fixture(scope="session")
-def reference(workshop: Workshop) -> dict[str, list[Answer]]:
-    """The answers of a server without the tier to every scenario."""
-    with started_together(workshop.stock()) as (server,):
-        return {name: scenario(server) for name, scenario in SCENARIOS.items()}
+@dataclass(frozen=True)
+class Made:
+    """By two servers that started together."""
+
+    reference: dict[str, list[Answer]]
+    filled_store: Path
 
 
 @pytest.fixture(scope="session")
-def filled_store(workshop: Workshop) -> Path:
-    """To be copied: a server has filled it with the prefix of `evicted_prefix`, and left on SIGTERM."""
+def made(workshop: Workshop) -> Made:
     store = workshop.folder / "store-filled"
-    with workshop.tiered(store) as server:
-        server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
-    return store
+    with started_together(workshop.stock(), workshop.tiered(store)) as (stock, tiered):
+        tiered.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+        tiered.stop()
+        return Made({name: scenario(stock) for name, scenario in SCENARIOS.items()}, store)
+
+
+@pytest.fixture(scope="session")
+def reference(made: Made) -> dict[str, list[Answer]]:
+    """The answers of a server without the tier to every scenario."""
+    return made.reference
+
+
+@pytest.fixture(scope="session")
+def filled_store(made: Made) -> Path:
+    """To be copied: a server has filled it with the prefix of `evicted_prefix`, and left on SIGTERM."""
+    return made.filled_store
 
 
 @pytest.fixture

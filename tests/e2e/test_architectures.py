@@ -45,6 +45,7 @@ TIER = {
     "stablelm": ("--hicache-write-policy", "write_through_selective"),
     "gptj": ("--hicache-storage-prefetch-policy", "best_effort"),
 }
+TWO_RANKS, ONE_CORE_EACH = ("--tp", "2"), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 BY_KERNELS = ("qwen3", "opt")  # these, too: in Triton's interpreter, where there is no GPU to run them
 
 
@@ -132,12 +133,11 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
 
 
 def test_two_ranks_share_the_pages_of_a_latent(workshop: Workshop, fresh_store: Path) -> None:
-    """MLA: the first rank saves for both, and a server of one rank finds the same pages."""
-    spec, env = ModelSpec("deepseek_v2"), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    args = (*ARGS, "--tp", "2")
+    """MLA: the first rank saves for both, and a server of one rank, whose answers are the same, finds them."""
+    spec = ModelSpec("deepseek_v2")
     waiting = ("--hicache-storage-prefetch-policy", "wait_complete")
-    stock = workshop.stock(spec, args, env=env)
-    with started_together(stock, workshop.tiered(fresh_store, spec, (*args, *waiting), env=env)) as servers:
+    ranks = workshop.tiered(fresh_store, spec, (*ARGS, *TWO_RANKS, *waiting), env=ONE_CORE_EACH)
+    with started_together(workshop.stock(spec, ARGS), ranks) as servers:
         wanted, answers = told_by_all(restore_once, *servers)
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
@@ -148,14 +148,13 @@ def test_two_ranks_share_the_pages_of_a_latent(workshop: Workshop, fresh_store: 
 
 
 def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    args = (*ARGS, "--tp", "2")
-    waiting = (*args, "--hicache-storage-prefetch-policy", "wait_complete")
-    stock, tiered = workshop.stock(args=args, env=env), workshop.tiered(fresh_store, args=waiting, env=env)
-    with started_together(stock, tiered) as servers:
+    """With each other, and with one rank that has no tier."""
+    waiting = (*ARGS, *TWO_RANKS, "--hicache-storage-prefetch-policy", "wait_complete")
+    tiered = workshop.tiered(fresh_store, args=waiting, env=ONE_CORE_EACH)
+    with started_together(workshop.stock(args=ARGS), tiered) as servers:
         wanted, answers = told_by_all(restore_once, *servers)
         assert len(tiered.pids("sglang::scheduler")) == 2
-    with started_together(workshop.tiered(fresh_store, args=waiting, env=env)) as (tiered,):
+    with started_together(workshop.tiered(fresh_store, args=waiting, env=ONE_CORE_EACH)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
         state = tiered.tier_state()
         update_weights(tiered, workshop.model(replace(LLAMA, sharpness=2.0)))

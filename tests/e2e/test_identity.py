@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -21,15 +24,31 @@ RANK = 8
 UNPINNED = Path(__file__).parent / "unpinned"
 
 
-def test_a_model_of_the_hub(workshop: Workshop, tmp_path: Path) -> None:
-    """Out of the hub's cache, as it is on a machine that has fetched the model and is offline now."""
-    repository = tmp_path / "hub" / "models--org--llama"
+@dataclass(frozen=True)
+class Found:
+    """Answers, in their order, and the last state of each server."""
+
+    answers: list[Answer]
+    states: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def served(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Found]]]:
+    """One server after the other, with each of the two at the same time: most of it is imports."""
+    workshop.model(LLAMA)
+    ways = {"hub": serve_from_the_hub, "adapters": serve_adapters}
+    with ThreadPoolExecutor(len(ways)) as pool:
+        yield {name: pool.submit(serve, workshop, tmp_path_factory.mktemp(name)) for name, serve in ways.items()}
+
+
+def serve_from_the_hub(workshop: Workshop, folder: Path) -> Found:
+    """Out of its cache, as it is on a machine that has fetched the model and is offline now."""
+    repository = folder / "hub" / "models--org--llama"
     shutil.copytree(workshop.model(LLAMA), repository / "snapshots" / "1111")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("1111")
-    store = tmp_path / "store"
+    store, found = folder / "store", Found([], [])
     tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(store))
-    answers = []
     for _ in range(2):
         server = Server(
             Path("org/llama"),
@@ -38,11 +57,16 @@ def test_a_model_of_the_hub(workshop: Workshop, tmp_path: Path) -> None:
             env={"HF_HUB_CACHE": str(repository.parent), "HF_HUB_OFFLINE": "1"},
         )
         with server:
-            answers.append(server.generate(PROMPT, 16))
-            state = server.tier_state()
-    assert [answer.cached_host for answer in answers] == [0, COVERED]
-    assert state["hits_file"] > 0
-    assert_equal(answers[1:], answers[:1])
+            found.answers.append(server.generate(PROMPT, 16))
+            found.states.append(server.tier_state())
+    return found
+
+
+def test_a_model_of_the_hub(served: dict[str, Future[Found]]) -> None:
+    found = served["hub"].result()
+    assert [answer.cached_host for answer in found.answers] == [0, COVERED]
+    assert found.states[1]["hits_file"] > 0
+    assert_equal(found.answers[1:], found.answers[:1])
 
 
 class LoraServer(Server):
@@ -81,31 +105,36 @@ def train(folder: Path, seed: int) -> None:
     save_file(weights, folder / "adapter_model.safetensors")
 
 
-def test_an_adapter_that_is_trained_again_in_place(workshop: Workshop, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
+def serve_adapters(workshop: Workshop, folder: Path) -> Found:
+    """By three servers: trained, as it was, and trained again, which is done once more while it is served."""
+    adapter, found = folder / "adapter", Found([], [])
     lora = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native")
     env = {} if on_accelerator() else {"PYTHONPATH": str(UNPINNED)}
 
     def server() -> LoraServer:
-        return workshop.tiered_by(LoraServer, tmp_path / "store", LLAMA, (*SERVER_ARGS, *lora), env=env)
+        return workshop.tiered_by(LoraServer, folder / "store", LLAMA, (*SERVER_ARGS, *lora), env=env)
 
     train(adapter, seed=1)
-    with server() as one:
-        first = [one.ask("adapter"), one.ask(None)]
-    with server() as two:
-        again = [two.ask("adapter"), two.ask(None)]
-        state = two.tier_state()
+    for _ in range(2):
+        with server() as same:
+            found.answers.extend([same.ask("adapter"), same.ask(None)])
+            found.states.append(same.tier_state())
+    train(adapter, seed=2)
+    with server() as retrained:
+        found.answers.append(retrained.ask("adapter"))
+        train(adapter, seed=3)
+        retrained.replace("adapter", adapter)
+        found.answers.append(retrained.ask("adapter"))
+    return found
+
+
+def test_an_adapter_that_is_trained_again_in_place(served: dict[str, Future[Found]]) -> None:
+    found = served["adapters"].result()
+    first, again, (retrained, replaced) = found.answers[:2], found.answers[2:4], found.answers[4:]
     assert first[0].output_ids != first[1].output_ids, "the adapter does nothing"
     assert [answer.cached_host for answer in again] == [COVERED, COVERED]
-    assert state["representation"] == "kv", "what a projection gives depends on the request"
-    assert state["hits_file"] > 0
+    assert found.states[1]["representation"] == "kv", "what a projection gives depends on the request"
+    assert found.states[1]["hits_file"] > 0
     assert_equal(again, first)
-
-    train(adapter, seed=2)
-    with server() as three:
-        retrained = three.ask("adapter")
-        train(adapter, seed=3)
-        three.replace("adapter", adapter)
-        replaced = three.ask("adapter")
     assert [retrained.cached_tokens, replaced.cached_tokens] == [0, 0]
     assert len({first[0].output_ids, retrained.output_ids, replaced.output_ids}) == 3
