@@ -215,6 +215,17 @@ class Server(Client):
                     pids.append(process.pid)
         return sorted(pids)
 
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that its processes have taken so far, and the prefetcher's, if it has one."""
+        everyone, total = self.processes(), 0.0
+        if "--hicache-backend" in self.args:
+            everyone.append(psutil.Process(self.tier_state()["prefetcher_pid"]))
+        for process in everyone:
+            with _gone_is_fine():
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
     def alive(self) -> bool:
         return self._running_launcher() is not None
 

@@ -15,9 +15,10 @@ of the workload's distinct tokens where that is more; host memory four times as 
 sessions are in flight at a time. With `--speed 0` a call is sent once the one before it in its session is answered:
 `seconds` is how long a busy server takes for all of it. With another speed, sessions begin and pause as the workload
 says, so many times faster. In each of the `--rounds` the modes take turns, on fresh servers: `seconds` is the median,
-percentiles are of the calls of all rounds. Prompt tokens are counted by where they came from. `ideal` is what a
-prefix cache without bounds would find, `lru` what one of the KV pool's size would. Greedy answers of all modes and
-rounds are compared token by token with the first ones.
+percentiles are of the calls of all rounds; `cpu_s`, a median as well, is the CPU time that the server and the
+prefetcher took meanwhile. Prompt tokens are counted by where they came from. `ideal` is what a prefix cache without
+bounds would find, `lru` what one of the KV pool's size would. Greedy answers of all modes and rounds are compared
+token by token with the first ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Replayed:
 
     answers: list[Answer | None]
     seconds: float
+    cpu_s: float | None = None  # of the server's processes and the prefetcher's
 
     @property
     def answered(self) -> list[Answer]:
@@ -65,6 +67,7 @@ def row_of(rounds: Sequence[Replayed]) -> dict[str, Any]:
     return {
         "seconds": statistics.median(run.seconds for run in rounds),
         "seconds_each": [run.seconds for run in rounds],
+        "cpu_s": statistics.median(cpu) if (cpu := [run.cpu_s for run in rounds if run.cpu_s is not None]) else None,
         "tokens_per_s": (prompt + generated) / sum(run.seconds for run in rounds),
         "ttft_mean_s": statistics.fmean(times),
         **{f"ttft_p{percent}_s": times[(len(times) - 1) * percent // 100] for percent in (50, 90, 99)},
@@ -130,7 +133,9 @@ def compare_modes(
     for turn in range(rounds):
         for mode in modes:
             with server_for(mode, model, tokens, folder / f"{workload.name}-{mode}-{turn}") as server:
+                before_s = server.cpu_s()
                 run = replay(server, workload, clients=clients, speed=speed)
+                run = replace(run, cpu_s=server.cpu_s() - before_s)
             runs[mode].append(run)
             progress(f"{workload.name}, {mode}: {run.seconds:.0f} s")
     first = runs[modes[0]][0]
@@ -155,15 +160,22 @@ def _different(run: Replayed, wanted: Replayed) -> int:
 
 
 def table(rows: Iterable[tuple[str, dict[str, Any]]]) -> str:
-    head = f"{'':>8}{'all':>9}{'TTFT p50':>10}{'p90':>9}{'p99':>9}{'device':>8}{'restored':>10}{'failed':>8}"
+    head = (
+        f"{'':>8}{'all':>9}{'CPU':>9}{'TTFT p50':>10}{'p90':>9}{'p99':>9}{'device':>8}{'restored':>10}{'failed':>8}"
+    )
     return "\n".join(
         [head]
         + [
-            f"{name:>8}{row['seconds']:7.1f} s{row['ttft_p50_s']:8.2f} s{row['ttft_p90_s']:7.2f} s"
-            f"{row['ttft_p99_s']:7.2f} s{row['from_device']:8.0%}{row['restored']:10.0%}{row['failed']:8}"
+            f"{name:>8}{row['seconds']:7.1f} s{_seconds(row['cpu_s']):>9}{row['ttft_p50_s']:8.2f} s"
+            f"{row['ttft_p90_s']:7.2f} s{row['ttft_p99_s']:7.2f} s{row['from_device']:8.0%}{row['restored']:10.0%}"
+            f"{row['failed']:8}"
             for name, row in rows
         ]
     )
+
+
+def _seconds(known: float | None) -> str:
+    return "" if known is None else f"{known:.1f} s"
 
 
 def lines(workloads: Iterable[dict[str, Any]]) -> Iterator[str]:

@@ -198,7 +198,7 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
             stored_for = tier
             break
     return {
-        "model": {**asdict(shape), "kv_heads_per_query_head": shape.kv_heads / shape.query_heads},
+        "model": asdict(shape),
         "machine": {name: value if value != float("inf") else None for name, value in asdict(machine).items()},
         "layers": [
             {"representation": kind, "first_layer": first, "last_layer": last}

@@ -52,6 +52,7 @@ class Fuzzer(Raw):
             self.giant: 0.05,
             self.oversized: 0.1,
             self.second_hello: 1,
+            self.gives_back: 3,
             self.valid: 30,
         }
         self.kinds, self.weights = list(kinds), list(kinds.values())
@@ -100,7 +101,6 @@ class Fuzzer(Raw):
                 m.Cancel(prefetch=former),
                 m.Release(prefetch=former),
                 m.Want(slots=self.chance.randrange(10)),
-                m.GiveBack(slots=[]),
                 m.Credit(pages=self.chance.randrange(10)),
                 m.Health(),
                 m.Stats() if self.chance.random() < 0.05 else m.Health(),
@@ -203,7 +203,13 @@ class Fuzzer(Raw):
     def not_granted(self) -> list[bytes]:
         slot = self.chance.choice([0, 1, 63, 64, 1 << 40])
         page = m.Page(self.chance.choice(KEYS), KEYS[0], slot)
-        return [self.numbered(m.Commit(pages=[page] * 3))] if slot not in self.granted else self.noise()
+        message = self.chance.choice([m.Commit(pages=[page] * 3), m.GiveBack(slots=[*self.granted, slot])])
+        return [self.numbered(message)] if slot not in self.granted else self.noise()
+
+    def gives_back(self) -> list[bytes]:
+        some, self.granted = self.granted[:2], self.granted[2:]
+        self.seq += 1
+        return [self.numbered(m.GiveBack(slots=some), seq=self.seq)]
 
     def giant(self) -> list[bytes]:
         count = self.chance.choice([m.MAX_KEYS // 8, m.MAX_KEYS + 1])
