@@ -66,7 +66,7 @@ faults: setup ## the full counts: kills of writer, prefetcher and clients, flipp
 ranks: setup ## replicas and data-parallel attention with two ranks each
 	HCACHE_GROUP_RANKS=2 $(BIN)/python -m pytest tests/e2e/test_data_parallel.py
 
-rehearse: setup ## the GPU's path on an emulated GPU, with the real server; needs g++, takes a quarter of an hour
+rehearse: setup ## the GPU's path on an emulated GPU, with the real server; needs g++, takes half an hour
 	$(BIN)/python -m tests.emulated_gpu.rehearse
 
 fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
