@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
 from tests.e2e.conftest import Workshop, started_together, told_by_all
 from tests.e2e.scenarios import LLAMA, SERVER_ARGS, evicted_prefix, tail_logprobs, whole_pages
 
 CLOSER = 5  # times, than the same question after another prefix
+SPEC = ModelSpec("llama", hidden_size=512, layers=2, heads=8, dtype="bfloat16")
 
 
 def serving(workshop: Workshop, spec: ModelSpec, store: Path, *args: str) -> Server:
@@ -18,19 +22,26 @@ def serving(workshop: Workshop, spec: ModelSpec, store: Path, *args: str) -> Ser
     return Server(workshop.model(spec), args, log=workshop.log(name))
 
 
-def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> None:
-    spec = ModelSpec("llama", hidden_size=512, layers=2, heads=8, dtype="bfloat16")
-    both = (
-        serving(workshop, spec, fresh_store / "plain"),
-        serving(workshop, spec, fresh_store / "packed", "--hcache-codec", "packed"),
-    )
-    with started_together(*both) as (plain, packed):
-        wanted, answers = told_by_all(evicted_prefix, plain, packed)
-        other = plain.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
-        state = packed.tier_state()
+@pytest.fixture(scope="module")
+def servers(workshop: Workshop) -> Iterator[tuple[Server, ...]]:
+    """Without a codec, with the lossless one, and with a lossy one."""
+    plain, packed, lossy = (workshop.folder / f"store-codec-{number}" for number in range(3))
+    with started_together(
+        serving(workshop, SPEC, plain),
+        serving(workshop, SPEC, packed, "--hcache-codec", "packed"),
+        serving(workshop, LLAMA, lossy, "--hcache-codec", "lossy_int8"),
+    ) as servers:
+        yield servers
+
+
+def test_restored_from_packed_rows(servers: tuple[Server, ...]) -> None:
+    plain, packed, _ = servers
+    wanted, answers = told_by_all(evicted_prefix, plain, packed)
+    other = plain.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
+    state = packed.tier_state()
     assert wanted[1].cached_host == answers[1].cached_host == whole_pages(1200)
     assert state["codec"] == "packed"
-    assert state["bytes_per_token"] == 0.75 * spec.layers * spec.hidden_size * 2
+    assert state["bytes_per_token"] == 0.75 * SPEC.layers * SPEC.hidden_size * 2
     assert state["tokens_not_encoded"] == 0
     for one, same in zip(answers, wanted, strict=True):
         assert compare(one, same).same_tokens
@@ -38,11 +49,10 @@ def test_restored_from_packed_rows(workshop: Workshop, fresh_store: Path) -> Non
     assert compare(answers[1], other).logprob > 0.1, "the prefix matters"
 
 
-def test_restored_from_eight_bits(workshop: Workshop, fresh_store: Path, reference: dict[str, list[Answer]]) -> None:
-    lossy, wanted = serving(workshop, LLAMA, fresh_store, "--hcache-codec", "lossy_int8"), reference["evicted_prefix"]
-    with started_together(lossy) as (server,):
-        answers, state = evicted_prefix(server), server.tier_state()
-        other = server.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
+def test_restored_from_eight_bits(servers: tuple[Server, ...], reference: dict[str, list[Answer]]) -> None:
+    (*_, lossy), wanted = servers, reference["evicted_prefix"]
+    answers, state = evicted_prefix(lossy), lossy.tier_state()
+    other = lossy.send(tail_logprobs(random_prompt(1200, seed=3) + random_prompt(40, seed=2)))
     assert answers[1].cached_host == whole_pages(1200)
     assert state["codec"] == "lossy_int8"
     assert state["bytes_per_token"] == LLAMA.layers * (LLAMA.hidden_size + 4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -59,33 +61,47 @@ def leave(server: Server, prompt: list[int]) -> None:
     wait_until(lambda: server.tier_state()["requests_held_now"] == server.tier_state()["pages_leased"] == 0, 60)
 
 
+@dataclass(frozen=True)
+class Started:
+    """Without the tier, and with it by the number of ranks."""
+
+    stock: Server
+    tiered: dict[int, Server]
+
+
 @pytest.fixture(scope="module")
-def wanted(workshop: Workshop) -> list[Answer]:
-    """The answers of a server without the tier."""
-    with started_together(workshop.stock(SPEC, ARGS)) as (stock,):
-        return [stock.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
+def started(workshop: Workshop) -> Iterator[Started]:
+    def server(ranks: int) -> Server:
+        env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
+        store = workshop.folder / f"store-head-start-{ranks}"
+        return evenly_matched(workshop, store, (*ARGS, "--tp", str(ranks)), env)
+
+    servers = Started(workshop.stock(SPEC, ARGS), {ranks: server(ranks) for ranks in (1, 2)})
+    with started_together(servers.stock, *servers.tiered.values()):
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def wanted(started: Started) -> list[Answer]:
+    return [started.stock.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_beginning_is_prefilled_and_the_end_restored(
-    workshop: Workshop, fresh_store: Path, wanted: list[Answer], ranks: int
-) -> None:
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
-    server = evenly_matched(workshop, fresh_store, (*ARGS, "--tp", str(ranks)), env)
-    with started_together(server):
-        for prefix in PREFIXES:
-            server.send(tail_logprobs(first(prefix)))
-        only_on_disk(server)
-        answers = [server.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
-        state = server.tier_state()
-        only_on_disk(server)
-        for prefix in PREFIXES:
-            leave(server, again(prefix))
-        left = server.tier_state()
-        only_on_disk(server)
-        answers += [server.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
-        after = server.tier_state()
-        log = server.log_text()
+def test_the_beginning_is_prefilled_and_the_end_restored(started: Started, wanted: list[Answer], ranks: int) -> None:
+    server = started.tiered[ranks]
+    for prefix in PREFIXES:
+        server.send(tail_logprobs(first(prefix)))
+    only_on_disk(server)
+    answers = [server.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
+    state = server.tier_state()
+    only_on_disk(server)
+    for prefix in PREFIXES:
+        leave(server, again(prefix))
+    left = server.tier_state()
+    only_on_disk(server)
+    answers += [server.send(tail_logprobs(again(prefix))) for prefix in PREFIXES]
+    after = server.tier_state()
+    log = server.log_text()
     assert_equal(answers, wanted + wanted)
     assert state["head_starts"] == len(PREFIXES)
     assert state["tokens_ahead"] % PAGE == 0

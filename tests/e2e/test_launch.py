@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +39,8 @@ if __name__ == "__main__":
 """
 
 
+Run = subprocess.CompletedProcess[str]
+
 LAUNCH_SERVER = (sys.executable, "-W", "ignore", "-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve", "--model-type", "llm")
 
@@ -59,30 +60,50 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
-    """What each command, none of which starts a server, has printed; all at once, as most of it is imports."""
+def launched(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """What each command, of which only `engine` serves, has printed; all at once, as most of it is imports."""
     folder = tmp_path_factory.mktemp("launched")
     (folder / "server.yaml").write_text("model-path: any\nhicache-backend: hcache\nenable-hierarchical-cache: true\n")
+    (folder / "engine.py").write_text(ENGINE_SCRIPT)
     commands = {flag: (*command, *args) for flag, (command, args, _) in REFUSED.items()}
     commands["--help"] = (*LAUNCH_SERVER, "--help")
+    commands["engine"] = (sys.executable, "engine.py", json.dumps(engine_options(workshop.model(LLAMA), folder)))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
-    def launch(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    def launch(command: tuple[str, ...]) -> Run:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment, check=False
+        )
 
     with ThreadPoolExecutor(len(commands)) as pool:
-        yield dict(zip(commands, pool.map(launch, commands.values()), strict=True))
+        return dict(zip(commands, pool.map(launch, commands.values()), strict=True))
 
 
-def test_help_shows_the_flags(launched: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def engine_options(model: Path, folder: Path) -> dict[str, object]:
+    words = () if on_accelerator() else CPU_ARGS
+    names = (word.removeprefix("--").replace("-", "_") for word in words[::2])
+    options: dict[str, object] = {
+        name: float(value) if value[0].isdigit() else value for name, value in zip(names, words[1::2], strict=True)
+    }
+    return options | {
+        "model_path": str(model),
+        "dtype": LLAMA.dtype,
+        "max_total_tokens": 1024,
+        "hicache_backend": "hcache",
+        "hcache_dir": str(folder / "store"),
+        "hcache_plan": "always",
+        "hcache_representation": "hidden",  # what `auto` stores depends on what the machine delivers now
+    }
+
+
+def test_help_shows_the_flags(launched: dict[str, Run]) -> None:
     shown = launched["--help"].stdout
     for flag in ("--hicache-backend {sglang,hcache}", "--hcache-dir PATH[,PATH...]", "--hcache-representation"):
         assert flag in shown
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_a_contradiction_stops_the_launch_with_one_line(
-    flag: str, launched: dict[str, subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_contradiction_stops_the_launch_with_one_line(flag: str, launched: dict[str, Run]) -> None:
     """By the launcher, by `sglang serve`, and out of a configuration file."""
     run, says = launched[flag], REFUSED[flag][2]
     assert run.returncode != 0
@@ -90,32 +111,8 @@ def test_a_contradiction_stops_the_launch_with_one_line(
     assert "Traceback" not in run.stderr
 
 
-def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path) -> None:
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE_SCRIPT)
-    words = () if on_accelerator() else CPU_ARGS
-    names = (word.removeprefix("--").replace("-", "_") for word in words[::2])
-    options = {
-        name: float(value) if value[0].isdigit() else value for name, value in zip(names, words[1::2], strict=True)
-    }
-    options |= {
-        "model_path": str(workshop.model(LLAMA)),
-        "dtype": LLAMA.dtype,
-        "max_total_tokens": 1024,
-        "hicache_backend": "hcache",
-        "hcache_dir": str(fresh_store),
-        "hcache_plan": "always",
-        "hcache_representation": "hidden",  # what `auto` stores depends on what the machine delivers now
-    }
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
+def test_engine_by_keyword(launched: dict[str, Run]) -> None:
+    run = launched["engine"]
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     (first, restored_of_none), (again, restored), state = found["first"], found["again"], found["state"]
@@ -123,4 +120,4 @@ def test_engine_by_keyword(workshop: Workshop, fresh_store: Path, tmp_path: Path
     assert again == first
     assert state["representation"] == "hidden"
     assert state["page_size"] == 64
-    assert state["volumes"][0]["path"] == str(fresh_store)
+    assert state["volumes"][0]["path"].endswith("/store")

@@ -27,9 +27,25 @@ WAYS_TO_SPOIL = ("zero a page", "swap two pages", "skip a layer", "shift positio
 
 
 @pytest.fixture(scope="module")
-def server(workshop: Workshop, reference: Reference) -> Iterator[Server]:
-    with started_together(workshop.tiered(workshop.folder / "store-restore")) as (server,):
-        yield server
+def way_to_spoil(workshop: Workshop) -> Path:
+    return workshop.folder / "way-to-spoil"
+
+
+@pytest.fixture(scope="module")
+def servers(workshop: Workshop, reference: Reference, way_to_spoil: Path) -> Iterator[tuple[Server, ...]]:
+    """One as it comes, and one that spoils what it restores."""
+    way_to_spoil.write_text("not at all")
+    env = {"HCACHE_SPOIL": str(way_to_spoil), "PYTHONPATH": str(SPOILT_PLUGIN)}
+    folder = workshop.folder
+    with started_together(
+        workshop.tiered(folder / "store-restore"), workshop.tiered(folder / "store-spoilt", env=env)
+    ) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def server(servers: tuple[Server, ...]) -> Server:
+    return servers[0]
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +151,16 @@ def test_without_the_flag_nothing_is_attached(server: Server, reference_log: str
     assert "hcache:" not in reference_log
 
 
-def test_the_comparison_notices_a_spoilt_restoration(workshop: Workshop, fresh_store: Path) -> None:
+def test_the_comparison_notices_a_spoilt_restoration(servers: tuple[Server, ...], way_to_spoil: Path) -> None:
     """Control: each way to spoil what is restored makes the outputs differ."""
-    way = workshop.folder / "way-to-spoil"
-    way.write_text("not at all")
-    env = {"HCACHE_SPOIL": str(way), "PYTHONPATH": str(SPOILT_PLUGIN)}
+    _, server = servers
     prompt = random_prompt(1200, seed=1)
-    with started_together(workshop.tiered(fresh_store, env=env)) as (server,):
-        prefilled = server.send(tail_logprobs(prompt))
-        noticed = {}
-        for spoilt in ("not at all", *WAYS_TO_SPOIL):
-            way.write_text(spoilt)
-            evict_everything(server)
-            answer = server.send(tail_logprobs(prompt))
-            assert answer.cached_host == whole_pages(1199 - 8)
-            noticed[spoilt] = compare(answer, prefilled).logprob > FLOAT32_TOLERANCE
+    prefilled = server.send(tail_logprobs(prompt))
+    noticed = {}
+    for spoilt in ("not at all", *WAYS_TO_SPOIL):
+        way_to_spoil.write_text(spoilt)
+        evict_everything(server)
+        answer = server.send(tail_logprobs(prompt))
+        assert answer.cached_host == whole_pages(1199 - 8)
+        noticed[spoilt] = compare(answer, prefilled).logprob > FLOAT32_TOLERANCE
     assert noticed == {"not at all": False} | dict.fromkeys(WAYS_TO_SPOIL, True)
