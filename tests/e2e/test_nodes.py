@@ -1,0 +1,45 @@
+"""Tensor parallelism over two nodes, each with files and a prefetcher of its own; one machine plays both."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from bench.harness import Answer, Server, disk_bytes, free_port
+from tests.e2e.conftest import Workshop, started_together
+from tests.e2e.scenarios import PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, assert_equal, whole_pages
+
+
+class Node(Server):
+    """Only the first one answers requests; on others SGLang serves no more than a health check."""
+
+    def _answers(self) -> bool:
+        return super()._answers() if self.args[self.args.index("--node-rank") + 1] == "0" else True
+
+
+def test_ranks_on_two_nodes_restore_alike(
+    workshop: Workshop, tmp_path: Path, reference: dict[str, list[Answer]]
+) -> None:
+    stores, meet_at = [tmp_path / "first", tmp_path / "second"], f"127.0.0.1:{free_port()}"
+    args = (*SERVER_ARGS, "--tp", "2", "--nnodes", "2", "--dist-init-addr", meet_at)
+    first, second = (
+        workshop.tiered_by(
+            Node, store, args=(*args, "--node-rank", str(rank)), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+        )
+        for rank, store in enumerate(stores)
+    )
+    with started_together(second, first):
+        evicted, conversation = (SCENARIOS[name](first) for name in ("evicted_prefix", "conversation"))
+        state = first.tier_state()
+        for node in (first, second):
+            node.stop()
+    assert evicted[1].cached_host == whole_pages(PREFIX_TOKENS)
+    for former, answer in itertools.pairwise(conversation):
+        assert answer.cached_host == whole_pages(former.prompt_tokens + len(former.output_ids) - 1)
+    assert_equal(evicted, reference["evicted_prefix"])
+    assert_equal(conversation, reference["conversation"])
+    assert state["representation"] == "hidden"
+    assert state["loads_failed"] == state["pages_leased"] == 0
+    pages = state["pages_saved"] * state["page_bytes"]
+    assert all(pages < disk_bytes(store) for store in stores), "both have all hidden states"
+    assert "leak" not in first.log_text() + second.log_text()
