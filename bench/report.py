@@ -66,8 +66,14 @@ def progress(line: str) -> None:
 def _command() -> str:
     """As it was called, without the folders of files."""
     spec = sys.modules["__main__"].__spec__
-    arguments = [Path(argument).name if os.path.exists(argument) else argument for argument in sys.argv[1:]]
+    arguments = map(_without_folder, sys.argv[1:])
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *arguments])
+
+
+def _without_folder(argument: str) -> str:
+    """PATH, or NAME=PATH."""
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if os.path.exists(path) else argument
 
 
 def _cpu_name() -> str:
