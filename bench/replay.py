@@ -14,11 +14,12 @@ the tier as it comes, `kv` and `hidden` restore all that is stored. Each finds a
 of the workload's distinct tokens where that is more; host memory four times as much, files the rest. `--clients`
 sessions are in flight at a time. With `--speed 0` a call is sent once the one before it in its session is answered:
 `seconds` is how long a busy server takes for all of it. With another speed, sessions begin and pause as the workload
-says, so many times faster. In each of the `--rounds` the modes take turns, on fresh servers: `seconds` is the median,
-percentiles are of the calls of all rounds; `cpu_s`, a median as well, is the CPU time that the server and the
-prefetcher took meanwhile. Prompt tokens are counted by where they came from. `ideal` is what a prefix cache without
-bounds would find, `lru` what one of the KV pool's size would. Greedy answers of all modes and rounds are compared
-token by token with the first ones.
+says, so many times faster. In each of the `--rounds` the modes take turns, on fresh servers, each round beginning
+with another one: `seconds` is the median, percentiles are of the calls of all rounds; `cpu_s`, a median as well, is
+the CPU time that the server and the prefetcher took meanwhile, that of threads which wait for each other included.
+Prompt tokens are counted by where they came from. `ideal` is what a prefix cache without bounds would find, `lru`
+what one of the KV pool's size would. Greedy answers of all modes and rounds are compared token by token with the
+first ones.
 """
 
 from __future__ import annotations
@@ -118,6 +119,12 @@ def server_for(mode: str, model: Path, tokens: int, folder: Path) -> Server:
     return Server(model, args, log=folder / "server.log")
 
 
+def in_turn(modes: Sequence[str], turn: int) -> list[str]:
+    """Each round begins with another one: a machine may be faster, or slower, for who comes first."""
+    first = turn % len(modes)
+    return [*modes[first:], *modes[:first]]
+
+
 def compare_modes(
     workload: Workload,
     modes: Sequence[str],
@@ -131,7 +138,7 @@ def compare_modes(
     model, tokens = make_model(folder / "model", MODEL), pool_tokens(workload, share)
     runs: dict[str, list[Replayed]] = {mode: [] for mode in modes}
     for turn in range(rounds):
-        for mode in modes:
+        for mode in in_turn(modes, turn):
             with server_for(mode, model, tokens, folder / f"{workload.name}-{mode}-{turn}") as server:
                 before_s = server.cpu_s()
                 run = replay(server, workload, clients=clients, speed=speed)
