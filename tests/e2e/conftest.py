@@ -14,6 +14,7 @@ from typing import TypeVar
 import pytest
 
 from bench.harness import Answer, ModelSpec, Server, make_model, random_prompt
+from sglang_hcache.cli.inspect import inspect
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, tail_logprobs
 
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
@@ -156,6 +157,11 @@ def only_on_disk(server: Server) -> None:
     """Wait until everything is written, then empty device and host memory."""
     wait_until(lambda: server.tier_state()["pages_dirty"] == 0, 30)
     server.flush_cache()
+
+
+def pages_in(store: Path) -> int:
+    """On file."""
+    return sum(one["pages"] for one in inspect(store)["fingerprints"])
 
 
 def nothing_is_held(server: Server) -> bool:
