@@ -74,6 +74,14 @@ def write_slowly(directory: Path, batch_s: str) -> None:
     process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 
+def read_slowly(directory: Path, bytes_per_s: str) -> None:
+    """Be a prefetcher that reads so much and no more."""
+    config = ServerConfig(
+        endpoint_for([str(directory)]).address, (str(directory),), read_bytes_per_s=float(bytes_per_s)
+    )
+    process.serve(config)
+
+
 def look_often(directory: Path, touch_s: str) -> None:
     """Be a prefetcher that looks every `touch_s` whether it can still be found."""
     process.TOUCH_S = float(touch_s)

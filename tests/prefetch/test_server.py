@@ -306,7 +306,10 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
 
 def test_what_is_in_memory_is_announced_at_once(directory: Path, join: Join) -> None:
     """Though it is nothing: a client that must guess would take what is in memory for what is on a drive."""
+    process = child("read_slowly", directory, 4 * LAYOUT.record_bytes)  # so that nothing has been read by then
+    assert until(lambda: is_running(endpoint_for([str(directory)])))
     client = join()
+    assert client.prefetcher_pid == process.pid
     save(client, range(40))
     assert client.flush(30)
     with Raw(directory) as raw:
