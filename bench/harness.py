@@ -22,11 +22,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import psutil
 
@@ -96,8 +96,32 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
+class Launcher(Protocol):
+    """What `subprocess.Popen` has of a process."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int: ...
+    def send_signal(self, number: int) -> None: ...
+
+
+def launch(server: Server, log: int) -> Launcher:
+    """Of a session of its own, so that it can be killed with all that it starts."""
+    return subprocess.Popen(
+        server.command(),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=server.environment(),
+        start_new_session=True,
+    )
+
+
 class Server(Client):
     """A server process with all its children, started on entry and gone on exit."""
+
+    launch: ClassVar[Callable[[Server, int], Launcher]] = launch
 
     def __init__(
         self,
@@ -120,7 +144,7 @@ class Server(Client):
         self.start_s = 0.0  # seconds from launch to the first answered request
         self.stop_s = 0.0  # seconds from the signal until no process is left
         self.shares_prefetcher = False  # with another server on the same directories
-        self._launcher: subprocess.Popen[bytes] | None = None
+        self._launcher: Launcher | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -148,14 +172,7 @@ class Server(Client):
         self.log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with self.log.open("wb") as log:
-            self._launcher = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._child_environment(),
-                start_new_session=True,
-            )
+            self._launcher = self.launch(log.fileno())
         try:
             self._wait_until_it_answers(began)
         except BaseException:
@@ -240,7 +257,7 @@ class Server(Client):
         config = json.loads((self.model / "config.json").read_text())
         return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
-    def _child_environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         child = {**os.environ, **self.env}
         if "PYTHONDONTWRITEBYTECODE" not in self.env:
             child.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles all of SGLang anew
@@ -272,7 +289,7 @@ class Server(Client):
         except (OSError, http.client.HTTPException, RequestFailed):
             return False
 
-    def _running_launcher(self) -> subprocess.Popen[bytes] | None:
+    def _running_launcher(self) -> Launcher | None:
         return self._launcher if self._launcher is not None and self._launcher.poll() is None else None
 
     def _reap(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ from typing import TypeVar
 
 import pytest
 
-from bench.harness import Answer, ModelSpec, Server, make_model, random_prompt
+from bench.harness import Answer, Launcher, ModelSpec, Server, launch, make_model, random_prompt
 from sglang_hcache.cli.inspect import inspect
+from tests.e2e.preloaded import Preloaded
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, tail_logprobs
 
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
@@ -69,6 +71,21 @@ class Workshop:
     ) -> AnyServer:
         tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(store))
         return server_class(self.model(spec), (*args, *tier), log=self.log("tiered"), env=env)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def launchers() -> Iterator[None]:
+    """Forks of one process, where a server has neither an environment of its own nor another command around it."""
+    with Preloaded() as preloaded, pytest.MonkeyPatch.context() as patch:
+
+        def launch_sooner(server: Server, log: int) -> Launcher:
+            command, usual = server.command(), [sys.executable, "-m", "sglang.launch_server"]
+            if server.env or command[: len(usual)] != usual:
+                return launch(server, log)
+            return preloaded.launch(command[len(usual) :], server.environment(), log)
+
+        patch.setattr(Server, "launch", launch_sooner)
+        yield
 
 
 @pytest.fixture(scope="session")
