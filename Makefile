@@ -33,6 +33,7 @@ $(VENV)/.ready: pyproject.toml
 demo: setup ## run the main job on the real server and print what was restored
 	$(BIN)/python -m bench.demo
 
+# Beside each other, but tests that look at the clock have the right of way over servers that start.
 test: check ## lint, types, import contracts and all tests, the real server included
 	@echo "Tests with and without a server, side by side: about half an hour. Each says how it went when it has ended."
 	@$(MAKE) --jobs 2 --output-sync unit e2e
@@ -55,7 +56,7 @@ unit: setup ## tests without a server
 	$(BIN)/python -m pytest tests/triton_kernels
 
 e2e: setup ## tests against the real server
-	$(BIN)/python -m pytest tests/e2e --durations=15
+	nice $(BIN)/python -m pytest tests/e2e --durations=15
 
 faults: setup ## the full counts: kills of writer, prefetcher and clients, flipped bits, failing transfers, damaged files
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage

@@ -56,6 +56,7 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "dllm_algorithm": (None, "batches of a diffusion model start no loads", "drop it"),
     "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
     "hicache_mem_layout": ("page_first", "the tier has a layout of its own", "drop it"),
+    "hicache_host_memory_mode": ("cache", "the tier's memory is a cache", "drop it"),
     "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported yet", "drop it"),
     "language_only": (False, "images that another server encodes are of weights unknown here", "drop it"),
     "encoder_only": (False, "an encoder has no prefixes to restore", "drop one"),
@@ -64,9 +65,14 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "pp_size": (1, "pipeline parallelism is not supported yet", "use --tp instead"),
     "dcp_size": (1, "context parallelism is not supported yet", "drop it"),
     "attn_cp_size": (1, "context parallelism is not supported yet", "drop it"),
+    "enable_prefill_cp": (False, "context parallelism is not supported yet", "drop it"),
     "dwdp_size": (1, "ranks that fetch each other's experts are not supported yet", "drop it"),
     "elastic_ep_backend": (None, "ranks that come and go are not supported yet", "drop it"),
+    "enable_return_routed_experts": (False, "nobody knows which experts restored tokens went through", "drop one"),
+    "kv_canary": ("none", "restored slots have no canary of their own", "drop it"),
     "enable_unified_cache_external_linker": (False, "the tier is itself the external linker", "drop one"),
+    "unified_cache_external_linker_backend": ("mooncake", "the tier is itself the external linker", "drop one"),
+    "unified_cache_external_linker_config": (None, "the tier is itself the external linker", "drop one"),
 }
 
 _DRAFTING = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")  # a chain of drafts, by a draft model
@@ -262,9 +268,9 @@ def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, ob
         return
     if not _is_tcp(address):
         raise FlagError(f"--hcache-prefetcher {address!r} is not tcp://HOST:PORT")
-    if keys is not None and not Path(keys).expanduser().is_dir():
+    if keys is not None and not (keys and Path(keys).expanduser().is_dir()):
         raise FlagError(
-            f"--hcache-keys {keys} is not a directory: give the one that `hcache keygen` made for this client"
+            f"--hcache-keys {keys!r} is not a directory: give the one that `hcache keygen` made for this client"
         )
     for name, value in local.items():
         if value is not None:
@@ -309,8 +315,8 @@ def _flag(name: str) -> str:
 
 def _check_host_size(values: MutableMapping[str, Any]) -> None:
     ratio = values.get("hicache_ratio")
-    if ratio is not None and ratio <= 0:
-        raise FlagError(f"--hicache-ratio {ratio} leaves no host memory to the tier: give a positive ratio")
+    if ratio is not None and not 0 < ratio < math.inf:
+        raise FlagError(f"--hicache-ratio {ratio} is no size for the tier's host memory: give a positive ratio")
     size_gb = values.get("hicache_size") or 0
     if size_gb < 0:
         raise FlagError(f"--hicache-size {size_gb} is negative: give gigabytes, or drop it")

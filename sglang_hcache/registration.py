@@ -28,13 +28,24 @@ from sglang_hcache.storage.layout import ChunkLayout
 
 logger = logging.getLogger(__name__)
 
-# Weights are not those on files here with these formats, nor all of what is computed with these flags.
-_NOT_FROM_FILES = ("dummy", "remote", "remote_instance", "rdma", "ipc_cache", "private")
-_NOT_WEIGHTS_ALONE = ("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks")
+# Formats that load the very files that a checkpoint is known by; others take what was made of them at some time.
+_FROM_ITS_FILES = (
+    *("auto", "pt", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "sharded_state", "layered"),
+    *("gguf", "bitsandbytes", "mistral"),
+)
+# With these, more than those files decides what is computed.
+_NOT_WEIGHTS_ALONE = (
+    *("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks"),
+    *("decrypted_config_file", "decrypted_draft_config_file"),
+)
 # The same weights are computed with in another way.
 _COMPUTING = (
     *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
     "enable_precise_embedding_interpolation",  # of an image's positions, in its encoder
+)
+_COMPUTING_BY_ENVIRONMENT = (
+    *("SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FORCE_FP8_MARLIN"),
+    *("SGLANG_HUMMING_ONLINE_QUANT_CONFIG", "SGLANG_HUMMING_INPUT_QUANT_CONFIG"),
 )
 
 
@@ -125,8 +136,10 @@ class Registration:
         """
         model, lora = get_model(), get_lora()
         try:
-            if model.load_format in _NOT_FROM_FILES:
-                raise OSError(f"--load-format {model.load_format} reads none")
+            if model.load_format not in _FROM_ITS_FILES:
+                raise OSError(f"--load-format {model.load_format} takes them from elsewhere")
+            if model.weight_cache_mode != "off":
+                raise OSError(f"--weight-cache-mode {model.weight_cache_mode} shares those of another process")
             for name in _NOT_WEIGHTS_ALONE:
                 if getattr(self._server_args, name):
                     raise OSError(f"--{name.replace('_', '-')} changes the model")
@@ -153,8 +166,9 @@ class Registration:
     def _draft_on_disk(self, memo: Path) -> tuple[object, ...]:
         """Its weights, and what is computed with them. Raises OSError."""
         spec = get_spec()
-        if spec.speculative_draft_load_format in _NOT_FROM_FILES:
-            raise OSError(f"--speculative-draft-load-format {spec.speculative_draft_load_format} reads none")
+        if spec.speculative_draft_load_format not in (None, *_FROM_ITS_FILES):
+            flag = f"--speculative-draft-load-format {spec.speculative_draft_load_format}"
+            raise OSError(f"{flag} takes the draft model's from elsewhere")
         path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
         if path is None:  # layers of the model's own checkpoint
             path, revision = self._model.model_path, get_model().revision
@@ -183,6 +197,7 @@ class Registration:
         if windowed := [*self._stored.formats.windowed]:
             parts.append(("windowed_layers", windowed))
         parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
+        parts += [(name, value) for name in _COMPUTING_BY_ENVIRONMENT if (value := os.environ.get(name))]
         if not self._stored.same_on_all_ranks:
             parallel = get_parallel()
             parts.append(("rank", (parallel.attn_tp_rank, parallel.attn_tp_size)))

@@ -21,7 +21,7 @@ from sglang_hcache.cli.architectures import ALIASES, ARCHITECTURES
 from sglang_hcache.cli.common import CommandFailed, count, explain, human, print_json
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import Costs, costs_of
-from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config
+from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config, why_not_hidden
 from sglang_hcache.planner.load import plan_head_start, plan_load
 from sglang_hcache.planner.machine import GPUS, Machine, machine_of
 from sglang_hcache.planner.save import plan_save
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = find_gpu(arguments.gpu)
     machine = find_machine(gpu, arguments)
     _refuse_what_no_server_serves(shape, machine.ranks)
-    report = advise(shape, machine, arguments)
+    report = advise(shape, machine, arguments, not_hidden=find_why_not_hidden(arguments.model))
     report["weights"] = weights(shape, machine.ranks * GPUS[gpu].memory_bytes, arguments.offload)
     if arguments.plot is not None:
         plot(report, arguments.plot)
@@ -120,14 +120,10 @@ def _refuse_what_no_server_serves(shape: ModelShape, ranks: int) -> None:
 
 def find_shape(model: str) -> ModelShape:
     """Raises `CommandFailed`."""
-    path = Path(os.path.expanduser(model))
-    if path.is_dir():
-        path /= "config.json"
+    path = _path_of_config(model)
     if path.is_file():
         try:
-            config = json.loads(path.read_text())
-            if not isinstance(config, dict):
-                raise UnknownConfig("it is not a JSON object")
+            config = _config_at(path)
             return shape_of_config(config, str(config.get("_name_or_path") or path.parent.name or model))
         except (OSError, ValueError) as error:
             raise CommandFailed(explain(error, path)) from error
@@ -143,6 +139,25 @@ def find_shape(model: str) -> ModelShape:
     raise CommandFailed(
         f"{model!r} is neither a known model nor a file; {hint}`hcache advise --list` prints all names"
     )
+
+
+def find_why_not_hidden(model: str) -> str:
+    """Of a model that `find_shape` has found."""
+    path = _path_of_config(model)
+    return why_not_hidden(_config_at(path)) if path.is_file() else ""
+
+
+def _path_of_config(model: str) -> Path:
+    path = Path(os.path.expanduser(model))
+    return path / "config.json" if path.is_dir() else path
+
+
+def _config_at(path: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError."""
+    config = json.loads(path.read_text())
+    if not isinstance(config, dict):
+        raise UnknownConfig("it is not a JSON object")
+    return config
 
 
 def find_machine(gpu: str, arguments: argparse.Namespace) -> Machine:
@@ -186,14 +201,22 @@ def upgrades(machine: Machine, drives: int) -> Iterator[Upgrade]:
     yield Upgrade("compute", "a GPU twice as fast", faster)
 
 
-def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `--json` prints. Times are seconds to the first token."""
+def advise(
+    shape: ModelShape, machine: Machine, arguments: argparse.Namespace, *, not_hidden: str = ""
+) -> dict[str, Any]:
+    """What `--json` prints. Times are seconds to the first token; `not_hidden`: why no hidden states are stored."""
     costs, new_tokens = costs_of(shape, machine, offloaded=arguments.offload), arguments.new_tokens
     tiers = ["host", "ssd"] if arguments.drives else ["host"]
     planned = {tier: [hit_of(tokens, tier, new_tokens) for tokens in arguments.tokens] for tier in tiers}
     layout, stored_for = Layout(shape.layers, 0, 0), None
     for tier in reversed(tiers):
-        layout = plan_save(costs, *planned[tier], layerwise=arguments.layerwise, mixed=machine.ranks == 1).layout
+        layout = plan_save(
+            costs,
+            *planned[tier],
+            layerwise=arguments.layerwise,
+            mixed=machine.ranks == 1,
+            hidden=not not_hidden,
+        ).layout
         if layout.hidden + layout.kv:
             stored_for = tier
             break
@@ -204,6 +227,7 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
             {"representation": kind, "first_layer": first, "last_layer": last}
             for kind, first, last in layout.ranges()
         ],
+        "not_hidden": not_hidden or None,
         "planned_for": stored_for,
         "planned_tokens": arguments.tokens,
         "bytes_per_token": {
@@ -222,6 +246,7 @@ def advise(shape: ModelShape, machine: Machine, arguments: argparse.Namespace) -
                 drives=arguments.drives if tier == "ssd" else 0,
                 offloaded=arguments.offload,
                 layerwise=arguments.layerwise,
+                hidden=not not_hidden,
             )
             for tier in tiers
         },
@@ -263,12 +288,13 @@ def limit(
     drives: int,
     offloaded: float = 0.0,
     layerwise: bool = False,
+    hidden: bool = True,
 ) -> dict[str, Any]:
     """What a plan for the faster machine would gain for the hits; `drives`: that they are read from, 0 for none."""
 
     def planned_s(machine: Machine) -> float:
         costs = costs_of(shape, machine, offloaded=offloaded)
-        layout = plan_save(costs, *hits, layerwise=layerwise, mixed=machine.ranks == 1).layout
+        layout = plan_save(costs, *hits, layerwise=layerwise, mixed=machine.ranks == 1, hidden=hidden).layout
         return sum(plan_load(costs, layout, hit).seconds for hit in hits)
 
     now_s = planned_s(machine)
@@ -319,6 +345,8 @@ def print_report(report: dict[str, Any]) -> None:
     _print_lack_of_memory(**report["weights"])
     for one in report["layers"]:
         print(stored_line(one["representation"], one["first_layer"], one["last_layer"]))
+    if report["not_hidden"]:
+        print(f"  no hidden states: {report['not_hidden']}")
     sizes = report["bytes_per_token"]
     share = sizes["plan"] / sizes["kv"]
     print(

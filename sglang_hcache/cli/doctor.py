@@ -115,9 +115,9 @@ def _layout(directory: Path, measured: Measured) -> Layout:
     """What is stored of the model; where none was planned, the smaller representation."""
     about, shape = measured.about, measured.shape
     hidden = shape.stored_hidden_bytes or None
-    kept = KeptLayout(directory, shape, about["page_tokens"], hidden_bytes=hidden, kv_bytes=shape.stored_kv_bytes)
-    by_itself = about["ranks"] == 1 and not about.get("prefetcher")  # as the linker has it: only then is it planned
-    if by_itself and (planned := kept.read()) is not None:
+    kv = shape.stored_kv_bytes // shape.kv_shares(about["ranks"])  # of one rank
+    kept = KeptLayout(directory, shape, about["page_tokens"], hidden_bytes=hidden, kv_bytes=kv)
+    if not about.get("prefetcher") and (planned := kept.read()) is not None:
         return planned
     smaller = about.get("projector") and shape.hidden_bytes < shape.kv_bytes * shape.kv_copies(about["ranks"])
     return Layout(0, shape.layers, 0) if smaller else Layout(0, 0, shape.layers)
@@ -141,7 +141,13 @@ def examine(measured: Measured, layout: Layout, drives: int) -> dict[str, Any]:
             for tier in tiers
         },
         "limits": {
-            tier: limit(shape, machine, [hit_of(PLANNED, tier, NEW_TOKENS, page_tokens)], drives=of_tier)["text"]
+            tier: limit(
+                shape,
+                machine,
+                [hit_of(PLANNED, tier, NEW_TOKENS, page_tokens)],
+                drives=of_tier,
+                hidden=bool(about.get("projector")),
+            )["text"]
             for tier, of_tier in tiers.items()
         },
     }

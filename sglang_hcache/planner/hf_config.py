@@ -81,6 +81,22 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     )
 
 
+def why_not_hidden(config: Mapping[str, Any]) -> str:
+    """Why a server stores K and V of this model, whatever is smaller; empty where it may store hidden states.
+
+    A rotation is given for all layers, or for each type of them.
+    """
+    config = _completed(_text_part(_completed(config)))
+    found = [config.get(name) for name in ("rope_scaling", "rope_parameters")]
+    found += [value for one in found if isinstance(one, Mapping) for value in one.values()]
+    for rotation in (one for one in found if isinstance(one, Mapping)):
+        if {rotation.get("type"), rotation.get("rope_type")} & {"longrope", "su"}:
+            return "with LongRoPE a token's K depends on the longest prompt of its forward"
+        if rotation.get("mrope_section"):
+            return "positions of several dimensions (M-RoPE) are not stored"
+    return ""
+
+
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """With the defaults of its model type, if transformers is there and knows it."""
     try:

@@ -30,6 +30,7 @@ def plan_save(
     *references: Hit,
     layerwise: bool = True,
     mixed: bool = True,
+    hidden: bool = True,
     splits: bool = True,
     in_use: Layout | None = None,
     tolerance: float = 0.0,
@@ -37,22 +38,22 @@ def plan_save(
     """The layout that restores `references` with the least slowdown; of equal ones, that with the fewest bytes.
 
     `layerwise`: layers may be left to be recomputed from tokens. `mixed`: some may be stored as hidden states and
-    others as KV. `splits`: the load plan will restore a part of the pages only where that is faster; then nothing at
-    all is stored if recomputing is. `tolerance`: layouts slower by up to this part of the least are taken for equals.
-    `in_use`: the layout of what is stored already, which another would make worthless: it stays unless it is slower
-    by more than `WORTH_A_CHANGE`.
+    others as KV. `hidden`: any may be stored as hidden states. `splits`: the load plan will restore a part of the
+    pages only where that is faster; then nothing at all is stored if recomputing is. `tolerance`: layouts slower by
+    up to this part of the least are taken for equals. `in_use`: the layout of what is stored already, which another
+    would make worthless: it stays unless it is slower by more than `WORTH_A_CHANGE`.
     """
-    counts = _layouts(costs.layers, layerwise, mixed)
+    counts = _layouts(costs.layers, layerwise, mixed, hidden)
     seconds = np.array([_seconds(costs, counts, reference, splits) for reference in references])
     slowdown = (seconds / seconds.min(axis=1, keepdims=True)).mean(axis=0)
-    none, hidden, kv = counts
-    stored = hidden * costs.hidden_bytes_per_token + kv * costs.kv_bytes_per_token
+    none, as_hidden, kv = counts
+    stored = as_hidden * costs.hidden_bytes_per_token + kv * costs.kv_bytes_per_token
     equal = slowdown <= slowdown.min() * (1 + tolerance)
     best = int(np.lexsort((slowdown, np.where(equal, stored, np.inf), ~equal))[0])
     if in_use is not None:
-        used = np.flatnonzero((none == in_use.none) & (hidden == in_use.hidden) & (kv == in_use.kv))
+        used = np.flatnonzero((none == in_use.none) & (as_hidden == in_use.hidden) & (kv == in_use.kv))
         best = next((int(i) for i in used if slowdown[i] <= slowdown.min() * (1 + WORTH_A_CHANGE)), best)
-    layout = Layout(int(none[best]), int(hidden[best]), int(kv[best]))
+    layout = Layout(int(none[best]), int(as_hidden[best]), int(kv[best]))
     return SavePlan(layout, float(seconds[:, best].sum()), float(slowdown[best]))
 
 
@@ -70,12 +71,13 @@ def _seconds(costs: Costs, counts: tuple[Any, Any, Any], reference: Hit, splits:
     return seconds
 
 
-def _layouts(layers: int, layerwise: bool, mixed: bool) -> tuple[Any, Any, Any]:
+def _layouts(layers: int, layerwise: bool, mixed: bool, hidden: bool) -> tuple[Any, Any, Any]:
     """Every count of layers stored as nothing, hidden states, KV."""
-    none, hidden = np.meshgrid(np.arange(layers + 1 if layerwise else 1), np.arange(layers + 1), indexing="ij")
+    most_none, most_hidden = layers if layerwise else 0, layers if hidden else 0
+    none, as_hidden = np.meshgrid(np.arange(most_none + 1), np.arange(most_hidden + 1), indexing="ij")
     stored = layers - none
-    fits = (hidden <= stored) & (mixed | (hidden == 0) | (hidden == stored))
-    none, hidden = none[fits], hidden[fits]
+    fits = (as_hidden <= stored) & (mixed | (as_hidden == 0) | (as_hidden == stored))
+    none, as_hidden = none[fits], as_hidden[fits]
     if not layerwise:
-        none, hidden = np.append(none, layers), np.append(hidden, 0)
-    return none, hidden, layers - none - hidden
+        none, as_hidden = np.append(none, layers), np.append(as_hidden, 0)
+    return none, as_hidden, layers - none - as_hidden

@@ -154,6 +154,30 @@ def test_what_a_server_refuses_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "layer_types is 5, not a list of names" in refused(capsys, config, "--gpu", "H100")
 
 
+@pytest.mark.parametrize(
+    ("rotation", "why"),
+    [
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "with LongRoPE"),
+        ({"rope_scaling": {"type": "su"}}, "with LongRoPE"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "with LongRoPE"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "with LongRoPE"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "(M-RoPE)"),
+    ],
+)
+def test_where_hidden_states_do_not_do_kv_is_stored(
+    rotation: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    assert advise(capsys, config, "--gpu", "H100")["layers"][0]["representation"] == "hidden"
+    config.write_text(json.dumps(LLAMA | rotation))
+    report = advise(capsys, config, "--gpu", "H100")
+    assert report["layers"] == [{"representation": "kv", "first_layer": 0, "last_layer": 31}]
+    assert why in report["not_hidden"]
+    assert main(["advise", str(config), "--gpu", "H100"]) == 0
+    assert f"  no hidden states: {report['not_hidden']}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_name_finds_itself(name: str) -> None:
     for written in (name, name.lower(), f"org/{name}", f"{name}-Instruct", f"{name}_chat-hf", f"{name}-v0.1"):

@@ -63,7 +63,7 @@ def test_json_holds_rates_times_and_limits(measured: Path, capsys: pytest.Captur
 
 
 def test_the_layout_of_what_is_stored(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the same model there may be others: of other rows, or of a server with several ranks."""
+    """Of the same model there may be others, of other rows."""
     shape = ModelShape(**MODEL)
     KeptLayout(measured, shape, 64, hidden_bytes=1024, kv_bytes=0).write(Layout(0, 1, 7))
     KeptLayout(measured, shape, 32, hidden_bytes=None, kv_bytes=0).write(Layout(0, 2, 6))
@@ -73,7 +73,17 @@ def test_the_layout_of_what_is_stored(measured: Path, capsys: pytest.CaptureFixt
     KeptLayout(measured, shape, 64, hidden_bytes=None, kv_bytes=0).write(Layout(0, 3, 5))
     assert main(["doctor", "--dir", str(measured)]) == 0
     assert "layers 0–2: hidden states\n  layers 3–7: KV\n" in capsys.readouterr().out
-    write_rates(measured, ABOUT | {"ranks": 2})
+
+
+def test_the_layout_of_several_ranks_is_kept_by_what_one_of_them_stores(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MODEL | {"stored_kv_bytes": 4096}
+    write_rates(measured, ABOUT | {"ranks": 2, "model": model})
+    KeptLayout(measured, ModelShape(**model), 64, hidden_bytes=None, kv_bytes=2048).write(Layout(0, 0, 8))
+    assert main(["doctor", "--dir", str(measured)]) == 0
+    assert "layers 0–7: KV\n" in capsys.readouterr().out
+    write_rates(measured, ABOUT | {"ranks": 2, "model": model, "prefetcher": "tcp://host:7400"})
     assert main(["doctor", "--dir", str(measured)]) == 0
     assert "layers 0–7: hidden states\n" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,12 @@ def test_without_the_backend_nothing_changes() -> None:
         ("pp_size", 2),
         ("dwdp_size", 2),
         ("elastic_ep_backend", "mooncake"),
+        ("enable_prefill_cp", True),
+        ("hicache_host_memory_mode", "buffer_only"),
+        ("enable_return_routed_experts", True),
+        ("kv_canary", "log"),
+        ("unified_cache_external_linker_backend", "dynamic"),
+        ("unified_cache_external_linker_config", "{}"),
     ],
 )
 def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object, tmp_path: Path) -> None:
@@ -151,6 +158,19 @@ def test_sglangs_defaults_are_no_contradiction(tmp_path: Path) -> None:
     fields = {field.name: field.default for field in msgspec.structs.fields(ServerArgs)}
     values = {name: fields[name] for name in _CONFLICTS}
     assert switched_on(tmp_path, **values)["enable_unified_cache_external_linker"]
+
+
+@pytest.mark.parametrize("ratio", [0, -1.5, math.inf, math.nan])
+def test_a_ratio_that_is_none(ratio: float, tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match=r"^--hicache-ratio .*: give a positive ratio$"):
+        switched_on(tmp_path, hicache_ratio=ratio)
+
+
+@pytest.mark.parametrize("keys", ["", "nowhere"])
+def test_keys_that_are_none(keys: str) -> None:
+    """An unset variable in a unit file must not take them away."""
+    with pytest.raises(FlagError, match=f"^--hcache-keys '{keys}' is not a directory: give"):
+        server_kwargs(hcache_prefetcher="tcp://host:7400", hcache_keys=keys)
 
 
 def test_more_memory_than_there_is(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
             tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1, attn_dp_enabled=False
         ),
         "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
-        "get_model": SimpleNamespace(load_format="dummy"),
+        "get_model": SimpleNamespace(load_format="dummy", weight_cache_mode="off"),
         "get_lora": SimpleNamespace(enable_lora=False),
         "get_memory": SimpleNamespace(
             hicache_size=0.01, hicache_write_policy="write_through", hicache_storage_prefetch_policy="timeout"

@@ -25,7 +25,7 @@ from tests.prefetch.clients import hello
 
 Say = Callable[..., Hello]
 
-MODEL = {"load_format": "auto", "revision": None, "download_dir": None}
+MODEL = {"load_format": "auto", "weight_cache_mode": "off", "revision": None, "download_dir": None}
 LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
 SPECULATION: dict[str, object] = {
     "speculative_algorithm": "EAGLE",
@@ -46,6 +46,8 @@ SERVER = {
     "modelopt_checkpoint_restore_path": None,
     "rl_quant_profile": None,
     "forward_hooks": None,
+    "decrypted_config_file": None,
+    "decrypted_draft_config_file": None,
 }
 
 
@@ -151,7 +153,9 @@ def test_a_draft_model_that_is_trained_again_has_no_pages(say: Say, tmp_path: Pa
     alone, before = say(model), say(model, draft=draft)
     assert say(model, draft=draft).fingerprint == before.fingerprint
     assert before.on_file
-    assert not say(model, draft=draft, speculative_draft_load_format="dummy").on_file
+    assert say(model, draft=draft, speculative_draft_load_format="safetensors").on_file
+    for elsewhere in ("dummy", "presharded"):
+        assert not say(model, draft=draft, speculative_draft_load_format=elsewhere).on_file
     coarser = say(model, draft=draft, speculative_draft_kv_cache_dtype="fp8_e5m2")
     checkpoint(draft, b"trained")
     fingerprints = {one.fingerprint for one in (alone, before, coarser, say(model, draft=draft))}
@@ -218,6 +222,17 @@ def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Sa
     assert len({say(model, **way).fingerprint for way in ways}) == len(ways)
 
 
+def test_the_environment_decides_which_layers_are_quantised(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    all_layers = say(model).fingerprint
+    monkeypatch.setenv("SGLANG_FP8_IGNORED_LAYERS", "lm_head")
+    assert say(model).fingerprint != all_layers
+    monkeypatch.delenv("SGLANG_FP8_IGNORED_LAYERS")
+    assert say(model).fingerprint == all_layers
+
+
 @pytest.mark.parametrize(
     "what",
     [
@@ -225,6 +240,9 @@ def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Sa
         "no adapter",
         "dummy weights",
         "weights of another server",
+        "weights of another process",
+        "a dump of former weights",
+        "a configuration of another name",
         "weights of experts elsewhere",
         "an id that was never fetched",
     ],
@@ -242,6 +260,12 @@ def test_what_cannot_be_identified_goes_to_no_file(
         arguments = {"load_format": "dummy"}
     elif what == "weights of another server":
         arguments = {"load_format": "remote_instance"}
+    elif what == "weights of another process":
+        arguments = {"weight_cache_mode": "client"}
+    elif what == "a dump of former weights":
+        arguments = {"load_format": "presharded"}
+    elif what == "a configuration of another name":
+        arguments = {"decrypted_config_file": "plain.json"}
     elif what == "weights of experts elsewhere":
         arguments = {"kt_weight_path": str(tmp_path)}
     else:
