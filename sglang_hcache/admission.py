@@ -37,6 +37,7 @@ class Admission:
         self._head_starts = HeadStarts()
         self._to_begin: list[HeadStart] = []  # in this step
         self._idle = False  # in the last step there was nothing to do but to wait for pages
+        self._looked = False  # in this step, who need not wait any more: --scheduler-recv-interval skips steps
         self._held_meanwhile: list[Any] | None = (
             None  # requests that were queued, and are held, while a batch is made
         )
@@ -48,6 +49,7 @@ class Admission:
 
         recv_reqs: None where another rank receives requests, and decides.
         """
+        self._looked = True
         for rid in self._head_starts.over():
             self._prefetches.head_start_over(rid)
         if recv_reqs is not None:
@@ -55,7 +57,6 @@ class Admission:
                 local = [*local, Admit(tuple(rids))]
             if start := self._prefetches.head_start():
                 local = [*local, start]
-        self._idle = False
         requests = []
         for message in send(recv_reqs, local):
             if isinstance(message, Admit):
@@ -85,12 +86,14 @@ class Admission:
         self._linker.renew_store()
         self._begin_head_starts(scheduler)
         before, held = scheduler.waiting_queue, set(self._prefetches.held)
+        self._idle, looked, self._looked = False, self._looked, False
         if held:
             scheduler.waiting_queue = [req for req in before if req.rid not in held]
             busy = scheduler.waiting_queue or not running_batch.is_empty() or scheduler.chunked_req is not None
             if not (busy or self._others_wait_for_us):
                 self._idle = True
-                self._linker.wait_for_news(_IDLE_WAIT_S)
+                if looked:
+                    self._linker.wait_for_news(_IDLE_WAIT_S)
         self._held_meanwhile = held_meanwhile = list[Any]()
         try:
             result = make()

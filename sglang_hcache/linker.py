@@ -76,13 +76,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
                 self._drafts,
                 self._page_tokens,
             )
+            self._window_pages = self._pages_of_a_window(params.swa_retain_window)
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools: dict[PoolName, object] = {PoolName.KV: self._pool}
-        self._window_pages = 0  # that windowed layers are restored of, if these have slots of their own
-        if self._stored.formats.windowed:
+        if self._window_pages:
             self.pools[PoolName.SWA] = self._pool.swa_kv_pool
-            self._window_pages = -(-params.swa_retain_window // self._page_tokens)
         self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
         self._completed_offloads = 0
         self._offload_follows = ROOT
@@ -327,6 +326,19 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             **self._saver.stats(),
             **self._store.stats(),
         }
+
+    def _pages_of_a_window(self, window_tokens: int) -> int:
+        """That windowed layers are restored of, if these have slots of their own. Raises Unsupported."""
+        if not self._stored.formats.windowed:
+            return 0
+        pages, slots = -(-window_tokens // self._page_tokens), self._pool.swa_kv_pool.size
+        forward_tokens = scheduler_hooks.most_rows_of_a_forward()
+        if slots < (least := windows.least_slots(pages * self._page_tokens, self._page_tokens, forward_tokens)):
+            raise Unsupported(
+                f"the KV pool of its sliding windows has {slots} tokens, and with less than {least} a hit may never "
+                "be scheduled; raise --swa-full-tokens-ratio, or add --disable-hybrid-swa-memory"
+            )
+        return pages
 
     # ---- the store ----
 

@@ -17,6 +17,15 @@ _MISSING = -1
 Positions = npt.NDArray[np.int32]  # [slots, page_tokens], of a store's pages
 
 
+def least_slots(window_tokens: int, page_tokens: int, forward_tokens: int) -> int:
+    """Slots of such layers with which SGLang admits every hit in the end; with fewer it may wait for ever.
+
+    It reserves a window for what is restored (as for new tokens and their answer) beside the one that the prefix on
+    the device keeps locked, and what a forward writes beyond a window (`SWAPrefillBudget.check_prefill`).
+    """
+    return 3 * window_tokens + page_tokens + max(0, forward_tokens - window_tokens) + 1
+
+
 def note(positions: Positions, slot: int, *, windowed: bool) -> None:
     """That the page in a slot has its windowed layers, or not."""
     positions[slot] = 0 if windowed else _MISSING

@@ -162,12 +162,22 @@ def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HC
     tier.close()
 
 
-def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four layers the first and the third have a window; the first two pages lack them, and so end no prefix."""
-    pool = SWAKVPool(
-        PAGES * PAGE, 6 * PAGE, PAGE, torch.float32, 2, 4,
+def windowed_pool(pages: int) -> SWAKVPool:
+    """The first and the third of four layers have so many pages of their own."""
+    return SWAKVPool(
+        PAGES * PAGE, pages * PAGE, PAGE, torch.float32, 2, 4,
         swa_attention_layer_ids=[0, 2], full_attention_layer_ids=[1, 3], device="cpu",
     )  # fmt: skip
+
+
+def test_a_pool_in_which_a_hit_may_find_no_room_is_refused(make: Callable[..., HCacheLinker]) -> None:
+    with pytest.raises(RuntimeError, match=r"has 96 tokens, and with less than 113 .* raise --swa-full-tokens-ratio"):
+        make(windowed=windowed_pool(6))
+
+
+def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two pages lack those with a window, and so end no prefix."""
+    pool = windowed_pool(8)
     for buffer in buffers_of(pool):
         buffer.normal_()
     tier = make(windowed=pool)

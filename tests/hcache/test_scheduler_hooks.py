@@ -34,6 +34,12 @@ class Tier:
     def wait_for_news(self, _timeout_s: float) -> None:
         self.waited += 1
 
+    def admissible(self, *, idle: bool) -> list[str]:
+        return []
+
+    def head_start(self) -> None:
+        return None
+
     def renew_store(self) -> None:
         pass
 
@@ -67,7 +73,10 @@ class Scheduler:
         batch, self.waiting_queue = self.waiting_queue[1:], self.waiting_queue[:1]
         return SimpleNamespace(reqs=batch) if batch else None, None
 
-    def step(self, running: Any = None) -> None:
+    def step(self, running: Any = None, *, looks: bool = True) -> None:
+        """looks: at what has been received; --scheduler-recv-interval leaves that out of most steps."""
+        if looks:
+            scheduler_hooks.around_broadcast(lambda _receiver, received, _local: received, None, [])
         scheduler_hooks.around_new_batch(Scheduler.make_batch, self, running_batch=running or self.running_batch)
 
     @property
@@ -119,6 +128,11 @@ def test_with_nothing_to_do_but_to_hold_it_waits_for_news(tier: Tier) -> None:
     scheduler = Scheduler("h1")
     scheduler.step()
     assert tier.waited == 1
+    for _ in range(3):
+        scheduler.step(looks=False)
+    assert tier.waited == 1, "nothing is admitted in a step that does not look"
+    scheduler.step()
+    assert tier.waited == 2
 
 
 def test_hits_of_requests_that_run_are_forgotten(tier: Tier) -> None:
@@ -162,8 +176,7 @@ def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
         return [*local_reqs, *(recv_reqs if first and recv_reqs is not None else from_all)]
 
     admitted: list[str] = []
-    monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1"], raising=False)
-    monkeypatch.setattr(tier, "head_start", lambda: None, raising=False)
+    monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1"])
     monkeypatch.setattr(tier, "admit", admitted.extend, raising=False)
     received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
     assert received == ["an abort", *from_all]
