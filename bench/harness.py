@@ -64,6 +64,7 @@ ACCELERATOR_ARGS = ("--mem-fraction-static", "0.3")
 # Below those that the kernel gives to whoever asks for any, and those that SGLang takes for itself.
 _ports = itertools.cycle(random.sample(range(12000, 22000), 10000))
 _PORTS_TO_TRY = 1000
+_given: list[socket.socket] = []
 
 
 class ServerDied(RuntimeError):
@@ -83,11 +84,15 @@ def on_accelerator() -> bool:
 
 
 def free_port() -> int:
-    """One that nobody listens on, and that no other server of this process was given, which may not listen yet."""
+    """One that nobody listens on, and that no other server of ours was given, which may not listen yet."""
     for port in itertools.islice(_ports, _PORTS_TO_TRY):
+        ours = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe, suppress(OSError):
+            ours.bind(f"\0sglang-hcache port {port}")  # no file: it is gone with this process
             probe.bind((HOST, port))
+            _given.append(ours)
             return port
+        ours.close()
     raise OSError(f"none of {_PORTS_TO_TRY} ports can be listened on")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from bench.harness import Answer, Launcher, ModelSpec, Server, launch, make_model, random_prompt
 from sglang_hcache.cli.inspect import inspect
-from tests.e2e.preloaded import Preloaded
+from tests.e2e.preloaded import READ_AT_IMPORT, Preloaded
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, tail_logprobs
 
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
@@ -75,12 +75,12 @@ class Workshop:
 
 @pytest.fixture(scope="session", autouse=True)
 def launchers() -> Iterator[None]:
-    """Forks of one process, where a server has neither an environment of its own nor another command around it."""
+    """Forks of one process, where that makes no difference."""
     with Preloaded() as preloaded, pytest.MonkeyPatch.context() as patch:
 
         def launch_sooner(server: Server, log: int) -> Launcher:
             command, usual = server.command(), [sys.executable, "-m", "sglang.launch_server"]
-            if server.env or command[: len(usual)] != usual:
+            if READ_AT_IMPORT & server.env.keys() or command[: len(usual)] != usual:
                 return launch(server, log)
             return preloaded.launch(command[len(usual) :], server.environment(), log)
 

@@ -21,7 +21,8 @@ import time
 from types import TracebackType
 from typing import Self
 
-MODULES = ("sglang.launch_server", "flashinfer", "torch._inductor.compile_fx", "fastapi", "openai")
+MODULES = ("sglang.srt.server_args", "flashinfer", "torch._inductor.compile_fx", "fastapi", "openai")
+READ_AT_IMPORT = {"HF_HUB_CACHE", "TRITON_INTERPRET"}  # variables of which the fork would not hear
 POLL_S = 0.02
 
 
@@ -113,6 +114,7 @@ def keep(arguments: list[str], environment: dict[str, str], log: int, told: int)
     os.dup2(log, sys.stderr.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = ["sglang.launch_server", *arguments]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
     sys.exit()
