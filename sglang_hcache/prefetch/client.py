@@ -230,9 +230,9 @@ class PrefetchClient:
     def _give_back(self) -> None:
         """What is ready for new pages beyond its share: others may wait for it."""
         slots = [self._granted.pop() for _ in range(min(len(self._granted), self._held - self._share))]
-        if slots:
-            self._held -= len(slots)
-            self._connection.send(m.GiveBack(slots=slots))
+        self._held -= len(slots)
+        for first in range(0, len(slots), m.MAX_KEYS):
+            self._connection.send(m.GiveBack(slots=slots[first : first + m.MAX_KEYS]))
 
     def _release(self, wanted: _Wanted) -> None:
         self._asked.pop(wanted.number, None)

@@ -394,7 +394,7 @@ class Server:
         for other in savers:  # one that is stopped gives nothing back
             stopped = other.broken or other.heard_at < heard_since
             left -= min(len(other.granted), share) if stopped else len(other.granted)
-        wanted = min(session.wanted, left, share - len(session.granted))
+        wanted = min(session.wanted, left, share - len(session.granted), m.MAX_KEYS)
         while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
             store.memory[slot, :8] = 0  # no header of a former page may look like this one's
             slots.append(slot)
@@ -453,8 +453,9 @@ class Server:
             log.info("hcache: the last client of its pages has gone; %d of them are still to be written.", unwritten)
 
     def _close(self) -> None:
-        for session in list(self._by_number.values()):
-            self._end(session, "the prefetcher ends")
+        """What sessions have leased stays as it is: their clients may be restoring from it."""
+        for pidfd in self._by_pidfd:
+            os.close(pidfd)
         self._spaces.close_all()
         self._listeners.close()
         self._context.term()

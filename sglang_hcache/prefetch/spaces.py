@@ -84,6 +84,7 @@ class Spaces:
         self._open: dict[bytes, Space] = {}
         self._busy: dict[bytes, list[tuple[Hello, Opened]]] = {}
         self._closing: dict[bytes, Space] = {}
+        self._postponed: list[tuple[Hello, Opened]] = []  # until nothing is being closed any more
         self._promised: dict[bytes, _Promise] = {}
         self._threads: set[threading.Thread] = set()  # each opens or closes a store
         self._hurry = threading.Event()
@@ -131,7 +132,10 @@ class Spaces:
             self._retire(space)
 
     def close_all(self) -> None:
-        """Close everything and wait for it; what cannot be written soon is given up."""
+        """Close everything and wait for it; what cannot be written soon is given up.
+
+        Clients may still restore from what they have leased: memory goes with whoever is the last to map it.
+        """
         self._hurry.set()
         with ThreadPoolExecutor(max(1, len(self._open))) as threads:  # each may take its full time to write
             for space in self._open.values():
@@ -143,7 +147,11 @@ class Spaces:
                 promise.region.close()
 
     def _open_anew(self, hello: Hello, opened: Opened) -> None:
-        size, room = self._size_for(hello), self._room()
+        room = self._room()
+        if self._closing and (self._wish(hello) < hello.host_bytes or room < hello.host_bytes):
+            self._postponed.append((hello, opened))  # of the memory that is being closed it may have more, or a share
+            return
+        size = self._size_for(hello)
         if size > room:
             raise ValueError(f"{hello.host_bytes} bytes of host memory are asked for, and {max(0, room)} are free")
         in_the_way = self._in_the_way(size)
@@ -176,17 +184,20 @@ class Spaces:
         space.store.follow(policy)
         space.made_for = hello
 
+    def _wish(self, hello: Hello) -> int:
+        """Bytes of host memory that its client wishes: all that it has asked for, or its share of what there is."""
+        if not hello.host_share:
+            return hello.host_bytes
+        room = max(0, self._room())
+        return min(
+            hello.host_bytes,
+            int(hello.host_share * (room + self._taken_by_ranks_of(hello))),
+            int(max(hello.host_share, MOST_BY_DEFAULT) * room),
+        )
+
     def _size_for(self, hello: Hello) -> int:
-        """Bytes of host memory that its client wishes, in whole pages. Raises ValueError."""
-        record_bytes = _layout(hello).record_bytes
-        wanted = hello.host_bytes
-        if hello.host_share:
-            room = max(0, self._room())
-            wanted = min(
-                wanted,
-                int(hello.host_share * (room + self._taken_by_ranks_of(hello))),
-                int(max(hello.host_share, MOST_BY_DEFAULT) * room),
-            )
+        """What its client wishes, in whole pages. Raises ValueError."""
+        record_bytes, wanted = _layout(hello).record_bytes, self._wish(hello)
         if wanted < 2 * record_bytes:
             raise ValueError(f"{wanted} bytes of host memory do not hold two pages of {record_bytes}")
         return wanted // record_bytes * record_bytes
@@ -243,7 +254,7 @@ class Spaces:
             log.exception("hcache: a client's pages cannot be served.")
             result = f"its pages cannot be served: {error!r}"
         if isinstance(result, Space) and self._hurry.is_set():  # nobody comes for it any more
-            self._close(result)
+            self._close(result, free=True)
         self._later(lambda: self._finished(hello.fingerprint, result))
 
     def _made(self, hello: Hello, size: int) -> Space:
@@ -268,9 +279,10 @@ class Spaces:
             raise
         return Space(store, region, hello)
 
-    def _close(self, space: Space) -> None:
+    def _close(self, space: Space, *, free: bool = False) -> None:
+        """free: nobody has a session any more."""
         try:
-            if space.store.close():
+            if space.store.close() and free:
                 space.region.free()  # else a write that hangs would store zeros, if it ever went on
         except Exception:
             log.exception("hcache: pages were not closed properly; the next opening tidies up.")
@@ -278,7 +290,7 @@ class Spaces:
     def _unmake(self, space: Space) -> None:
         while space.store.unwritten() and not self._hurry.wait(LOOK_S):
             pass
-        self._close(space)
+        self._close(space, free=True)
         self._later(lambda: self._finished(space.fingerprint, None))
 
     def _finished(self, fingerprint: bytes, result: Space | str | None) -> None:
@@ -293,6 +305,10 @@ class Spaces:
                 self.open(hello, opened)
             else:
                 opened(result)
+        if not self._closing:
+            postponed, self._postponed = self._postponed, []
+            for hello, opened in postponed:
+                self.open(hello, opened)
 
 
 def _layout(hello: Hello) -> ChunkLayout:

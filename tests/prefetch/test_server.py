@@ -13,6 +13,7 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.server import EXPIRE_S, Server, ServerConfig
 from tests.prefetch.clients import (
+    SLOTS,
     assert_nothing_held,
     child,
     fetched,
@@ -323,6 +324,23 @@ def test_what_is_in_memory_is_announced_at_once(directory: Path, join: Join) -> 
         ready = raw.hear(m.Ready)
         assert (ready.answers, ready.slots, ready.done) == (asked, [], False)
     assert_nothing_held(client)
+
+
+def test_a_prefetcher_that_is_stopped_leaves_alone_what_is_leased(directory: Path, join: Join) -> None:
+    """Its client may be restoring from it; nor does it go to another one, who has waited for room."""
+    one = join()
+    other = join()
+    save(one, range(SLOTS - 4))
+    assert one.flush(30)
+    one.prefetch("one", keys_of(range(SLOTS // 2)))
+    slots = one.wait("one", 10).slots
+    assert len(slots) == SLOTS // 2
+    other.prefetch("other", keys_of(range(SLOTS // 2, SLOTS - 4)))
+    assert not other.wait("other", 0.2).done
+    os.kill(one.prefetcher_pid, signal.SIGTERM)
+    while one.alive:
+        assert all(holds(one.memory[slot], page) for page, slot in enumerate(slots))
+    assert all(holds(one.memory[slot], page) for page, slot in enumerate(slots))
 
 
 def test_who_waits_for_a_slow_disk_keeps_nobody_from_joining(directory: Path, join: Join) -> None:

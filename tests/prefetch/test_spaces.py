@@ -34,7 +34,18 @@ from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
 from tests.prefetch.clients import SLOTS, hello, until
-from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, counters, open_store, save, served
+from tests.storage.pages import (
+    FINGERPRINT,
+    LAYOUT,
+    OTHER_FINGERPRINT,
+    counters,
+    holds,
+    keys_of,
+    lease,
+    open_store,
+    save,
+    served,
+)
 
 
 class Keeper:
@@ -138,6 +149,44 @@ def test_memory_that_was_promised_is_not_free(keeper: Keeper, monkeypatch: pytes
     refused, served = sorted(opened, key=lambda one: isinstance(one, Space))
     assert "are free" in str(refused)
     assert isinstance(served, Space)
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_ranks_share_what_those_leave_that_are_closed_for_them(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """All come at once; the arenas of another model's ranks, which nobody uses, have all of the memory."""
+    free = 1000 * LAYOUT.record_bytes
+    monkeypatch.setattr(
+        spaces,
+        "available_bytes",
+        lambda: free - sum(promise.taken for promise in keeper.spaces._promised.values()),
+    )
+
+    def all_of(model: str) -> list[Hello]:
+        share = {"host_share": 0.8 / ranks, "about": {"model": model}}
+        return [sized(900, fingerprint=f"{model} {rank:010}".encode(), **share) for rank in range(ranks)]
+
+    for asked in all_of("other"):
+        former = keeper.opened(asked)
+        former.sessions.add(1)
+        assert is_taken(former)
+    for former in keeper.spaces.opened:
+        former.sessions.clear()
+    opened: list[Space | str] = []
+
+    def use(space: Space | str) -> None:
+        opened.append(space)
+        if isinstance(space, Space):
+            space.sessions.add(1)
+
+    for asked in all_of("model"):
+        keeper.spaces.open(asked, use)
+    while len(opened) < ranks:
+        keeper.jobs.get(timeout=10)()
+    sizes = [slots_of(space) for space in opened if isinstance(space, Space)]
+    assert len(sizes) == ranks
+    assert min(sizes) >= 800 // ranks - 1
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -411,6 +460,17 @@ def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
     assert not memory.any(), "although somebody still refers to it"
 
 
+def test_what_is_leased_stays_as_it_is_when_the_prefetcher_ends(tmp_path: Path) -> None:
+    """Its clients may be restoring from it, and only later hear of the end."""
+    keeper = Keeper(tmp_path)
+    space = keeper.opened(hello())
+    save(space.store, range(10))
+    slots = lease(space.store, "a client's", keys_of(range(10)))
+    memory = space.store.memory
+    keeper.spaces.close_all()
+    assert all(holds(memory[slot], page) for page, slot in enumerate(slots))
+
+
 def test_memory_that_a_write_may_still_use_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drive that hangs, and goes on, would store zeros under pages that the index then calls good."""
     monkeypatch.setattr(store, "CLOSE_WAIT_S", 0.2)
@@ -424,6 +484,7 @@ def test_memory_that_a_write_may_still_use_is_not_given_back(tmp_path: Path, mon
     keeper = Keeper(tmp_path)
     space = keeper.opened(hello())
     save(space.store, range(3))
+    keeper.spaces.close(space)
     keeper.spaces.close_all()
     go_on.set()
     assert until(space.store.close), "the write has ended"
