@@ -294,7 +294,7 @@ def open_shared(path: Path, damage: Damage) -> int:
 
 def seal_if_last(path: Path, lock: int, index: Index) -> None:
     """Whoever is the last to let go of the directory's lock spares the next one the check of a good, closed index."""
-    if index.sound and try_lock(lock, exclusive=True):
+    if index.sound and is_still(path / "hcache.lock", lock) and try_lock(lock, exclusive=True):
         seal_closed(path / "index")
 
 

@@ -245,7 +245,9 @@ class Fetches:
 
     def _must_wait(self, need: Need) -> bool:
         """Whether there will be more room, or more slots, than there are now, and the fetch needs them."""
-        if self.leased > 0 and need.leases > self._room():
+        # What a drive that hangs was to read, and nobody waits for any more, may never come back.
+        comes_back = self._arena.leased > 0 or any(read.waiting for read in self._reads.values())
+        if comes_back and need.leases > self._room():
             return True
         enough = min(len(need.missing), self._room(), self._arena.slots // 2)  # more may never be free at once
         return self._arena.dirty > 0 and enough > self._arena.available

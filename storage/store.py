@@ -19,7 +19,7 @@ from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.rate_limit import RateLimit
-from sglang_hcache.storage.stripe import Files, Stripe
+from sglang_hcache.storage.stripe import Files, Place, Stripe
 from sglang_hcache.storage.volume import Volume, belong_together
 from sglang_hcache.storage.writer import Writer
 
@@ -163,6 +163,8 @@ class LocalStore:
             else:
                 self._writer.committed(key, slot, parent)
             self._fetches.committed(key)
+            if self._fetches.waiting:
+                self._writer.make_room()  # it may be put off until somebody does
         self._tell_progress()
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -184,27 +186,31 @@ class LocalStore:
         page_priority: int = 0,
         deadline_s: float = 0.0,
     ) -> None:
-        wanted = list(dict.fromkeys(keys))
-        with self._lock:
-            missing = [key for key in wanted if self._arena.slot_of(key) is None]
-        places = self._files.locate(missing)
-        with self._lock:
-            run, to_read = [], 0
-            for key in wanted:
-                slot = self._arena.slot_of(key)
-                if slot is None and key not in places:
-                    break
-                if slot is not None:
-                    self._writer.used(key, slot)
-                to_read += slot is None
-                run.append(key)
-            fetch = Fetch(owner, run, places, priority + page_priority * to_read)
-            self._fetches.start(fetch)
-            if self._fetches.waiting:
-                self._writer.make_room()
-            if deadline_s and not fetch.done:
-                self._deadlines.add(fetch, deadline_s)
-            waits = not fetch.admitted
+        wanted, looked_up = list(dict.fromkeys(keys)), set[bytes]()
+        places: dict[bytes, Place] = {}
+        while True:
+            with self._lock:
+                missing = [key for key in wanted if self._arena.slot_of(key) is None and key not in looked_up]
+            places |= self._files.locate(missing)
+            looked_up.update(missing)
+            with self._lock:
+                slots = [self._arena.slot_of(key) for key in wanted]
+                nowhere = (i for i, key in enumerate(wanted) if slots[i] is None and key not in places)
+                end = next(nowhere, len(wanted))
+                if end < len(wanted) and wanted[end] not in looked_up:
+                    continue  # it has left memory meanwhile, and may be on file
+                run = wanted[:end]
+                for key, slot in zip(run, slots, strict=False):
+                    if slot is not None:
+                        self._writer.used(key, slot)
+                fetch = Fetch(owner, run, places, priority + page_priority * slots[:end].count(None))
+                self._fetches.start(fetch)
+                if self._fetches.waiting:
+                    self._writer.make_room()
+                if deadline_s and not fetch.done:
+                    self._deadlines.add(fetch, deadline_s)
+                waits = not fetch.admitted
+                break
         if waits:  # what is in memory now may be on file only when there is room
             places |= self._files.locate(key for key in run if key not in places)
         self._tell_progress()

@@ -171,15 +171,16 @@ class Volume:
         that works lets go of its files where nothing is written to it for long.
         """
         directory = self._directory
-        if directory is not None and directory.index.condemned:  # by whoever uses it in this process
-            self._fail(lmdb.Error("its index has to be opened anew"), directory)
-            self._retry_at = 0.0
         if self.healthy and directory is not None:
             try:
                 with self._busy():
-                    directory.rest()
+                    if not directory.is_lost():
+                        directory.rest()
             except (OSError, lmdb.Error) as error:
                 self._fail(error, directory)
+        if directory is not None and directory.index.condemned:  # by us or by whoever uses it in this process
+            self._fail(lmdb.Error("its index has to be opened anew"), directory)
+            self._retry_at = 0.0
         if self.healthy or time.monotonic() < self._retry_at:
             return False
         self._retry_at = time.monotonic() + self._retry_s  # whatever comes of it

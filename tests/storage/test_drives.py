@@ -87,6 +87,25 @@ def test_a_drive_whose_reads_hang_does_not_keep_others_from_being_read(tmp_path:
     assert store.close()
 
 
+def test_what_a_drive_that_hangs_was_to_read_is_not_waited_for(tmp_path: Path, hang: Hang) -> None:
+    """Nobody waits for it any more, so as many pages as may be leased are as many as there are without its slots."""
+    drives = [tmp_path / "a", tmp_path / "b"]
+    store = open_store(*drives, lease_limit=0.5)
+    save(store, range(40))
+    assert store.flush(30)
+    store.drop_host()
+    hang(Volume, "read", drives[0])
+    page = next(page for page in range(40) if lies_in(store, page) == drives[0])
+    store.prefetch("given up", [key_of(page)], deadline_s=0.2)
+    assert not store.wait("given up", 10).slots
+    store.release("given up")
+    save(store, range(100, 132))
+    store.prefetch("all that may be leased", keys_of(range(100, 132)))
+    assert len(store.wait("all that may be leased", 5).slots) == 31
+    hang.end()
+    store.close()
+
+
 @pytest.mark.parametrize("policy", [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK])
 def test_a_drive_whose_writes_hang_does_not_keep_others_from_being_written(
     tmp_path: Path, hang: Hang, policy: WritePolicy

@@ -19,6 +19,7 @@ from sglang_hcache.storage import index, index_file, volume
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
+from tests.prefetch.clients import until
 from tests.storage.child import start_child
 from tests.storage.pages import LAYOUT, counters, open_store, save, segment_files, served, states
 
@@ -330,6 +331,26 @@ def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path) -> None:
     assert states(store) == ["ok"]
     served(store, range(60))
     store.close()
+
+
+def test_a_directory_that_is_emptied_is_opened_anew_and_nobody_else_is_harmed(tmp_path: Path) -> None:
+    """By somebody who takes it for any other cache; another process may use it by then."""
+    store = open_store(tmp_path / "cache", retry_s=0.1)
+    save(store, range(20))
+    assert store.flush(30)
+    shutil.rmtree(tmp_path / "cache")
+    assert until((tmp_path / "cache" / "index" / "data.mdb").exists)
+    assert until(lambda: states(store) == ["ok"])
+    save(store, range(20, 40))
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, range(40)) == [*range(20, 40)]
+    assert counters(store)["pages_damaged"] == counters(store)["files_damaged"] == 0
+    shutil.rmtree(tmp_path / "cache")
+    other = open_store(tmp_path / "cache")
+    store.close()
+    assert not (tmp_path / "cache" / "index" / "closed.xxh3").exists(), "it is open"
+    other.close()
 
 
 def test_an_index_that_is_broken_is_opened_anew_by_all_who_use_it(

@@ -4,6 +4,7 @@ import mmap
 import stat
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from sglang_hcache.storage.layout import ROOT
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
+from sglang_hcache.storage.stripe import Place, Stripe
 from tests.storage.pages import (
     LAYOUT,
     OTHER_FINGERPRINT,
@@ -172,6 +174,29 @@ def test_later_pages_in_memory_do_not_take_the_room_of_earlier_ones_on_file(tmp_
     assert store.flush(30)
     slots = lease(store, "a", keys_of(range(8)))
     assert [holds(store.memory[slot], page) for page, slot in enumerate(slots)] == [True] * 4
+    store.close()
+
+
+def test_what_leaves_memory_while_files_are_asked_is_read_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pages are in memory when it is asked for; no hole in the prefix ends it there."""
+    store = open_store(tmp_path)
+    save(store, range(10))
+    assert store.flush(30)
+    store.drop_host()
+    lease(store, "once", keys_of(range(6)))
+    store.release("once")
+    locate, asked = Stripe.locate, []
+
+    def others_take_slots_meanwhile(files: Stripe, keys: Iterable[bytes]) -> dict[bytes, Place]:
+        asked.append(list(keys))
+        store.drop_host()
+        return locate(files, asked[-1])
+
+    monkeypatch.setattr(Stripe, "locate", others_take_slots_meanwhile)
+    assert len(lease(store, "all", keys_of(range(10)))) == 10
+    assert asked == [keys_of(range(6, 10)), keys_of(range(6))]
     store.close()
 
 

@@ -104,6 +104,21 @@ def test_write_back_writes_when_a_prefetch_waits_for_slots(tmp_path: Path) -> No
     store.close()
 
 
+def test_write_back_writes_what_comes_while_a_prefetch_waits_for_slots(tmp_path: Path) -> None:
+    """There was nothing to write when it began to wait, and nobody else asks for anything."""
+    store = open_store(tmp_path, lease_limit=0.5, write_policy=WritePolicy.WRITE_BACK)
+    save(store, range(33))
+    assert store.flush(30)
+    store.drop_host()
+    lease(store, "another", keys_of([32]))
+    store.prefetch("half", keys_of(range(32)))
+    assert not store.wait("half", 0.2).done
+    save(store, range(100, 140))
+    store.release("another")
+    assert len(store.wait("half", 10).slots) == 32
+    store.close()
+
+
 def test_a_prefetch_of_more_than_memory_holds_does_not_wait_for_every_page_to_be_written(tmp_path: Path) -> None:
     store = open_store(tmp_path, slots=16, write_policy=WritePolicy.WRITE_BACK)
     for first in range(0, 30, 10):
