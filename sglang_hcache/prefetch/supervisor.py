@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import zmq
+
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Hopeless, Unavailable
 from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_named, is_running, name_for
@@ -179,15 +181,20 @@ class SessionSupervisor(ABC, Generic[Client]):
                     self._give_up(former)
                     self.close_store(former)
                     former = None
-                store = self.open()
-            except (Unavailable, OSError) as error:
+                store = self._open_for_use()
+            except Exception as error:
                 if self._closed.is_set():
                     return
-                log.warning("hcache: cannot reach or start a prefetcher (%s); trying again in %g s", error, pause)
+                expected = isinstance(error, Unavailable | OSError | zmq.ZMQError)
+                log.warning(
+                    "hcache: cannot reach or start a prefetcher (%s); trying again in %g s",
+                    error,
+                    pause,
+                    exc_info=not expected,  # a bug of ours must not end the thread: no store would ever follow
+                )
                 self._closed.wait(pause)
                 pause = min(2 * pause, BACK_OFF_S[1])
                 continue
-            self._opened(store)
             with self._lock:
                 if wanted := not unwanted.is_set():
                     self._next = store
@@ -198,6 +205,15 @@ class SessionSupervisor(ABC, Generic[Client]):
             os.eventfd_write(self.news, 1)
             log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
             return
+
+    def _open_for_use(self) -> Client:
+        store = self.open()
+        try:
+            self._opened(store)
+        except BaseException:
+            self.close_store(store)
+            raise
+        return store
 
 
 class LocalSupervisor(SessionSupervisor[PrefetchClient]):

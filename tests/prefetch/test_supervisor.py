@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
 
 from sglang_hcache.prefetch import connection, launcher, process
 from sglang_hcache.prefetch import supervisor as supervision
@@ -213,6 +215,34 @@ def test_memory_is_made_ready_and_given_up_while_requests_go_on(directory: Path)
     assert until(lambda: supervisor.restarts == 2, 20)
     supervisor.close()
     assert not memories.taken, "the one that nobody has fetched"
+
+
+def test_what_fails_unexpectedly_is_tried_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session for which no socket can be had; then one that its owner cannot use, and that is not left behind."""
+    failures = iter([zmq.ZMQError(errno.EMFILE), None, RuntimeError("a bug"), None, None])
+
+    def opened(_store: PrefetchClient) -> None:
+        if (failure := next(failures)) is not None:
+            raise failure
+
+    supervisor = LocalSupervisor((str(directory),), None, hello, opened=lambda _store: None)
+    client = supervisor.start()
+    assert isinstance(client, PrefetchClient)
+    make = zmq.Context.socket
+
+    def socket(context: Any, *arguments: Any) -> Any:
+        opened(client)
+        return make(context, *arguments)
+
+    monkeypatch.setattr(zmq.Context, "socket", socket)
+    monkeypatch.setattr(supervisor, "_opened", opened)
+    kill(client)
+    assert until(lambda: not client.alive, 1.0)
+    supervisor.replace(client)
+    second = replaced(supervisor)
+    assert until(lambda: figures(second)["prefetcher_clients"] == 1)
+    second.close()
+    supervisor.close()
 
 
 @pytest.mark.parametrize("found", [False, True])
