@@ -17,7 +17,7 @@ MINUTES      ?= 20
 BENCH_ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit e2e e2e-first e2e-rest faults ranks rehearse fuzz soak bench gpu format clean
+.PHONY: help setup demo test check lint types imports unit e2e faults ranks rehearse fuzz soak bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,8 @@ demo: setup ## run the main job on the real server and print what was restored
 	$(BIN)/python -m bench.demo
 
 test: check ## lint, types, import contracts and all tests, the real server included
-	@echo "All tests, two at a time: about half an hour. Each part says how it went when it has ended."
-	@$(MAKE) --jobs 2 --output-sync e2e-first e2e-rest
+	@echo "Tests with and without a server, side by side: about half an hour. Each says how it went when it has ended."
+	@$(MAKE) --jobs 2 --output-sync unit e2e
 
 check: lint types imports ## what needs no test run
 
@@ -54,17 +54,9 @@ unit: setup ## tests without a server
 	$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/triton_kernels
 	$(BIN)/python -m pytest tests/triton_kernels
 
+# Tests that look at the clock, which are those without a server, have the right of way.
 e2e: setup ## tests against the real server
-	$(BIN)/python -m pytest tests/e2e
-
-# A server that starts, or waits, leaves a core to others. Tests that look at the clock have the right of way.
-E2E_FIRST := $(wildcard tests/e2e/test_[a-l]*.py)
-
-e2e-first: setup
-	nice $(BIN)/python -m pytest $(E2E_FIRST) --durations=10
-
-e2e-rest: unit
-	nice $(BIN)/python -m pytest $(filter-out $(E2E_FIRST), $(wildcard tests/e2e/test_*.py)) --durations=10
+	nice $(BIN)/python -m pytest tests/e2e --durations=15
 
 faults: setup ## the full counts: kills of writer, prefetcher and clients, flipped bits, failing transfers, damaged files
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage

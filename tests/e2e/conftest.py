@@ -74,9 +74,10 @@ class Workshop:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def launchers() -> Iterator[None]:
-    """Forks of one process, where that makes no difference."""
-    with Preloaded() as preloaded, pytest.MonkeyPatch.context() as patch:
+def servers_start_sooner() -> Iterator[None]:
+    """Their launchers are forks of one process, where that makes no difference."""
+    with pytest.MonkeyPatch.context() as patch, Preloaded() as preloaded:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "seldom_collected"), prepend=os.pathsep)
 
         def launch_sooner(server: Server, log: int) -> Launcher:
             command, usual = server.command(), [sys.executable, "-m", "sglang.launch_server"]
