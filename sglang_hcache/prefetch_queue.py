@@ -18,7 +18,7 @@ from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
 LATE_S = 0.25  # past its deadline a request is admitted even if the prefetcher has not said so
-ANSWER_WAIT_S = 0.002  # for pages in memory, or nowhere, the prefetcher answers within this; then nothing is held
+ANSWER_WAIT_S = 0.01  # for what is in memory, or nowhere, before the request is held for a step, which takes longer
 KNOWN_WAIT_S = 0.1  # what is not known after this to be in memory is taken to be on drives
 NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
@@ -144,7 +144,7 @@ class PrefetchQueue:
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
         request = self._ask(rid, keys, prompt)
-        if self._alone and self._answered_within(rid, ANSWER_WAIT_S):
+        if self._alone and self._there_within(rid, ANSWER_WAIT_S, until_known=True):
             if self._planner is not None:
                 there = len(self._store.progress(rid).slots)
                 request.wait = self._plan_wait(self._planner, request, there, done=True)
@@ -226,7 +226,7 @@ class PrefetchQueue:
                 self._ask(rid, keys)
             else:
                 self._ask(rid, keys, self._prompt(former, keys), arrived_at=former.arrived_at)
-            self._answered_within(rid, LOOKUP_WAIT_S)
+            self._there_within(rid, LOOKUP_WAIT_S)
             found = len(self.leased(rid, keys))
         request = self._requests[rid]
         request.looked_up, request.found, request.planned = len(keys), found, None
@@ -406,11 +406,14 @@ class PrefetchQueue:
         covered = request.prompt.device_tokens + len(request.keys) * self._page_tokens
         return Prompt(request.prompt.new_tokens, max(0, covered - len(keys) * self._page_tokens))
 
-    def _answered_within(self, rid: str, timeout_s: float) -> bool:
-        """Whether all is there, or known not to come; of many requests in one step, one is waited for in vain."""
+    def _there_within(self, rid: str, timeout_s: float, *, until_known: bool = False) -> bool:
+        """Whether all is there, or known not to come; of many requests in one step, one is waited for in vain.
+
+        until_known: what must be read is not waited for.
+        """
         if time.monotonic() < self._next_wait_at:
             return self._store.progress(rid).done
-        if done := self._store.wait(rid, timeout_s).done:
+        if done := self._store.wait(rid, timeout_s, until_known=until_known).done:
             return done
         self._next_wait_at = time.monotonic() + NO_WAIT_S
         return False

@@ -105,8 +105,8 @@ class ChunkStore(Protocol):
         """How far the owner's prefetch has come; `Progress((), True)` where it has none."""
         ...
 
-    def wait(self, owner: str, timeout_s: float) -> Progress:
-        """`progress`, once it is done or the time is up."""
+    def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
+        """`progress`, once it is done, or known, or the time is up."""
         ...
 
     def took_s(self, owner: str) -> float:

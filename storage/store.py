@@ -225,9 +225,13 @@ class LocalStore:
         with self._lock:
             return self._fetches.progress(owner, first)
 
-    def wait(self, owner: str, timeout_s: float) -> Progress:
+    def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
+        def is_over() -> bool:
+            progress = self._fetches.progress(owner)
+            return progress.done or (until_known and progress.known)
+
         with self._lock:
-            self._progressed.wait_for(lambda: self._fetches.progress(owner).done, timeout_s)
+            self._progressed.wait_for(is_over, timeout_s)
             return self._fetches.progress(owner)
 
     def took_s(self, owner: str) -> float:

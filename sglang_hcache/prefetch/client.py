@@ -169,9 +169,13 @@ class PrefetchClient:
         with self._lock:
             return self._progress(owner)
 
-    def wait(self, owner: str, timeout_s: float) -> Progress:
+    def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
+        def is_over() -> bool:
+            progress = self._progress(owner)
+            return progress.done or (until_known and progress.known)
+
         with self._lock:
-            self._changed.wait_for(lambda: self._progress(owner).done, timeout_s)
+            self._changed.wait_for(is_over, timeout_s)
             return self._progress(owner)
 
     def took_s(self, owner: str) -> float:

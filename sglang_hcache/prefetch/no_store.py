@@ -47,7 +47,7 @@ class NoStore:
     def progress(self, owner: str) -> Progress:
         return Progress((), True)
 
-    def wait(self, owner: str, timeout_s: float) -> Progress:
+    def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
         return Progress((), True)
 
     def took_s(self, owner: str) -> float:

@@ -316,12 +316,12 @@ class RemoteClient:
         with self._lock:
             return NOTHING_YET if owner in self._pending else self._store.progress(owner)
 
-    def wait(self, owner: str, timeout_s: float) -> Progress:
+    def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
         deadline = time.monotonic() + timeout_s
         with self._lock:
             if not self._settled.wait_for(lambda: owner not in self._pending, timeout_s):
                 return NOTHING_YET
-        return self._store.wait(owner, max(0.0, deadline - time.monotonic()))
+        return self._store.wait(owner, max(0.0, deadline - time.monotonic()), until_known=until_known)
 
     def took_s(self, owner: str) -> float:
         return self._store.took_s(owner)

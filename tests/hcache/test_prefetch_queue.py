@@ -106,9 +106,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Owners that were waited for; after one wait in vain comes no other."""
     waits, wait = list[str](), LocalStore.wait
 
-    def counted(store: LocalStore, owner: str, timeout_s: float) -> Any:
+    def counted(store: LocalStore, owner: str, timeout_s: float, **until: bool) -> Any:
         waits.append(owner)
-        return wait(store, owner, timeout_s)
+        return wait(store, owner, timeout_s, **until)
 
     monkeypatch.setattr(LocalStore, "wait", counted)
     monkeypatch.setattr(prefetch_queue, "NO_WAIT_S", 30.0)

@@ -12,6 +12,7 @@ from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.server import EXPIRE_S, Server, ServerConfig
+from sglang_hcache.storage.contract import Progress
 from tests.prefetch.clients import (
     SLOTS,
     assert_nothing_held,
@@ -323,6 +324,9 @@ def test_what_is_in_memory_is_announced_at_once(directory: Path, join: Join) -> 
         asked = raw.say(m.Prefetch(keys=keys_of(range(40)), priority=0, page_priority=0, deadline_s=0))
         ready = raw.hear(m.Ready)
         assert (ready.answers, ready.slots, ready.done) == (asked, [], False)
+    client.prefetch("a", keys_of(range(40)))
+    assert client.wait("a", 10, until_known=True) == Progress((), done=False, known=True)
+    client.release("a")
     assert_nothing_held(client)
 
 
