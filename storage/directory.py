@@ -247,7 +247,7 @@ class Directory:
         return used
 
     def _rebuild(self) -> None:
-        """List the pages whose headers hold. Whether their payloads do is verified on reading, as always.
+        """List also the pages whose headers hold. Whether their payloads do is verified on reading, as always.
 
         A disk that fails meanwhile ends it: records that are not listed are free, and would be written over.
         """
@@ -271,8 +271,10 @@ class Directory:
                 if header.fingerprint == self._fingerprint:
                     found[header.key] = Entry(name, slot, header.parent[:PARENT_BYTES], 0, last_use)
         if lengths:
-            self._index.put_many(found.items())
-            self._damage.rebuilt(self._index.path, len(found))
+            known = self._index.get_many(list(found))
+            lost = {key: entry for key, entry in found.items() if key not in known}
+            self._index.put_many(lost.items())
+            self._damage.rebuilt(self._index.path, len(lost))
 
 
 def open_shared(path: Path, damage: Damage) -> int:

@@ -72,9 +72,10 @@ def last_transaction(source: Path) -> int:
 def copy_sound(source: Path, target: Path) -> int:
     """Copy the sound entries of an index to a fresh one; how many were not sound.
 
+    If any was not, no fingerprint is marked as listed in full any more: whoever opens it next looks for lost pages.
     Raises Unreadable for the source, lmdb.Error or OSError for the target.
     """
-    dropped, last = 0, b""
+    dropped, last, marks = 0, b"", list[bytes]()
     size = (source / "data.mdb").stat().st_size
     env = lmdb.open(str(target), subdir=False, map_size=2 * size + (16 << 20), lock=False, mode=0o600)
     with env, env.begin(write=True) as txn:
@@ -84,8 +85,12 @@ def copy_sound(source: Path, target: Path) -> int:
             last = name
             if decode(name, value) is not None:
                 txn.put(name, value, append=True)
+                if len(name) == FINGERPRINT_BYTES:
+                    marks.append(name)
             elif len(value) not in _OLD_SIZES:
                 dropped += 1
+        for name in marks if dropped else ():
+            txn.delete(name)
     return dropped
 
 

@@ -10,6 +10,7 @@ could be checked, and what was found has been repaired.
 from __future__ import annotations
 
 import argparse
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -95,6 +96,7 @@ class _Model:
     in_full: bool  # any other record is free, whatever it holds
     bad: dict[tuple[bytes, Entry], str] = field(default_factory=dict)  # listed, and why they are not whole
     unlisted: list[tuple[bytes, Entry]] = field(default_factory=list)  # whole, and lost from the index
+    may_miss_pages: bool = False  # that are not listed: the disk has failed to read some records
 
     def record(self, segment: str, slot: int) -> str:
         return f"{segment_file(self.folder, segment)}, record {slot}"
@@ -108,18 +110,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.repair:
         require_owner(arguments.dir)
-    reports = []
-    for path in arguments.dir:
-        try:
-            with alone(path) if arguments.repair else nullcontext():
-                reports.append(check(path, repair=arguments.repair))
-        except (OSError, lmdb.Error) as error:
-            raise CommandFailed(explain(error, path)) from error
-    if arguments.json:
-        print_json({"directories": [report.as_json() for report in reports]})
-    else:
-        for report in reports:
-            _print(report)
+    reports = list[Report]()
+    try:
+        for path in arguments.dir:
+            try:
+                with alone(path) if arguments.repair else nullcontext():
+                    reports.append(check(path, repair=arguments.repair))
+            except (OSError, lmdb.Error) as error:
+                raise CommandFailed(explain(error, path)) from error
+    finally:  # also of what was done before an error: what is repaired is not found again
+        if arguments.json and reports:
+            print_json({"directories": [report.as_json() for report in reports]})
+        else:
+            for report in reports:
+                _print(report)
     worst_first = (UNREPAIRED, FAILED, REPAIRED)
     return next((one for one in worst_first if any(report.status == one for report in reports)), 0)
 
@@ -176,7 +180,7 @@ def _check_model(model: _Model, report: Report, repair: bool) -> None:
     files = sorted(model.folder.iterdir())
     belong = {model.folder / NAME, *(segment_file(model.folder, name) for name, _ in segment_files(model.folder))}
     for file in files:
-        if file not in belong:
+        if file not in belong and (repair or os.path.lexists(file)):  # a server may have evicted it meanwhile
             _stray(file, report, repair)
     _check_pages(model, report)
     if (model.bad or model.unlisted) and not repair:
@@ -259,6 +263,7 @@ def _read(
             yield (name, slot), None, damaged.reason
         except OSError as error:
             report.add(model.record(name, slot), f"the disk cannot read it ({error.strerror or error})")
+            model.may_miss_pages |= not model.in_full and (name, slot) not in model.listed
         else:
             yield (name, slot), header, ""
 
@@ -280,8 +285,9 @@ def _repair(model: _Model, report: Report) -> None:
         if model.unlisted:
             index.put_many(model.unlisted)
             report.pages += len(model.unlisted)
-        index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
-        with census(model.folder):
-            sweep_folder(model.folder, index)
+        if not model.may_miss_pages:
+            index.mark(Size(model.layout.record_bytes, model.layout.page_tokens))
+            with census(model.folder):
+                sweep_folder(model.folder, index)
     finally:
         index.close()

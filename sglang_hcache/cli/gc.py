@@ -141,7 +141,7 @@ def _collect(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ]
         after = [bytes_on_disk(path) for path in arguments.dir]  # what goes in one may take pages of all along
     return [
-        _result(path, pages, first, was - now, now, arguments, damage)
+        _result(path, pages, first, max(0, was - now), now, arguments, damage)  # servers may write meanwhile
         for path, (pages, first), was, now, damage in zip(arguments.dir, done, before, after, damages, strict=True)
     ]
 

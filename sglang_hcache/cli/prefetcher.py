@@ -20,6 +20,7 @@ from sglang_hcache.storage.quota import SEGMENTS
 
 NAMES = ("dir", "listen", "keys", "size_limit", "host_limit", "read_limit")
 _LEAST_PAGE = 2 * ALIGNMENT  # a header and one layer
+MOST_BYTES = 1 << 60
 LEAST = {"size_limit": SEGMENTS * _LEAST_PAGE, "host_limit": 2 * _LEAST_PAGE, "read_limit": 1}  # bytes
 
 
@@ -128,4 +129,6 @@ def limit(name: str, values: dict[str, Any]) -> int | None:
         raise ValueError(f"{flag} {error}") from None
     if bound < LEAST[name]:
         raise ValueError(f"{flag} {value} is too small to be of use: give more, or drop it")
+    if bound > MOST_BYTES:
+        raise ValueError(f"{flag} {value} is more than any disk or memory has: give less, or drop it")
     return bound

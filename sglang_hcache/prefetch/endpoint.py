@@ -48,7 +48,7 @@ def endpoint_for(directories: Sequence[str]) -> Endpoint:
 
 def name_for(directories: Sequence[str]) -> str:
     """Of their prefetcher. Looks at the directories, one of which may hang."""
-    names = "\0".join(sorted(str(Path(directory).resolve()) for directory in directories))
+    names = "\0".join(sorted(os.path.realpath(directory) for directory in directories))
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 

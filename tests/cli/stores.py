@@ -12,7 +12,7 @@ import pytest
 
 from sglang_hcache.cli.main import main
 from sglang_hcache.storage.layout import ROOT
-from tests.storage.pages import counters, fill, key_of, open_store, served
+from tests.storage.pages import FINGERPRINT, counters, fill, key_of, open_store, served
 
 
 def make(*directories: Path, pages: range = range(10), **options: Any) -> None:
@@ -35,6 +35,16 @@ def found(*directories: Path, pages: range = range(10), **options: Any) -> list[
     assert counters(store)["pages_damaged"] == 0
     store.close()
     return pages_found
+
+
+def damage_entry(directory: Path, page: int) -> None:
+    """Change a bit of what the index says of a page, everywhere: also where LMDB does not look any more."""
+    data = directory / "index" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    at = -1
+    while (at := content.find(FINGERPRINT + key_of(page), at + 1)) >= 0:
+        content[at + 20] ^= 1
+    data.write_bytes(content)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:

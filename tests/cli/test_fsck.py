@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,7 +16,9 @@ from sglang_hcache.cli import fsck
 from sglang_hcache.cli.main import main
 from sglang_hcache.storage.about import write_about
 from sglang_hcache.storage.index import Index
-from tests.cli.stores import found, make, run
+from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.segment import SegmentReader
+from tests.cli.stores import damage_entry, found, make, run
 from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, segment_files
 
 
@@ -149,6 +153,70 @@ def test_pages_that_a_server_writes_meanwhile_are_no_problem(
     monkeypatch.setattr(fsck, "_check_pages", name_them)
     status, report = check(capsys, tmp_path)
     assert (status, report["problems"]) == (0, [])
+
+
+def test_what_an_interrupted_repair_has_not_found_is_found_by_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    damage_entry(tmp_path, 3)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(fsck, "_repair", Mock(side_effect=KeyboardInterrupt))
+        assert main(["fsck", "--repair", "--dir", str(tmp_path)]) == 130
+    status, report = check(capsys, tmp_path, "--repair")
+    assert (status, report["pages"]) == (1, 10)
+    assert found(tmp_path) == list(range(10))
+
+
+def test_what_could_not_be_checked_is_found_by_the_next_repair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, about={"model": "a/b"})
+    damage_entry(tmp_path, 3)
+    about = tmp_path / "segments" / FINGERPRINT.hex() / "about.json"
+    content = about.read_bytes()
+    about.unlink()
+    assert check(capsys, tmp_path, "--repair")[0] == 3
+    about.write_bytes(content)
+    status, report = check(capsys, tmp_path, "--repair")
+    assert (status, report["pages"]) == (1, 10)
+
+
+def test_a_record_that_the_disk_fails_to_read_is_not_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a page that the index has lost."""
+    make(tmp_path)
+    (tmp_path / "index" / "data.mdb").write_bytes(b"nothing")
+    read = SegmentReader.read
+
+    def fails(reader: SegmentReader, slot: int, out: Record) -> None:
+        if slot == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        read(reader, slot, out)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(SegmentReader, "read", fails)
+        status, report = check(capsys, tmp_path, "--repair")
+    assert status == 2
+    missing = 10 - report["pages"]
+    assert missing > 0
+    status, report = check(capsys, tmp_path, "--repair")
+    assert (status, report["pages"]) == (1, 10)
+    assert found(tmp_path) == list(range(10))
+
+
+def test_what_was_repaired_is_said_although_another_directory_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "segments" / "stray").touch()
+    (tmp_path / "b").mkdir()
+    directories = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    assert main(["fsck", "--repair", "--dir", directories]) == 3
+    printed = capsys.readouterr()
+    assert "stray: does not belong here" in printed.out
+    assert str(tmp_path / "b") in printed.err
 
 
 @pytest.mark.parametrize("options", [[], ["--repair"]])
