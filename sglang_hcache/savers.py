@@ -23,7 +23,7 @@ from sglang_hcache.streams import Event, Stream
 
 logger = logging.getLogger(__name__)
 
-_GATHERED_BYTES = 256 << 20  # of K and V on the device at once, on their way to the host
+_GATHERED_BYTES = 256 << 20  # of K and V in a piece; on a device there may be several on their way to the host
 
 
 class Saver(Protocol):

@@ -146,7 +146,7 @@ def around_turn(original: Callable[..., bool], sessions: Any, req: Any) -> bool:
     if linker is not None and kept:
         kv = slot.kv
         row = sessions.cache.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        linker.not_inserted(row[kv.cache_protected_len : kv.kv_committed_len])
+        linker.not_inserted(row[kv.cache_protected_len : kv.kv_committed_len].clone())  # another request's, soon
     return kept
 
 
