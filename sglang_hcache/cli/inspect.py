@@ -14,6 +14,7 @@ from typing import Any
 from sglang_hcache.cli.common import add_common, count, duration, fingerprint_folders, human, print_json, read_table
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.eviction import Mask
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
 from sglang_hcache.storage.table import Table
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = [inspect(path) for path in arguments.dir]
+    found = inspect(*arguments.dir)
     if arguments.json:
         print_json({"directories": found})
     else:
@@ -32,10 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """What one directory holds. Times are unix seconds, sizes bytes."""
-    damage = Damage()
-    table = read_table(path, damage)
+def inspect(*paths: Path) -> list[dict[str, Any]]:
+    """What each directory holds. Times are unix seconds, sizes bytes."""
+    damages = [Damage() for _ in paths]
+    tables = [read_table(path, damage) for path, damage in zip(paths, damages, strict=True)]
+    together = Table.join(tables)  # what a page follows may be in another one
+    orphan = [together.forest.orphan[together.volume == i] for i in range(len(tables))]
+    return [_directory(*one) for one in zip(paths, tables, orphan, damages, strict=True)]
+
+
+def _directory(path: Path, table: Table, orphan: Mask, damage: Damage) -> dict[str, Any]:
     return {
         "path": str(path),
         "bytes": bytes_on_disk(path),
@@ -43,11 +50,11 @@ def inspect(path: Path) -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(path).free,
         "index_damaged": damage.files > 0,
         "damaged_entries": damage.pages,
-        "fingerprints": [_fingerprint(folder, table) for folder in fingerprint_folders(path)],
+        "fingerprints": [_fingerprint(folder, table, orphan) for folder in fingerprint_folders(path)],
     }
 
 
-def _fingerprint(folder: Path, table: Table) -> dict[str, Any]:
+def _fingerprint(folder: Path, table: Table, orphan: Mask) -> dict[str, Any]:
     about = read_about(folder)
     mine = table.of([bytes.fromhex(folder.name)])
     rows = table.value[mine]
@@ -58,7 +65,7 @@ def _fingerprint(folder: Path, table: Table) -> dict[str, Any]:
         "page_tokens": layout.page_tokens if layout else None,
         "record_bytes": layout.record_bytes if layout else None,
         "pages": len(rows),
-        "orphans": int(table.forest.orphan[mine].sum()) if len(rows) else 0,
+        "orphans": int(orphan[mine].sum()),
         "bytes": bytes_below(folder),
         "hits": int(rows["hits"].sum()),
         "oldest_use": int(rows["last_use"].min()) if len(rows) else None,

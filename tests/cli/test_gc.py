@@ -98,6 +98,17 @@ def test_parts_that_do_not_belong_together_any_more(stripe: list[Path], capsys: 
     assert run(capsys, "gc", "--dir", stripe[0])[1]["directories"][0]["pages"] > 0
 
 
+def test_pages_whose_parents_are_in_another_directory_are_no_orphans(
+    stripe: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def orphans(*paths: Path) -> list[int]:
+        directories = run(capsys, "inspect", "--dir", ",".join(map(str, paths)))[1]["directories"]
+        return [one["fingerprints"][0]["orphans"] for one in directories]
+
+    assert orphans(*stripe) == [0, 0]
+    assert orphans(stripe[1]) != [0], "seen alone they are"
+
+
 def test_models_that_are_not_used_leave_all_directories(
     stripe: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

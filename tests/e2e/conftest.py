@@ -179,7 +179,7 @@ def only_on_disk(server: Server) -> None:
 
 def pages_in(store: Path) -> int:
     """On file."""
-    return sum(one["pages"] for one in inspect(store)["fingerprints"])
+    return sum(one["pages"] for one in inspect(store)[0]["fingerprints"])
 
 
 def nothing_is_held(server: Server) -> bool:

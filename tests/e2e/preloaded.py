@@ -18,11 +18,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 MODULES = ("sglang.srt.server_args", "flashinfer", "torch._inductor.compile_fx", "fastapi", "openai")
 READ_AT_IMPORT = {"HF_HUB_CACHE", "TRITON_INTERPRET"}  # variables of which the fork would not hear
+ROOT = Path(__file__).parents[2]  # of the repository
 POLL_S = 0.02
 
 
@@ -59,7 +61,7 @@ class Preloaded:
     def __enter__(self) -> Self:
         self._ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", __name__, str(its.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
         its.close()
         return self
 
