@@ -325,7 +325,7 @@ def test_a_request_that_is_queued_again_while_its_load_lands(
     event = Ahead()
     stored.layer_done_counter.restored(index, event)
     assert stored.finish_layer_wise_loading(index)
-    monkeypatch.setattr(PrefetchClient, "wait", lambda *_: Progress((), False))
+    monkeypatch.setattr(PrefetchClient, "wait", lambda *_, **__: Progress((), False))
     stored.queued("a", [key_of(0), key_of(1)], Prompt(PAGE, 0))
     event.passed = True
     stored.renew_store()
@@ -380,7 +380,7 @@ def test_loads_under_way_land_though_the_weights_are_changed(stored: HCacheLinke
 
 def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks hold them, too, and may not have lost theirs."""
-    monkeypatch.setattr(PrefetchClient, "wait", lambda *_: Progress((), False))
+    monkeypatch.setattr(PrefetchClient, "wait", lambda *_, **__: Progress((), False))
     tier.queued("a", [key_of(90)], Prompt(PAGE, 0))
     tier._store.give_up("a test")
     tier.renew_store()
