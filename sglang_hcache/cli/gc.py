@@ -116,11 +116,16 @@ def _foresee(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What would be deleted. Changes nothing."""
     damages = [Damage() for _ in arguments.dir]
     tables = [read_table(path, damage) for path, damage in zip(arguments.dir, damages, strict=True)]
-    results = []
+    results, gone = [], [np.zeros(len(table.names), np.bool_) for table in tables]
     for i, (path, damage) in enumerate(zip(arguments.dir, damages, strict=True)):
         choice = _choose(_first(i, arguments.dir), _first(i, tables), arguments)
+        pages = 0
+        for volume, one in enumerate(_first(i, gone)):  # what goes in one takes pages of all along
+            victims = choice.victims[choice.table.volume == volume]
+            pages += int((victims & ~one).sum())
+            np.logical_or(one, victims, out=one)
         left = bytes_on_disk(path) - choice.freed_bytes
-        results.append(_result(path, choice.pages, choice, choice.freed_bytes, left, arguments, damage))
+        results.append(_result(path, pages, choice, choice.freed_bytes, left, arguments, damage))
     return results
 
 

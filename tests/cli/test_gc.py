@@ -109,6 +109,20 @@ def test_pages_whose_parents_are_in_another_directory_are_no_orphans(
     assert orphans(stripe[1]) != [0], "seen alone they are"
 
 
+def test_pages_that_go_with_those_of_another_directory_are_foreseen_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stripe = [tmp_path / "a", tmp_path / "b"]
+    make(*stripe, pages=range(60), slots=128)
+    of_each = ("--to-size", f"{max(map(bytes_on_disk, stripe)) * 2 // 3}B", "--dir", ",".join(map(str, stripe)))
+    foreseen, done = (
+        sum(one["pages"] for one in run(capsys, "gc", *options, *of_each)[1]["directories"])
+        for options in (["--dry-run"], [])
+    )
+    assert 0 < done <= foreseen <= 1.2 * done
+    assert len(found(*stripe, pages=range(60))) == 60 - done
+
+
 def test_models_that_are_not_used_leave_all_directories(
     stripe: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
