@@ -188,7 +188,8 @@ class LocalStore:
     ) -> None:
         wanted, looked_up = list(dict.fromkeys(keys)), set[bytes]()
         places: dict[bytes, Place] = {}
-        while True:
+        begun = False
+        while not begun:
             with self._lock:
                 missing = [key for key in wanted if self._arena.slot_of(key) is None and key not in looked_up]
             places |= self._files.locate(missing)
@@ -197,23 +198,26 @@ class LocalStore:
                 slots = [self._arena.slot_of(key) for key in wanted]
                 nowhere = (i for i, key in enumerate(wanted) if slots[i] is None and key not in places)
                 end = next(nowhere, len(wanted))
-                if end < len(wanted) and wanted[end] not in looked_up:
-                    continue  # it has left memory meanwhile, and may be on file
-                run = wanted[:end]
-                for key, slot in zip(run, slots, strict=False):
-                    if slot is not None:
-                        self._writer.used(key, slot)
-                fetch = Fetch(owner, run, places, priority + page_priority * slots[:end].count(None))
-                self._fetches.start(fetch)
-                if self._fetches.waiting:
-                    self._writer.make_room()
-                if deadline_s and not fetch.done:
-                    self._deadlines.add(fetch, deadline_s)
-                waits = not fetch.admitted
-                break
+                # Else that page has left memory meanwhile, and may be on file.
+                if begun := end == len(wanted) or wanted[end] in looked_up:
+                    run, to_read = wanted[:end], slots[:end].count(None)
+                    fetch = Fetch(owner, run, places, priority + page_priority * to_read)
+                    waits = self._begin(fetch, slots, deadline_s)
         if waits:  # what is in memory now may be on file only when there is room
             places |= self._files.locate(key for key in run if key not in places)
         self._tell_progress()
+
+    def _begin(self, fetch: Fetch, slots: Sequence[int | None], deadline_s: float) -> bool:
+        """Whether it waits for room. `slots`: of its pages, where they are in memory."""
+        for key, slot in zip(fetch.keys, slots, strict=False):
+            if slot is not None:
+                self._writer.used(key, slot)
+        self._fetches.start(fetch)
+        if self._fetches.waiting:
+            self._writer.make_room()
+        if deadline_s and not fetch.done:
+            self._deadlines.add(fetch, deadline_s)
+        return not fetch.admitted
 
     def is_awaited(self, key: bytes) -> bool:
         """Whether somebody waits for a page that is being read."""
@@ -228,7 +232,7 @@ class LocalStore:
     def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
         def is_over() -> bool:
             progress = self._fetches.progress(owner)
-            return progress.done or (until_known and progress.known)
+            return progress.known if until_known else progress.done
 
         with self._lock:
             self._progressed.wait_for(is_over, timeout_s)

@@ -172,7 +172,7 @@ class PrefetchClient:
     def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
         def is_over() -> bool:
             progress = self._progress(owner)
-            return progress.done or (until_known and progress.known)
+            return progress.known if until_known else progress.done
 
         with self._lock:
             self._changed.wait_for(is_over, timeout_s)
