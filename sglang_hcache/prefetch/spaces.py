@@ -19,6 +19,7 @@ from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
 
 LOOK_S = 0.2  # between two looks whether all of a store is written
+LOOKS = 4  # at most, at how much memory is free, while promised memory is being taken
 MOST_BY_DEFAULT = 0.8  # of what is free goes to one arena whose size nobody has asked for
 
 log = logging.getLogger(__name__)
@@ -213,9 +214,17 @@ class Spaces:
 
     def _left(self) -> int:
         """Memory that is free and that nobody has been promised."""
-        # First what is not taken yet, which gets less meanwhile, and so does what is free.
-        untaken = sum(max(0, promise.size - promise.taken) for promise in self._promised.values())
-        return available_bytes() - untaken
+        looks: list[int] = []
+        while len(looks) < LOOKS:
+            untaken = self._untaken()
+            looks.append(available_bytes() - untaken)
+            if self._untaken() == untaken:
+                break
+        return max(looks)  # each is too low by what was taken amid it
+
+    def _untaken(self) -> int:
+        """Memory that is promised and still free."""
+        return sum(max(0, promise.size - promise.taken) for promise in self._promised.values())
 
     def _room(self) -> int:
         """As `_left`, if nothing were kept for those who may come back."""

@@ -173,6 +173,7 @@ def test_ranks_share_what_those_leave_that_are_closed_for_them(
         assert is_taken(former)
     for former in keeper.spaces.opened:
         former.sessions.clear()
+    monkeypatch.setattr(Region, "settle", lambda *_: None)
     opened: list[Space | str] = []
 
     def use(space: Space | str) -> None:
@@ -187,6 +188,22 @@ def test_ranks_share_what_those_leave_that_are_closed_for_them(
     sizes = [slots_of(space) for space in opened if isinstance(space, Space)]
     assert len(sizes) == ranks
     assert min(sizes) >= 800 // ranks - 1
+
+
+def test_memory_that_is_taken_amid_a_look_counts_once(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 1000 * LAYOUT.record_bytes
+    settle = Region.settle
+    monkeypatch.setattr(Region, "settle", lambda *_: None)
+    first = keeper.opened(sized(300))
+    first.sessions.add(1)
+
+    def available_bytes() -> int:
+        settle(first.region, lambda: False)
+        assert is_taken(first)
+        return free - first.region.taken
+
+    monkeypatch.setattr(spaces, "available_bytes", available_bytes)
+    assert isinstance(keeper.open(sized(700, fingerprint=OTHER_FINGERPRINT)), Space)
 
 
 @pytest.mark.parametrize("taken", [False, True])
