@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -177,7 +176,7 @@ def _about(directories: list[Path], fingerprint: bytes) -> About:
 
 def _tokens(file: str) -> list[int]:
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        data = Path("/dev/stdin" if file == "-" else file).read_bytes()
         prompt = msgspec.json.decode(data, type=list[Token] | Tokenized)
     except OSError as error:
         raise argparse.ArgumentTypeError(explain(error, Path(file))) from error

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = f"hcache {arguments[0]}" if arguments else "hcache"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     try:
         run, parsed = _parse(arguments)
         status = int(run(parsed))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
+import shlex
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +187,16 @@ def test_tokens_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{file}: No such file or directory" in capsys.readouterr().err
 
 
-def test_tokens_from_stdin(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_from_stdin(tmp_path: Path) -> None:
     make(tmp_path / "a", pages=range(3))
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"[1, 2, 3, 4, 5]")))
-    export = ["export", "--tokens", "-", "--out", tmp_path / "x", "--dir", tmp_path / "a"]
-    assert said(capsys, *export).endswith("nothing is stored of this prompt")
+    options = ["--tokens", "-", "--out", tmp_path / "x", "--dir", tmp_path / "a"]
+    command = shlex.join(map(str, [sys.executable, "-m", "sglang_hcache.cli.main", "export", *options]))
+    for given, said in (
+        ("<<< '[1, 2, 3, 4, 5]'", "nothing is stored of this prompt"),
+        ("<&-", "/dev/stdin: No such file or directory"),
+    ):
+        done = subprocess.run(["bash", "-c", f"{command} {given}"], stderr=subprocess.PIPE, text=True, check=False)
+        assert done.stderr.strip().endswith(said)
 
 
 def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

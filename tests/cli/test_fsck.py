@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,15 @@ def test_what_does_not_belong_beside_the_models(tmp_path: Path, capsys: pytest.C
     assert check(capsys, tmp_path, "--repair")[0] == 1
     assert check(capsys, tmp_path)[0] == 0
     assert found(tmp_path) == list(range(10))
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path: Path) -> None:
+    make(tmp_path)
+    Path(os.fsdecode(bytes(tmp_path / "segments") + b"/\xff")).mkdir()
+    command = [sys.executable, "-m", "sglang_hcache.cli.main", "fsck", "--dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert f"{tmp_path}/segments/\\udcff" in done.stdout
 
 
 def test_pages_whose_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
