@@ -50,6 +50,7 @@ class Admission:
         recv_reqs: None where another rank receives requests, and decides.
         """
         self._looked = True
+        self._prefetches.new_step()
         for rid in self._head_starts.over():
             self._prefetches.head_start_over(rid)
         if recv_reqs is not None:

@@ -304,8 +304,13 @@ def _prefetch_timeout(flag: object) -> tuple[float, float]:
         base_s, per_ki_token_s = [*map(float, str(flag).split(",")), 0.0][:2]
     except ValueError:
         base_s = per_ki_token_s = -1.0
-    if not (base_s >= 0 and per_ki_token_s >= 0) or str(flag).count(",") > 1:
+    if not (0 <= base_s < math.inf and 0 <= per_ki_token_s < math.inf) or str(flag).count(",") > 1:
         raise FlagError(f"--hcache-prefetch-timeout {flag!r} is not BASE[,PER_KI_TOKEN] in seconds, such as 1,0.25")
+    if not base_s + per_ki_token_s:
+        raise FlagError(
+            f"--hcache-prefetch-timeout {flag} leaves no time to read anything: not to wait for drives, give "
+            "--hicache-storage-prefetch-policy best_effort instead"
+        )
     return base_s, per_ki_token_s
 
 

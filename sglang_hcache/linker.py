@@ -185,7 +185,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.pages)
+        pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages)
         if not (self._window_pages and pages):
             return list(range(1, pages + 1))
         chunks = self.prefetch_queue.leased(rid, keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_hcache.planner.cost import Costs, costs_of
@@ -91,12 +91,21 @@ class LoadPlanner:
         self.pages_left_to_prefill += left_out
 
     def worth_waiting_for(
-        self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0
+        self,
+        host_pages: int,
+        lower_pages: int,
+        prompt: Prompt,
+        *,
+        missing_pages: int = 0,
+        start_s: float = 0.0,
+        queued_pages: int = 0,
     ) -> int:
         """How many leading pages a request should wait for, of a hit that continues on a lower tier.
 
-        start_s: until the engine is done with the requests before. queued_pages: what is read for others first.
+        missing_pages: after it, which are not to be had. start_s: until the engine is done with the requests before.
+        queued_pages: what is read for others first.
         """
+        prompt = replace(prompt, new_tokens=prompt.new_tokens + missing_pages * self._page_tokens)
         hit = self._partly_read(host_pages, lower_pages, prompt, start_s=start_s, queued_pages=queued_pages)
         return plan_load(self._now(), self._layout, hit).pages
 
@@ -119,6 +128,11 @@ class LoadPlanner:
     def read_s(self, pages: int) -> float:
         """From the lower tier into host memory, with nobody else reading."""
         return self._read_s(self._now(), pages)
+
+    def pages_read_within(self, seconds: float) -> int:
+        """As many as `read_s` has read by then."""
+        latency_s, page_s = self._reading_s(self._now())
+        return int(max(0.0, seconds - latency_s) / page_s)
 
     def pass_s(self, host_pages: int, prompt: Prompt, *, missing_pages: int) -> float:
         """Of the engine, for a request with a hit in host memory and pages after it that are not."""
@@ -188,12 +202,16 @@ class LoadPlanner:
         )
 
     def _read_s(self, costs: Costs, pages: int) -> float:
-        """From the lower tier into host memory."""
+        latency_s, page_s = self._reading_s(costs)
+        return latency_s + pages * page_s
+
+    def _reading_s(self, costs: Costs) -> tuple[float, float]:
+        """From the lower tier into host memory: once, and for every page."""
         if self._lower_tier is Resource.SSD:
             per_token = self._per_token(costs.hidden_ssd_s_per_token, costs.kv_ssd_s_per_token)
-            return costs.ssd_latency_s + pages * self._page_tokens * per_token
+            return costs.ssd_latency_s, per_token * self._page_tokens
         per_token = self._per_token(costs.hidden_remote_s_per_token, costs.kv_remote_s_per_token)
-        return costs.remote_latency_s + pages * self._page_tokens * per_token
+        return costs.remote_latency_s, per_token * self._page_tokens
 
     def _per_token(self, hidden_s: float, kv_s: float) -> float:
         """Of all layers, from those of one that is stored as hidden states, or as K and V."""

@@ -42,9 +42,9 @@ class Loads:
         return any(load.rid == rid for load in self._under_way())
 
     @property
-    def pages(self) -> int:
-        """Of all that are under way."""
-        return sum(len(load.chunks) for load in self._under_way())
+    def queued_pages(self) -> int:
+        """That the bus carries for the next forward, as far as its requests are known; others are there before it."""
+        return sum(len(load.chunks) for load in self._queued)
 
     def queue(self, load: Load) -> None:
         self._queued.append(load)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
 import uuid
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
@@ -20,8 +19,9 @@ from sglang_hcache.storage.store import READ_THREADS
 LATE_S = 0.25  # past its deadline a request is admitted even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.01  # for what is in memory, or nowhere, before the request is held for a step, which takes longer
 KNOWN_WAIT_S = 0.1  # what is not known after this to be in memory is taken to be on drives
-NO_WAIT_S = 0.02  # after a wait in vain: of many that come at once, the others wait for the next step
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
+STEP_WAIT_S = 0.02  # all waits of a step together: requests that run are not kept waiting by many that come at once
+NO_WAIT_S = 0.02  # after a wait in vain
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this, and after half of the time waited
 NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
 
@@ -30,8 +30,8 @@ class PrefetchPolicy(StrEnum):
     """How long a request is held while its pages are on the way; the names are SGLang's."""
 
     BEST_EFFORT = "best_effort"  # until it is known which are in memory: it takes these
-    WAIT_COMPLETE = "wait_complete"  # until they are there
-    TIMEOUT = "timeout"  # until they are there, or for a time that grows with their number
+    WAIT_COMPLETE = "wait_complete"  # until those are there that the planner finds worth it, or all without a planner
+    TIMEOUT = "timeout"  # the same, for a time that grows with their number at most
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class _Request:
     prompt: Prompt
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
-    admit_by: float  # monotonic
+    deadline_s: float  # after that; the store gives up what is not there then
+    waits_until: float = math.inf  # monotonic; where that is sooner
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
     head_start: _HeadStartOf = _HeadStartOf.NOT_THOUGHT_OF
@@ -83,12 +84,33 @@ class _Request:
     counted: bool = False  # as a plan that could use host memory
     tries_bus: bool = False
 
-    def pages_awaited_before(self, other: _Request) -> int:
-        """Those that the other does not wait for as well: what two requests share is at the beginning of both."""
-        if self.wait is None:
-            return 0
-        own = bisect_left(self.keys, True, self.there, self.wait.enough, key=lambda key: key not in other.place)
-        return max(0, self.wait.enough - own)
+    @property
+    def admit_by(self) -> float:
+        """By the monotonic clock, whatever the store says, or fails to say."""
+        return self.asked_at + self.deadline_s + LATE_S
+
+
+class _Ahead:
+    """What is done for the requests that were queued before one, which are added in that order."""
+
+    def __init__(self) -> None:
+        self.pass_s = 0.0  # of the engine
+        self._awaited: set[bytes] = set()
+        self._added: list[_Request] = []
+
+    def add(self, request: _Request, *, held: bool) -> None:
+        if request.wait is not None:
+            self.pass_s += request.wait.pass_s
+            if held:
+                self._added.append(request)
+
+    def pages_read_before(self, keys: Sequence[bytes]) -> int:
+        """Those that are awaited, and are not among `keys` themselves."""
+        for request in self._added:
+            assert request.wait is not None
+            self._awaited.update(request.keys[request.there : request.wait.enough])
+        self._added.clear()
+        return len(self._awaited) - sum(map(self._awaited.__contains__, keys))
 
 
 class PrefetchQueue:
@@ -134,6 +156,7 @@ class PrefetchQueue:
         self._trying = False  # it has something read; one trial at a time
         self._meter = ReadMeter(store, reads_at_once)
         self._next_wait_at = 0.0  # monotonic
+        self._may_wait_s = STEP_WAIT_S  # in this step
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: what was asked of the former one is void, and not waited for."""
@@ -141,13 +164,17 @@ class PrefetchQueue:
         self._meter = ReadMeter(store, self._reads_at_once)
         self._requests.clear()
 
+    def new_step(self) -> None:
+        """The scheduler looks for new requests."""
+        self._may_wait_s = STEP_WAIT_S
+
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device."""
         request = self._ask(rid, keys, prompt)
         if self._alone and self._there_within(rid, ANSWER_WAIT_S, until_known=True):
             if self._planner is not None:
-                there = len(self._store.progress(rid).slots)
-                request.wait = self._plan_wait(self._planner, request, there, done=True)
+                request.there = len(self._store.progress(rid).slots)
+                request.wait = self._plan_wait(self._planner, request, _Ahead(), done=True)
             return
         self._held[rid] = time.monotonic()
         self._measure(rid, request)
@@ -160,14 +187,18 @@ class PrefetchQueue:
     def admissible(self, *, idle: bool = False) -> list[str]:
         """Held requests that need not wait any longer; `idle`: the engine has nothing to do but to wait for them."""
         now = time.monotonic()
-        free: list[str] = []
-        for rid in self._held:
-            request = self._requests.get(rid)
-            if request is None or self._has_enough(rid, request, idle=idle and not free):
+        free = [rid for rid in self._held if rid not in self._requests]
+        ahead = _Ahead()
+        for rid, request in self._requests.items():
+            held = rid in self._held
+            if held and self._has_enough(rid, request, ahead, idle=idle and not free):
+                held = False
                 free.append(rid)
-            elif now > request.admit_by:
+            elif held and now > request.admit_by:
+                held = False
                 free.append(rid)
                 self.requests_admitted_late += 1
+            ahead.add(request, held=held)
         if self._planner is not None:
             for rid in free:
                 self._try_reading(self._requests.get(rid))
@@ -190,9 +221,14 @@ class PrefetchQueue:
             self._store.cut(start.head)
         if (request := self._requests.get(start.rid)) is not None:
             behind = Prompt(request.prompt.new_tokens, start.tokens)
-            rest = self._ask(start.rid, request.keys[start.pages :], behind, arrived_at=request.arrived_at)
+            rest = self._ask(
+                start.rid,
+                request.keys[start.pages :],
+                behind,
+                arrived_at=request.arrived_at,
+                deadline_s=NO_DEADLINE_S,
+            )
             rest.head_start = _HeadStartOf.UNDER_WAY
-            rest.admit_by = rest.asked_at + NO_DEADLINE_S
             self._measure(start.rid, rest, none_there=True)
         if keys:
             self._store.wait(start.head, ANSWER_WAIT_S)
@@ -203,7 +239,7 @@ class PrefetchQueue:
         if request is None or request.head_start is not _HeadStartOf.UNDER_WAY:
             return
         request.head_start = _HeadStartOf.NO_MORE
-        request.admit_by = time.monotonic() + self._deadline_s(len(request.keys)) + LATE_S
+        request.waits_until = time.monotonic() + self._deadline_s(len(request.keys))
 
     def admit(self, rids: Iterable[str]) -> None:
         """Hold these no more."""
@@ -286,8 +322,8 @@ class PrefetchQueue:
             "tokens_found": self.pages_found * self._page_tokens,
         }
 
-    def _has_enough(self, rid: str, request: _Request, *, idle: bool) -> bool:
-        """Whether all of its pages are there, or so many that it is not worth waiting for more."""
+    def _has_enough(self, rid: str, request: _Request, ahead: _Ahead, *, idle: bool) -> bool:
+        """Whether all of its pages are there, or so many that it is not worth waiting for more, or it may not."""
         if request.head_start is _HeadStartOf.UNDER_WAY:
             return False
         slots, done, known = self._store.progress(rid)
@@ -298,22 +334,23 @@ class PrefetchQueue:
             return done
         request.there = len(slots)
         if request.wait is None and known:
-            request.wait = self._plan_wait(self._planner, request, request.there, done=done)
+            request.wait = self._plan_wait(self._planner, request, ahead, done=done)
         if (wait := request.wait) is None:
             return False
-        if idle and not done and self._plan_head_start(self._planner, rid, request):
+        if idle and not done and self._plan_head_start(self._planner, rid, request, ahead):
             return False
-        return done or request.there >= wait.enough
+        return done or request.there >= wait.enough or time.monotonic() > request.waits_until
 
     @property
     def _takes_what_is_there(self) -> bool:
         return self._rule.policy is PrefetchPolicy.BEST_EFFORT
 
     def _measure(self, rid: str, request: _Request, *, none_there: bool = False) -> None:
-        asked_at, deadline_s = request.asked_at, self._deadline_s(len(request.keys))
-        self._meter.begin(rid, request.keys, asked_at=asked_at, deadline_s=deadline_s, none_there=none_there)
+        self._meter.begin(
+            rid, request.keys, asked_at=request.asked_at, deadline_s=request.deadline_s, none_there=none_there
+        )
 
-    def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request) -> bool:
+    def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request, ahead: _Ahead) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
         thought_of = request.head_start is not _HeadStartOf.NOT_THOUGHT_OF
         if thought_of or self._start is not None or not request.prompt.divisible:
@@ -324,7 +361,7 @@ class PrefetchQueue:
             request.there,
             missing,
             request.prompt,
-            queued_pages=self._queued_pages(request),
+            queued_pages=ahead.pages_read_before(request.keys),
             begun_pages=min(missing, self._reads_at_once),
         )
         if pages:
@@ -332,32 +369,28 @@ class PrefetchQueue:
             self._start = HeadStart(rid, f"{rid} head start {uuid.uuid4()}", pages, tokens)
         return pages > 0
 
-    def _queued_pages(self, request: _Request) -> int:
-        """That are read before those of this one."""
-        before = self._before(request).items()
-        return sum(other.pages_awaited_before(request) for rid, other in before if rid in self._held)
+    def _plan_wait(self, planner: LoadPlanner, request: _Request, ahead: _Ahead, *, done: bool) -> _Wait:
+        """What to wait for, of what can be read before its deadline.
 
-    def _before(self, request: _Request) -> dict[str, _Request]:
-        """Requests that were queued before it."""
-        return dict(itertools.takewhile(lambda item: item[1] is not request, self._requests.items()))
-
-    def _plan_wait(self, planner: LoadPlanner, request: _Request, there: int, *, done: bool) -> _Wait:
-        """Behind the requests that were queued before it, and what is read for those that wait for it.
-
-        done: no more of its pages will come.
+        done: no more of its pages will come; then what is ahead changes nothing.
         """
-        before = self._before(request).values()
-        pages, lower_pages = len(request.keys), 0 if done else len(request.keys) - there
+        pages, there = len(request.keys), request.there
+        queued_pages = lower_pages = 0
+        if not done:
+            queued_pages = ahead.pages_read_before(request.keys)
+            left_s = min(request.asked_at + request.deadline_s, request.waits_until) - time.monotonic()
+            lower_pages = min(pages - there, max(0, planner.pages_read_within(left_s) - queued_pages))
         enough = planner.worth_waiting_for(
             there,
             lower_pages,
             request.prompt,
-            start_s=sum(other.wait.pass_s for other in before if other.wait is not None),
-            queued_pages=self._queued_pages(request),
+            missing_pages=pages - there - lower_pages,
+            start_s=ahead.pass_s,
+            queued_pages=queued_pages,
         )
         if self._in_whole and 2 * enough > pages:
             enough = pages
-        tries = lower_pages >= MEASURED_PAGES and enough < pages and planner.tries_drives()
+        tries = not done and pages - there >= MEASURED_PAGES and enough < pages and planner.tries_drives()
         pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
         return _Wait(enough, pass_s, tries)
 
@@ -377,16 +410,23 @@ class PrefetchQueue:
         self._store.release(self._trial)
 
     def _ask(
-        self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None, *, arrived_at: float | None = None
+        self,
+        rid: str,
+        keys: Sequence[bytes],
+        prompt: Prompt | None = None,
+        *,
+        arrived_at: float | None = None,
+        deadline_s: float | None = None,
     ) -> _Request:
-        now, deadline_s = time.monotonic(), self._deadline_s(len(keys))
+        if deadline_s is None:
+            deadline_s = self._deadline_s(len(keys))
         request = self._requests[rid] = _Request(
             tuple(keys),
             {key: i for i, key in enumerate(keys)},
             prompt or Prompt(self._page_tokens, 0),
             time.time() if arrived_at is None else arrived_at,
-            now,
-            now + deadline_s + LATE_S,
+            time.monotonic(),
+            deadline_s,
         )
         read_s = self._planner.read_s(1) if self._planner is not None else 0.0
         self._store.prefetch(
@@ -407,16 +447,20 @@ class PrefetchQueue:
         return Prompt(request.prompt.new_tokens, max(0, covered - len(keys) * self._page_tokens))
 
     def _there_within(self, rid: str, timeout_s: float, *, until_known: bool = False) -> bool:
-        """Whether all is there, or known not to come; of many requests in one step, one is waited for in vain.
+        """Whether all is there, or known not to come.
 
         until_known: what must be read is not waited for.
         """
-        if time.monotonic() < self._next_wait_at:
+        began = time.monotonic()
+        timeout_s = min(timeout_s, self._may_wait_s)
+        if timeout_s <= 0 or began < self._next_wait_at:
             return self._store.progress(rid).done
-        if done := self._store.wait(rid, timeout_s, until_known=until_known).done:
-            return done
-        self._next_wait_at = time.monotonic() + NO_WAIT_S
-        return False
+        progress = self._store.wait(rid, timeout_s, until_known=until_known)
+        now = time.monotonic()
+        self._may_wait_s -= now - began
+        if not (progress.known if until_known else progress.done):
+            self._next_wait_at = now + NO_WAIT_S
+        return progress.done
 
     def _worth_asking_again(self, rid: str, first: bytes) -> bool:
         """For pages from `first` on, of which none is there: the more rarely, the longer it has been waiting.

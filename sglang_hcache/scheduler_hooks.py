@@ -89,7 +89,7 @@ def before_release_request(_wrapper: object, rid: str) -> None:
 
 def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any, result: Any) -> Any:
     """Where requests are sorted by what they find, SGLang looks up all of a prompt, be it usable or not."""
-    usable = usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids)) - key.is_bigram
+    usable = max(0, usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids)) - key.is_bigram)
     return original(wrapper, key if len(key) <= usable else key[:usable], req, result)
 
 

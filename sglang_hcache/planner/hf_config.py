@@ -90,7 +90,7 @@ def why_not_hidden(config: Mapping[str, Any]) -> str:
     found = [config.get(name) for name in ("rope_scaling", "rope_parameters")]
     found += [value for one in found if isinstance(one, Mapping) for value in one.values()]
     for rotation in (one for one in found if isinstance(one, Mapping)):
-        if {rotation.get("type"), rotation.get("rope_type")} & {"longrope", "su"}:
+        if any(rotation.get(name) in ("longrope", "su") for name in ("type", "rope_type")):
             return "with LongRoPE a token's K depends on the longest prompt of its forward"
         if rotation.get("mrope_section"):
             return "positions of several dimensions (M-RoPE) are not stored"

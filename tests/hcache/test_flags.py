@@ -66,10 +66,15 @@ def test_a_limit_that_is_none(flag: str, limit: object, tmp_path: Path) -> None:
         switched_on(tmp_path, **{flag: limit})
 
 
-@pytest.mark.parametrize("timeout", ["1,nan", "-1", "1,2,3", "soon"])
+@pytest.mark.parametrize("timeout", ["1,nan", "1,inf", "-1", "1,2,3", "soon"])
 def test_a_timeout_that_is_none(timeout: str, tmp_path: Path) -> None:
     with pytest.raises(FlagError, match=r"--hcache-prefetch-timeout .* is not BASE"):
         switched_on(tmp_path, hcache_prefetch_timeout=timeout)
+
+
+def test_no_time_to_read_anything_is_best_effort(tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="give --hicache-storage-prefetch-policy best_effort instead"):
+        switched_on(tmp_path, hcache_prefetch_timeout="0,0")
 
 
 @pytest.mark.parametrize("address", ["tcp://10.0.0.1:7400", "tcp://host.name:1", "tcp://[::1]:65535"])

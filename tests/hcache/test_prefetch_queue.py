@@ -115,14 +115,89 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return waits
 
 
-def test_of_many_requests_at_once_one_is_waited_for(store: LocalStore, waits: list[str]) -> None:
+def test_of_many_requests_at_once_one_is_waited_for_in_vain(
+    store: LocalStore, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The scheduler goes on, and decides on the others in its next step."""
+    monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
+
+    def in_vain(owner: str, _timeout_s: float, *, until_known: bool) -> Progress:
+        waits.append(owner)
+        return store.progress(owner)
+
+    monkeypatch.setattr(store, "wait", in_vain)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     for number in range(50):
         requests.queued(str(number), keys_of(range(10)))
     assert waits == ["0"]
     assert len(requests.held) == 50
     requests.clear()
+
+
+def test_that_pages_must_be_read_holds_no_other_request(store: LocalStore, waits: list[str]) -> None:
+    """It is known at once, and no wait in vain."""
+    save(store, range(20, 25))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    for rid, pages in (("drive", range(10)), ("memory", range(20, 25)), ("nowhere", range(90, 95))):
+        requests.queued(rid, keys_of(pages))
+    assert waits == ["drive", "memory", "nowhere"]
+    assert list(requests.held) == ["drive"]
+    requests.clear()
+
+
+def test_answers_to_many_requests_at_once_take_little_of_a_step(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come in time."""
+    waits, step_s, answer_s, now_s = list[str](), prefetch_queue.STEP_WAIT_S, 0.003, 1000.0
+    monkeypatch.setattr(prefetch_queue, "time", SimpleNamespace(monotonic=lambda: now_s, time=lambda: now_s))
+
+    def answered(owner: str, timeout_s: float, *, until_known: bool) -> Progress:
+        nonlocal now_s
+        waits.append(owner)
+        now_s += min(answer_s, timeout_s)
+        return Progress((), timeout_s >= answer_s, known=timeout_s >= answer_s)
+
+    monkeypatch.setattr(store, "wait", answered)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    for first in (0, 100):
+        began_s = now_s
+        for number in range(first, first + 100):
+            requests.queued(str(number), keys_of(range(90, 95)))
+        assert now_s - began_s == pytest.approx(step_s)
+        now_s += 1.0
+        requests.new_step()
+    assert len(waits) == 2 * -(-step_s // answer_s)
+    requests.clear()
+
+
+class Counted(str):
+    """Counts its own uses as a key."""
+
+    uses = 0
+
+    def __hash__(self) -> int:
+        Counted.uses += 1
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("pages", [range(90, 95), range(10)])
+def test_a_request_costs_the_same_however_many_are_queued(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, pages: range
+) -> None:
+    monkeypatch.setattr(prefetch_queue, "STEP_WAIT_S", 30.0)
+
+    def uses(count: int) -> int:
+        requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10))
+        Counted.uses = 0
+        for number in range(count):
+            requests.queued(Counted(number), keys_of(pages))
+        requests.admissible()
+        counted = Counted.uses
+        requests.clear()
+        return counted
+
+    assert uses(200) < 3 * uses(100)
 
 
 def test_of_many_lookups_in_one_step_one_is_waited_for(
@@ -480,6 +555,28 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     assert behind("later", 0) == 0, "they are still queued, but wait no more"
     for may_be_read in reads.values():
         may_be_read.set()
+    requests.clear()
+
+
+def test_what_cannot_be_read_before_the_deadline_is_not_waited_for(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor taken to be restored, by those behind it."""
+    monkeypatch.setattr(prefetch_queue, "time", SimpleNamespace(monotonic=lambda: 1000.0, time=lambda: 1000.0))
+    plans = planner(ssd_bytes_per_s=1e7)
+    rule = HoldRule(PrefetchPolicy.TIMEOUT, base_s=(plans.read_s(15) + plans.read_s(16)) / 2, per_ki_token_s=0.0)
+    save(store, range(10, 30))
+    assert store.flush(30)
+    store.drop_host()
+    requests = PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=False, planner=plans)
+    requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
+    for rid, first in (("first", 0), ("second", 10), ("third", 20)):
+        requests.queued(rid, keys_of(range(first, first + 10)))
+        while not store.progress(rid).known:
+            threading.Event().wait(0.01)
+    assert requests.admissible() == ["before", "third"]
+    enough = [request.wait.enough for request in requests._requests.values() if request.wait is not None]
+    assert enough == [0, 10, 5, 0]
     requests.clear()
 
 

@@ -131,6 +131,35 @@ def test_a_head_start_takes_time_of_no_hold(store: LocalStore, monkeypatch: pyte
     requests.clear()
 
 
+def test_drives_read_on_beside_a_head_start_however_long_it_takes(store: LocalStore, disk: threading.Event) -> None:
+    requests = evenly_matched(store, rule=HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.1, per_ki_token_s=0.0))
+    requests.queued("a", keys_of(range(10)), LONG)
+    start = head_start_of(requests)
+    assert start is not None
+    requests.begin_head_start(start, [], Prompt(1, 0))
+    time.sleep(0.3)
+    disk.set()
+    assert len(store.wait("a", 10).slots) == 10 - start.pages
+    requests.clear()
+
+
+def test_after_a_head_start_drives_have_the_time_of_a_hold(store: LocalStore) -> None:
+    requests = evenly_matched(store, rule=HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.1, per_ki_token_s=0.0))
+    requests.queued("a", keys_of(range(10)), LONG)
+    start = head_start_of(requests)
+    assert start is not None
+    requests.begin_head_start(start, [], Prompt(1, 0))
+    time.sleep(0.3)
+    assert requests.admissible() == []
+    requests.head_start_over("a")
+    while not requests.admissible():
+        time.sleep(0.01)
+    requests.admit(["a"])
+    assert store.progress("a").done, "nothing is read any more"
+    assert requests.stats()["requests_admitted_late"] == 0
+    requests.clear()
+
+
 def test_a_store_that_is_lost_ends_the_hold_of_a_head_start(store: LocalStore) -> None:
     requests = evenly_matched(store)
     requests.queued("a", keys_of(range(10)), LONG)

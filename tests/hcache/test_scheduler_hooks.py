@@ -34,6 +34,9 @@ class Tier:
     def wait_for_news(self, _timeout_s: float) -> None:
         self.waited += 1
 
+    def new_step(self) -> None:
+        pass
+
     def admissible(self, *, idle: bool) -> list[str]:
         return []
 
@@ -155,14 +158,15 @@ def test_no_more_is_looked_up_than_a_request_may_use(logprobs_from: int, overrid
     assert (list(found.token_ids), found.cache_salt) == (list(range(usable)), "salt")
 
 
-def test_of_bigrams_a_token_fewer_is_looked_up() -> None:
+@pytest.mark.parametrize(("logprobs_from", "usable"), [(4, 3), (1, 0), (0, 0)])
+def test_of_bigrams_a_token_fewer_is_looked_up(logprobs_from: int, usable: int) -> None:
     """Each takes the next token, too, of which a request may want the log-probability."""
     req: Any = Req("a", "", array("q", range(8)), SamplingParams(), return_logprob=True)
-    req.logprob_start_len = 4
+    req.logprob_start_len = logprobs_from
     req.positional_embed_overrides = None
     key, _ = RadixKey(req.origin_input_ids).maybe_to_bigram_view(is_eagle=True)
     found = scheduler_hooks.around_match(lambda _wrapper, key, _req, _result: key, None, key, req, None)
-    assert list(found) == [(0, 1), (1, 2), (2, 3)]
+    assert list(found) == [(token, token + 1) for token in range(usable)]
 
 
 @pytest.mark.parametrize("first", [True, False])
