@@ -31,7 +31,7 @@ from sglang_hcache.representation import Formats, LayerFormat
 from sglang_hcache.restore import restorer_for
 from sglang_hcache.storage.probe import read_bytes_per_s
 from sglang_hcache.streams import current_stream
-from sglang_hcache.synthetic_forward import leaving_no_trace, most_tokens, prefill_random_prompt
+from sglang_hcache.synthetic_forward import leaving_no_trace, most_at_once, most_tokens, prefill_random_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ def _measure(
     ranks: that share the heads of an attention, and so what a token takes.
     """
     by_itself = get_parallel().tp_size == 1
-    limit = most_tokens(runner, page_tokens)
-    few, many = (min(tokens, limit) for tokens in _PREFILL_TOKENS[torch.device(device).type])
+    limit, at_once = most_tokens(runner, page_tokens), most_at_once(runner, page_tokens)
+    few, many = (min(tokens, at_once) for tokens in _PREFILL_TOKENS[torch.device(device).type])
     with leaving_no_trace(runner):
         first_s = _seconds(lambda: _prefill(runner, page_tokens, few), device, repeats=1)
         repeats = 1 if by_itself and first_s > _SLOW_S else _REPEATS

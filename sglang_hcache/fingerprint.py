@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
-# What else SGLang takes of a model from JSON: quantisation by various names, Mistral's own format, how it attends.
-_FURTHER = ("*quant*.json", "params.json", "decision_config.json")
+# What else SGLang takes of a model from JSON: which weights are where, quantisation by various names, Mistral's own
+# format, how it attends.
+_FURTHER = ("*.index.json", "*quant*.json", "params.json", "decision_config.json")
 _BLOCK_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 16 << 10
 
@@ -55,11 +56,12 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
         known.update(zip((seen[path] for path in unknown), _digests(unknown), strict=True))
         _write_memo(memo, known)
     digest = xxhash.xxh3_128()
-    for configuration in (root / name for root in roots for name in _CONFIGURATIONS):
+    folders = [root.parent if root.is_file() else root for root in roots]  # beside a GGUF file is its configuration
+    for configuration in (folder / name for folder in folders for name in _CONFIGURATIONS):
         if configuration.is_file():
             digest.update(configuration.read_bytes())
-    further = [path for root in roots for path in _files(root, {".json"}) if any(map(path.match, _FURTHER))]
-    code = [path for root in roots for path in _files(root, {".py"})]  # which --trust-remote-code runs
+    further = [path for folder in folders for path in _files(folder, {".json"}) if any(map(path.match, _FURTHER))]
+    code = [path for folder in folders for path in _files(folder, {".py"})]  # which --trust-remote-code runs
     for path in further + code:
         digest.update(f"{path.name}:{file_digest(path)}".encode())
     for path in files:

@@ -70,6 +70,8 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "elastic_ep_backend": (None, "ranks that come and go are not supported yet", "drop it"),
     "enable_return_routed_experts": (False, "nobody knows which experts restored tokens went through", "drop one"),
     "kv_canary": ("none", "restored slots have no canary of their own", "drop it"),
+    "enable_unified_memory": (False, "slots of a unified pool move while the tier fills them", "drop it"),
+    "use_ray": (False, "Ray's workers load no plugins of SGLang", "drop it"),
     "enable_unified_cache_external_linker": (False, "the tier is itself the external linker", "drop one"),
     "unified_cache_external_linker_backend": ("mooncake", "the tier is itself the external linker", "drop one"),
     "unified_cache_external_linker_config": (None, "the tier is itself the external linker", "drop one"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule, get_spec
+from sglang.srt.utils.hf_transformers.mistral_utils import is_mistral_model
 
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
@@ -41,11 +42,14 @@ _NOT_WEIGHTS_ALONE = (
 # The same weights are computed with in another way.
 _COMPUTING = (
     *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
+    *("flashinfer_mxfp4_moe_precision", "enable_w4a4_mxfp4_megamoe", "speculative_enable_w4a4_mxfp4_megamoe"),
     "enable_precise_embedding_interpolation",  # of an image's positions, in its encoder
 )
 _COMPUTING_BY_ENVIRONMENT = (
-    *("SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FORCE_FP8_MARLIN"),
+    *("SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FP4_IGNORED_LAYERS", "SGLANG_FORCE_FP8_MARLIN"),
     *("SGLANG_HUMMING_ONLINE_QUANT_CONFIG", "SGLANG_HUMMING_INPUT_QUANT_CONFIG"),
+    *("SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16", "SGLANG_NVFP4_CKPT_FP8_GEMM_IN_ATTN"),
+    "SGLANG_EXTERNAL_MODEL_PACKAGE",  # has classes of its own for models
 )
 
 
@@ -184,6 +188,7 @@ class Registration:
     def _fingerprint(self) -> bytes:
         parts: list[tuple[str, object]] = [
             ("model", self._weights or f"{self._this_server}, change {self._weights_changes}"),
+            ("loading", (get_model().load_format, _parser(self._model), str(self._model.model_impl))),
             ("override", self._server_args.json_model_override_args),
             ("dtype", str(self._model.dtype)),
             ("kv_dtype", str(self._pool.dtype)),
@@ -225,6 +230,12 @@ class Registration:
                 f"{total / GB:.1f} GB in all; give a smaller ratio, or --hicache-size"
             )
         return 0.0, wanted
+
+
+def _parser(model_config: Any) -> str:
+    """Of its configuration, which decides how K is rotated; by itself SGLang goes by the name."""
+    named: str = model_config.model_config_parser
+    return "mistral" if named == "auto" and is_mistral_model(model_config.model_path) else named
 
 
 def warn_of_limits_that_do_not_hold(config: HCacheConfig, welcome: Welcome) -> None:

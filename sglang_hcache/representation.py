@@ -16,7 +16,7 @@ from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
 from sglang_hcache.fast_projector import KernelProjector
 from sglang_hcache.host_pages import Projector
-from sglang_hcache.model import Pool, has_latent, kv_row_bytes, windowed_layers
+from sglang_hcache.model import AttentionSite, Pool, attention_sites, has_latent, kv_row_bytes, windowed_layers
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
 from sglang_hcache.ranks import all_ranks
@@ -159,7 +159,8 @@ def _hidden_projector(
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
-        return None, "hidden states are larger than K and V, or the attention modules cannot be replayed"
+        never = why_never_hidden(runner, attention_sites(runner.model))
+        return None, never or "hidden states are larger than K and V, or the attention modules cannot be replayed"
     if obstacle := _obstacle(runner, capture, pool, drafts):
         return None, obstacle
     deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
@@ -183,11 +184,18 @@ def _obstacle(runner: Any, capture: Capture, pool: Pool, drafts: Sequence[Pool])
             bool(drafts) and get_parallel().attn_tp_size > 1,
             "a draft model's K and V are of each rank's own heads, so each would store the hidden states, too",
         ),
+    )
+    return next((why for holds, why in obstacles if holds), why_never_hidden(runner, capture.sites))
+
+
+def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
+    """What of a loaded model leaves no use for its hidden states, however they are captured."""
+    obstacles = (
         # --lora-paths sets this, too, but not in what was given.
         (get_lora().enable_lora, "with LoRA the projection depends on the request"),
         (runner.model_config.model_is_mrope, "positions of several dimensions (M-RoPE) are not stored"),
         (
-            any(site.rotates_by_forward for site in capture.sites),
+            any(site.rotates_by_forward for site in sites),
             "with LongRoPE a token's K depends on the longest prompt of its forward",
         ),
     )

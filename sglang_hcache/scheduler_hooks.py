@@ -11,6 +11,7 @@ from sglang_hcache.admission import Admission, usable_tokens
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.model import attention_sites
+from sglang_hcache.representation import why_never_hidden
 from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def after_load_model(_result: None, model_runner: Any) -> None:
     wanted = HCacheConfig.from_linker_extra(extra).representation
     sites = attention_sites(model_runner.model)
     width = model_runner.model_config.hidden_size
-    if wanted == Representation.KV or not sites or not (wanted == Representation.HIDDEN or _smaller(width, sites)):
+    if wanted == Representation.KV or not sites:
+        return
+    if wanted != Representation.HIDDEN and (not _smaller(width, sites) or why_never_hidden(model_runner, sites)):
         return
     capture = Capture(
         sites,
@@ -124,9 +127,9 @@ def after_weights_changed(_result: object, _updater: object, *_args: object, **_
 
 
 def after_weights_from_disk(result: tuple[bool, str], _updater: object, *_args: object, **_kwargs: object) -> None:
-    """Where these fail, SGLang keeps the former ones, or loads them again."""
-    succeeded, _ = result
-    if linker is not None and succeeded:
+    """Where loading fails, SGLang loads again; but by then it takes the new ones for the former ones."""
+    succeeded, message = result
+    if linker is not None and (succeeded or message.startswith("Failed to update weights")):
         linker.weights_changed()
 
 

@@ -13,7 +13,7 @@ from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector
 from sglang_hcache.host_pages import Projector
 from sglang_hcache.streams import Event, current_stream
-from sglang_hcache.synthetic_forward import leaving_no_trace, most_tokens, prefill_random_prompt
+from sglang_hcache.synthetic_forward import leaving_no_trace, most_at_once, prefill_random_prompt
 
 _PROMPT_TOKENS = 130
 
@@ -69,7 +69,7 @@ def run_self_test(
     capture.sink = recorder
     try:
         with leaving_no_trace(runner):
-            prefill_random_prompt(runner, page_size, min(_PROMPT_TOKENS, most_tokens(runner, page_size)))
+            prefill_random_prompt(runner, page_size, min(_PROMPT_TOKENS, most_at_once(runner, page_size)))
             if recorder.rows is None:
                 return SelfTestResult(float("inf"), 0.0)
             rows, positions, slots = recorder.rows, recorder.positions, recorder.slots

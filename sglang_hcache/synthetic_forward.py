@@ -19,9 +19,16 @@ from sglang.srt.utils import require_mlp_sync, require_mlp_tp_gather
 
 
 def most_tokens(runner: Any, page_size: int) -> int:
-    """The longest prompt that can be prefilled at once, and that all of its layers' pools hold."""
+    """The longest prompt that the model takes, and that all of its layers' pools hold."""
     slots = min(runner.max_total_num_tokens, runner.token_to_kv_pool_allocator.size)  # one for windows may be smaller
     return int(min(slots - 2 * page_size, runner.model_config.context_len - 2))
+
+
+def most_at_once(runner: Any, page_size: int) -> int:
+    """Of such a prompt, what SGLang prefills in one forward: some of its buffers hold no more."""
+    schedule = get_schedule()
+    chunk = schedule.chunked_prefill_size or 0
+    return int(min(most_tokens(runner, page_size), chunk if chunk > 0 else schedule.max_prefill_tokens))
 
 
 @contextlib.contextmanager

@@ -168,8 +168,9 @@ def test_where_hidden_states_do_not_do_kv_is_stored(
     rotation: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.json"
-    for harmless in ("linear", {}):
-        config.write_text(json.dumps(LLAMA | {"rope_scaling": {"type": harmless, "factor": 2.0}}))
+    harmless: list[Any] = ["linear", {}]
+    for kind in harmless:
+        config.write_text(json.dumps(LLAMA | {"rope_scaling": {"type": kind, "factor": 2.0}}))
         assert advise(capsys, config, "--gpu", "H100")["layers"][0]["representation"] == "hidden"
     config.write_text(json.dumps(LLAMA | rotation))
     report = advise(capsys, config, "--gpu", "H100")

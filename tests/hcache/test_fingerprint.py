@@ -53,7 +53,11 @@ def test_any_change_is_another_model(change: Callable[[Path], None], checkpoint:
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_quant_config.json", "quantize_config.json", "quant_model_description.json", "params.json"]
+    "name",
+    [
+        *("hf_quant_config.json", "quantize_config.json", "quant_model_description.json", "params.json"),
+        "model.safetensors.index.json",
+    ],
 )
 def test_nor_is_another_file_of_configuration_left_out(name: str, checkpoint: Path, tmp_path: Path) -> None:
     """What SGLang reads beside, or instead of, config.json."""
@@ -62,6 +66,17 @@ def test_nor_is_another_file_of_configuration_left_out(name: str, checkpoint: Pa
         if content is not None:
             (checkpoint / name).write_text(content)
         identities.add(checkpoint_identity(str(checkpoint), memo))
+    assert len(identities) == 3
+
+
+@pytest.mark.parametrize("name", ["config.json", "modeling.py"])
+def test_beside_a_file_of_weights_is_its_configuration(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(os.urandom(1000))
+    memo, identities = tmp_path / "memo.json", set()
+    for content in (None, "1", "2"):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        identities.add(checkpoint_identity(str(tmp_path / "model.gguf"), memo))
     assert len(identities) == 3
 
 

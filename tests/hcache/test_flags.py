@@ -133,6 +133,8 @@ def test_without_the_backend_nothing_changes() -> None:
         ("hicache_host_memory_mode", "buffer_only"),
         ("enable_return_routed_experts", True),
         ("kv_canary", "log"),
+        ("enable_unified_memory", True),
+        ("use_ray", True),
         ("unified_cache_external_linker_backend", "dynamic"),
         ("unified_cache_external_linker_config", "{}"),
     ],

@@ -75,7 +75,14 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
         for module in (registration, linker, ranks, representation, start):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, partial(copy, value))
-    model = SimpleNamespace(model_path="m", dtype=torch.float32, quantization=None, is_encoder_decoder=False)
+    model = SimpleNamespace(
+        model_path="m",
+        model_config_parser="auto",
+        model_impl="auto",
+        dtype=torch.float32,
+        quantization=None,
+        is_encoder_decoder=False,
+    )
     monkeypatch.setattr(scheduler_hooks, "runner", SimpleNamespace(model_config=model))
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
     monkeypatch.setattr(scheduler_hooks, "linker", None)

@@ -42,6 +42,9 @@ SERVER = {
     "enable_deterministic_inference": False,
     "rl_on_policy_target": None,
     "enable_precise_embedding_interpolation": False,
+    "flashinfer_mxfp4_moe_precision": "default",
+    "enable_w4a4_mxfp4_megamoe": False,
+    "speculative_enable_w4a4_mxfp4_megamoe": None,
     "kt_weight_path": None,
     "modelopt_checkpoint_restore_path": None,
     "rl_quant_profile": None,
@@ -129,6 +132,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
                 dtype=torch.float32,
                 quantization=None,
                 hf_config=SimpleNamespace(mm_vision_tower=encoder),
+                **{name: arguments.get(name, "auto") for name in ("model_config_parser", "model_impl")},
             ),
             pool,
             stored,
@@ -218,19 +222,36 @@ def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Sa
         {"enable_deterministic_inference": True},
         {"rl_on_policy_target": "fsdp"},
         {"enable_precise_embedding_interpolation": True},
+        {"flashinfer_mxfp4_moe_precision": "bf16"},
+        {"enable_w4a4_mxfp4_megamoe": True},
+        {"speculative_enable_w4a4_mxfp4_megamoe": True},
+        {"load_format": "pt"},
+        {"model_config_parser": "mistral"},
+        {"model_impl": "transformers"},
     ]
     assert len({say(model, **way).fingerprint for way in ways}) == len(ways)
 
 
-def test_the_environment_decides_which_layers_are_quantised(
-    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_by_its_name_a_model_is_read_in_another_way(say: Say, tmp_path: Path) -> None:
+    """SGLang's `auto` goes by the name, and rotates K otherwise."""
+    paths = [checkpoint(tmp_path / name, b"weights") for name in ("copy", "Mistral-Large-3", "other-copy")]
+    plain, mistral, again = (say(path).fingerprint for path in paths)
+    assert plain == again != mistral
+    assert say(paths[0], model_config_parser="mistral").fingerprint == mistral
+
+
+@pytest.mark.parametrize(
+    "name", ["SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FP4_IGNORED_LAYERS", "SGLANG_EXTERNAL_MODEL_PACKAGE"]
+)
+def test_the_environment_decides_how_it_is_computed(
+    name: str, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = checkpoint(tmp_path / "model", b"weights")
-    all_layers = say(model).fingerprint
-    monkeypatch.setenv("SGLANG_FP8_IGNORED_LAYERS", "lm_head")
-    assert say(model).fingerprint != all_layers
-    monkeypatch.delenv("SGLANG_FP8_IGNORED_LAYERS")
-    assert say(model).fingerprint == all_layers
+    before = say(model).fingerprint
+    monkeypatch.setenv(name, "lm_head")
+    assert say(model).fingerprint != before
+    monkeypatch.delenv(name)
+    assert say(model).fingerprint == before
 
 
 @pytest.mark.parametrize(

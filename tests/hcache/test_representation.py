@@ -6,13 +6,15 @@ import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_hcache import ranks, representation, selftest
+from sglang_hcache import ranks, representation, scheduler_hooks, selftest, synthetic_forward
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.model import AttentionSite
 from sglang_hcache.representation import Formats, formats_of
 
@@ -48,6 +50,8 @@ def formats(
         capture.sink.write(torch.arange(PAGE, 2 * PAGE), positions, torch.ones(1, PAGE, WIDTH))
 
     monkeypatch.setattr(selftest, "prefill_random_prompt", prefill)
+    schedule = SimpleNamespace(chunked_prefill_size=4 * PAGE)
+    monkeypatch.setattr(synthetic_forward, "get_schedule", lambda: schedule)
     pool = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 1, "cpu", enable_memory_saver=False)
     runner = SimpleNamespace(
         model_config=SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=False, context_len=99),
@@ -80,6 +84,41 @@ def test_where_inference_is_deterministic_the_model_projects_by_itself(
         formats(monkeypatch, Attention(), deterministic=deterministic)
     tried = {name for name in ("kernels", "replay") if f"by {name} FAILED" in caplog.text}
     assert tried == ({"replay"} if deterministic else {"kernels", "replay"})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lora", "mrope", "captured"),
+    [
+        ("auto", False, False, True),
+        ("auto", True, False, False),
+        ("auto", False, True, False),
+        ("hidden", True, False, True),
+    ],
+)
+def test_what_can_never_be_stored_is_not_captured(
+    wanted: str, lora: bool, mrope: bool, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hidden` is refused later, and told why."""
+    monkeypatch.setattr(representation, "get_lora", lambda: SimpleNamespace(enable_lora=lora))
+    module = Attention()
+    sites = [AttentionSite(module, SimpleNamespace(layer_id=0), inspect.signature(module.forward))]
+    monkeypatch.setattr(scheduler_hooks, "attention_sites", lambda _model: sites)
+    monkeypatch.setattr(scheduler_hooks, "_smaller", lambda _width, _sites: True)
+    monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
+    monkeypatch.setattr(scheduler_hooks, "Capture", Mock())
+    for name in ("runner", "capture"):
+        monkeypatch.setattr(scheduler_hooks, name, None)
+    linker = HCacheConfig(("/nowhere",), representation=wanted).to_linker_config()
+    model = SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=mrope)
+    runner: Any = SimpleNamespace(
+        is_draft_worker=False,
+        server_args=SimpleNamespace(unified_cache_external_linker_config=linker),
+        model=module,
+        model_config=model,
+        device="cpu",
+    )
+    scheduler_hooks.after_load_model(None, runner)
+    assert (scheduler_hooks.capture is not None) is captured
 
 
 def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,24 @@ def test_what_a_streaming_session_keeps_is_never_inserted(
     assert never == ([14, 15, 16, 17] if kept else [])
 
 
+@pytest.mark.parametrize(
+    ("result", "changes"),
+    [
+        ((True, "Succeeded to update model weights."), 1),
+        ((False, "Failed to update weights: CUDA out of memory.\nRolling back to original weights."), 1),
+        ((False, "Failed to get weights iterator: no such file."), 0),
+    ],
+)
+def test_weights_that_may_have_been_replaced_have_changed(
+    result: tuple[bool, str], changes: int, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SGLang rolls back to is what it failed to load."""
+    changed: list[None] = []
+    monkeypatch.setattr(tier, "weights_changed", lambda: changed.append(None), raising=False)
+    scheduler_hooks.after_weights_from_disk(result, None)
+    assert len(changed) == changes
+
+
 @pytest.mark.parametrize(("action", "changes"), [("reset_tensors", 1), ("compare", 0)])
 def test_weights_that_are_reset_to_be_checked_have_changed(
     action: str, changes: int, tier: Tier, monkeypatch: pytest.MonkeyPatch
