@@ -46,7 +46,7 @@ class HostSink:
     def __init__(self, n_bytes: int) -> None:
         self.copy_out: CopyOut = InlineCopyOut()
         if DEVICE == "cuda":
-            self.copy_out = StreamCopyOut(new_stream(DEVICE), current_stream(DEVICE))
+            self.copy_out = StreamCopyOut(new_stream(DEVICE, urgency=3), current_stream(DEVICE))
         self.copy_out.expect(n_bytes)
         self.written = self.dropped = 0
         self._runs: list[slice] = []  # of the last forward that was written
@@ -125,20 +125,25 @@ class Forward:
         self.capture.after_forward(self.tokens, self.tokens, from_graph=self.from_graph)
 
     def series(self, steps: int, *, captured: bool) -> float:
-        """Seconds of the device for a forward, of several in a row."""
+        """Seconds of the device for a forward, of several in a row, whose results are copied to the host."""
         events: deque[torch.cuda.Event] = deque()
         began = time.perf_counter()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
             begin = torch.cuda.Event(enable_timing=True)
             begin.record()
+            results, sampled = torch.cuda.Stream(), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+            found = torch.empty(1, dtype=torch.int32, pin_memory=True)
         for _ in range(steps):
             if len(events) == IN_FLIGHT:
                 events.popleft().synchronize()
             self.issue(captured=captured)
             if DEVICE == "cuda":
                 events.append(torch.cuda.Event(enable_timing=True))
-                events[-1].record()
+                results.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(results):
+                    found.copy_(sampled, non_blocking=True)
+                    events[-1].record()
         if DEVICE == "cpu":
             return (time.perf_counter() - began) / steps
         events[-1].synchronize()

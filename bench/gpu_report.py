@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bench.exactness import MOST_ERROR, is_right
+
 COPIERS = ("by engine", "by kernel")
 CAPTURES = {"prefill": "3 %", "decode": "1 %", "decode, staged by copies": "1 %"}
 KINDS = ("restore hidden", "restore KV", "prefill")
@@ -77,7 +79,16 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def failed(report: dict[str, Any]) -> bool:
-    return any("error" in part for _, part in _parts(report["sections"]))
+    """Whether a part did not run to its end, or what was restored or captured is wrong."""
+    return any("error" in part or _is_wrong(part) for _, part in _parts(report["sections"]))
+
+
+def _is_wrong(part: dict[str, Any]) -> bool:
+    if "product" in part and not is_right(part):
+        return True
+    misplaced = any(part.get(name, 0) for name in ("unwritten", "strayed", "differing"))
+    exact = part.get("error_ratio", 0) <= MOST_ERROR and part.get("captured_share", 1) > 0  # and not NaN
+    return misplaced or not exact
 
 
 def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
@@ -108,6 +119,7 @@ def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
         ratio = f", ratio {row['ratio']:.2f} (≤ 1.10)" if "ratio" in row else ""
         checks = {key: row[key] for key in ("error_ratio", "differing", "unwritten", "strayed") if key in row}
         rate = f", {row['gb_s']:.1f} GB/s" if "gb_s" in row else ""
+        rate += f", four bytes beside it {row['beside_ms']:.2f} ms" if "beside_ms" in row else ""
         yield (
             f"{name}, {row['tokens']}: {row['ms']:.2f} ms, caller {row['caller_ms']:.2f} ms{rate}{ratio}; "
             f"{_cells(checks, '.4g')}"

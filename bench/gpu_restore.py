@@ -10,16 +10,18 @@ Method: random bf16 weights and activations; device time between events, median 
 weights in turns. Ceilings come from the same run. An arena of shared memory, registered with CUDA as the server
 does it, holds chunks of 64-token pages; the server's own `Restorer` copies them and projects every layer into a
 paged pool, chunks and slots in random order, another load each round. Time runs from issue to the event that the
-forward would wait for before the last layer; `caller_ms` is how long Python was busy with it. `ratio` is that time
+forward would wait for before the last layer; `caller_ms` is how long Python was busy with it, `beside_ms` when four
+bytes that were issued right after it, as the next forward's inputs are, had come to the device. `ratio` is that time
 over the larger of the copy's at the copy engine's rate from the same memory and the projection's at cuBLAS' rate
 for products of that shape and up to 8,192 rows. Each restore is first made into pools of NaNs: of three layers, all
 slots are checked for values missing or strayed, and four pages against float64; the error's norm over the values'
 is compared with that of K and V made as a forward makes them. K and V stored as such must come back bit by bit.
 Prefill: one decoder layer in plain torch with flash attention, in chunks of 8,192 tokens, times the number of
 layers; embedding and sampling are left out. Capture: all layers of the model, with and without hooks, in turns, two
-forwards in flight; plain forwards are measured twice a round, which gives the noise. The decode step's graph stages
-rows by kernels, as in the server, and again by copies of the engine's. Restores are made with the copier that the
-server would take, and again with each of both. The exit status is 1 where a section failed.
+forwards in flight, of each of which four bytes are copied to the host and waited for, as SGLang does; plain
+forwards are measured twice a round, which gives the noise. The decode step's graph stages rows by kernels, as in
+the server, and again by copies of the engine's. Restores are made with the copier that the server would take, and
+again with each of both. The exit status is 1 where a section failed or a result is wrong.
 """
 
 from __future__ import annotations

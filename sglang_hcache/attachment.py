@@ -146,4 +146,5 @@ class Attachment:
 
 def _copy_out_of(device: str) -> CopyOut:
     on_cpu = torch.device(device).type == "cpu"
-    return InlineCopyOut() if on_cpu else StreamCopyOut(new_stream(device), current_stream(device))
+    # Of an urgency that SGLang has no streams of: torch gives out each stream many times over.
+    return InlineCopyOut() if on_cpu else StreamCopyOut(new_stream(device, urgency=3), current_stream(device))

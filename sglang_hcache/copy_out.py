@@ -7,14 +7,14 @@ import mmap
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 from sglang_hcache.pinning import PinnedMemory
-from sglang_hcache.streams import Event, ImmediateStream, Stream
+from sglang_hcache.streams import COPY_BYTES, Event, ImmediateStream, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,16 @@ class _Ring:
         self._pinned.release()
 
 
+def _pieces(host: torch.Tensor, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Targets and sources that are copied one after another.
+
+    Copied as a whole, a tensor with gaps between its parts would be made contiguous on the device first.
+    """
+    for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
+        together = max(1, COPY_BYTES // source.itemsize)
+        yield from zip(target.view(-1).split(together), source.view(-1).split(together), strict=True)
+
+
 class StreamCopyOut:
     """Copies run on their own stream; jobs on one thread, each after the copies issued before its submission.
 
@@ -137,8 +147,9 @@ class StreamCopyOut:
     def _copy(self, tensor: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
         self._stream.wait(self._current.record())
         with self._stream.active():
-            # Copied as a whole, a tensor with gaps would be made contiguous on the device first.
-            for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
+            for number, (target, source) in enumerate(_pieces(host, tensor)):
+                if number:
+                    self._stream.end_copy()
                 target.copy_(source, non_blocking=True)
         self._stream.keep(tensor)
         return host

@@ -50,6 +50,11 @@ class LayerEvents:
         recorded[-1].synchronize()
         return None if begin is None else begin.elapsed_time(recorded[-1]) / 1000
 
+    def drop(self, index: int) -> None:
+        """Nobody asks for batch `index`."""
+        self._begins.pop(index, None)
+        self._recorded.pop(index, None)
+
     def set_consumer(self, index: int) -> None:
         self.consumer_index = index
 

@@ -17,7 +17,7 @@ import torch
 from sglang_hcache.copiers import Copier, IndexCopier, copier_of, to_device
 from sglang_hcache.host_pages import HostPages
 from sglang_hcache.layer_events import LayerEvents
-from sglang_hcache.streams import Event, Stream, current_stream, new_stream
+from sglang_hcache.streams import COPY_BYTES, Event, Stream, current_stream, new_stream
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Restorer:
         self._together_bytes = min(staging.together_bytes, half_bytes)
         self._halves = [torch.empty(half_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._projected: list[Event | None] = [None, None]  # of each half: from here on it may be overwritten
+        for stream in before:  # their memory may have been another tensor's
+            copying.wait(stream.record())
 
     def run(self, loads: Sequence[Load]) -> int:
         """Issue the restoration of all loads; returns the batch's index for `events`.
@@ -116,6 +118,7 @@ class Restorer:
         except BaseException:
             for stream in (self._copying, self._projecting):
                 stream.record().synchronize()
+            self._events.drop(index)
             raise
         return index
 
@@ -201,7 +204,10 @@ class Restorer:
             self._copying.wait(projected)
         with self._copying.active():
             self._copier.copy(self._pages, step.layers, places, rows)
-        return _Copied(step, half, rows, self._copying.record())
+        copied = _Copied(step, half, rows, self._copying.record())
+        if rows.nbytes >= COPY_BYTES:
+            self._copying.end_copy()
+        return copied
 
     def _project(self, index: int, copied: _Copied, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """On the projecting stream, which is the current one."""

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+# What is copied in one piece. An engine does not interrupt a copy, nor go on to other streams between copies that
+# follow each other on one: at 50 GB/s SGLang's own few bytes wait 0.7 ms for so much.
+COPY_BYTES = 32 << 20
+
 
 class Event(Protocol):
     """A place in a stream's work."""
@@ -30,6 +34,9 @@ class Stream(Protocol):
 
     def wait(self, event: Event) -> None:
         """What is queued here from now on starts when the device has reached the event; the caller goes on."""
+
+    def end_copy(self) -> None:
+        """Before the next large copy here, small ones of other streams get their turn."""
 
     def keep(self, tensor: torch.Tensor) -> None:
         """The tensor's memory is not used for something else before what is queued here now is done."""
@@ -65,6 +72,9 @@ class ImmediateStream:
     def wait(self, event: Event) -> None:
         pass
 
+    def end_copy(self) -> None:
+        pass
+
     def keep(self, tensor: torch.Tensor) -> None:
         pass
 
@@ -77,6 +87,7 @@ class CudaStream:
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self._own = stream
+        self._mark: torch.Tensor | None = None
 
     def active(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -90,6 +101,13 @@ class CudaStream:
 
     def wait(self, event: Event) -> None:
         self._stream.wait_event(event)  # type: ignore[arg-type]  # a CUDA stream records CUDA events
+
+    def end_copy(self) -> None:
+        """By a kernel between the two: the engine is not given the next copy before that has run."""
+        with self.active():
+            if self._mark is None:
+                self._mark = torch.empty(1, device=self._stream.device)
+            self._mark.fill_(0)
 
     def keep(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)

@@ -91,6 +91,21 @@ def test_rows_with_gaps_are_copied_whole(copy_out: StreamCopyOut) -> None:
     assert torch.equal(copy_out.to_host(tensor), tensor)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "ends"),
+    [(torch.arange(100), 9), (torch.arange(10), 0), (torch.arange(120).view(4, 30)[:, :25], 11), (torch.zeros(0), 0)],
+    ids=["large", "small", "with gaps", "empty"],
+)
+def test_large_rows_let_small_copies_of_others_pass(
+    tensor: torch.Tensor, ends: int, copy_out: StreamCopyOut, stream: HeldStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_out_module, "COPY_BYTES", 10 * 8)
+    ended: list[None] = []
+    monkeypatch.setattr(stream, "end_copy", lambda: ended.append(None))
+    assert torch.equal(copy_out.to_host(tensor), tensor)
+    assert len(ended) == ends
+
+
 @pytest.mark.parametrize("rounds", [1, 20])
 def test_rows_of_two_forwards_may_wait_always_and_no_more_than_there_is_room_for(
     copy_out: StreamCopyOut, stream: HeldStream, rounds: int

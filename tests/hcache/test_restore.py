@@ -97,6 +97,9 @@ class FakeStream:
         assert isinstance(event, FakeEvent)
         self.queue.append(event.query)
 
+    def end_copy(self) -> None:
+        pass
+
     def keep(self, tensor: torch.Tensor) -> None:
         pass
 
@@ -320,6 +323,8 @@ def test_a_failure_leaves_nothing_under_way() -> None:
     with pytest.raises(RuntimeError, match="no memory"):
         restorer.run(some_loads(0, 5))
     assert not any(device.queues)
+    assert not events._recorded, "nor is anything of it remembered"
+    assert not events._begins
     pool._fails_at = None
     loads = some_loads(1, 5)
     index = restorer.run(loads)
@@ -327,6 +332,27 @@ def test_a_failure_leaves_nothing_under_way() -> None:
     rows, _ = expect(pool, host_pages(Pool(4)), loads)
     used = torch.cat([load.device_slots for load in loads])
     assert torch.equal(pool.rows[:, used], rows[:, used])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_copied_into_memory_that_was_another_tensors_before_that_is_done(seed: int) -> None:
+    device, done = Device(), list[str]()
+    forward, pool = FakeStream(device), Pool(4, device)
+    with forward.active():
+        device.submit(lambda: done.append("the other tensor's last kernel"))
+
+    class Noted(DeferredCopier):
+        def copy(self, *arguments: Any) -> None:
+            device.submit(lambda: done.append("a copy"))
+            super().copy(*arguments)
+
+    restorer = Restorer(
+        host_pages(pool), device="cpu", copier=Noted(device), copying=FakeStream(device),
+        projecting=FakeStream(device), before=[forward], events=LayerEvents(forward, 4), staging=Staging(1024, 0),
+    )  # fmt: skip
+    restorer.run(some_loads(0, 5))
+    device.finish(random.Random(seed))
+    assert done == ["the other tensor's last kernel", *4 * ["a copy"]]
 
 
 def test_a_forward_without_a_load_waits_for_nothing() -> None:

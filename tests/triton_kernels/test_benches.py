@@ -94,6 +94,7 @@ def test_other_benches_hand_their_results_back_too(tmp_path: Path, monkeypatch: 
         assert json.loads((tmp_path / folder / "codec.json").read_text()) == {"figure": 1}
 
 
+RIGHT = {"fused": None, "ratio": 1.0, "product": 0.003, "k": 0.003, "v": 0.003, "unwritten": 0, "strayed": 0}
 ONE_LENGTH = dataclasses.replace(gpu_run.SMALL, tokens=(64,))
 
 
@@ -207,6 +208,29 @@ def test_what_both_copiers_did_is_in_the_table_and_in_a_figure() -> None:
     assert gpu_report.failed(measured)
     plot_gpu = pytest.importorskip("bench.plot_gpu")
     assert plot_gpu.by_copier(measured) is not None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"restore hidden, tiny": {"rows": [{"tokens": 64, "unwritten": 4096, "strayed": 0}]}},
+        {"restore KV, tiny": {"rows": [{"tokens": 64, "unwritten": 0, "strayed": 0, "differing": 1}]}},
+        {"restore hidden, tiny": {"by kernel": {"rows": [{"tokens": 64, "error_ratio": 9.0}]}}},
+        {"restore hidden, tiny": {"rows": [{"tokens": 64, "error_ratio": float("nan")}]}},
+        {"capture, tiny": {"prefill": {"differing": 77, "captured_share": 1.0}}},
+        {"capture, tiny": {"decode": {"differing": 0, "captured_share": 0.0}}},
+        {"numerics": {"tiny": [RIGHT, RIGHT | {"ratio": 9.0}]}},
+        {"numerics": {"tiny": [RIGHT | {"v": float("nan")}]}},
+    ],
+)
+def test_what_is_wrong_is_no_success(wrong: dict[str, Any]) -> None:
+    right = {
+        "restore hidden, tiny": {"rows": [{"tokens": 64, "unwritten": 0, "strayed": 0, "error_ratio": 1.4}]},
+        "capture, tiny": {"prefill": {"differing": 0, "captured_share": 0.5}},
+        "numerics": {"tiny": [RIGHT]},
+    }
+    assert not gpu_report.failed({"sections": right})
+    assert gpu_report.failed({"sections": right | wrong})
 
 
 def test_a_form_that_fails_says_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
