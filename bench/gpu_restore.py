@@ -11,7 +11,7 @@ weights in turns. Ceilings come from the same run. An arena of shared memory, re
 does it, holds chunks of 64-token pages; the server's own `Restorer` copies them and projects every layer into a
 paged pool, chunks and slots in random order, another load each round. Time runs from issue to the event that the
 forward would wait for before the last layer; `caller_ms` is how long Python was busy with it, `beside_ms` when four
-bytes that were issued right after it, as the next forward's inputs are, had come to the device. `ratio` is that time
+bytes that were issued right after it, as the next forward's inputs are, had come to the device. `ratio` is its time
 over the larger of the copy's at the copy engine's rate from the same memory and the projection's at cuBLAS' rate
 for products of that shape and up to 8,192 rows. Each restore is first made into pools of NaNs: of three layers, all
 slots are checked for values missing or strayed, and four pages against float64; the error's norm over the values'
