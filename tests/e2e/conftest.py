@@ -17,7 +17,7 @@ import pytest
 from bench.harness import Answer, Launcher, ModelSpec, Server, launch, make_model, random_prompt
 from sglang_hcache.cli.inspect import inspect
 from tests.e2e.preloaded import READ_AT_IMPORT, Preloaded
-from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, tail_logprobs
+from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs
 
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -69,8 +69,9 @@ class Workshop:
         *,
         env: Environment | None = None,
     ) -> AnyServer:
-        tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(store))
-        return server_class(self.model(spec), (*args, *tier), log=self.log("tiered"), env=env)
+        return server_class(
+            self.model(spec), (*TIER, *args, "--hcache-dir", str(store)), log=self.log("tiered"), env=env
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

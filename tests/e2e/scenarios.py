@@ -26,6 +26,12 @@ SERVER_ARGS = (
     "--sleep-on-idle",
 )
 
+# All of a hit is restored, however long a loaded machine reads for it.
+TIER = (
+    *("--hicache-backend", "hcache", "--hcache-plan", "always"),
+    *("--hicache-storage-prefetch-policy", "wait_complete"),
+)
+
 FLOAT32_TOLERANCE = 1e-3  # of log-probabilities
 
 Scenario = Callable[[Server], list[Answer]]

@@ -135,13 +135,12 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
 def test_two_ranks_share_the_pages_of_a_latent(workshop: Workshop, fresh_store: Path) -> None:
     """MLA: the first rank saves for both, and a server of one rank, whose answers are the same, finds them."""
     spec = ModelSpec("deepseek_v2")
-    waiting = ("--hicache-storage-prefetch-policy", "wait_complete")
-    ranks = workshop.tiered(fresh_store, spec, (*ARGS, *TWO_RANKS, *waiting), env=ONE_CORE_EACH)
+    ranks = workshop.tiered(fresh_store, spec, (*ARGS, *TWO_RANKS), env=ONE_CORE_EACH)
     with started_together(workshop.stock(spec, ARGS), ranks) as servers:
         wanted, answers = told_by_all(restore_once, *servers)
     assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)
     assert_equal(answers, wanted)
-    with started_together(workshop.tiered(fresh_store, spec, (*ARGS, *waiting))) as (alone,):
+    with started_together(workshop.tiered(fresh_store, spec, ARGS)) as (alone,):
         again = alone.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
     assert again.cached_host >= whole_pages(PROMPT_TOKENS)
     assert_equal([again], wanted[1:])
@@ -149,12 +148,12 @@ def test_two_ranks_share_the_pages_of_a_latent(workshop: Workshop, fresh_store: 
 
 def test_two_ranks_agree(workshop: Workshop, fresh_store: Path) -> None:
     """With each other, and with one rank that has no tier."""
-    waiting = (*ARGS, *TWO_RANKS, "--hicache-storage-prefetch-policy", "wait_complete")
-    tiered = workshop.tiered(fresh_store, args=waiting, env=ONE_CORE_EACH)
+    args = (*ARGS, *TWO_RANKS)
+    tiered = workshop.tiered(fresh_store, args=args, env=ONE_CORE_EACH)
     with started_together(workshop.stock(args=ARGS), tiered) as servers:
         wanted, answers = told_by_all(restore_once, *servers)
         assert len(tiered.pids("sglang::scheduler")) == 2
-    with started_together(workshop.tiered(fresh_store, args=waiting, env=ONE_CORE_EACH)) as (tiered,):
+    with started_together(workshop.tiered(fresh_store, args=args, env=ONE_CORE_EACH)) as (tiered,):
         again = tiered.send(tail_logprobs(random_prompt(PROMPT_TOKENS, seed=1) + random_prompt(30, seed=2)))
         state = tiered.tier_state()
         update_weights(tiered, workshop.model(replace(LLAMA, sharpness=2.0)))

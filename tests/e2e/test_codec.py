@@ -9,14 +9,14 @@ import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
 from tests.e2e.conftest import Workshop, started_together, told_by_all
-from tests.e2e.scenarios import LLAMA, SERVER_ARGS, evicted_prefix, tail_logprobs, whole_pages
+from tests.e2e.scenarios import LLAMA, SERVER_ARGS, TIER, evicted_prefix, tail_logprobs, whole_pages
 
 CLOSER = 5  # times, than the same question after another prefix
 SPEC = ModelSpec("llama", hidden_size=512, layers=2, heads=8, dtype="bfloat16")
 
 
 def serving(workshop: Workshop, spec: ModelSpec, store: Path, *args: str) -> Server:
-    tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-representation", "hidden")
+    tier = (*TIER, "--hcache-representation", "hidden")
     name = "-".join(arg.strip("-") for arg in args) or "plain"
     args = (*SERVER_ARGS, *tier, "--hcache-dir", str(store), *args)
     return Server(workshop.model(spec), args, log=workshop.log(name))

@@ -19,7 +19,6 @@ PROMPT_TOKENS = 700
 RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for
 RANKS = int(os.environ.get("HCACHE_GROUP_RANKS", "1"))  # that have the same requests
 ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics")
-WAITING = ("--hicache-storage-prefetch-policy", "wait_complete")
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_what_one_has_stored_another_restores(
 ) -> None:
     """SGLang gives requests to the two in turn; together they have room for less than what is asked for at once."""
     cores = "|".join(str(rank % 2) for rank in range(2 * RANKS))
-    args, env = (*ARGS, *WAITING, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": cores}
+    args, env = (*ARGS, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": cores}
     requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
     with started_together(workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env)) as (server,):
         fresh = [server.send(requests[0])]

@@ -56,7 +56,7 @@ def leave(server: Server, prompt: list[int]) -> None:
     connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
     body = {"input_ids": prompt, "stream": True, "sampling_params": {"max_new_tokens": 4}}
     connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
-    wait_until(lambda: server.tier_state()["head_starts"] > before, 10)
+    wait_until(lambda: server.tier_state()["head_starts"] > before, 60)
     connection.close()
     wait_until(lambda: server.tier_state()["requests_held_now"] == server.tier_state()["pages_leased"] == 0, 60)
 

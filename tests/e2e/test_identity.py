@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from bench.harness import Answer, Server, on_accelerator, random_prompt
 from tests.e2e.conftest import Workshop
-from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, whole_pages
+from tests.e2e.scenarios import LLAMA, SERVER_ARGS, TIER, assert_equal, whole_pages
 
 PROMPT = random_prompt(400, seed=77)
 COVERED = whole_pages(len(PROMPT))
@@ -48,7 +48,7 @@ def serve_from_the_hub(workshop: Workshop, folder: Path) -> Found:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("1111")
     store, found = folder / "store", Found([], [])
-    tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(store))
+    tier = (*TIER, "--hcache-dir", str(store))
     for _ in range(2):
         server = Server(
             Path("org/llama"),

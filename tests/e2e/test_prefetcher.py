@@ -37,7 +37,7 @@ Reference = dict[str, list[Answer]]
 
 KILLS = int(os.environ.get("HCACHE_SERVER_KILLS", "3"))
 PREFIX_TOKENS = 1200
-BASE_S = 1.0
+BASE_S = 3.0
 HUNG_S = 10.0  # after which a client gives a silent prefetcher up
 
 
@@ -48,7 +48,8 @@ def directories(workshop: Workshop) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def server(workshop: Workshop, directories: list[Path]) -> Iterator[Server]:
-    args = (*SERVER_ARGS, "--hcache-prefetch-timeout", f"{BASE_S},0")
+    timeout = ("--hicache-storage-prefetch-policy", "timeout", "--hcache-prefetch-timeout", f"{BASE_S},0")
+    args = (*SERVER_ARGS, *timeout)
     with started_together(workshop.tiered(",".join(map(str, directories)), args=args)) as (server,):
         yield server
 
@@ -140,6 +141,7 @@ def test_two_servers_share_what_either_has_computed(workshop: Workshop, tmp_path
     servers[0].shares_prefetcher = True
     with started_together(*servers) as (one, other):
         one.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+        wait_until(lambda: other.tier_state()["pages_host"] >= PREFIX_TOKENS // PAGE, 30)
         answer = other.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1) + random_prompt(40, seed=2)))
         assert answer.cached_host >= whole_pages(PREFIX_TOKENS)
         assert_equal([answer], [reference["evicted_prefix"][1]])
@@ -147,7 +149,7 @@ def test_two_servers_share_what_either_has_computed(workshop: Workshop, tmp_path
         assert states[0]["prefetcher_pid"] == states[1]["prefetcher_pid"]
         assert states[0]["prefetcher_clients"] == 2
         one.kill()
-        wait_until(lambda: other.tier_state()["prefetcher_clients"] == 1, 2)
+        wait_until(lambda: other.tier_state()["prefetcher_clients"] == 1, 30)
         assert other.healthy()
     endpoint = endpoint_for([str(store)])
     assert not is_running(endpoint)

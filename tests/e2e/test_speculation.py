@@ -20,6 +20,7 @@ from tests.e2e.scenarios import (
     LLAMA,
     SCENARIOS,
     SERVER_ARGS,
+    TIER,
     assert_equal,
     evict_everything,
     whole_pages,
@@ -146,8 +147,7 @@ def test_outputs_equal_those_of_a_plain_server(
 def test_latents_and_those_of_the_draft_layer_are_restored(workshop: Workshop, fresh_store: Path) -> None:
     """NEXTN: multi-token prediction as in DeepSeek-V3."""
     model, converse = model_with_a_draft_layer(workshop), SCENARIOS["conversation"]
-    tier = ("--hicache-backend", "hcache", "--hcache-plan", "always", "--hcache-dir", str(fresh_store))
-    drafting = (*tier, "--speculative-algorithm", "NEXTN", *CHAIN, *ROOM_FOR_ALL)
+    drafting = (*TIER, "--hcache-dir", str(fresh_store), "--speculative-algorithm", "NEXTN", *CHAIN, *ROOM_FOR_ALL)
     plain = Server(model, SERVER_ARGS, log=workshop.log("stock"))
     server = Server(model, (*SERVER_ARGS, *drafting), log=workshop.log("nextn"))
     with started_together(plain, server):

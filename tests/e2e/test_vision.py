@@ -13,7 +13,7 @@ from tests.e2e.conftest import Workshop, started_together, told_by_all
 from tests.e2e.scenarios import FLOAT32_TOLERANCE, PAGE, assert_equal, whole_pages
 
 ARGS = ("--page-size", str(PAGE), "--max-total-tokens", "2048", "--chunked-prefill-size", "256", "--sleep-on-idle")
-SLOWLY = ("--hicache-ratio", "8", "--hicache-storage-prefetch-policy", "wait_complete")  # on a loaded machine, too
+ROOM = ("--hicache-ratio", "8")
 HIDDEN, KV = ModelSpec("lighton_ocr"), ModelSpec("qwen2_5_vl")  # the latter has M-RoPE
 
 CAT, DOG, BIRD, FISH = map(image_of, range(4))
@@ -74,7 +74,7 @@ def store(workshop: Workshop) -> Path:
 @pytest.fixture(scope="module")
 def seen(workshop: Workshop, store: Path) -> dict[str, Seen]:
     """By a server without the tier, and by one with it, which ends as servers do."""
-    stock, tiered = workshop.stock(HIDDEN, ARGS), workshop.tiered(store, HIDDEN, (*ARGS, *SLOWLY))
+    stock, tiered = workshop.stock(HIDDEN, ARGS), workshop.tiered(store, HIDDEN, (*ARGS, *ROOM))
     with started_together(stock, tiered):
         answers = dict(zip(("stock", "tiered"), told_by_all(look, stock, tiered), strict=True))
         state = tiered.tier_state()
@@ -129,7 +129,7 @@ def assert_told_apart(of: Seen) -> None:
 @pytest.fixture(scope="module")
 def later(workshop: Workshop, store: Path, seen: dict[str, Seen]) -> dict[str, Seen]:
     """By a server that finds what the former one stored, and by one whose model has M-RoPE."""
-    again, other = (workshop.tiered(store, spec, (*ARGS, *SLOWLY)) for spec in (HIDDEN, KV))
+    again, other = (workshop.tiered(store, spec, (*ARGS, *ROOM)) for spec in (HIDDEN, KV))
     with started_together(again, other):
         found = Seen({}, {name: again.send(request) for name, request in (ASKED | {"a fish": ask(10, FISH)}).items()})
         hits, answers = again.tier_state()["hits_file"], look(other)
