@@ -83,6 +83,16 @@ def on_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """The order of a round: a machine is faster, or slower, for who comes first, and by whom it was used before.
+
+    In as many rounds as there are names each comes first once, and after each other once if the number is even
+    (Williams' design).
+    """
+    places = ((place + 1) // 2 if place % 2 else -place // 2 for place in range(len(names)))
+    return [names[(place + turn) % len(names)] for place in places]
+
+
 def free_port() -> int:
     """One that nobody listens on, and that no other server of ours was given, which may not listen yet."""
     for port in itertools.islice(_ports, _PORTS_TO_TRY):

@@ -8,10 +8,10 @@ limited (`--hcache-read-limit`) so that the smaller representation of the whole 
 (balanced), or a tenth (rich) of what prefilling it takes, as measured before on the server without a tier. `hidden`
 and `kv` restore all of it (`--hcache-plan always`), `auto` is the server as it comes; every request asks for its
 prefix and 64 tokens never seen before, so `recompute` is prefilling both. All four servers run at once and are asked
-in turn, so that a noisy machine slows all of them; those that are not asked sleep. Each round begins with another
-server: who comes after `recompute` finds a machine that is up to a tenth slower. Medians over the rounds, after two
-requests of each that fill the store and two that are not counted. `worst_auto` is the largest ratio of auto's median
-to the best method's. Answers are compared with recompute's token by token.
+in turn, so that a noisy machine slows all of them; those that are not asked sleep. In four rounds each comes after
+each other once: after `recompute` a machine is up to a tenth slower. Medians over the rounds, after two requests of
+each that fill the store and two that are not counted. `worst_auto` is the largest ratio of auto's median to the best
+method's. Answers are compared with recompute's token by token.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Answer, ModelSpec, Server, compare, make_model, random_prompt
+from bench.harness import Answer, ModelSpec, Server, compare, in_turn, make_model, random_prompt
 from bench.report import about, arguments_of, emit, progress
 from bench.ttft import median_s, wait_until_written
 
@@ -113,11 +112,9 @@ def compete(case: Case, regime: str, plain: Contender, prefill_s: float, folder:
         tiers = {method: stack.enter_context(serving(case, method, limit_gb, folder)) for method in METHODS}
         plain.requests, plain.answers = 0, []
         everybody = {"recompute": plain} | tiers
-        turns = deque(everybody.values())
-        for _ in range(2 + UNCOUNTED + case.rounds):
-            for contender in turns:
-                contender.ask()
-            turns.rotate()
+        for turn in range(2 + UNCOUNTED + case.rounds):
+            for method in in_turn([*everybody], turn):
+                everybody[method].ask()
         state = tiers["auto"].server.tier_state()
     counted = {method: contender.answers[-case.rounds :] for method, contender in everybody.items()}
     seconds = {method: median_s(answers) for method, answers in counted.items()}

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import Answer, Client, RequestFailed, compare
-from bench.harness import ModelSpec, Server, make_model
+from bench.harness import ModelSpec, Server, in_turn, make_model
 from bench.report import about, arguments_of, emit, progress
 from bench.workloads import MADE, Session, Workload, workload_of
 
@@ -117,12 +117,6 @@ def server_for(mode: str, model: Path, tokens: int, folder: Path) -> Server:
     if mode in ("kv", "hidden"):
         args += ["--hcache-representation", mode, "--hcache-plan", "always"]
     return Server(model, args, log=folder / "server.log")
-
-
-def in_turn(modes: Sequence[str], turn: int) -> list[str]:
-    """Each round begins with another one: a machine may be faster, or slower, for who comes first."""
-    first = turn % len(modes)
-    return [*modes[first:], *modes[:first]]
 
 
 def compare_modes(
