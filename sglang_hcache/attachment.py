@@ -28,7 +28,7 @@ class Attachment:
     """Of one store at a time. `opened` and `closing` may be called from another thread, all else by the scheduler's.
 
     capture: what a saver's hidden states come from, if any do. rows_of_a_forward: the most that one writes. engine:
-    whether the GPU's copy engine may copy pages.
+    whether the GPU's copy engine may copy pages. overlaps: forwards run on `forward_stream`, else on the scheduler's.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Attachment:
         capture: Capture | None,
         rows_of_a_forward: int,
         engine: bool,
+        overlaps: bool,
     ) -> None:
         self._stored = stored
         self._pool = pool
@@ -51,7 +52,10 @@ class Attachment:
         self._capture = capture
         self._rows_of_a_forward = rows_of_a_forward
         self._engine = engine
+        self._overlaps = overlaps
         self._device = str(pool.device)
+        # Of an urgency that SGLang has no streams of: torch gives out each stream many times over.
+        self._gathering = new_stream(self._device, urgency=3)
         self._copy_out = _copy_out_of(self._device)
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
         self._pinned: dict[Client, PinnedMemory] = {}
@@ -125,10 +129,20 @@ class Attachment:
 
     def _kv_rows(self, store: Client) -> tuple[list[KVRows], KVRows | None]:
         """Of the model's layers that are stored as K and V, and of each draft model's; and of windowed ones."""
-        current, forward = current_stream(self._device), current_stream(self._device, self._forward_stream)
+        current = current_stream(self._device)
+        forward = current_stream(self._device, self._forward_stream) if self._overlaps else current
 
         def rows_of(pool: Pool, layers: range, before: int = 0) -> KVRows:
-            return KVRows(store, self._copy_out, pool, layers, current=current, forward=forward, before=before)
+            return KVRows(
+                store,
+                self._copy_out,
+                pool,
+                layers,
+                gathering=self._gathering,
+                current=current,
+                forward=forward,
+                before=before,
+            )
 
         layout, pool, found, windowed = self._stored.layout, self._pool, list[KVRows](), None
         if isinstance(pool, SWAKVPool):
@@ -146,5 +160,4 @@ class Attachment:
 
 def _copy_out_of(device: str) -> CopyOut:
     on_cpu = torch.device(device).type == "cpu"
-    # Of an urgency that SGLang has no streams of: torch gives out each stream many times over.
     return InlineCopyOut() if on_cpu else StreamCopyOut(new_stream(device, urgency=3), current_stream(device))

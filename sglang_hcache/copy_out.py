@@ -52,8 +52,11 @@ class InlineCopyOut:
         """A small tensor as the next job finds it."""
         return tensor
 
-    def rows_to_host(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Rows as the next job, and no other, finds them; None where jobs lag so far behind that there is no room."""
+    def rows_to_host(self, rows: torch.Tensor, made: Event | None = None) -> torch.Tensor | None:
+        """Rows as the next job, and no other, finds them; None where jobs lag so far behind that there is no room.
+
+        made: they are there from then on; by default, from what the current stream has to do now.
+        """
         return rows
 
     def record(self) -> Event:
@@ -138,14 +141,14 @@ class StreamCopyOut:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
         return self._copy(tensor, host)
 
-    def rows_to_host(self, rows: torch.Tensor) -> torch.Tensor | None:
+    def rows_to_host(self, rows: torch.Tensor, made: Event | None = None) -> torch.Tensor | None:
         if (piece := self._ring.take(rows.nbytes)) is None:
             return None
         self._taken += 1
-        return self._copy(rows, piece.view(rows.dtype).view(rows.shape))
+        return self._copy(rows, piece.view(rows.dtype).view(rows.shape), made)
 
-    def _copy(self, tensor: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
-        self._stream.wait(self._current.record())
+    def _copy(self, tensor: torch.Tensor, host: torch.Tensor, made: Event | None = None) -> torch.Tensor:
+        self._stream.wait(self._current.record() if made is None else made)
         with self._stream.active():
             for number, (target, source) in enumerate(_pieces(host, tensor)):
                 if number:

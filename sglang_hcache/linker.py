@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_spec
 
 from sglang_hcache import scheduler_hooks, windows
 from sglang_hcache.admission import Admission
@@ -96,6 +96,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             capture=scheduler_hooks.capture,
             rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
             engine=self._config.copy_engine,
+            overlaps=not get_schedule().disable_overlap_schedule,
         )
         self._registration = Registration(
             self._config,

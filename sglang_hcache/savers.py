@@ -253,30 +253,38 @@ class KVRows:
         pool: Pool,
         layers: range,
         *,
+        gathering: Stream,
         current: Stream,
         forward: Stream,
         before: int = 0,
     ) -> None:
         """layers: of the pool. before: of the store, which the pool's follow.
 
-        current: the stream that `gather` is called on. forward: the one that writes the pool.
+        gathering: a stream of our own. current: the stream that `gather` is called on. forward: the one that writes
+        the pool.
         """
         self._copy_out = copy_out
         self._pool = PoolReader(pool, layers)
         self._chunks = chunk_rows(store, range(before + layers.start, before + layers.stop))
-        self._current, self._forward = current, forward
+        self._gathering, self._current, self._forward = gathering, current, forward
         self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`.
 
-        None where the host has no room for them.
+        None where the host has no room for them. They are read behind the forward that is under way, and the next one
+        comes after that: it may write these slots. The current stream waits for neither, as SGLang may wait for it.
         """
-        self._current.wait(self._forward.record())
+        for made_on in (self._current, self._forward):
+            self._gathering.wait(made_on.record())
         _, layers, _, row_bytes = self._chunks.shape
-        found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
-        self._pool.read(slots, found)
-        return self._copy_out.rows_to_host(found)
+        with self._gathering.active():
+            found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
+            self._pool.read(slots, found)
+        self._gathering.keep(slots)
+        gathered = self._gathering.record()
+        self._forward.wait(gathered)
+        return self._copy_out.rows_to_host(found, gathered)
 
     def write(self, rows: torch.Tensor, places: Sequence[tuple[int, int]]) -> None:
         """Of what was gathered, by page: the page, and the slot that it goes to."""

@@ -27,8 +27,7 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.projector import KVProjector
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.streams import Event, ImmediateStream, _Passed
-from tests.e2e.conftest import wait_until
-from tests.hcache.conftest import PAGE, slots_of
+from tests.hcache.conftest import PAGE, PATIENCE_S, slots_of, until
 from tests.hcache.test_registration import SERVER
 from tests.storage.pages import key_of, keys_of
 
@@ -64,7 +63,9 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
         "get_parallel": SimpleNamespace(
             tp_rank=0, tp_size=1, attn_tp_rank=0, attn_tp_size=1, dp_size=1, nnodes=1, attn_dp_enabled=False
         ),
-        "get_schedule": SimpleNamespace(max_running_requests=2, chunked_prefill_size=4 * PAGE),
+        "get_schedule": SimpleNamespace(
+            max_running_requests=2, chunked_prefill_size=4 * PAGE, disable_overlap_schedule=False
+        ),
         "get_model": SimpleNamespace(load_format="dummy", weight_cache_mode="off"),
         "get_lora": SimpleNamespace(enable_lora=False),
         "get_memory": SimpleNamespace(
@@ -87,7 +88,7 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
     monkeypatch.setattr(scheduler_hooks, "linker", None)
     monkeypatch.setattr(scheduler_hooks, "admission", None)
-    config = HCacheConfig((str(tmp_path),), representation="kv", plan="always")
+    config = HCacheConfig((str(tmp_path),), representation="kv", plan="always", prefetch_timeout_base_s=600.0)
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
 
     def make(
@@ -129,15 +130,15 @@ def stored(tier: HCacheLinker) -> HCacheLinker:
 
 
 def store_two(tier: HCacheLinker) -> HCacheLinker:
-    wait_until(lambda: tier.stats()["pages_granted"] > 0, 10)
+    until(lambda: tier.stats()["pages_granted"] > 0)
     assert tier.offload(transfer(range(2), (1, 2)))
-    wait_until(lambda: tier.stats()["pages_host"] == 2, 10)
+    until(lambda: tier.stats()["pages_host"] == 2)
     return tier
 
 
 def promise(tier: HCacheLinker, rid: str = "a") -> None:
     tier.queued(rid, [key_of(0), key_of(1)], Prompt(PAGE, 0))
-    wait_until(lambda: tier.lookup(rid, transfer(range(2))) == [1, 2], 10)
+    until(lambda: tier.lookup(rid, transfer(range(2))) == [1, 2])
 
 
 def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: Pool) -> None:
@@ -188,7 +189,7 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
     for buffer in buffers_of(pool):
         buffer.normal_()
     tier = make(windowed=pool)
-    wait_until(lambda: tier.stats()["pages_granted"] > 0, 10)
+    until(lambda: tier.stats()["pages_granted"] > 0)
 
     def both(pages: range, device_pages: tuple[int, ...] = (), window: tuple[int, ...] = ()) -> list[PoolTransfer]:
         full = transfer(pages, device_pages)
@@ -201,9 +202,9 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
     assert tier.offload(transfer(range(2), (1, 2)))
     tier.offload_follows(key_of(1))
     assert tier.offload(both(range(2, 4), (3, 4), (2, 1)))
-    wait_until(lambda: tier.stats()["pages_host"] == 4, 10)
+    until(lambda: tier.stats()["pages_host"] == 4)
     tier.queued("a", keys_of(range(4)), Prompt(PAGE, 0))
-    wait_until(lambda: tier.lookup("a", both(range(4))) == [3, 4], 10)
+    until(lambda: tier.lookup("a", both(range(4))) == [3, 4])
     with monkeypatch.context() as planner:
         planner.setattr(tier.prefetch_queue, "ready", lambda *_, **__: 2)
         assert tier.lookup("a", both(range(4))) == [3], "what is planned is rounded to an end"
@@ -337,7 +338,7 @@ def test_a_request_that_is_queued_again_while_its_load_lands(
     event.passed = True
     stored.renew_store()
     assert list(stored.prefetch_queue.held) == ["a"]
-    wait_until(lambda: stored.prefetch_queue.admissible() == ["a"], 10)
+    until(lambda: stored.prefetch_queue.admissible() == ["a"])
     assert stored.lookup("a", transfer(range(2))) == [1, 2]
     stored.forget_request("a")
     assert stored.stats()["pages_leased"] == 0
@@ -351,7 +352,7 @@ def test_news_come_from_any_descriptor(tier: HCacheLinker, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(tier._supervisor, "news", high)
         os.eventfd_write(high, 1)
-        tier.wait_for_news(10)
+        tier.wait_for_news(PATIENCE_S)
         with pytest.raises(BlockingIOError):
             os.eventfd_read(high)
     os.close(high)
@@ -381,7 +382,7 @@ def test_loads_under_way_land_though_the_weights_are_changed(stored: HCacheLinke
         stored.renew_store()
         return bool(stored.stats()["prefetcher"] == "ok")
 
-    wait_until(served_again, 30)
+    until(served_again)
     assert stored.lookup("b", transfer(range(2))) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,14 @@ from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.streams import Event, ImmediateStream
 from tests.hcache.conftest import PAGE, slots_of
+from tests.hcache.test_restore import Device, FakeEvent, FakeStream
 from tests.storage.pages import lease
 
 WIDTH, HEADS, HEAD = 6, 2, 4
 HIDDEN, KV = range(0, 2), range(2, 5)
 KEYS = [b"a" * 32, b"b" * 32, b"c" * 32]
 
-kv_rows = partial(KVRows, current=ImmediateStream(), forward=ImmediateStream())
+kv_rows = partial(KVRows, gathering=ImmediateStream(), current=ImmediateStream(), forward=ImmediateStream())
 
 
 @pytest.fixture
@@ -168,26 +170,46 @@ def test_pages_of_nothing_but_k_and_v(copy_out: CopyOut, pool: MHATokenToKVPool)
     store.check()
 
 
-def test_k_and_v_are_read_behind_the_forward_that_writes_them(
-    store: LocalStore, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seed", range(40))
+def test_k_and_v_are_read_between_the_forwards_that_write_them(
+    seed: int, store: LocalStore, pool: MHATokenToKVPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded, waited = list[Event](), list[Event]()
+    """And SGLang's scheduler, whose stream is the current one, need not wait for that."""
+    device, read = Device(), PoolReader.read
+    current, forward, gathering, copying = (FakeStream(device) for _ in range(4))
+    slots = torch.zeros(PAGE, dtype=torch.int64)
 
-    class Forward(ImmediateStream):
-        def record(self, *, timed: bool = False) -> Event:
-            recorded.append(super().record(timed=timed))
-            return recorded[-1]
+    def make_slots() -> None:
+        slots[:] = slots_of(5)
 
-    class Current(ImmediateStream):
-        def wait(self, event: Event) -> None:
-            waited.append(event)
+    def write(value: float) -> None:
+        for buffer in (*pool.k_buffer, *pool.v_buffer):
+            buffer[slots_of(5)] = value
 
-    def read(*_: object) -> None:
-        assert waited == recorded != []
+    monkeypatch.setattr(PoolReader, "read", lambda *args: device.submit(lambda: read(*args)))
 
-    monkeypatch.setattr(PoolReader, "read", read)
-    kv = KVRows(store, InlineCopyOut(), pool, KV, current=Current(), forward=Forward())
-    assert kv.gather(slots_of(5)) is not None
+    class CopyOutLater(InlineCopyOut):
+        def rows_to_host(self, rows: torch.Tensor, made: Event | None = None) -> torch.Tensor:
+            assert made is not None
+            copying.wait(made)
+            return rows
+
+    kv = KVRows(store, CopyOutLater(), pool, KV, gathering=gathering, current=current, forward=forward)
+    with current.active():
+        device.submit(make_slots)
+    with forward.active():
+        device.submit(lambda: write(1.0))
+    rows = kv.gather(slots)
+    assert rows is not None
+    with forward.active():
+        device.submit(lambda: write(2.0))
+    seen: list[torch.Tensor] = []
+    with copying.active():
+        device.submit(lambda: seen.append(rows.view(torch.float32).clone()))
+    waits = [work for work in current.queue if getattr(work, "__func__", None) is FakeEvent.query]
+    assert not waits
+    device.finish(random.Random(seed))
+    assert seen[0].unique().tolist() == [1.0]
 
 
 def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MHATokenToKVPool) -> None:
