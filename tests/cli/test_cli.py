@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,11 +16,14 @@ import pytest
 from sglang_hcache.cli import common
 from sglang_hcache.cli.main import main
 from sglang_hcache.page_hash import page_hash
+from sglang_hcache.storage import quota
 from sglang_hcache.storage.damage import Damage
+from sglang_hcache.storage.files import lock_within
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_file import copy_checked
 from sglang_hcache.storage.quota import bytes_on_disk
 from tests.cli.stores import found, make, make_prefix, run
+from tests.prefetch.clients import until
 from tests.storage.child import start_child
 from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT, key_of, keys_of, open_store, segment_files
 
@@ -123,8 +126,11 @@ def test_of_two_that_read_an_index_nobody_uses_both_check_it(tmp_path: Path, mon
     monkeypatch.setattr(common, "copy_checked", checked)
     with ThreadPoolExecutor() as pool:
         with common.alone(tmp_path):
+            waiting = Mock(side_effect=lock_within)
+            monkeypatch.setattr(quota, "lock_within", waiting)
             table = pool.submit(common.read_table, tmp_path, Damage())
-            assert not wait([table], timeout=0.3).done
+            assert until(lambda: waiting.called)
+            assert not table.done()
         assert len(table.result().names) == 10
     assert checked.called
 

@@ -1,30 +1,53 @@
-"""A store whose disk can be held up, and where pages lie on the device."""
+"""A store whose disk can be held up, a clock that is set, and where pages lie on the device."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from sglang_hcache import load_planner, prefetch_queue, read_meter
+from sglang_hcache.prefetch import client, remote
+from sglang_hcache.storage import deadlines, fetch
+from sglang_hcache.storage import store as stores
+from sglang_hcache.storage.fetch import Fetch
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.storage.stripe import Place
 from tests.storage.pages import open_store, save
 
 PAGE = 16  # tokens
+PATIENCE_S = 30.0  # with what comes in the background
 
 
 def slots_of(*device_pages: int) -> torch.Tensor:
     return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in device_pages])
 
 
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def answers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a prefetcher takes for them."""
+    for module in (client, remote):
+        monkeypatch.setattr(module, "ASK_S", PATIENCE_S)
+
+
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Reads wait until it is set."""
     gate, read = threading.Event(), Place.read
-    monkeypatch.setattr(Place, "read", lambda place, key, out: gate.wait(30) and read(place, key, out))
+    monkeypatch.setattr(Place, "read", lambda place, key, out: gate.wait(PATIENCE_S) and read(place, key, out))
     return gate
 
 
@@ -33,9 +56,51 @@ def store(tmp_path: Path, disk: threading.Event) -> Iterator[LocalStore]:
     """Ten pages on file, none in memory."""
     store = open_store(tmp_path)
     save(store, range(10))
-    assert store.flush(30)
+    assert store.flush(PATIENCE_S)
     store.drop_host()
     yield store
     disk.set()
     store.check()
     store.close()
+
+
+class Clock:
+    """Stands still, but for what is added."""
+
+    def __init__(self, deadlines: Any) -> None:
+        self._now = 1000.0
+        self._deadlines, self._due = deadlines, deadlines._due
+        deadlines._due = self._come_to
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def time(self) -> float:
+        return self._now + 4000
+
+    def advance(self, seconds: float) -> None:
+        """Returns when all is done that is due by then."""
+        self._now += seconds
+        passed = threading.Event()
+        self._deadlines.add(passed, 0.0)
+        assert passed.wait(PATIENCE_S)
+
+    def stop_deadlines(self) -> None:
+        """The store misses all of them."""
+        self._due = lambda thing: None
+
+    def _come_to(self, thing: Any) -> None:
+        if isinstance(thing, threading.Event):
+            thing.set()
+        else:
+            self._due(thing)
+
+
+@pytest.fixture
+def clock(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Of the queue, of its planner, and of the store's deadlines and times."""
+    clock = Clock(store._deadlines)
+    for module in (prefetch_queue, load_planner, read_meter, deadlines, fetch):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(stores, "Fetch", lambda *what: replace(Fetch(*what), began_at=clock.monotonic()))
+    return clock

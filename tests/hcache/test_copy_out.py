@@ -14,6 +14,7 @@ import torch
 from sglang_hcache import copy_out as copy_out_module
 from sglang_hcache.copy_out import InlineCopyOut, StreamCopyOut, spread
 from sglang_hcache.streams import Event, ImmediateStream
+from tests.hcache.conftest import PATIENCE_S
 
 
 class HeldEvent:
@@ -24,7 +25,7 @@ class HeldEvent:
         return self.passed.is_set()
 
     def synchronize(self) -> None:
-        assert self.passed.wait(10)
+        assert self.passed.wait(PATIENCE_S)
 
     def elapsed_time(self, end: Event) -> float:
         raise NotImplementedError
@@ -82,7 +83,7 @@ def test_jobs_wait_for_their_copies_and_keep_their_order(copy_out: StreamCopyOut
     finished = threading.Event()
     copy_out.submit(finished.set)
     stream.pass_all()
-    assert finished.wait(10)
+    assert finished.wait(PATIENCE_S)
     assert done == [0, 1, 2]
 
 
@@ -128,7 +129,7 @@ def test_rows_of_two_forwards_may_wait_always_and_no_more_than_there_is_room_for
         finished = threading.Event()
         copy_out.submit(finished.set)
         stream.pass_all()
-        assert finished.wait(10)
+        assert finished.wait(PATIENCE_S)
         assert [host.unique().tolist() for host in found] == [[n] for n in range(6) if taken[n]]
         found.clear()
 
@@ -140,12 +141,21 @@ def test_rows_larger_than_a_forward_are_left_out(copy_out: StreamCopyOut) -> Non
     assert copy_out.rows_to_host(torch.zeros(0)) is not None
 
 
-def test_more_room_is_made_once_what_is_under_way_is_done(copy_out: StreamCopyOut, stream: HeldStream) -> None:
+def test_more_room_is_made_once_what_is_under_way_is_done(
+    copy_out: StreamCopyOut, stream: HeldStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy_out.expect(100)
     rows = copy_out.rows_to_host(torch.ones(25))
     done: list[float] = []
     copy_out.submit(lambda: done.append(float(rows.sum())))  # type: ignore[union-attr]
-    threading.Timer(0.2, stream.pass_all).start()
+    drain = copy_out.drain
+
+    def drained() -> None:
+        assert not done
+        stream.pass_all()
+        drain()
+
+    monkeypatch.setattr(copy_out, "drain", drained)
     copy_out.expect(4000)
     assert done == [25.0]
     assert copy_out.rows_to_host(torch.ones(1000)) is not None
@@ -207,7 +217,7 @@ def test_a_failed_job_does_not_end_the_thread(copy_out: StreamCopyOut, stream: H
     copy_out.submit(lambda: 1 // 0)  # type: ignore[arg-type]
     copy_out.submit(finished.set)
     stream.pass_all()
-    assert finished.wait(10)
+    assert finished.wait(PATIENCE_S)
 
 
 def test_after_a_failed_copy_nobody_waits_forever(copy_out: StreamCopyOut, stream: HeldStream) -> None:
@@ -221,7 +231,7 @@ def test_after_a_failed_copy_nobody_waits_forever(copy_out: StreamCopyOut, strea
     copy_out.submit(lambda: done.append(1))
     drained = threading.Thread(target=copy_out.drain, daemon=True)
     drained.start()
-    drained.join(10)
+    drained.join(PATIENCE_S)
     assert not drained.is_alive()
     assert not done
 

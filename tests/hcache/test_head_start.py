@@ -128,6 +128,8 @@ class Tier:
         self.begun = list[HeadStart]()
         self.ended = list[str]()
 
+    def new_step(self) -> None: ...
+
     def admissible(self, *, idle: bool) -> list[str]:
         self.idle.append(idle)
         return []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,19 +16,20 @@ from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.contract import Progress
+from sglang_hcache.storage.fetch import Fetches, Read
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
-from sglang_hcache.storage.stripe import Place
-from tests.storage.pages import LAYOUT, holds, key_of, keys_of, open_store, save
+from sglang_hcache.storage.stripe import Files, Place
+from tests.hcache.conftest import PATIENCE_S, Clock, until
+from tests.storage.pages import LAYOUT, holds, key_of, keys_of, save
+
+pytestmark = pytest.mark.usefixtures("clock")
 
 TIMEOUT = HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.3, per_ki_token_s=0.0)
 
 
-def wait_until_admissible(requests: PrefetchQueue, rid: str) -> float:
-    began = time.monotonic()
-    while rid not in requests.admissible():
-        time.sleep(0.01)
-    return time.monotonic() - began
+def wait_until_admissible(requests: PrefetchQueue, rid: str) -> None:
+    until(lambda: rid in requests.admissible())
 
 
 def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
@@ -51,11 +49,18 @@ def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: th
     assert store.stats()["pages_leased"] == 0
 
 
-def test_never_longer_than_the_timeout(store: LocalStore) -> None:
+@pytest.mark.parametrize("store_says_so", [True, False])
+def test_never_longer_than_the_timeout(store: LocalStore, clock: Clock, store_says_so: bool) -> None:
+    if not store_says_so:
+        clock.stop_deadlines()
     requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(10)))
-    assert 0.2 < wait_until_admissible(requests, "a") < 0.3 + prefetch_queue.LATE_S + 0.2
+    clock.advance(TIMEOUT.base_s + (0.0 if store_says_so else prefetch_queue.LATE_S) - 0.01)
+    assert requests.admissible() == []
+    clock.advance(0.02)
+    assert requests.admissible() == ["a"]
     assert requests.ready("a", keys_of(range(10))) == 0
+    assert requests.stats()["requests_admitted_late"] == (not store_says_so)
     requests.forget("a")
 
 
@@ -73,20 +78,21 @@ def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
     assert requests.ready("memory", keys_of(range(20, 25))) == 5
     assert requests.ready("file", keys_of(range(10))) == 0
     disk.set()
-    assert store.wait("file", 10).done, "reading goes on"
+    assert store.wait("file", PATIENCE_S).done, "reading goes on"
     assert requests.ready("file", keys_of(range(10))) == 10
     requests.clear()
 
 
 def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
     monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
-    monkeypatch.setattr(prefetch_queue, "KNOWN_WAIT_S", 1.0)
     requests.queued("a", keys_of(range(10)))
+    clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
     assert requests.admissible() == []
-    assert wait_until_admissible(requests, "a") < prefetch_queue.NO_DEADLINE_S / 4
+    clock.advance(0.02)
+    assert requests.admissible() == ["a"]
     requests.clear()
 
 
@@ -111,7 +117,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return wait(store, owner, timeout_s, **until)
 
     monkeypatch.setattr(LocalStore, "wait", counted)
-    monkeypatch.setattr(prefetch_queue, "NO_WAIT_S", 30.0)
     return waits
 
 
@@ -146,26 +151,24 @@ def test_that_pages_must_be_read_holds_no_other_request(store: LocalStore, waits
 
 
 def test_answers_to_many_requests_at_once_take_little_of_a_step(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many come in time."""
-    waits, step_s, answer_s, now_s = list[str](), prefetch_queue.STEP_WAIT_S, 0.003, 1000.0
-    monkeypatch.setattr(prefetch_queue, "time", SimpleNamespace(monotonic=lambda: now_s, time=lambda: now_s))
+    waits, step_s, answer_s = list[str](), prefetch_queue.STEP_WAIT_S, 0.003
 
     def answered(owner: str, timeout_s: float, *, until_known: bool) -> Progress:
-        nonlocal now_s
         waits.append(owner)
-        now_s += min(answer_s, timeout_s)
+        clock.advance(min(answer_s, timeout_s))
         return Progress((), timeout_s >= answer_s, known=timeout_s >= answer_s)
 
     monkeypatch.setattr(store, "wait", answered)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     for first in (0, 100):
-        began_s = now_s
+        began_s = clock.monotonic()
         for number in range(first, first + 100):
             requests.queued(str(number), keys_of(range(90, 95)))
-        assert now_s - began_s == pytest.approx(step_s)
-        now_s += 1.0
+        assert clock.monotonic() - began_s == pytest.approx(step_s)
+        clock.advance(1.0)
         requests.new_step()
     assert len(waits) == 2 * -(-step_s // answer_s)
     requests.clear()
@@ -182,11 +185,7 @@ class Counted(str):
 
 
 @pytest.mark.parametrize("pages", [range(90, 95), range(10)])
-def test_a_request_costs_the_same_however_many_are_queued(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch, pages: range
-) -> None:
-    monkeypatch.setattr(prefetch_queue, "STEP_WAIT_S", 30.0)
-
+def test_a_request_costs_the_same_however_many_are_queued(store: LocalStore, pages: range) -> None:
     def uses(count: int) -> int:
         requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10))
         Counted.uses = 0
@@ -210,7 +209,7 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
     assert waits == ["0"]
     disk.set()
     for rid in rids:
-        assert store.wait(rid, 10).done
+        assert store.wait(rid, PATIENCE_S).done
     assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [10] * len(rids)
     assert requests.stats()["lookups_not_ahead"] == len(rids)
     requests.clear()
@@ -263,11 +262,11 @@ def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStor
     disk.set()
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(4, 10)))
-    assert store.wait("a", 10).done
+    assert store.wait("a", PATIENCE_S).done
     assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
     assert requests.stats()["lookups_not_ahead"] == 0
     requests.ready("a", keys_of(range(10)))  # the device has lost some
-    assert store.wait("a", 10).done
+    assert store.wait("a", PATIENCE_S).done
     assert requests.ready("a", keys_of(range(10))) == 10
     assert requests.stats()["lookups_not_ahead"] == 1
     requests.forget("a")
@@ -287,9 +286,9 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
     requests.queued("a", keys_of(range(4, 10)), Prompt(new_tokens=999, device_tokens=4 * LAYOUT.page_tokens))
     disk.set()
-    assert store.wait("a", 10).done
+    assert store.wait("a", PATIENCE_S).done
     requests.ready("a", keys_of(range(10)))  # the device has lost some
-    assert store.wait("a", 10).done
+    assert store.wait("a", PATIENCE_S).done
     assert requests.ready("a", keys_of(range(10))) == 10
     assert prompts == {Prompt(new_tokens=999, device_tokens=0)}
     requests.clear()
@@ -310,17 +309,20 @@ def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> No
     assert requests.stats()["requests_admitted_late"] == 0
 
 
-def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(store: LocalStore, disk: threading.Event) -> None:
+def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(
+    store: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
     believes = planner(ssd_bytes_per_s=1e3)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
         assert believes.stats()["slower_ssd"] == 1.0
         requests.queued("a", keys_of(range(10)))
-        wait_until_admissible(requests, "a")
+        assert requests.admissible() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
+    clock.advance(0.1)
     disk.set()
-    store.wait(requests._trial, 10)
+    assert store.wait(requests._trial, PATIENCE_S).done
     assert requests.admissible() == []
     assert float(str(believes.stats()["slower_ssd"])) < 0.1
     assert store.stats()["pages_leased"] == 0
@@ -343,55 +345,58 @@ def timed(believes: LoadPlanner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
 
 
 def test_reads_are_timed_however_late_their_end_is_seen(
-    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, disk: threading.Event, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that looks again long after the pages came must not take its own time for the drive's."""
     believes = planner(ssd_bytes_per_s=1e10)
     told = timed(believes, monkeypatch)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     requests.queued("a", keys_of(range(10)))
-    time.sleep(0.1)
+    clock.advance(0.1)
     disk.set()
-    assert store.wait("a", 10).done
-    took_s = store.took_s("a")
-    time.sleep(0.5)
+    assert store.wait("a", PATIENCE_S).done
+    clock.advance(0.5)
     assert requests.admissible() == ["a"]
-    ((pages, seconds),) = told
-    assert pages == 10
-    assert seconds == pytest.approx(took_s, abs=0.3)
+    (what,) = told
+    assert what == pytest.approx((10, 0.1))
     requests.clear()
 
 
 @pytest.mark.parametrize("pages", [6, 30])
-def test_a_trial_takes_as_long_as_its_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
+def test_a_trial_takes_as_long_as_its_reads(
+    store: LocalStore, disk: threading.Event, clock: Clock, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
     """What is being read already when it begins is part of it, so it is of hits that are short."""
-    turn, read, page_s = threading.Lock(), Place.read, 0.02
+    begun, turn, read, page_s = threading.Semaphore(0), threading.Lock(), Place.read, 0.02
+    at_once = min(pages, READ_THREADS)
 
     def slow(place: Place, key: bytes, out: Record) -> bool:
+        begun.release()
+        sound = read(place, key, out)
         with turn:  # threads share what a drive delivers
-            time.sleep(page_s)
-        return read(place, key, out)
+            clock.advance(page_s)
+        return sound
 
-    store = open_store(tmp_path)
-    save(store, range(pages))
-    assert store.flush(30)
+    save(store, range(10, pages))
+    assert store.flush(PATIENCE_S)
     monkeypatch.setattr(Place, "read", slow)
     believes = planner(ssd_bytes_per_s=1e3)
     told = timed(believes, monkeypatch)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
         store.drop_host()
+        disk.clear()
         requests.queued("a", keys_of(range(pages)))
-        wait_until_admissible(requests, "a")
+        for _ in range(at_once):
+            assert begun.acquire(timeout=PATIENCE_S)
+        assert requests.admissible() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
-        store.wait(requests._trial, 10)
+        disk.set()
+        until(lambda: store.stats()["pages_reading"] == 0)
         requests.admissible()
-        time.sleep(0.3)  # other reads come to their end
-    ((read_pages, seconds),) = told
-    assert read_pages == min(pages, READ_THREADS)
-    assert 0.8 < seconds / (read_pages * page_s) < 1.6
-    store.close()
+    (what,) = told
+    assert what == pytest.approx((at_once, at_once * page_s))
 
 
 def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event) -> None:
@@ -401,7 +406,7 @@ def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
         requests.queued("a", keys_of(range(30)))
-        wait_until_admissible(requests, "a")
+        assert requests.admissible() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
     requests.admissible()
@@ -412,22 +417,23 @@ def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event
 def test_the_shortest_is_read_first(
     store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, read = list[bytes](), Place.read
+    begun, take = list[bytes](), Fetches.take_read
 
-    def recorded(place: Place, key: bytes, out: Record) -> bool:
-        begun.append(key)
-        return read(place, key, out)
+    def recorded(fetches: Fetches, volume: Files) -> Read | None:
+        if read := take(fetches, volume):
+            begun.append(read.key)
+        return read
 
     save(store, range(10, 30))
-    assert store.flush(30)
+    assert store.flush(PATIENCE_S)
     store.drop_host()
-    monkeypatch.setattr(Place, "read", recorded)
+    monkeypatch.setattr(Fetches, "take_read", recorded)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("long", keys_of(range(20)))
     requests.queued("short", keys_of([20, 21]))
     disk.set()
-    assert store.wait("long", 10).done
-    assert store.wait("short", 10).done
+    assert store.wait("long", PATIENCE_S).done
+    assert store.wait("short", PATIENCE_S).done
     assert begun.index(key_of(21)) <= READ_THREADS + 1, "as soon as readers were free"
     assert len(begun) == 22
     requests.clear()
@@ -436,7 +442,7 @@ def test_the_shortest_is_read_first(
 def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, disk: threading.Event) -> None:
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("alone", keys_of(range(5)))
-    assert wait_until_admissible(requests, "alone") < 0.5, "the drive is not worth it"
+    assert requests.admissible() == ["alone"], "the drive is not worth it"
     requests.admit(["alone"])
     requests.forget("alone")
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
@@ -460,7 +466,6 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
 ) -> None:
     """It would be let go, as if all of its pages were on a drive that is not worth it."""
     save(store, range(20, 30))
-    monkeypatch.setattr(prefetch_queue, "KNOWN_WAIT_S", 30.0)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
     requests.queued("a", keys_of(range(20, 30)))
     with monkeypatch.context() as unanswered:
@@ -472,16 +477,16 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
 
 
 def test_what_is_never_known_to_be_in_memory_is_taken_to_be_on_drives(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the prefetcher hangs, or other requests occupy all of its memory."""
-    monkeypatch.setattr(prefetch_queue, "KNOWN_WAIT_S", 0.05)
     monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
-    began = time.monotonic()
     requests.queued("a", keys_of(range(10)))
-    wait_until_admissible(requests, "a")
-    assert time.monotonic() - began > 0.05
+    clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
+    assert requests.admissible() == []
+    clock.advance(0.02)
+    assert requests.admissible() == ["a"]
     requests.clear()
 
 
@@ -498,11 +503,10 @@ def test_what_can_be_loaded_in_whole_only_is_waited_for_if_most_is_worth_it(
     plans, rest, read = planner(ssd_bytes_per_s=1e10), threading.Event(), Place.read
     monkeypatch.setattr(plans, "worth_waiting_for", lambda *_, **__: worth)
     first = keys_of(range(6))
-    monkeypatch.setattr(Place, "read", lambda *args: (args[1] in first or rest.wait(30)) and read(*args))
+    monkeypatch.setattr(Place, "read", lambda *args: (args[1] in first or rest.wait(PATIENCE_S)) and read(*args))
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans, in_whole=in_whole)
     requests.queued("a", keys_of(range(10)))
-    while len(store.progress("a").slots) < len(first):
-        time.sleep(0.01)
+    until(lambda: len(store.progress("a").slots) == len(first))
     assert requests.admissible() == ([] if waits else ["a"])
     rest.set()
     wait_until_admissible(requests, "a")
@@ -518,7 +522,7 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
         Place.read,
     )
     save(store, range(10, 30))
-    assert store.flush(30)
+    assert store.flush(PATIENCE_S)
     store.drop_host()
     worth, start_s, queued = plans.worth_waiting_for, list[float](), list[int]()
 
@@ -528,7 +532,7 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
         return worth(*args, **kwargs)
 
     monkeypatch.setattr(plans, "worth_waiting_for", recorded)
-    monkeypatch.setattr(Place, "read", lambda *args: reads[args[1]].wait(30) and read(*args))
+    monkeypatch.setattr(Place, "read", lambda *args: reads[args[1]].wait(PATIENCE_S) and read(*args))
     disk.set()
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans)
     prompt = Prompt(new_tokens=8, device_tokens=0)
@@ -546,8 +550,7 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     assert behind("also read", 10) == 10
     for key in keys_of(range(READ_THREADS)):
         reads[key].set()
-    while len(store.progress("read").slots) < READ_THREADS:
-        time.sleep(0.01)
+    until(lambda: len(store.progress("read").slots) == READ_THREADS)
     assert requests.admissible() == []
     assert behind("read at last", 20) == (10 - READ_THREADS) + 10
     assert behind("read with it", 20) == (10 - READ_THREADS) + 10, "its own pages are read for both"
@@ -558,54 +561,57 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     requests.clear()
 
 
-def test_what_cannot_be_read_before_the_deadline_is_not_waited_for(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_before_the_deadline_is_not_waited_for(store: LocalStore) -> None:
     """Nor taken to be restored, by those behind it."""
-    monkeypatch.setattr(prefetch_queue, "time", SimpleNamespace(monotonic=lambda: 1000.0, time=lambda: 1000.0))
     plans = planner(ssd_bytes_per_s=1e7)
     rule = HoldRule(PrefetchPolicy.TIMEOUT, base_s=(plans.read_s(15) + plans.read_s(16)) / 2, per_ki_token_s=0.0)
     save(store, range(10, 30))
-    assert store.flush(30)
+    assert store.flush(PATIENCE_S)
     store.drop_host()
     requests = PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=False, planner=plans)
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
     for rid, first in (("first", 0), ("second", 10), ("third", 20)):
         requests.queued(rid, keys_of(range(first, first + 10)))
-        while not store.progress(rid).known:
-            threading.Event().wait(0.01)
+        assert store.progress(rid).known
     assert requests.admissible() == ["before", "third"]
     enough = [request.wait.enough for request in requests._requests.values() if request.wait is not None]
     assert enough == [0, 10, 5, 0]
     requests.clear()
 
 
-def test_a_slow_drive_is_noticed_where_several_wait_for_it(store: LocalStore, disk: threading.Event) -> None:
+def test_a_slow_drive_is_noticed_where_several_wait_for_it(
+    store: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
     """It is what makes them wait together."""
     believes = planner(ssd_bytes_per_s=1e10)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     requests.queued("a", keys_of(range(5)))
     requests.queued("b", keys_of(range(5, 10)))
     assert requests.admissible() == []
+    clock.advance(0.1)
     disk.set()
-    wait_until_admissible(requests, "b")
+    for rid in ("a", "b"):
+        assert store.wait(rid, PATIENCE_S).done
+    assert requests.admissible() == ["a", "b"]
     assert float(str(believes.stats()["slower_ssd"])) > 1
     requests.clear()
 
 
-def test_a_drive_that_hangs_is_not_waited_for_again_and_again(store: LocalStore) -> None:
+def test_a_drive_that_hangs_is_not_waited_for_again_and_again(store: LocalStore, clock: Clock) -> None:
     """Even if nothing comes from it before the deadline."""
     believes = planner(ssd_bytes_per_s=1e10)
     requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=believes)
-    waited_s = []
+    waits = []
     for _ in range(4):
         requests.queued("a", keys_of(range(10)))
-        waited_s.append(wait_until_admissible(requests, "a"))
+        waits.append(requests.admissible() == [])
+        clock.advance(TIMEOUT.base_s + 0.01)
+        assert requests.admissible() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
-        believes._costs_at = 0.0  # as if time had passed
-    assert waited_s[0] > 0.2
-    assert waited_s[-1] < 0.2
+        clock.advance(1.0)
+    assert waits[0]
+    assert not waits[-1]
 
 
 def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(
@@ -634,7 +640,7 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
     requests.queued("a", keys_of(range(12)))
-    store.wait("a", 10)
+    store.wait("a", PATIENCE_S)
     for _ in range(3):
         assert requests.ready("a", keys_of(range(12))) == 0, "to restore them is not worth it"
     assert requests.stats()["tokens_looked_up"] == 0
@@ -661,14 +667,14 @@ def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_l
     restored = []
     for number in range(PROBE_EVERY):
         requests.queued(str(number), keys)
-        store.wait(str(number), 10)
+        store.wait(str(number), PATIENCE_S)
         restored.append({requests.ready(str(number), keys) for _ in range(3 * PROBE_EVERY)})
         assert requests.tries_bus(str(number)) == (number == PROBE_EVERY - 1)
         requests.forget(str(number))
     assert restored == [{0}] * (PROBE_EVERY - 1) + [{PROBE_PAGES}]
     for rid in ("a", "b"):
         requests.queued(rid, keys)
-        store.wait(rid, 10)
+        store.wait(rid, PATIENCE_S)
         assert requests.ready(rid, keys) == PROBE_PAGES
     believes.restored(1024, 1e3)
     assert [requests.ready(rid, keys) for rid in ("a", "b")] == [0, 0], "it has been tried"
@@ -676,24 +682,22 @@ def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_l
 
 
 def test_what_was_not_found_is_asked_for_more_and_more_rarely(
-    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, disk: threading.Event, clock: Clock
 ) -> None:
     """Policies that sort by prefix look up all that wait, in every step."""
     disk.set()
-    elapsed_s = 0.0
-    clock = SimpleNamespace(monotonic=lambda: 1000 + elapsed_s, time=lambda: 5000 + elapsed_s)
-    monkeypatch.setattr(prefetch_queue, "time", clock)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
     requests.queued("a", keys_of(range(90, 95)))
     asked_at = []
     for step in range(1, 2001):
-        elapsed_s, before = step / 100, requests.lookups_not_ahead
+        clock.advance(0.01)
+        before = requests.lookups_not_ahead
         assert requests.ready("a", keys_of(range(90, 95))) == 0
         if requests.lookups_not_ahead > before:
-            asked_at.append(elapsed_s)
+            asked_at.append(step / 100)
     assert asked_at == pytest.approx([0.5, 1.0, 2.0, 4.0, 8.0, 16.0], rel=0.05)
     save(store, range(90, 95))
-    elapsed_s = 40.0
+    clock.advance(20.0)
     assert requests.ready("a", keys_of(range(90, 95))) == 5
     requests.clear()
 
@@ -701,7 +705,7 @@ def test_what_was_not_found_is_asked_for_more_and_more_rarely(
 def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
     store.prefetch("warm", keys_of(range(10)))
-    store.wait("warm", 10)
+    store.wait("warm", PATIENCE_S)
     for bus, expected in ((1e10, 10), (1e3, 0)):
         requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10, bus))
         requests.queued("a", keys_of(range(10)), Prompt(new_tokens=8, device_tokens=0))

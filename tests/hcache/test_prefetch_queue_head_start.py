@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,14 @@ from sglang_hcache.load_planner import Prompt
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.store import LocalStore
+from tests.hcache.conftest import PATIENCE_S, Clock
 from tests.hcache.test_prefetch_queue import planner, timed
 from tests.storage.pages import LAYOUT, holds, key_of, keys_of
 
+pytestmark = pytest.mark.usefixtures("clock")
+
+SHORT = HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.1, per_ki_token_s=0.0)
+FASTER = 3e7  # bytes a second: such a drive is worth waiting for after a head start, too
 LONG = Prompt(new_tokens=1, device_tokens=0, divisible=True)
 
 
@@ -46,7 +50,7 @@ def test_an_idle_engine_begins_while_the_drive_reads_the_end(store: LocalStore, 
     assert requests.ready(start.head, head) == 0, "none of it is in memory, and none is waited for"
     requests.forget(start.head)
     disk.set()
-    assert store.wait("a", 10).slots, "the end of it is read"
+    assert store.wait("a", PATIENCE_S).slots, "the end of it is read"
     assert requests.admissible(idle=True) == []
     assert list(requests.held) == ["a"], "as long as its beginning is not there"
     requests.head_start_over("a")
@@ -98,7 +102,7 @@ def test_no_head_start(store: LocalStore, prompt: Prompt, idle: bool, options: d
 
 
 def test_one_head_start_at_a_time_and_one_a_request(store: LocalStore) -> None:
-    requests = evenly_matched(store)
+    requests = evenly_matched(store, planner=planner(ssd_bytes_per_s=FASTER))
     for rid in ("a", "b"):
         requests.queued(rid, keys_of(range(10)), LONG)
     first = head_start_of(requests)
@@ -108,52 +112,57 @@ def test_one_head_start_at_a_time_and_one_a_request(store: LocalStore) -> None:
     requests.admissible(idle=False)
     assert requests.head_start() is None, "it is at work"
     requests.head_start_over("a")
-    requests.admissible(idle=True)
-    second = requests.head_start()
-    assert second is None or second.rid == "b"
+    second = head_start_of(requests)
+    assert second is not None
+    assert second.rid == "b"
+    requests.begin_head_start(second, keys_of(range(second.pages)), Prompt(1, 0))
+    requests.head_start_over("b")
+    assert head_start_of(requests) is None, "both have had theirs"
     requests.clear()
 
 
-def test_a_head_start_takes_time_of_no_hold(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_start_takes_time_of_no_hold(store: LocalStore, clock: Clock) -> None:
     """Its own is not the drive's; but one that never ends is given up."""
-    monkeypatch.setattr(prefetch_queue, "LATE_S", 0.0)
-    requests = evenly_matched(store, rule=HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.1, per_ki_token_s=0.0))
+    requests = evenly_matched(store, rule=SHORT)
     requests.queued("a", keys_of(range(10)), LONG)
     start = head_start_of(requests)
     assert start is not None
-    monkeypatch.setattr(prefetch_queue, "NO_DEADLINE_S", 0.5)
     requests.begin_head_start(start, [], Prompt(1, 0))
-    time.sleep(0.2)
+    clock.advance(prefetch_queue.NO_DEADLINE_S + prefetch_queue.LATE_S - 0.01)
     assert requests.admissible(idle=True) == []
-    time.sleep(0.4)
+    clock.advance(0.02)
     assert requests.admissible(idle=True) == ["a"]
     assert requests.stats()["requests_admitted_late"] == 1
     requests.clear()
 
 
-def test_drives_read_on_beside_a_head_start_however_long_it_takes(store: LocalStore, disk: threading.Event) -> None:
-    requests = evenly_matched(store, rule=HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.1, per_ki_token_s=0.0))
+def test_drives_read_on_beside_a_head_start_however_long_it_takes(
+    store: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
+    requests = evenly_matched(store, rule=SHORT)
     requests.queued("a", keys_of(range(10)), LONG)
     start = head_start_of(requests)
     assert start is not None
     requests.begin_head_start(start, [], Prompt(1, 0))
-    time.sleep(0.3)
+    clock.advance(prefetch_queue.NO_DEADLINE_S - 0.01)
     disk.set()
-    assert len(store.wait("a", 10).slots) == 10 - start.pages
+    assert len(store.wait("a", PATIENCE_S).slots) == 10 - start.pages
     requests.clear()
 
 
-def test_after_a_head_start_drives_have_the_time_of_a_hold(store: LocalStore) -> None:
-    requests = evenly_matched(store, rule=HoldRule(PrefetchPolicy.TIMEOUT, base_s=0.1, per_ki_token_s=0.0))
+def test_after_a_head_start_drives_have_the_time_of_a_hold(store: LocalStore, clock: Clock) -> None:
+    requests = evenly_matched(store, rule=SHORT, planner=planner(ssd_bytes_per_s=FASTER))
     requests.queued("a", keys_of(range(10)), LONG)
     start = head_start_of(requests)
     assert start is not None
     requests.begin_head_start(start, [], Prompt(1, 0))
-    time.sleep(0.3)
+    clock.advance(0.3)
     assert requests.admissible() == []
     requests.head_start_over("a")
-    while not requests.admissible():
-        time.sleep(0.01)
+    clock.advance(SHORT.base_s - 0.01)
+    assert requests.admissible() == []
+    clock.advance(0.02)
+    assert requests.admissible() == ["a"]
     requests.admit(["a"])
     assert store.progress("a").done, "nothing is read any more"
     assert requests.stats()["requests_admitted_late"] == 0
@@ -173,7 +182,7 @@ def test_a_store_that_is_lost_ends_the_hold_of_a_head_start(store: LocalStore) -
 
 
 def test_a_drive_that_reads_beside_a_head_start_is_timed(
-    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, disk: threading.Event, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own time, not that of the head start."""
     believes = planner(ssd_bytes_per_s=1.6e7)
@@ -183,16 +192,14 @@ def test_a_drive_that_reads_beside_a_head_start_is_timed(
     start = head_start_of(requests)
     assert start is not None
     requests.begin_head_start(start, keys_of(range(start.pages)), Prompt(1, 0))
-    time.sleep(0.1)
+    clock.advance(0.1)
     disk.set()
-    assert store.wait("a", 10).done
-    took_s = store.took_s("a")
-    time.sleep(0.5)
+    assert store.wait("a", PATIENCE_S).done
+    clock.advance(0.5)
     requests.head_start_over("a")
     assert requests.admissible() == ["a"]
-    ((pages, seconds),) = told
-    assert pages == 10 - start.pages
-    assert seconds == pytest.approx(took_s, abs=0.3)
+    (what,) = told
+    assert what == pytest.approx((10 - start.pages, 0.1))
     requests.clear()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.registration import Registration, warn_of_limits_that_do_not_hold
 from sglang_hcache.representation import Formats, Stored
+from tests.hcache.conftest import PATIENCE_S, until
 from tests.prefetch.clients import hello
 
 Say = Callable[..., Hello]
@@ -380,27 +382,36 @@ def test_one_rank_of_a_node_saves_what_several_compute(
 
 def test_replicas_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "get_parallel", placed)
-    inside, leave = threading.Event(), threading.Event()
+    inside, leave, waits = threading.Event(), threading.Event(), threading.Event()
     order: list[str] = []
+
+    def lock(file: IO[str], operation: int) -> None:
+        try:
+            flock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits.set()
+            flock(file, operation)
 
     def first() -> None:
         with ranks.taking_turns(tmp_path / "calibration"):
             inside.set()
-            leave.wait(10)
+            leave.wait(PATIENCE_S)
             order.append("first")
 
     def second() -> None:
         with ranks.taking_turns(tmp_path / "calibration"):
             order.append("second")
 
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
     threads = [threading.Thread(target=first), threading.Thread(target=second)]
     threads[0].start()
-    assert inside.wait(10)
+    assert inside.wait(PATIENCE_S)
     threads[1].start()
-    threads[1].join(0.3)
+    until(lambda: waits.is_set() or order)
     leave.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert order == ["first", "second"]
 
 

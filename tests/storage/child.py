@@ -22,9 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from sglang_hcache.cli.main import main
+from sglang_hcache.storage import store as store_module
 from sglang_hcache.storage.store import LocalStore
 from tests.storage.pages import LAYOUT, counters, open_store, save, served, states
 
+PATIENCE_S = 60.0
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 REPOSITORY = Path(__file__).parents[2]
@@ -124,20 +126,33 @@ def write_without_fallocate(directory: Path, _: str) -> None:
 def survive_errors(directory: Path, arguments: str) -> None:
     """With `io_errors.c` preloaded: use a store of two directories while transfers fail, then without, and report.
 
-    Argument: operations, probability of an error.
+    Argument: operations at least, probability of an error. There are more, up to a hundred times as many, until there
+    were errors of each kind, and what they lead to.
     """
     errors = ctypes.CDLL(None)
     errors.errors_set.argtypes = [ctypes.c_double]
     errors.errors_injected.restype = ctypes.c_ulong
     operations, probability = arguments.split()
-    pages = range(max(300, int(operations) // 4))
+    pages = range(300)  # and more with time: one that is on file is not written again
     chance = random.Random(1)
     store = open_store(directory / "a", directory / "b", retry_s=0.02)
     errors.errors_set(float(probability))
     os.environ["HCACHE_ERRORS_P"] = probability  # for the check of the index, a process of its own
     seen: set[str] = set()
-    right = 0
-    for _ in range(int(operations)):
+    right = done = 0
+
+    def complete() -> bool:
+        count = counters(store)
+        return (
+            all(errors.errors_injected(kind) for kind in range(4))
+            and any(state.startswith("failed: the disk") for state in seen)
+            and bool(count["pages_write_failed"] and count["pages_unreadable"])
+        )
+
+    while done < int(operations) or (done < 100 * int(operations) and not complete()):
+        done += 1
+        pages = range(max(300, done // 4))
+        seen.update(states(store))
         match chance.randrange(20):
             case 0:
                 store.drop_host()
@@ -145,7 +160,6 @@ def survive_errors(directory: Path, arguments: str) -> None:
                 assert store.flush(30)
             case 2:
                 store.check()
-                seen.update(states(store))
             case case if case < 11:
                 if not store.available:
                     assert store.flush(30)
@@ -167,6 +181,7 @@ def survive_errors(directory: Path, arguments: str) -> None:
         after = counters(store)
         store.close()
     report = {
+        "operations": done,
         "right": right,
         "injected": [errors.errors_injected(kind) for kind in range(5)],
         "states": sorted(seen),
@@ -182,7 +197,7 @@ def survive_errors(directory: Path, arguments: str) -> None:
 
 def recover(store: LocalStore, pages: list[int]) -> list[str]:
     """Wait until all directories work again, and save what is not in files."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while set(states(store)) != {"ok"} and time.monotonic() < deadline:
         time.sleep(0.05)
     assert store.flush(30)
@@ -205,7 +220,7 @@ def report_failure_and_recovery(store, recover) -> None:  # type: ignore[no-unty
     print(states(store)[0], flush=True)
     print(served(store, range(4)), store.stats()["pages_write_failed"], flush=True)
     recover()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while states(store) != ["ok"] and time.monotonic() < deadline:
         time.sleep(0.05)
     save(store, range(10, 14))
@@ -217,5 +232,6 @@ def report_failure_and_recovery(store, recover) -> None:  # type: ignore[no-unty
 
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    store_module.CLOSE_WAIT_S = PATIENCE_S
     role, directory, argument = [*sys.argv[1:], ""][:3]
     globals()[role](Path(directory), argument)

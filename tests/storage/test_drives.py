@@ -22,16 +22,17 @@ from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Stripe
 from sglang_hcache.storage.volume import Volume
+from tests.prefetch.clients import until
 from tests.storage.pages import LAYOUT, counters, fill, key_of, keys_of, open_store, save, served, states
 
 SHARE = 40  # of 64 slots: what may wait for one of two drives, however many pages come at once
 
 
 class Hang:
-    """Has methods wait, for objects below a path, until `end`."""
+    """Has methods wait, for objects below a path, until `end`. `begun`: one of them does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._over = threading.Event()
+        self.begun, self._over = threading.Event(), threading.Event()
         self._patch = monkeypatch
         self.end = self._over.set
 
@@ -40,7 +41,8 @@ class Hang:
 
         def wait(of: Any, *arguments: Any) -> Any:
             if of.path.is_relative_to(below):
-                self._over.wait(60)
+                self.begun.set()
+                self._over.wait(600)
             return original(of, *arguments)
 
         self._patch.setattr(owner, name, wait)
@@ -61,8 +63,8 @@ def lies_in(store: LocalStore, page: int) -> Path:
 
 def save_slowly(store: LocalStore, pages: range) -> None:
     """More than memory holds: what is not there yet is waited for."""
-    deadline = time.monotonic() + 30
     for page in pages:
+        deadline = time.monotonic() + 60
         while (slot := store.reserve()) is None:
             assert time.monotonic() < deadline, "memory is full of pages for the drive that hangs"
             time.sleep(0.001)
@@ -80,10 +82,11 @@ def test_a_drive_whose_reads_hang_does_not_keep_others_from_being_read(tmp_path:
     hang(Volume, "read", tmp_path / "a")
     for page in in_a[: READ_THREADS + 2]:
         store.prefetch(f"hangs {page}", keys_of([page]))
+    assert hang.begun.wait(60)
     assert served(store, in_b) == in_b
     assert not store.progress(f"hangs {in_a[0]}").done
     hang.end()
-    assert store.wait(f"hangs {in_a[0]}", 10).slots
+    assert store.wait(f"hangs {in_a[0]}", 60).slots
     assert store.close()
 
 
@@ -96,12 +99,14 @@ def test_what_a_drive_that_hangs_was_to_read_is_not_waited_for(tmp_path: Path, h
     store.drop_host()
     hang(Volume, "read", drives[0])
     page = next(page for page in range(40) if lies_in(store, page) == drives[0])
-    store.prefetch("given up", [key_of(page)], deadline_s=0.2)
-    assert not store.wait("given up", 10).slots
+    store.prefetch("given up", [key_of(page)])
+    assert hang.begun.wait(60)
+    store.cut("given up")
+    assert store.progress("given up") == ((), True, True)
     store.release("given up")
     save(store, range(100, 132))
     store.prefetch("all that may be leased", keys_of(range(100, 132)))
-    assert len(store.wait("all that may be leased", 5).slots) == 31
+    assert len(store.wait("all that may be leased", 60).slots) == 31
     hang.end()
     store.close()
 
@@ -113,10 +118,15 @@ def test_a_drive_whose_writes_hang_does_not_keep_others_from_being_written(
     store = open_store(tmp_path / "a", tmp_path / "b", write_policy=policy)
     hang(SegmentWriter, "write", tmp_path / "a")
     save_slowly(store, range(600))
-    deadline = time.monotonic() + 10
-    while (stuck := store.unwritten()) > SHARE and time.monotonic() < deadline:
-        time.sleep(0.02)
     a, b = store._volumes
+
+    def only_a_lags() -> bool:
+        store.unwritten()  # has the backlog written
+        with store._lock:
+            return not (store._writer._backlog or store._writer._by_volume[b].waiting)
+
+    assert until(only_a_lags)
+    stuck = store.unwritten()
     assert stuck == counters(store)["pages_dirty"] <= SHARE
     assert (a.pages, b.pages) == (0, 600 - stuck)
     hang.end()
@@ -131,13 +141,10 @@ def test_a_drive_that_hangs_does_not_keep_others_from_evicting(tmp_path: Path, h
     assert store.flush(30)
     hang(SegmentWriter, "write", tmp_path / "a")
     save(store, [60, 61])
-    time.sleep(2.2)  # a call may take so long
+    assert until(lambda: store._volumes[0]._hangs)
     with store._volumes[0]._directory.index._env.begin(write=True):  # type: ignore[union-attr]  # as in a commit
         save_slowly(store, range(100, 400))
-        deadline = time.monotonic() + 10
-        while counters(store)["pages_written"] < 60 + 150 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert counters(store)["pages_written"] >= 60 + 150
+        assert until(lambda: counters(store)["pages_written"] >= 60 + 150)
         assert counters(store)["pages_evicted"] > 0
     hang.end()
     assert store.close()
@@ -150,6 +157,7 @@ def test_what_a_drive_that_hangs_has_to_note_takes_no_more_and_more_memory(
     store = open_store(tmp_path / "a", tmp_path / "b")
     hang(SegmentWriter, "write", tmp_path / "a")
     save(store, range(30))
+    assert hang.begun.wait(60)
     assert served(store, range(30)) == list(range(30))
     assert len(store._writer._by_volume[store._volumes[0]].touched) == 10
     hang.end()
@@ -160,7 +168,7 @@ def test_drives_are_written_at_the_same_time(tmp_path: Path, monkeypatch: pytest
     both, write = threading.Barrier(2), Volume.write
 
     def meet(volume: Volume, *arguments: Any) -> bool:
-        both.wait(10)  # raises where only one comes
+        both.wait(60)  # raises where only one comes
         return write(volume, *arguments)
 
     monkeypatch.setattr(Volume, "write", meet)
@@ -177,6 +185,13 @@ def test_closing_does_not_wait_for_a_drive_that_hangs(
     tmp_path: Path, hang: Hang, hanging: tuple[type, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "CLOSE_WAIT_S", 0.5)
+    join, in_vain = threading.Thread.join, list[float]()
+
+    def noted(thread: threading.Thread, timeout: float | None = None) -> None:
+        join(thread, timeout)
+        if thread.is_alive():
+            in_vain.append(timeout or 0.0)
+
     store = open_store(tmp_path / "a", tmp_path / "b")
     save(store, range(10))
     assert store.flush(30)
@@ -185,34 +200,38 @@ def test_closing_does_not_wait_for_a_drive_that_hangs(
     for page in range(10):
         store.prefetch(f"reads {page}", keys_of([page]))
     save(store, range(10, 12))
-    begun_at = time.monotonic()
-    assert not store.close(), "a thread may still use its memory"
-    assert time.monotonic() - begun_at < 3
+    assert hang.begun.wait(60)
+    flush = Mock(side_effect=store.flush)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "flush", flush)
+        patch.setattr(threading.Thread, "join", noted)
+        assert not store.close(), "a thread may still use its memory"
+    flush.assert_called_once_with(0.5)
+    assert sum(in_vain) <= 0.5, "of all threads together"
     assert not store.close()
-    assert (tmp_path / "b" / "index" / "closed.xxh3").exists(), "the other is closed as always"
+    assert until((tmp_path / "b" / "index" / "closed.xxh3").exists), "the other is closed as always"
     hang.end()
-    deadline = time.monotonic() + 10
-    while not store.close():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(store.close)
     assert (tmp_path / "a" / "index" / "closed.xxh3").exists()
 
 
 def test_what_a_failed_drive_was_to_write_is_written_by_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, write = open_store(tmp_path / "a", tmp_path / "b", retry_s=60.0), SegmentWriter.write
-    refused = threading.Event()
+    store, write = open_store(tmp_path / "a", tmp_path / "b", retry_s=600.0), SegmentWriter.write
+    begun, refused = threading.Event(), threading.Event()
 
     def refuse(writer: SegmentWriter, *arguments: Any) -> None:
         if writer.path.is_relative_to(tmp_path / "a"):
-            refused.wait(10)
+            begun.set()
+            refused.wait(60)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         write(writer, *arguments)
 
     monkeypatch.setattr(SegmentWriter, "write", refuse)
-    save(store, range(20))
-    time.sleep(0.1)
+    save(store, range(2))
+    assert begun.wait(60)
+    save(store, range(2, 20))  # some of them wait in its queue
     refused.set()
     assert store.flush(30)
     assert [state.split(":")[0] for state in states(store)] == ["failed", "ok"]
@@ -251,16 +270,12 @@ def test_a_bug_ends_no_writer(
         revive = Mock(side_effect=RuntimeError("a bug of ours"))
         patch.setattr(Volume, "_revive", revive)
         store = open_store(tmp_path / "bad", retry_s=0.05)
-        while revive.call_count < 2:
-            assert store._writer.threads[0].is_alive()
-            time.sleep(0.02)
+        assert until(lambda: revive.call_count >= 2)
+        assert store._writer.threads[0].is_alive()
     assert "a bug of ours" in caplog.text
     (tmp_path / "bad").unlink()
     save(store, range(3))
-    deadline = time.monotonic() + 10
-    while counters(store)["pages_file"] < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(lambda: counters(store)["pages_file"] == 3)
     store.close()
 
 
@@ -269,10 +284,7 @@ def test_selective_writes_what_was_used_twice_once_a_directory_works_again(tmp_p
     store = open_store(tmp_path / "bad", retry_s=0.05, write_policy=WritePolicy.SELECTIVE)
     save(store, [0, 0, 1])
     (tmp_path / "bad").unlink()
-    deadline = time.monotonic() + 10
-    while counters(store)["pages_file"] < 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(lambda: counters(store)["pages_file"])
     assert store.flush(30)
     store.drop_host()
     assert served(store, [0, 1]) == [0]

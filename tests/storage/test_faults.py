@@ -7,8 +7,10 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,17 +21,19 @@ from sglang_hcache.storage import index, index_file, volume
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
+from sglang_hcache.storage.volume import UNREADABLE_S, Volume
 from tests.prefetch.clients import until
 from tests.storage.child import start_child
 from tests.storage.pages import LAYOUT, counters, open_store, save, segment_files, served, states
 
 ROUNDS = int(os.environ.get("HCACHE_FAULT_ROUNDS", "2"))
 PAGES = 20
+NEVER_S = 600.0
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, seed: int = 0) -> None:
     data = bytearray(path.read_bytes())
-    chance = random.Random(str(path.stat().st_mtime_ns))
+    chance = random.Random(seed)
     for _ in range(max(1, len(data) // 200)):
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     path.write_bytes(data)
@@ -46,10 +50,34 @@ def become_directory(path: Path) -> None:
 
 
 def wait_until_ok(store: LocalStore) -> None:
-    deadline = time.monotonic() + 10
-    while states(store) != ["ok"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(lambda: states(store) == ["ok"])
+
+
+def retry(store: LocalStore) -> None:
+    """Now, before `retry_s` is over."""
+    store._volumes[0]._retry_at = 0.0
+    wait_until_ok(store)
+
+
+@contextmanager
+def unobserved(monkeypatch: pytest.MonkeyPatch, *stores: LocalStore) -> Iterator[None]:
+    """None of the stores looks meanwhile whether its directory is still there."""
+    asked = set[Volume]()
+
+    def not_yet(volume: Volume) -> bool:
+        asked.add(volume)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Volume, "retry", not_yet)
+        assert until(lambda: asked >= {volume for store in stores for volume in store._volumes})
+        yield
+
+
+def remove_at_once(path: Path) -> None:
+    """Whoever uses it makes nothing anew in what is being removed."""
+    gone = path.rename(path.with_name("gone"))
+    shutil.rmtree(gone)
 
 
 DAMAGES: list[Callable[[Path], object]] = [
@@ -74,7 +102,10 @@ def test_damaged_files_are_found_and_cost_nothing_else(
         path = segment_files(directory)[round_ % 3] if name == "segment" else directory / name
         if damage is flip and not path.stat().st_size:
             path.write_bytes(b"\xff" * 100)
-        damage(path)
+        if damage is flip:
+            flip(path, seed=round_)
+        else:
+            damage(path)
 
         store = open_store(directory)
         assert states(store) == ["ok"]
@@ -129,7 +160,7 @@ def test_what_is_damaged_while_open_is_a_miss(tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_for_a_while_costs_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an NVMe drive does that is reset."""
-    store = open_store(tmp_path, retry_s=0.2)
+    store = open_store(tmp_path, retry_s=NEVER_S)
     save(store, range(PAGES))
     assert store.flush(30)
     store.drop_host()
@@ -142,7 +173,8 @@ def test_a_disk_that_fails_for_a_while_costs_no_page(tmp_path: Path, monkeypatch
         assert counters(store)["pages_unreadable"] == 5, "what has just failed is not tried again"
     assert served(store, range(5, PAGES)) == list(range(5, PAGES))
     save(store, [2])  # prefilled again
-    wait_until_ok(store)
+    retry(store)
+    assert until(lambda: counters(store)["pages_written"] == PAGES + 1)
     assert store.flush(30)
     store.drop_host()
     assert served(store, range(5)) == [2], "what was stored anew lies elsewhere"
@@ -155,7 +187,8 @@ def test_a_disk_that_fails_for_a_while_costs_no_page(tmp_path: Path, monkeypatch
 
 
 def test_an_unreadable_record_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volume, "UNREADABLE_S", 0.3)
+    now = 1000.0
+    monkeypatch.setattr(volume, "time", SimpleNamespace(monotonic=lambda: now))
     store = open_store(tmp_path)
     save(store, range(3))
     assert store.flush(30)
@@ -164,7 +197,9 @@ def test_an_unreadable_record_is_tried_again_later(tmp_path: Path, monkeypatch: 
         patch.setattr(os, "preadv", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
         assert served(store, range(3)) == []
     assert served(store, range(3)) == []
-    time.sleep(0.3)
+    now += UNREADABLE_S - 1
+    assert served(store, range(3)) == []
+    now += 2
     assert served(store, range(3)) == [0, 1, 2]
     store.close()
 
@@ -186,9 +221,9 @@ def test_a_disk_that_fails_while_the_index_is_rebuilt_costs_no_page(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail)
-        store = open_store(tmp_path, retry_s=0.2)
+        store = open_store(tmp_path, retry_s=NEVER_S)
         assert "input/output" in states(store)[0]
-    wait_until_ok(store)
+    retry(store)
     assert served(store, range(PAGES)) == list(range(PAGES))
     store.close()
 
@@ -228,7 +263,7 @@ def test_the_index_names_only_what_is_durable(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_failed_index_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(tmp_path, retry_s=0.2)
+    store = open_store(tmp_path, retry_s=NEVER_S)
     save(store, range(3))
     assert store.flush(30)
     with monkeypatch.context() as patch:
@@ -239,7 +274,7 @@ def test_a_failed_index_is_opened_anew(tmp_path: Path, monkeypatch: pytest.Monke
         assert "the disk is full" in states(store)[0]
         store.drop_host()
         assert served(store, range(6)) == [0, 1, 2], "it still reads"
-    wait_until_ok(store)
+    retry(store)
     save(store, range(3, 6))
     store.close()
     store = open_store(tmp_path)
@@ -317,28 +352,37 @@ def test_a_full_disk_after_a_kill_is_no_dead_end(tmp_path: Path) -> None:
     assert out.splitlines()[-1:] == ["0 50 0"]
 
 
-def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path) -> None:
+def test_a_lost_directory_is_said_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = tmp_path / "volume"
     store = open_store(directory, retry_s=0.1)
     save(store, range(4))
     assert store.flush(30)
-    shutil.rmtree(directory)
+    remove_at_once(directory)
     for page in range(10, 60):
         save(store, [page])
         assert store.flush(30)
+    assert until((directory / "index" / "data.mdb").exists)
+    wait_until_ok(store)
+    assert f"{directory} cannot be used: " in caplog.text
+    save(store, range(60, 64))
     store.close()
     store = open_store(directory)
     assert states(store) == ["ok"]
-    served(store, range(60))
+    found = served(store, range(64))
+    assert found[-4:] == list(range(60, 64))
+    assert not set(found) & set(range(4))
+    assert counters(store)["pages_damaged"] == counters(store)["index_rebuilt"] == 0
     store.close()
 
 
-def test_a_directory_that_is_emptied_is_opened_anew_and_nobody_else_is_harmed(tmp_path: Path) -> None:
+def test_a_directory_that_is_emptied_is_opened_anew_and_nobody_else_is_harmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By somebody who takes it for any other cache; another process may use it by then."""
     store = open_store(tmp_path / "cache", retry_s=0.1)
     save(store, range(20))
     assert store.flush(30)
-    shutil.rmtree(tmp_path / "cache")
+    remove_at_once(tmp_path / "cache")
     assert until((tmp_path / "cache" / "index" / "data.mdb").exists)
     assert until(lambda: states(store) == ["ok"])
     save(store, range(20, 40))
@@ -346,11 +390,16 @@ def test_a_directory_that_is_emptied_is_opened_anew_and_nobody_else_is_harmed(tm
     store.drop_host()
     assert served(store, range(40)) == [*range(20, 40)]
     assert counters(store)["pages_damaged"] == counters(store)["files_damaged"] == 0
-    shutil.rmtree(tmp_path / "cache")
-    other = open_store(tmp_path / "cache")
-    store.close()
-    assert not (tmp_path / "cache" / "index" / "closed.xxh3").exists(), "it is open"
-    other.close()
+    sealed = tmp_path / "cache" / "index" / "closed.xxh3"
+    with unobserved(monkeypatch, store):
+        remove_at_once(tmp_path / "cache")
+        with start_child("write_then_wait", tmp_path / "cache", 10) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "written\n"
+            store.close()
+            assert not sealed.exists(), "it is open"
+            assert other.communicate("go on\n", timeout=60)[0] == "10\n"
+    assert sealed.exists()
 
 
 def test_an_index_that_is_broken_is_opened_anew_by_all_who_use_it(
@@ -368,10 +417,7 @@ def test_an_index_that_is_broken_is_opened_anew_by_all_who_use_it(
         patch.setattr(index, "encode", broken)
         save(store, [3])
         assert store.flush(30)
-    deadline = time.monotonic() + 10
-    while states(store) + states(idle) != ["ok", "ok"] or idle._volumes[0]._directory is former:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(lambda: states(store) + states(idle) == ["ok", "ok"] and idle._volumes[0]._directory is not former)
     for each in (store, idle):
         assert served(each, range(3)) == [0, 1, 2]
         save(each, range(3, 6))
@@ -400,7 +446,7 @@ def test_an_index_that_is_broken_is_checked_before_it_is_used_again(
 def test_a_full_disk_for_one_index_write_costs_nobody_else_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, other = (open_store(tmp_path, fingerprint=name * 16, retry_s=0.2) for name in (b"f", b"g"))
+    store, other = (open_store(tmp_path, fingerprint=name * 16, retry_s=NEVER_S) for name in (b"f", b"g"))
     for each in (store, other):
         save(each, range(3))
         assert each.flush(30)
@@ -412,7 +458,7 @@ def test_a_full_disk_for_one_index_write_costs_nobody_else_anything(
         save(store, [3])
         assert store.flush(30)
         assert "the disk is full" in states(store)[0]
-    wait_until_ok(store)
+    retry(store)
     assert [each._volumes[0]._directory for each in (store, other)] == directories, "nothing was opened anew"
     for each in (store, other):
         assert served(each, range(3)) == [0, 1, 2]
@@ -443,14 +489,14 @@ def test_files_are_read_as_long_as_they_cannot_be_written(
         assert store.flush(30)
         for _ in range(3):
             retried.reset_mock()
-            while retried.call_count < 2:
-                time.sleep(0.02)
+            assert until(lambda: retried.call_count >= 2)
             store.drop_host()
             assert served(store, range(PAGES)) == list(range(PAGES))
             assert states(store)[0].startswith("failed")
         save(store, [51])
         assert store.flush(30)
     assert until(lambda: counters(store)["pages_file"] == PAGES + 1)
+    assert store.flush(30)
     store.drop_host()
     assert served(store, [50, 51]) == [51], "it was in memory all the time"
     store.close()
@@ -459,7 +505,7 @@ def test_files_are_read_as_long_as_they_cannot_be_written(
 def test_records_that_a_failed_write_was_to_fill_are_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(tmp_path, retry_s=0.05)
+    store = open_store(tmp_path, retry_s=NEVER_S)
     save(store, range(3))
     assert store.flush(30)
     for _ in range(4):
@@ -468,28 +514,28 @@ def test_records_that_a_failed_write_was_to_fill_are_used_again(
             save(store, [3, 4])
             assert store.flush(30)
             store.drop_host()
-        wait_until_ok(store)
-        assert store.flush(30)
+        assert states(store)[0].startswith("failed")
+        retry(store)
     assert len(segment_files(tmp_path)) == 1, "they are eight"
     assert served(store, range(3)) == [0, 1, 2]
     store.close()
 
 
-def test_a_directory_that_is_put_back_is_opened_anew_by_all_who_use_it(tmp_path: Path) -> None:
+def test_a_directory_that_is_put_back_is_opened_anew_by_all_who_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stores = [open_store(tmp_path / "volume", fingerprint=name * 16, retry_s=0.1) for name in (b"f", b"g")]
     idle = stores[1]._volumes[0]
     former = idle._directory
-    shutil.rmtree(tmp_path / "volume")
-    (tmp_path / "volume").write_text("in its place")
+    with unobserved(monkeypatch, *stores):
+        shutil.rmtree(tmp_path / "volume")
+        (tmp_path / "volume").write_text("in its place")
     for page in range(20):  # some of them to a file that is gone
         save(stores[0], [page])
         assert stores[0].flush(30)
     assert states(stores[0])[0].startswith("failed")
     (tmp_path / "volume").unlink()
-    deadline = time.monotonic() + 10
-    while states(stores[0]) + states(stores[1]) != ["ok", "ok"] or idle._directory is former:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(lambda: states(stores[0]) + states(stores[1]) == ["ok", "ok"] and idle._directory is not former)
     for store in stores:
         save(store, range(100, 110))
         assert store.flush(30)

@@ -1,6 +1,6 @@
 """Transfers that fail or are short now and then: of segments and of the index, in a real process.
 
-HCACHE_IO_ERRORS: operations of the store while that happens.
+HCACHE_IO_ERRORS: operations of the store, at least, while that happens.
 """
 
 from __future__ import annotations
@@ -46,25 +46,23 @@ def test_failing_transfers_cost_pages_and_nothing_else(tmp_path: Path, preloaded
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60 + operations / 20,
+        timeout=600 + operations,
         check=False,
     )
     assert child.returncode == 0, child.stderr
     report: dict[str, Any] = json.loads(child.stdout)
     injected = dict(zip(KINDS, report["injected"], strict=True))
     during = report["during"]
-    print(
-        f"{operations} operations, {report['right']} pages right, injected: {injected}, damaged: {report['damaged']}"
-    )
+    print(f"{report['operations']} operations, {report['right']} pages right, damaged: {report['damaged']}")
+    print(f"injected: {injected}")
     print(f"counted: { {name: n for name, n in during.items() if n} }")
     print(f"states: {[state.replace(str(tmp_path), '')[:90] for state in report['states']]}")
     assert "Traceback" not in child.stderr
     assert report["right"]
-    if sum(report["injected"]) > 100:
-        assert all(injected[kind] for kind in ("reads", "writes", "short transfers", "syncs"))
-        assert any(state.startswith("failed: the disk") for state in report["states"])
-        assert during["pages_write_failed"]
-        assert during["pages_unreadable"]
+    assert all(injected[kind] for kind in ("reads", "writes", "short transfers", "syncs"))
+    assert any(state.startswith("failed: the disk") for state in report["states"])
+    assert during["pages_write_failed"]
+    assert during["pages_unreadable"]
     if not report["rebuilt"]:  # a rebuilt index may name a page whose write failed
         assert report["damaged"] == 0, "a disk that fails has not damaged a page"
     assert during["pages_unreadable"] <= injected["reads"]

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +22,7 @@ from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.layout import ROOT, seal
 from sglang_hcache.storage.quota import Quota, bytes_on_disk
 from sglang_hcache.storage.store import LocalStore
+from tests.prefetch.clients import until
 from tests.storage.child import start_child
 from tests.storage.pages import (
     FINGERPRINT,
@@ -141,17 +141,14 @@ def test_pages_of_a_model_that_is_not_used_any_more_make_room(tmp_path: Path) ->
 def test_a_model_that_is_idle_holds_no_files_that_another_one_could_evict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory_module, "IDLE_S", 0.2)
     idle = open_store(tmp_path, fingerprint=OTHER_FINGERPRINT, quota_bytes=QUOTA, retry_s=0.05)
     directory, chance = idle._volumes[0]._directory, random.Random(0)
     assert directory is not None
     for page in range(200):  # pages go here and there, so that most files get room
         save_prefix(idle, range(page, page + 1))
         directory.index.touch({key_of(page): chance.randrange(100)}, now=1_000_000_000)
-    deadline = time.monotonic() + 10
-    while directory._segments.held():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    monkeypatch.setattr(directory_module, "IDLE_S", 0.0)
+    assert until(lambda: not directory._segments.held())
     store = open_store(tmp_path, quota_bytes=QUOTA)
     for first in range(1000, 1200, 10):
         save_prefix(store, range(first, first + 10))
@@ -371,16 +368,14 @@ def test_on_a_full_disk_the_least_valuable_pages_make_room(
 ) -> None:
     disk = Disk(QUOTA, tmp_path)
     disk.put_in(monkeypatch)
-    store = open_store(tmp_path, quota_bytes=quota, retry_s=0.2)
+    store = open_store(tmp_path, quota_bytes=quota, retry_s=600.0)
     save_prefix(store, range(30))
     disk.others = disk.free
     save_prefix(store, range(100, 130))
     assert "cannot be used: the disk is full" in caplog.text
     assert served(store, range(100, 130)) == list(range(100, 130)), "they stay in memory"
-    deadline = time.monotonic() + 10
-    while states(store) != ["ok"]:
-        assert time.monotonic() < deadline, "it waits for somebody to make room"
-        time.sleep(0.02)
+    store._volumes[0]._retry_at = 0.0
+    assert until(lambda: states(store) == ["ok"]), "it waits for somebody to make room"
     for start in range(200, 260, 5):
         save_prefix(store, range(start, start + 5))
     assert states(store) == ["ok"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,10 +12,12 @@ import lmdb
 import pytest
 
 from sglang_hcache.cli.common import alone
-from sglang_hcache.storage import directory, evictor, index_file
+from sglang_hcache.storage import directory, evictor, index_file, quota
+from sglang_hcache.storage.files import lock_within
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import evicting
 from sglang_hcache.storage.segments import Segments
+from tests.prefetch.clients import until
 from tests.storage.pages import (
     FINGERPRINT,
     LAYOUT,
@@ -36,19 +38,19 @@ def test_pages_that_leave_memory_while_their_prefetch_waits_are_read(tmp_path: P
     store = open_store(tmp_path, slots=16, lease_limit=0.5)
     for first in range(0, 40, 8):
         save(store, range(first, first + 8))
-        assert store.flush(10)
+        assert store.flush(30)
     store.drop_host()
     assert len(lease(store, "warm", keys_of(range(4)))) == 4
     store.release("warm")
     store.prefetch("busy", keys_of(range(8, 16)))
-    assert store.wait("busy", 10).done
+    assert store.wait("busy", 60).done
     store.prefetch("waiter", keys_of(range(8)))
     assert counters(store)["prefetches_waiting"] == 1
     save(store, range(100, 108))
-    assert store.flush(10)
+    assert store.flush(30)
     store.check()
     store.release("busy")
-    assert len(store.wait("waiter", 10).slots) == 8
+    assert len(store.wait("waiter", 60).slots) == 8
     store.release("waiter")
     store.close()
 
@@ -73,7 +75,7 @@ def test_an_entry_with_a_bad_name_stops_no_eviction(tmp_path: Path) -> None:
     """Changed while it is open, as by a drive that returns zeros."""
     store = open_store(tmp_path, quota_bytes=60 * RECORD, segment_bytes=8 * RECORD)
     save(store, range(8))
-    assert store.flush(10)
+    assert store.flush(30)
     opened = store._volumes[0]._directory
     assert opened is not None
     with opened.index._env.begin(write=True) as transaction:
@@ -83,7 +85,7 @@ def test_an_entry_with_a_bad_name_stops_no_eviction(tmp_path: Path) -> None:
         transaction.put(name, bytes(value))
     for first in range(8, 200, 8):
         save(store, range(first, first + 8))
-        assert store.flush(10)
+        assert store.flush(30)
     assert states(store) == ["ok"]
     assert counters(store)["pages_write_failed"] == 0
     assert counters(store)["pages_evicted"] > 100
@@ -104,7 +106,7 @@ def test_pages_that_another_process_adds_during_an_opening_are_not_lost(
         calls.append(len(found))
         if len(calls) == 1:
             save(store, range(5, 8))
-            assert store.flush(10)
+            assert store.flush(30)
         return found
 
     monkeypatch.setattr(Segments, "lengths", lengths_then_more)
@@ -148,8 +150,11 @@ def test_an_index_is_checked_also_by_who_waited_for_a_command(
     monkeypatch.setattr(directory, "prepare", prepared)
     with ThreadPoolExecutor(2) as pool:
         with alone(tmp_path):
+            waiting = Mock(side_effect=lock_within)
+            monkeypatch.setattr(quota, "lock_within", waiting)
             opened = [pool.submit(open_store, tmp_path, fingerprint=letter * 16) for letter in (b"f", b"g")]
-            assert not wait(opened, timeout=0.3).done
+            assert until(lambda: waiting.call_count == 2)
+            assert not any(one.done() for one in opened)
         stores = [one.result() for one in opened]
     assert prepared.call_count == 1
     assert served(stores[0], range(8)) == list(range(8))
@@ -166,7 +171,7 @@ def test_a_drive_that_fails_does_not_fail_the_others(
     first = 0
     while not counters(store)["pages_evicted"]:
         save(store, range(first, first + 8))
-        assert store.flush(10)
+        assert store.flush(30)
         first += 8
     healthy, failing = (volume._directory for volume in store._volumes)
     assert healthy is not None
@@ -183,7 +188,7 @@ def test_a_drive_that_fails_does_not_fail_the_others(
     monkeypatch.setattr(Index, method, fail)
     for more in range(first, first + 160, 8):
         save(store, range(more, more + 8))
-        store.flush(10)
+        store.flush(30)
     assert failed
     assert states(store)[0] == "ok"
     assert counters(store)["pages_write_failed"] == 0

@@ -3,42 +3,52 @@
 import errno
 import os
 import threading
-import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from sglang_hcache.storage import region as region_module
 from sglang_hcache.storage.region import Region, wait_until_taken
+from tests.prefetch.clients import until
 
 SIZE = (70 << 20) + 8192  # two steps and a bit; neither in whole huge pages
-TAKEN_S = 30
 
 
 def _is_taken(region: Region, size: int) -> bool:
     """Whether it comes to take just so much of the system's memory."""
-    deadline = time.monotonic() + TAKEN_S
-    while region.taken != size and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return region.taken == size
+    return until(lambda: region.taken == size)
+
+
+def _has_settled(region: Region) -> None:
+    assert region._settling is not None
+    region._settling.join()
 
 
 def test_all_memory_is_taken_ahead_of_use_and_no_more() -> None:
     region = Region.create("hcache-test", SIZE)
     assert _is_taken(region, SIZE)
-    time.sleep(0.1)
+    _has_settled(region)
     assert os.stat(region.path).st_blocks * 512 == SIZE
     assert not np.frombuffer(region.memory, np.uint8).any()
     region.close()
 
 
-def test_another_process_can_wait_until_all_is_taken() -> None:
+def test_another_process_can_wait_until_all_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     region = Region.create("hcache-test", SIZE)
-    wait_until_taken(region.path, SIZE)
+    wait_until_taken(region.path, SIZE, patience_s=60)
     assert region.taken == SIZE
-    began = time.monotonic()
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(region_module, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     wait_until_taken(region.path, SIZE + 1, patience_s=0.2)  # as where the system has no more
     wait_until_taken("/proc/self/fd/nowhere", SIZE)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= now < 0.3
     region.close()
 
 
@@ -52,8 +62,7 @@ def test_memory_that_the_system_does_not_give_is_said(
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     region = Region.create("hcache-test", SIZE)
-    assert region._settling is not None
-    region._settling.join()
+    _has_settled(region)
     region.close()
     assert [record.message for record in caplog.records] == [
         f"hcache: the system gives 0 bytes of host memory, not {SIZE} (No space left on device): "
@@ -107,9 +116,10 @@ def test_memory_outlives_the_region() -> None:
 def test_what_is_given_back_while_memory_is_taken_stays_given_back(end: str) -> None:
     region = Region.create("hcache-test", 1 << 30)
     watched = os.open(region.path, os.O_RDONLY)
+    assert until(lambda: os.fstat(watched).st_blocks)
     getattr(region, end)()
     taken = os.fstat(watched).st_blocks
-    time.sleep(0.2)
+    _has_settled(region)
     assert os.fstat(watched).st_blocks == taken
     assert taken == 0 or end == "close"
     if end == "free":
@@ -122,12 +132,11 @@ def test_a_region_of_another_size_keeps_what_it_holds() -> None:
     region = Region.create("hcache-test", 2 * step)
     first = np.frombuffer(region.memory, np.uint8)
     first[:] = 1
-    used = threading.Event()
-    used.set()
+    used = Mock(return_value=True)
 
     def resize(size: int) -> np.ndarray:
         region.resize(size)
-        region.settle(used.is_set)
+        region.settle(used)
         return np.frombuffer(region.memory, np.uint8)
 
     larger = resize(4 * step)
@@ -137,11 +146,12 @@ def test_a_region_of_another_size_keeps_what_it_holds() -> None:
     assert larger[: 2 * step].min() == 1
     assert not larger[2 * step : -1].any()
 
+    used.reset_mock()
     resize(step)
     assert np.frombuffer(Region.attach(region.path, step).memory, np.uint8)[0] == 2
-    time.sleep(0.5)
+    assert until(lambda: used.call_count >= 3)
     assert larger[-1] == 2, "what lies behind stays as long as it is used"
-    used.clear()
+    used.return_value = False
     assert _is_taken(region, step)
     assert not larger[step:].any()
     assert larger[0] == 2

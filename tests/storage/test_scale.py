@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,42 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return index
 
 
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """What earlier tests have left is not collected meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def traced_memory() -> Iterator[None]:
+    with no_garbage():
+        tracemalloc.start()
+        try:
+            yield
+        finally:
+            tracemalloc.stop()
+
+
+@contextmanager
+def traced(note: Any) -> Iterator[None]:
+    with no_garbage():
+        sys.settrace(note)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+
 def peak_bytes_a_page(work: Any) -> float:
     work()  # what is imported meanwhile does not count
-    tracemalloc.start()
-    try:
+    with traced_memory():
         work()
         return tracemalloc.get_traced_memory()[1] / PAGES
-    finally:
-        tracemalloc.stop()
 
 
 def test_choosing_what_to_evict_takes_little_memory_a_page(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +120,7 @@ def test_full_directories_choose_what_to_evict_one_after_the_other(
     monkeypatch.setattr(Evictor, "_choose", choose_slowly)
     store = open_store(*(tmp_path / name for name in "abcd"), slots=256, quota_bytes=20 * LAYOUT.record_bytes)
     save(store, range(160))
-    assert store.flush(30)
+    assert store.flush(300)
     assert counters(store)["pages_evicted"]
     assert most == 1
     assert states(store) == ["ok"] * 4
@@ -134,11 +164,8 @@ def most_lines(work: Callable[[], None], functions: set[str]) -> int:
         most = max(most, lines)
         return note
 
-    sys.settrace(note)
-    try:
+    with traced(note):
         work()
-    finally:
-        sys.settrace(None)
     return most
 
 
@@ -189,13 +216,10 @@ def test_pages_in_memory_take_little_more_there() -> None:
             arena.cache(key_of(page), slot, Backing.CLEAN, key_of(page - 1) if page % PREFIX else ROOT)
         return arena
 
-    tracemalloc.start()
-    try:
+    with traced_memory():
         arena = fill()
         assert tracemalloc.get_traced_memory()[0] / pages < 320
         assert arena.cached == pages
-    finally:
-        tracemalloc.stop()
 
 
 def test_what_has_been_announced_is_not_looked_at_again() -> None:
@@ -221,12 +245,9 @@ def test_who_gives_up_looks_at_no_other_who_waits_for_the_same_page() -> None:
             count += event == "line"
             return note
 
-        sys.settrace(note)
-        try:
+        with traced(note):
             for owner in range(10):
                 fetches.cut(str(owner))
-        finally:
-            sys.settrace(None)
         return count
 
     assert calls(110) < 2 * calls(20)
@@ -242,7 +263,7 @@ def test_a_long_queue_is_not_looked_at_with_every_batch(tmp_path: Path, monkeypa
         return parent(arena, slot)
 
     def wait(*arguments: Any) -> bool:
-        queued.wait(30)
+        queued.wait(300)
         return write(*arguments)
 
     monkeypatch.setattr(Arena, "parent", count)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.store import LocalStore
+from tests.prefetch.clients import until
 from tests.storage.pages import counters, keys_of, lease, open_store, save, served
 
 
@@ -49,10 +50,14 @@ def test_write_back_writes_when_memory_gets_short_and_loses_nothing(tmp_path: Pa
     store = open_store(tmp_path, slots=16, write_policy=WritePolicy.WRITE_BACK)
     save(store, range(8))
     assert on_file(store) == 0
+
+    def has_room() -> bool:
+        if (slot := store.reserve()) is not None:
+            store.abandon(slot)
+        return slot is not None
+
     for page in range(8, 40):
-        while (slot := store.reserve()) is None:  # until the writer has made room
-            pass
-        store.abandon(slot)
+        assert until(has_room), "the writer makes none"
         save(store, [page])
     assert on_file(store) >= 40 - 16
     assert store.flush(30), "a page on file needs a slot to be read into"
@@ -79,8 +84,7 @@ def test_pages_that_no_disk_could_take_are_written_when_one_works_again(tmp_path
     assert store.flush(30)
     assert counters(store)["pages_write_failed"] == 5
     directory.unlink()
-    while on_file(store) < 5:
-        pass
+    assert until(lambda: on_file(store) == 5)
     assert store.flush(30)
     store.drop_host()
     assert served(store, range(5)) == list(range(5))
@@ -96,7 +100,7 @@ def test_write_back_writes_when_a_prefetch_waits_for_slots(tmp_path: Path) -> No
     save(store, range(100, 140))
     assert on_file(store) == 30
     store.prefetch("reader", keys_of(range(30)))
-    slots, done, _ = store.wait("reader", 10)
+    slots, done, _ = store.wait("reader", 60)
     assert done, "it waits for ever"
     assert len(slots) == 30
     assert on_file(store) > 30
@@ -115,7 +119,7 @@ def test_write_back_writes_what_comes_while_a_prefetch_waits_for_slots(tmp_path:
     assert not store.wait("half", 0.2).done
     save(store, range(100, 140))
     store.release("another")
-    assert len(store.wait("half", 10).slots) == 32
+    assert len(store.wait("half", 60).slots) == 32
     store.close()
 
 
@@ -127,7 +131,7 @@ def test_a_prefetch_of_more_than_memory_holds_does_not_wait_for_every_page_to_be
     store.drop_host()
     save(store, range(90, 94))
     store.prefetch("reader", keys_of(range(30)))
-    slots, done, _ = store.wait("reader", 10)
+    slots, done, _ = store.wait("reader", 60)
     assert done
     assert len(slots) >= 12
     store.close()
