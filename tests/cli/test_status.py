@@ -14,10 +14,16 @@ from sglang_hcache.cli.main import main
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.storage.stripe_manifest import write_siblings
 from tests.cli.stores import run
-from tests.prefetch.clients import SLOTS, fetched, figures, prefetchers, save
-from tests.prefetch.conftest import Join
+from tests.prefetch.clients import PATIENCE_S, SLOTS, fetched, figures, prefetchers, save
+from tests.prefetch.conftest import Join, be_patient
 from tests.prefetch.raw import Raw
 from tests.storage.pages import FINGERPRINT, LAYOUT, OTHER_FINGERPRINT
+
+
+@pytest.fixture(autouse=True)
+def answers_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch)
+    monkeypatch.setattr(status, "ANSWER_S", PATIENCE_S)
 
 
 def test_where_none_runs_none_is_started(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +38,7 @@ def test_it_says_what_runs_and_takes_nothing(directory: Path, join: Join, capsys
     client = join(about={"model": "a/b"})
     join(fingerprint=OTHER_FINGERPRINT)
     save(client, range(5))
-    assert client.flush(20)
+    assert client.flush(PATIENCE_S)
     before = figures(client)
     code, report = run(capsys, "status", "--dir", directory)
     assert code == 0

@@ -9,18 +9,24 @@ import faulthandler
 import random
 import select
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from sglang_hcache.prefetch import client as client_module
-from sglang_hcache.prefetch import connection, process
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch import process
 from sglang_hcache.prefetch.endpoint import endpoint_for
 from sglang_hcache.prefetch.server import ServerConfig
-from sglang_hcache.storage import store, writer
-from sglang_hcache.storage.segment import SegmentWriter
-from tests.prefetch.clients import Gone, fetched, figures, save, supervisor_of
+from sglang_hcache.storage.fetch import Fetches, Read
+from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.rate_limit import RateLimit
+from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
+from sglang_hcache.storage.stripe import Files
+from tests.prefetch.clients import PATIENCE_S, Gone, fetched, figures, save, supervisor_of
 from tests.prefetch.raw import Raw
 from tests.storage.pages import keys_of
 
@@ -29,7 +35,7 @@ def hold(directory: Path, pages: str) -> None:
     """Open a session, lease pages 0.., keep grants, report the prefetcher's process, and stay."""
     client = supervisor_of(directory).open()
     client.prefetch("held", keys_of(range(int(pages))))
-    slots = client.wait("held", 10).slots
+    slots = client.wait("held", PATIENCE_S).slots
     print(client.prefetcher_pid, len(slots), flush=True)
     sys.stdin.readline()
     client.close()
@@ -44,42 +50,43 @@ def join(directory: Path, at: str) -> None:
     client.close()
 
 
-def watch(directory: Path, hung_s: str) -> None:
-    """Keep a session, as a scheduler does, with a prefetcher that is given up after `hung_s`; report how often."""
-    connection.HUNG_S = float(hung_s)
-    supervisor = supervisor_of(directory)
-    client = supervisor.open()
-    print("ready", flush=True)
-    while not told_to_stop():
-        if not client.alive:
-            supervisor.replace(client)
-            while (taken := supervisor.taken()) is None:
-                time.sleep(0.002)
-            client = taken
-        time.sleep(0.01)
-    print(client.prefetcher_pid, supervisor.restarts, flush=True)
-    client.close()
-    supervisor.close()
+def read_when_told(directory: Path, _: str) -> None:
+    """Be a prefetcher whose drive hangs until a line comes."""
+    told = line_comes()
 
+    def read(reader: SegmentReader, slot: int, out: Record, read: Any = SegmentReader.read) -> None:
+        told.wait()
+        read(reader, slot, out)
 
-def write_slowly(directory: Path, batch_s: str) -> None:
-    """Be a prefetcher whose disk takes `batch_s` for four pages, and that waits for it briefly when it is stopped."""
-
-    def slow(writer: SegmentWriter, sync: Callable[[SegmentWriter], None] = SegmentWriter.sync) -> None:
-        time.sleep(float(batch_s))
-        sync(writer)
-
-    SegmentWriter.sync = slow  # type: ignore[method-assign, assignment]
-    writer.BATCH_PAGES, store.CLOSE_WAIT_S = 4, 0.5
+    SegmentReader.read = read  # type: ignore[method-assign, assignment]
     process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 
-def read_slowly(directory: Path, bytes_per_s: str) -> None:
-    """Be a prefetcher that reads so much and no more."""
-    config = ServerConfig(
-        endpoint_for([str(directory)]).address, (str(directory),), read_bytes_per_s=float(bytes_per_s)
-    )
-    process.serve(config)
+def write_when_told(directory: Path, _: str) -> None:
+    """Be a prefetcher whose disk takes nothing until a line comes."""
+    told = line_comes()
+
+    def sync(writer: SegmentWriter, sync: Any = SegmentWriter.sync) -> None:
+        told.wait()
+        sync(writer)
+
+    SegmentWriter.sync = sync  # type: ignore[method-assign, assignment]
+    process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
+
+
+def read_in_turn(_: Path, config: str) -> None:
+    """Be a prefetcher that says which page it reads next, and whose first read lasts until a line comes."""
+    told = line_comes()
+
+    def take_read(fetches: Fetches, volume: Files, take: Any = Fetches.take_read) -> Read | None:
+        read: Read | None = take(fetches, volume)
+        if read is not None:
+            print(read.key.hex(), flush=True)
+        return read
+
+    Fetches.take_read = take_read  # type: ignore[method-assign, assignment]
+    RateLimit.take = lambda *_: told.wait() and None  # type: ignore[method-assign, assignment]
+    process.serve(msgspec.json.decode(config, type=ServerConfig))
 
 
 def look_often(directory: Path, touch_s: str) -> None:
@@ -100,7 +107,8 @@ def leave(directory: Path, _: str) -> None:
     raw.open(grant=1)
     print("ready", flush=True)
     sys.stdin.readline()
-    raw.__exit__()
+    raw.say(m.Bye())
+    raw.close()
 
 
 def never_read(directory: Path, _: str) -> None:
@@ -118,7 +126,7 @@ def load(directory: Path, seed: str) -> None:
 
     Each page that was flushed must be there in all sessions to come, and right. Reports what it did.
     """
-    client_module.ASK_S = 20.0  # on a busy machine, too: `contains` calls missing whatever is not answered in time
+    client_module.ASK_S = PATIENCE_S  # `contains` calls missing whatever is not answered in time
     chance = random.Random(seed)
     first = 100_000 * int(seed)
     supervisor = supervisor_of(directory)
@@ -138,7 +146,7 @@ def load(directory: Path, seed: str) -> None:
             batch = chance.randrange(1, 6)
             save(client, range(first + written, first + written + batch))
             written += batch
-            if chance.random() < 0.5 and client.flush(20):
+            if chance.random() < 0.5 and client.flush(PATIENCE_S):
                 durable = written
         except Gone:
             continue
@@ -151,8 +159,8 @@ def load(directory: Path, seed: str) -> None:
                 client.prefetch(owner, keys_of(wanted), priority=chance.randrange(3))
                 (client.cut if chance.random() < 0.5 else client.release)(owner)
             else:
-                deadline = time.monotonic() + 10
-                while (found := fetched(client, wanted, owner, 20)) < len(wanted) and client.alive:
+                deadline = time.monotonic() + PATIENCE_S
+                while (found := fetched(client, wanted, owner)) < len(wanted) and client.alive:
                     short += 1  # memory is full of what others lease, or of pages still to be written
                     assert time.monotonic() < deadline, f"{found} of {len(wanted)} pages"
                 fetches += 1
@@ -163,10 +171,21 @@ def load(directory: Path, seed: str) -> None:
         if client.alive and stop_at == float("inf") and told_to_stop():
             stop_at = 0.0
     save(client, range(first + written, first + written + 1))
-    assert client.flush(20)
+    assert client.flush(PATIENCE_S)
     print("done", first, durable, fetches, short, figures(client)["pages_damaged"], flush=True)
     client.close()
     supervisor.close()
+
+
+def line_comes() -> threading.Event:
+    came = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.readline()
+        came.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    return came
 
 
 def told_to_stop() -> bool:

@@ -15,12 +15,14 @@ import psutil
 
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.storage.layout import ROOT
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
 REPOSITORY = Path(__file__).parents[2]
 SLOTS = 64
+PATIENCE_S = 60.0  # with what comes in the background
 children: list[subprocess.Popen[str]] = []  # the fixture `directory` ends those that are left
 
 
@@ -45,7 +47,7 @@ def parent_of(page: int) -> bytes:
     return key_of(page - 1) if page else ROOT
 
 
-def until(holds_: Callable[[], Any], timeout_s: float = 10.0) -> bool:
+def until(holds_: Callable[[], Any], timeout_s: float = PATIENCE_S) -> bool:
     """Whether it comes true in time."""
     deadline = time.monotonic() + timeout_s
     while not holds_():
@@ -55,7 +57,7 @@ def until(holds_: Callable[[], Any], timeout_s: float = 10.0) -> bool:
     return True
 
 
-def reserved(client: PrefetchClient, timeout_s: float = 10.0) -> int:
+def reserved(client: PrefetchClient | RemoteClient, timeout_s: float = PATIENCE_S) -> int:
     slots: list[int] = []
 
     def got() -> bool:
@@ -81,7 +83,9 @@ def save(client: PrefetchClient, pages: Iterable[int]) -> None:
         client.commit(key_of(page), slot, parent_of(page))
 
 
-def fetched(client: PrefetchClient, pages: Sequence[int], owner: str = "fetched", timeout_s: float = 10.0) -> int:
+def fetched(
+    client: PrefetchClient, pages: Sequence[int], owner: str = "fetched", timeout_s: float = PATIENCE_S
+) -> int:
     """How many of the pages can be had in a run; asserts that they are right."""
     client.prefetch(owner, keys_of(pages))
     slots, done, _ = client.wait(owner, timeout_s)
@@ -96,7 +100,16 @@ def figures(client: PrefetchClient) -> dict[str, int]:
     return {name: value for name, value in client.stats().items() if isinstance(value, int)}
 
 
-def assert_nothing_held(client: PrefetchClient, timeout_s: float = 2.0) -> None:
+def settle(*clients: PrefetchClient) -> None:
+    """The prefetcher has handled what they have sent and granted what it could, and they have what it has sent.
+
+    It grants before it answers a flush; twice, as those who hear of a smaller share give slots back.
+    """
+    for client in clients * 2:
+        assert client.flush(PATIENCE_S)
+
+
+def assert_nothing_held(client: PrefetchClient, timeout_s: float = PATIENCE_S) -> None:
     """Nothing is leased or on its way, and no slots are open but those this client may fill."""
     last: dict[str, int] = {}
 
@@ -120,6 +133,13 @@ def line_of(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline()
     assert line, "the process has ended"
     return line.strip()
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    """What it waits for: a line."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def prefetchers(directory: Path) -> list[psutil.Process]:

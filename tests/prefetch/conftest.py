@@ -9,11 +9,25 @@ from typing import Any
 
 import pytest
 
+from sglang_hcache.prefetch import client, connection, remote
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
-from tests.prefetch.clients import children, prefetchers, supervisor_of, until
+from tests.prefetch.clients import PATIENCE_S, children, prefetchers, supervisor_of, until
 
 Join = Callable[..., PrefetchClient]
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers, to a goodbye as well, are waited for, however long a prefetcher takes for them."""
+    for module in (client, remote):
+        monkeypatch.setattr(module, "ASK_S", PATIENCE_S)
+    monkeypatch.setattr(connection, "FAREWELL_S", PATIENCE_S)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests about these limits set them themselves."""
+    be_patient(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +47,7 @@ def directory(tmp_path: Path, runtime: Path) -> Iterator[Path]:
         process.kill()
         process.wait()
     children.clear()
-    gone = until(lambda: not prefetchers(path), 15.0)
+    gone = until(lambda: not prefetchers(path))
     for left in prefetchers(path):
         left.kill()
     time.sleep(0 if gone else 0.1)
@@ -47,12 +61,12 @@ def join(directory: Path) -> Iterator[Join]:
 
     def open_one(**changes: Any) -> PrefetchClient:
         supervisor = supervisor_of(directory, **changes)
-        client = supervisor.open(20)
-        opened.append((supervisor, client))
-        return client
+        session = supervisor.open(PATIENCE_S)
+        opened.append((supervisor, session))
+        return session
 
     yield open_one
-    for supervisor, client in opened:
-        client.close()
+    for supervisor, session in opened:
+        session.close()
         supervisor.close()
         os.close(supervisor.news)

@@ -1,6 +1,7 @@
 """A hostile client: frames of every wrong kind, as fast as they are taken, among right ones.
 
-Usage: `python -m tests.prefetch.fuzzer DIRECTORY SEED FRAMES` in the repository; prints one JSON object.
+Usage: `python -m tests.prefetch.fuzzer DIRECTORY SEED FRAMES` in the repository; goes on until a line comes, too, and
+prints one JSON object.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from tests.prefetch.clients import hello
+from tests.prefetch.child import told_to_stop
+from tests.prefetch.clients import PATIENCE_S, hello
 from tests.prefetch.raw import Raw
 from tests.storage.pages import key_of
 
 SOCKETS = 4
+TURN = 25  # frames
+AHEAD = 8  # turns whose answers may still be on their way: fewer than ZeroMQ drops without a word
+MARK = b"HC\x03\x00"  # ends a turn; a former version's, as no other frame here
 RENEW_EVERY = 3000  # frames of a socket, after which it starts a new session
 MOST_HOST_BYTES = 64 << 20  # a flipped hello may ask for as much as is free
 KEYS = [key_of(page) for page in range(200)]
@@ -37,6 +42,7 @@ class Fuzzer(Raw):
         self.granted: list[int] = []
         self.former: list[bytes] = [m.encode(m.Health(session=1, seq=1))]
         self.lost = True
+        self.turns = self.turns_answered = 0
         kinds: dict[Callable[[], list[bytes]], float] = {
             self.noise: 10,
             self.prefixed_noise: 10,
@@ -68,15 +74,35 @@ class Fuzzer(Raw):
         self.session = self.seq = 0
         self.lost = False
         self.send(m.encode(hello(name="fuzz", grant=4)))
-        while not self.session and self.socket.poll(5000):
-            self.drain()
-        assert self.session, "a hello is not answered"
+        while not self.session:
+            self.listen()
+
+    def end_turn(self, ahead: int = AHEAD) -> None:
+        self.put([MARK])
+        self.turns += 1
+        self.drain()
+        while self.turns_answered < self.turns - ahead:
+            self.listen()
+
+    def put(self, frames: list[bytes]) -> None:
+        while True:
+            try:
+                self.socket.send_multipart(frames, zmq.NOBLOCK)
+                return
+            except zmq.Again:
+                self.drain()
+                self.socket.poll(10, zmq.POLLOUT | zmq.POLLIN)
+
+    def listen(self) -> None:
+        assert self.socket.poll(int(1000 * PATIENCE_S)), "a message is not answered"
+        self.drain()
 
     def drain(self) -> None:
         while self.socket.poll(0):
             message = m.decode_from_server(self.socket.recv())
             if isinstance(message, m.Refused):
                 self.refused[message.reason] += 1
+                self.turns_answered += message.text.startswith(f"version {MARK[2]},")
                 self.lost |= message.fatal and message.session == self.session
             elif isinstance(message, m.Welcome):
                 self.session, self.seq, self.granted = message.session, 0, []
@@ -230,26 +256,17 @@ def main(directory: Path, seed: int, frames: int) -> None:
     sent = 0
     for fuzzer in fuzzers:
         fuzzer.begin()
-    while sent < frames:
+    while sent < frames or not told_to_stop():
         for fuzzer in fuzzers:
-            for message in fuzzer.next_frames(25):
-                while True:
-                    try:
-                        fuzzer.socket.send_multipart(message, zmq.NOBLOCK)
-                        break
-                    except zmq.Again:
-                        fuzzer.drain()
-                        fuzzer.socket.poll(10, zmq.POLLOUT | zmq.POLLIN)
+            for message in fuzzer.next_frames(TURN):
+                fuzzer.put(message)
                 sent += 1
-            fuzzer.drain()
-            if fuzzer.lost or chance.random() < 25 / RENEW_EVERY:
+            fuzzer.end_turn()
+            if fuzzer.lost or chance.random() < TURN / RENEW_EVERY:
                 fuzzer.begin()
-    quiet = 0
-    while quiet < 5:  # half a second without an answer: all have been given
-        busy = any(fuzzer.socket.poll(100 // SOCKETS) for fuzzer in fuzzers)
-        for fuzzer in fuzzers:
-            fuzzer.drain()
-        quiet = 0 if busy else quiet + 1
+    for fuzzer in fuzzers:
+        fuzzer.begin()  # now no hello waits for memory, to be answered after what came later
+        fuzzer.end_turn(ahead=0)
     refused = sum((fuzzer.refused for fuzzer in fuzzers), Counter[str]())
     print(json.dumps({"sent": sent, "refused": refused}), flush=True)
     os._exit(0)  # without goodbyes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Self, TypeVar
 
 import msgspec
@@ -12,7 +14,9 @@ import zmq
 
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.endpoint import endpoint_for
-from tests.prefetch.clients import hello
+from tests.prefetch.clients import PATIENCE_S, hello
+
+QUESTIONS = 100
 
 T = TypeVar("T", bound=m.Message)
 
@@ -24,12 +28,18 @@ class Raw:
         self.socket.set(zmq.LINGER, 200)
         self.socket.connect(endpoint_for([str(directory)]).address)
         self.session = self.seq = 0
+        self._unheard: list[m.FromServer] = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.say(m.Bye())
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        bye = self.say(m.Bye())
+        while self.session and not failed and self.hear(m.Alive).answers != bye:
+            pass  # a socket that is closed with something left to read loses what it sent
+        self.close()
+
+    def close(self) -> None:
         self.socket.close()
         self._context.term()
 
@@ -48,11 +58,26 @@ class Raw:
         self.send(m.encode(msgspec.structs.replace(message, session=self.session, seq=self.seq)))
         return self.seq
 
-    def hear(self, kind: type[T], timeout_s: float = 5.0) -> T:
-        """The next message of a kind; others are dropped."""
+    def hear(self, kind: type[T], timeout_s: float = PATIENCE_S) -> T:
+        """The next message of a kind; others can be heard later."""
+        for message in self._unheard:
+            if isinstance(message, kind):
+                self._unheard.remove(message)
+                return message
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0 and self.socket.poll(int(1000 * left)):
             message = m.decode_from_server(self.socket.recv())
             if isinstance(message, kind):
                 return message
+            self._unheard.append(message)
         raise TimeoutError(f"no {kind.__name__} in {timeout_s} s (process {os.getpid()})")
+
+
+def refused_while_one_waits(raw: Raw) -> float:
+    """How many messages of others are refused while a question of an open session waits: the median."""
+    counts = []
+    for _ in range(QUESTIONS):
+        raw.say(m.Stats())
+        figures = raw.hear(m.Figures).figures
+        counts.append(int(str(figures["messages_refused"])))
+    return median(after - before for before, after in pairwise(counts))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from tests.prefetch.clients import child, fetched, prefetchers, save, supervisor_of, until
+from tests.prefetch.clients import PATIENCE_S, child, fetched, prefetchers, save, supervisor_of, until
 
 WITHOUT = Path(f"/tmp/sglang-hcache-{os.getuid()}")
 
@@ -44,12 +44,12 @@ def test_the_runtime_directory_may_go_and_a_prefetcher_starts_all_the_same(
     running = supervisor_of(directory)
     client = running.open()
     save(client, range(5))
-    assert client.flush(30)
+    assert client.flush(PATIENCE_S)
     shutil.rmtree(session)
-    other = supervisor_of(directory).open(10)
+    other = supervisor_of(directory).open()
     assert other.prefetcher_pid != client.prefetcher_pid
     client.close()
-    again = running.open(10)
+    again = running.open()
     assert again.prefetcher_pid == other.prefetcher_pid
     assert fetched(again, range(10)) == 5
     for one in (other, again):
@@ -69,13 +69,13 @@ def test_a_prefetcher_whose_socket_was_removed_leaves_its_place_to_the_next_one(
     first = supervisor_of(directory).open()
     assert first.prefetcher_pid == former.pid
     endpoint.socket.unlink()
-    second = supervisor_of(directory).open(10)
+    second = supervisor_of(directory).open()
     assert second.prefetcher_pid != first.prefetcher_pid
     save(first, range(5))
-    assert first.flush(30)
+    assert first.flush(PATIENCE_S)
     assert fetched(second, range(10)) == 5
     first.close()
-    assert former.wait(20) == 0
+    assert former.wait(PATIENCE_S) == 0
     assert endpoint.socket.exists()
     assert is_running(endpoint)
     second.close()

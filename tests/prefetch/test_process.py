@@ -1,8 +1,10 @@
+"""The process of a prefetcher. As a program: one that waits for its log, but not for its stderr, when it ends."""
+
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import faulthandler
+import logging
 import os
 import resource
 import signal
@@ -15,10 +17,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
+from sglang_hcache.prefetch import process
+from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
 from sglang_hcache.prefetch.process import settle
 from sglang_hcache.prefetch.server import ServerConfig
-from tests.prefetch.clients import fetched, figures, prefetchers, save, supervisor_of, until
+from tests.prefetch.clients import (
+    PATIENCE_S,
+    REPOSITORY,
+    child,
+    fetched,
+    figures,
+    line_of,
+    prefetchers,
+    save,
+    supervisor_of,
+    until,
+)
 from tests.prefetch.conftest import Join
 
 
@@ -28,7 +42,7 @@ def systemd(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.s
     path = str(runtime.with_name("notify"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ears:
         ears.bind(path)
-        ears.settimeout(20)
+        ears.settimeout(PATIENCE_S)
         monkeypatch.setenv("NOTIFY_SOCKET", path)
         yield ears
 
@@ -68,7 +82,7 @@ def test_no_module_in_a_servers_directory_is_taken_for_another(
 ) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(tmp_path)
-    supervisor_of(directory).open(10).close()
+    supervisor_of(directory).open().close()
 
 
 def full_pipe() -> tuple[int, int]:
@@ -85,20 +99,19 @@ def full_pipe() -> tuple[int, int]:
 def test_nobody_waits_for_its_stderr(directory: Path) -> None:
     ours, theirs = full_pipe()
     endpoint = endpoint_for([str(directory)])
-    config = json.dumps(dataclasses.asdict(ServerConfig(endpoint.address, (str(directory),))))
-    command = [sys.executable, "-m", "sglang_hcache.prefetch", config]
-    with subprocess.Popen(command, stderr=theirs) as process:
+    command = [sys.executable, "-m", "tests.prefetch.test_process", str(directory)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=theirs) as mute:
         try:
             assert until(lambda: is_running(endpoint))
-            client = supervisor_of(directory).open(10)
-            assert client.prefetcher_pid == process.pid
+            client = supervisor_of(directory).open()
+            assert client.prefetcher_pid == mute.pid
             save(client, range(5))
-            assert client.flush(10)
+            assert client.flush(PATIENCE_S)
             assert fetched(client, range(10)) == 5
             client.close()
-            assert process.wait(10) == 0, "it ends as ever"
+            assert mute.wait(PATIENCE_S) == 0, "it ends as ever"
         finally:
-            process.kill()
+            mute.kill()
     assert "the prefetcher has ended" in (directory / "prefetcher.log").read_text()
     os.close(theirs)
     os.close(ours)
@@ -108,45 +121,117 @@ def test_nobody_waits_for_its_stderr(directory: Path) -> None:
 def started_by_hand(directory: Path, systemd: socket.socket) -> Iterator[Callable[[bool], subprocess.Popen[bytes]]]:
     """Starts `hcache prefetcher`, under `nohup` or not; it is serving."""
     command = [sys.executable, "-m", "sglang_hcache.cli.main", "prefetcher", "--dir", str(directory)]
-    processes = []
+    started = []
 
     def start(nohup: bool) -> subprocess.Popen[bytes]:
         former = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-        processes.append(subprocess.Popen(command))
+        started.append(subprocess.Popen(command))
         signal.signal(signal.SIGHUP, former)
         assert systemd.recv(100) == b"READY=1"
-        return processes[-1]
+        return started[-1]
 
     yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+    for one in started:
+        one.kill()
+        one.wait()
 
 
 def test_a_terminal_that_is_closed_stops_it_with_everything_written(
     directory: Path, systemd: socket.socket, started_by_hand: Callable[[bool], subprocess.Popen[bytes]]
 ) -> None:
-    process = started_by_hand(False)
+    by_hand = started_by_hand(False)
     client = supervisor_of(directory, write_policy="write_back").open()
-    assert client.prefetcher_pid == process.pid
+    assert client.prefetcher_pid == by_hand.pid
     save(client, range(10))
     assert until(lambda: figures(client)["pages_host"] == 10)
     assert figures(client)["pages_file"] == 0
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(20) == 0
+    by_hand.send_signal(signal.SIGHUP)
+    assert by_hand.wait(PATIENCE_S) == 0
     assert systemd.recv(100) == b"STOPPING=1"
+    assert until(lambda: not client.alive)
     client.close()
     again = supervisor_of(directory).open()
     assert fetched(again, range(15)) == 10
     again.close()
 
 
-def test_under_nohup_it_stays(directory: Path, started_by_hand: Callable[[bool], subprocess.Popen[bytes]]) -> None:
-    process = started_by_hand(True)
+def test_under_nohup_it_stays(
+    directory: Path, systemd: socket.socket, started_by_hand: Callable[[bool], subprocess.Popen[bytes]]
+) -> None:
+    by_hand = started_by_hand(True)
+    by_hand.send_signal(signal.SIGHUP)
+    for _ in range(2):  # a loop that was to stop would have ended before the second
+        client = supervisor_of(directory).open()
+        assert client.prefetcher_pid == by_hand.pid
+        save(client, range(5))
+        assert fetched(client, range(10)) == 5
+        client.close()
+    systemd.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        systemd.recv(100)
+    systemd.settimeout(PATIENCE_S)
+    by_hand.terminate()
+    assert systemd.recv(100) == b"STOPPING=1"
+    assert by_hand.wait(PATIENCE_S) == 0
+
+
+def test_its_log_outlives_whoever_started_it(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience = f"from sglang_hcache.prefetch import process; process.LOG_WAIT_S = {PATIENCE_S}"
+    (tmp_path / "sitecustomize.py").write_text(patience)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    starter = child("join", directory, 0)
+    pid = int(line_of(starter))
     client = supervisor_of(directory).open()
-    process.send_signal(signal.SIGHUP)
-    save(client, range(5))
-    assert fetched(client, range(10)) == 5
+    assert client.prefetcher_pid == pid
+    starter.communicate("\n", timeout=PATIENCE_S)
     client.close()
-    process.terminate()
-    assert process.wait(20) == 0
+    assert until(lambda: not prefetchers(directory))
+    log = directory / "prefetcher.log"
+    assert f"{pid}] hcache: serving {directory}" in log.read_text()
+    assert f"{pid}] hcache: the prefetcher has ended" in log.read_text()
+    assert oct(log.stat().st_mode & 0o777) == "0o600"
+    other = supervisor_of(directory).open()
+    other.close()
+    assert until(lambda: f"{other.prefetcher_pid}] hcache: serving" in log.read_text())
+    assert f"{pid}] hcache: serving" in log.read_text(), "it is appended to"
+
+
+def test_its_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 20_000)
+    monkeypatch.setattr(process, "LOG_WAIT_S", PATIENCE_S)
+    log, path = logging.getLogger("sglang_hcache.test"), tmp_path / "new" / "prefetcher.log"
+    with process.logging_to(path):
+        for line in range(1000):
+            log.warning("line %d, with what fills a line", line)
+    files = sorted(file.name for file in path.parent.iterdir())
+    assert files == ["prefetcher.log", "prefetcher.log.1"]
+    assert all(file.stat().st_size <= 20_000 for file in path.parent.iterdir())
+    assert "line 999," in path.read_text()
+    assert "line 0," not in path.with_suffix(".log.1").read_text()
+
+
+def test_without_a_place_for_its_log_it_serves_all_the_same(directory: Path) -> None:
+    (directory / "prefetcher.log").mkdir(parents=True)
+    client = supervisor_of(directory).open()
+    save(client, range(3))
+    assert fetched(client, range(5)) == 3
+    client.close()
+
+
+def wait_for_the_log_only(directory: str) -> None:
+    release = InstanceLock.release
+
+    def released(lock: InstanceLock) -> None:  # between the end of the one and that of the other
+        process.LOG_WAIT_S = 0.1
+        release(lock)
+
+    process.LOG_WAIT_S = PATIENCE_S
+    InstanceLock.release = released  # type: ignore[method-assign, assignment]
+    sys.exit(process.serve(ServerConfig(endpoint_for([directory]).address, (directory,))))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(900, exit=True)
+    wait_for_the_log_only(sys.argv[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -9,8 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,48 +29,60 @@ from sglang_hcache.prefetch.endpoint import endpoint_for
 from sglang_hcache.prefetch.keys import KeyFileError, client_keys, make_keys
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
-from sglang_hcache.prefetch.server import EXPIRE_S
 from sglang_hcache.prefetch.supervisor import RemoteSupervisor
-from sglang_hcache.storage.contract import as_priority
+from sglang_hcache.storage.contract import AGEING, as_priority
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, seal
-from tests.prefetch.clients import until
+from tests.prefetch.clients import PATIENCE_S, REPOSITORY, line_of, reserved, tell, until
 from tests.prefetch.raw import Raw
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
 SLOTS = 64
+PORTS = itertools.count(20_000)
 
 
 class Prefetcher:
-    """A prefetcher's process that listens on TCP; `keys`: made for the clients `a` and `b`."""
+    """A prefetcher's process that listens on TCP; `keys`: made for the clients `a` and `b`; `role`: as a child."""
 
-    def __init__(self, folder: Path, *, secure: bool = True, address: str = "", **limits: float) -> None:
+    def __init__(
+        self, folder: Path, *, secure: bool = True, address: str = "", role: str = "", **limits: float
+    ) -> None:
         self.directory, self.keys = folder / "pages", folder / "keys"
         self.directory.mkdir()
         make_keys(self.keys, ("a", "b"))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = address or f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        self.address = address or free_address()
         self.local = endpoint_for([str(self.directory)]).address
         config = {"address": self.local, "directories": [str(self.directory)], "ends_when_unused": False}
         config |= {"listen": self.address, "keys": str(self.keys) if secure else "", **limits}
-        command = [sys.executable, "-m", "sglang_hcache.prefetch", json.dumps(config)]
+        program = ["tests.prefetch.child", role, str(self.directory)] if role else ["sglang_hcache.prefetch"]
+        command = [sys.executable, "-m", *program, json.dumps(config)]
         self.log_path = folder / "log"
         with self.log_path.open("w") as log:
-            self.process = subprocess.Popen(command, stderr=log)
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         self.news = os.eventfd(0, os.EFD_NONBLOCK)
         self.secure = secure
 
     def remote(self, name: str = "a", layout: ChunkLayout = LAYOUT, slots: int = SLOTS) -> RemoteClient:
         keys = self.keys / name if self.secure else None
-        return RemoteClient(self.address, hello(0, layout, slots), news=self.news, timeout_s=10, keys=keys)
+        return RemoteClient(self.address, hello(0, layout, slots), news=self.news, timeout_s=PATIENCE_S, keys=keys)
 
     def log(self) -> str:
         return self.log_path.read_text()
 
     def close(self) -> None:
         self.process.terminate()
-        assert self.process.wait(15) == 0
+        self.process.communicate(timeout=PATIENCE_S)
+        assert self.process.returncode == 0
         os.close(self.news)
+
+
+Start = Callable[..., Prefetcher]
+
+
+def free_address() -> str:
+    """No other process uses its host, and no other test its port."""
+    return f"tcp://{ip_address('127.64.0.0') + os.getpid()}:{next(PORTS)}"
 
 
 def hello(pid: int = 0, layout: ChunkLayout = LAYOUT, slots: int = SLOTS) -> m.Hello:
@@ -82,40 +98,41 @@ def hello(pid: int = 0, layout: ChunkLayout = LAYOUT, slots: int = SLOTS) -> m.H
 
 
 @pytest.fixture
-def prefetcher(tmp_path: Path) -> Iterator[Prefetcher]:
-    running = Prefetcher(tmp_path)
-    yield running
-    running.close()
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts one."""
+    with ExitStack() as stack:
+
+        def start_one(**options: Any) -> Prefetcher:
+            running = Prefetcher(tmp_path, **options)
+            stack.callback(running.close)
+            return running
+
+        yield start_one
 
 
 @pytest.fixture
-def open_prefetcher(tmp_path: Path) -> Iterator[Prefetcher]:
+def prefetcher(start: Start) -> Prefetcher:
+    return start()
+
+
+@pytest.fixture
+def open_prefetcher(start: Start) -> Prefetcher:
     """Without keys, as loopback allows."""
-    running = Prefetcher(tmp_path, secure=False)
-    yield running
-    running.close()
+    return start(secure=False)
 
 
 def save(client: RemoteClient | PrefetchClient, pages: range) -> None:
     for page in pages:
-        slot = reserve(client)
+        slot = reserved(client)
         fill(client.memory[slot], page)
         client.commit(key_of(page), slot, key_of(page - 1) if page else ROOT)
-    assert client.flush(30)
-
-
-def reserve(client: RemoteClient | PrefetchClient) -> int:
-    deadline = time.monotonic() + 10
-    while (slot := client.reserve()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    return slot
+    assert client.flush(PATIENCE_S)
 
 
 def fetch(client: RemoteClient | PrefetchClient, pages: range) -> int:
     """How many of the pages come; asserts that they are right."""
     client.prefetch("o", keys_of(pages))
-    progress = client.wait("o", 10)
+    progress = client.wait("o", PATIENCE_S)
     assert progress.done
     for page, slot in zip(pages, progress.slots, strict=False):
         assert holds(client.memory[slot], page)
@@ -123,17 +140,21 @@ def fetch(client: RemoteClient | PrefetchClient, pages: range) -> int:
     return len(progress.slots)
 
 
+def overview(raw: Raw) -> m.Overviewed:
+    raw.send(m.encode(m.Overview()))
+    return raw.hear(m.Overviewed)
+
+
 def test_memory_of_pages_that_nobody_can_ask_for_again_is_given_back(prefetcher: Prefetcher) -> None:
     """What is on no file is one process's alone; a prefetcher that was started by hand keeps the rest."""
     for number in range(3):
         own = structs.replace(hello(os.getpid()), fingerprint=b"%016d" % number, on_file=False)
-        PrefetchClient(prefetcher.local, own, news=prefetcher.news, timeout_s=10).close()
-    PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=10).close()
+        PrefetchClient(prefetcher.local, own, news=prefetcher.news, timeout_s=PATIENCE_S).close()
+    PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=PATIENCE_S).close()
     with Raw(prefetcher.directory) as raw:
 
         def left() -> list[object]:
-            raw.send(m.encode(m.Overview()))
-            return [model["fingerprint"] for model in raw.hear(m.Overviewed).models]
+            return [model["fingerprint"] for model in overview(raw).models]
 
         assert until(lambda: left() == [FINGERPRINT.hex()]), left()
 
@@ -158,16 +179,17 @@ class RawClient:
         message.session, message.seq = self.session, self.seq
         self.socket.send_multipart([m.encode(message), *payload])
 
-    def receive(self, timeout_s: float = 10) -> tuple[m.FromServer, list[bytes]]:
-        assert self.socket.poll(int(1000 * timeout_s)), "no answer"
+    def receive(self) -> tuple[m.FromServer, list[bytes]]:
+        assert self.socket.poll(int(1000 * PATIENCE_S)), "no answer"
         head, *payload = self.socket.recv_multipart()
         return m.decode_from_server(head), payload
 
-    def pages(self, timeout_s: float) -> int:
-        """How many come within a time."""
-        count, deadline = 0, time.monotonic() + timeout_s
-        while self.socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-            count += len(self.receive()[1])
+    def pages(self) -> int:
+        """How many come of those that are in memory: before it answers a flush the prefetcher sends what it can."""
+        self.send(m.Flush())
+        count = 0
+        while not isinstance((received := self.receive())[0], m.Flushed):
+            count += len(received[1])
         return count
 
 
@@ -176,11 +198,13 @@ def test_started_by_hand_it_keeps_its_memory_for_the_next_client(prefetcher: Pre
     save(client, range(20))
     pid = client.prefetcher_pid
     client.close()
-    time.sleep(1)
+    with Raw(prefetcher.directory) as raw:
+        assert until(lambda: overview(raw).clients == 0)
+        assert len(overview(raw).models) == 1
     client = prefetcher.remote()
     assert client.prefetcher_pid == pid
     assert fetch(client, range(25)) == 20
-    figures = client._files.connection.ask(m.Stats(), m.Figures, 5).figures
+    figures = client._files.connection.ask(m.Stats(), m.Figures, PATIENCE_S).figures
     assert (figures["hits_file"], figures["hits_host"]) == (0, 20)
     client.close()
 
@@ -190,7 +214,7 @@ def test_pages_are_shared_by_remote_and_local_clients(prefetcher: Prefetcher) ->
     save(a, range(20))
     assert b.contains(keys_of([0, 19, 20])) == [True, True, False]
     assert fetch(b, range(25)) == 20
-    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=10)
+    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=PATIENCE_S)
     assert fetch(local, range(25)) == 20
     save(local, range(20, 30))
     b.drop_host()
@@ -210,18 +234,31 @@ def test_a_page_in_the_clients_memory_is_not_sent_again(prefetcher: Prefetcher) 
 
 
 def test_only_those_with_a_key_get_in(prefetcher: Prefetcher, tmp_path: Path) -> None:
-    prefetcher.remote("a").close()
+    client = prefetcher.remote("b")
     make_keys(tmp_path / "others", ("a",))
     strange = tmp_path / "strange"
     make_keys(strange, ("c",))
     (strange / "c" / "server.key").write_bytes((prefetcher.keys / "server.key").read_bytes())
-    for keys in (None, tmp_path / "others" / "a", strange / "c"):
+
+    def turned_away(keys: Path | None, counter: str) -> None:
+        def count() -> object:
+            return client.stats().get(counter, 0)
+
+        before = count()
         with pytest.raises(Unavailable):
-            RemoteClient(prefetcher.address, hello(), news=prefetcher.news, timeout_s=1, keys=keys)
-    client = prefetcher.remote("b")
-    stats = client.stats()
-    assert int(str(stats["refused_unauthorised"])) >= 1
-    assert int(str(stats["refused_no_handshake"])) >= 1
+            RemoteClient(
+                prefetcher.address,
+                hello(),
+                news=prefetcher.news,
+                timeout_s=PATIENCE_S,
+                keys=keys,
+                go_on=lambda: count() == before,
+            )
+        assert count() != before
+
+    turned_away(None, "refused_no_handshake")
+    turned_away(strange / "c", "refused_unauthorised")
+    turned_away(tmp_path / "others" / "a", "refused_no_handshake")
     assert until(lambda: "was refused" in prefetcher.log())
     client.close()
 
@@ -234,7 +271,7 @@ def test_a_probe_of_the_port_does_not_fill_the_log(prefetcher: Prefetcher) -> No
     assert until(lambda: client.stats().get("refused_no_handshake") == 5), client.stats()
     client.close()
     prefetcher.process.terminate()
-    assert prefetcher.process.wait(15) == 0
+    assert prefetcher.process.wait(PATIENCE_S) == 0
     assert prefetcher.log().count("a connection was dropped") == 1
 
 
@@ -263,7 +300,7 @@ def test_without_keys_only_loopback_is_served(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert "give keys" in done.stderr
@@ -276,12 +313,12 @@ def test_who_gives_no_credit_gets_no_pages_and_holds_up_nobody(open_prefetcher: 
     a.drop_host()
     raw = RawClient(open_prefetcher.address)
     raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
-    assert raw.pages(0.5) == 0
+    assert raw.pages() == 0
     raw.send(m.Credit(pages=3))
-    assert raw.pages(0.5) == 3
+    assert raw.pages() == 3
     assert fetch(a, range(20)) == 20
     raw.send(m.Credit(pages=1000))
-    assert raw.pages(0.5) == 17
+    assert raw.pages() == 17
     a.close()
 
 
@@ -291,10 +328,9 @@ def test_a_silent_client_expires(open_prefetcher: Prefetcher) -> None:
     raw = RawClient(open_prefetcher.address)
     raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
     raw.send(m.Credit(pages=2))
-    assert raw.pages(0.5) == 2
+    assert raw.pages() == 2
     assert a.stats()["prefetcher_clients"] == 2
-    time.sleep(EXPIRE_S + 1)
-    assert a.stats()["prefetcher_clients"] == 1
+    assert until(lambda: a.stats()["prefetcher_clients"] == 1)
     raw.send(m.Health())
     refused, _ = raw.receive()
     assert isinstance(refused, m.Refused)
@@ -322,11 +358,12 @@ def test_payload_that_does_not_fit_is_refused(open_prefetcher: Prefetcher) -> No
     assert found.present == [False]
 
 
-def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(tmp_path: Path) -> None:
-    prefetcher = Prefetcher(tmp_path, secure=False, read_bytes_per_s=20 * LAYOUT.record_bytes)
-    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=10)
+def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(start: Start) -> None:
+    prefetcher = start(secure=False, role="read_in_turn", read_bytes_per_s=1)
+    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=PATIENCE_S)
     save(local, range(30))
     local.drop_host()
+    assert local.stats()["pages_host"] == 0
     raw = RawClient(prefetcher.address)
     raw.send(m.Credit(pages=SLOTS))
 
@@ -335,25 +372,34 @@ def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(tmp_path
             raw.send(m.Prefetch(keys=[key_of(page)], priority=0, page_priority=0, deadline_s=0))
 
     ask(range(3))
-    time.sleep(0.05)
-    local.prefetch("local", [key_of(3)], priority=as_priority(arrived_at=time.time()), page_priority=1000)
-    while not local.progress("local").known:
-        time.sleep(0.001)
+    assert raw.pages() == 0
+    now, page_s = time.time(), 0.001
+    priorities = {"priority": as_priority(arrived_at=now), "page_priority": as_priority(page_s)}
+    local.prefetch("local", [key_of(3)], **priorities)
+    assert local.wait("local", PATIENCE_S, until_known=True).known
+    assert until(lambda: AGEING * (time.time() - now) > page_s)
     ask(range(4, 30))
-    assert len(local.wait("local", 10).slots) == 1
-    assert raw.pages(0.0) <= 10
-    assert raw.pages(5.0) >= 19
+    assert raw.pages() == 0
+    tell(prefetcher.process)
+    assert len(local.wait("local", PATIENCE_S).slots) == 1
+    came = 0
+    while came < 29:
+        came += len(raw.receive()[1])
+    read = [line_of(prefetcher.process) for _ in range(30)]
+    assert read == [key.hex() for key in keys_of(range(30))]
     local.close()
-    prefetcher.close()
 
 
 class HungDrive(threading.Thread):
-    """Serves one client, and never says what becomes of some pages: they lie on a drive that hangs."""
+    """Serves one client, and never says what becomes of some pages: they lie on a drive that hangs.
 
-    def __init__(self, hung: range, takes_s: float = 0.0) -> None:
-        """takes_s: any other page."""
-        super().__init__()
-        self.takes_s = takes_s
+    `reads`: cleared, any other page waits, and those who ask after it.
+    """
+
+    def __init__(self, hung: range) -> None:
+        super().__init__(daemon=True)
+        self.reads = threading.Event()
+        self.reads.set()
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
         self.hung = keys_of(hung)
@@ -385,7 +431,7 @@ class HungDrive(threading.Thread):
         if isinstance(message, m.Prefetch):
             self.asked.append(message)
             if message.keys[0] not in self.hung:
-                time.sleep(self.takes_s)
+                self.reads.wait()
                 ready = m.Ready(answers=message.seq, first=0, slots=[0], done=True)
                 return ready, self.records[message.keys[0]]
         if isinstance(message, m.Release):
@@ -393,57 +439,93 @@ class HungDrive(threading.Thread):
         return (m.Alive(answers=message.seq),) if isinstance(message, m.Health | m.Bye) else None
 
 
-def test_a_drive_that_hangs_there_blocks_no_reads_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "AGAIN_S", 3.0)
+class Clock:
+    """What a remote client takes for the time; it goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.looks = 0
+
+    def monotonic(self) -> float:
+        self.looks += 1
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(remote, "time", clock)
+    return clock
+
+
+def test_a_drive_that_hangs_there_blocks_no_reads_from_others(clock: Clock) -> None:
     there, news = HungDrive(range(8)), os.eventfd(0, os.EFD_NONBLOCK)
-    client = RemoteClient(there.address, hello(), news=news, timeout_s=5)
+    client = RemoteClient(there.address, hello(), news=news, timeout_s=PATIENCE_S)
     client.prefetch("hangs", keys_of(range(8)))
     assert until(lambda: len(there.asked) == 8)
-    began = time.monotonic()
     client.cut("hangs")
     client.prefetch("good", keys_of([9]))
-    progress = client.wait("good", 5)
-    assert time.monotonic() - began < 2
+    clock.passes(1.9)
+    progress = client.wait("good", PATIENCE_S)
     assert holds(client.memory[progress.slots[0]], 9)
     assert until(lambda: len(there.released) >= 8), "its prefetcher waits for them no more, either"
     assert until(lambda: client._store.stats()["pages_reading"] == 0)
     client.prefetch("hangs", keys_of([3, 10]))
-    assert client.wait("hangs", 0.5) == ((), True, True), "no other request waits for them"
+    assert client.wait("hangs", PATIENCE_S) == ((), True, True), "no other request waits for them"
+    clock.passes(remote.AGAIN_S - 0.1)
     assert client.contains(keys_of([3, 10])) == [False, True]
-    assert until(lambda: client.contains(keys_of([3])) == [True])
+    clock.passes(0.2)
+    assert client.contains(keys_of([3])) == [True]
     client.close()
-    there.join(5)
+    there.join(PATIENCE_S)
     os.close(news)
 
 
-def test_on_a_slow_link_pages_come_though_nobody_waits_for_them_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_slow_link_pages_come_though_nobody_waits_for_them_any_more(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "LATE_S", 0.1)
-    there, news = HungDrive(range(0), takes_s=0.5), os.eventfd(0, os.EFD_NONBLOCK)
-    client = RemoteClient(there.address, hello(), news=news, timeout_s=5)
+    there, news = HungDrive(range(0)), os.eventfd(0, os.EFD_NONBLOCK)
+    client = RemoteClient(there.address, hello(), news=news, timeout_s=PATIENCE_S)
+    there.reads.clear()
     client.prefetch("first", keys_of([0]))
-    assert len(client.wait("first", 10).slots) == 1
+    assert until(lambda: len(there.asked) == 1)
+    clock.passes(0.5)
+    there.reads.set()
+    assert len(client.wait("first", PATIENCE_S).slots) == 1
+    there.reads.clear()
     client.prefetch("next", keys_of([1]))
     assert until(lambda: len(there.asked) == 2)
     client.cut("next")
+    clock.passes(0.5)
+    looks = clock.looks
+    assert until(lambda: clock.looks > looks + 5), "it is still waited for"
+    there.reads.set()
     assert until(lambda: client._store.stats()["pages_host"] == 2)
     assert client.contains(keys_of([1])) == [True]
     client.close()
-    there.join(5)
+    there.join(PATIENCE_S)
     os.close(news)
 
 
-def test_a_page_that_is_waited_for_may_take_its_time() -> None:
+def test_a_page_that_is_waited_for_may_take_its_time(clock: Clock) -> None:
     there, news = HungDrive(range(1)), os.eventfd(0, os.EFD_NONBLOCK)
-    client = RemoteClient(there.address, hello(), news=news, timeout_s=5)
+    client = RemoteClient(there.address, hello(), news=news, timeout_s=PATIENCE_S)
     client.prefetch("first", keys_of([0]))
     assert until(lambda: bool(there.asked))
     client.prefetch("second", keys_of([0]))
+    assert client.wait("second", PATIENCE_S, until_known=True).known
     client.cut("first")
-    time.sleep(1.5)
+    clock.passes(1.5)
+    looks = clock.looks
+    assert until(lambda: clock.looks > looks + 5), "it is still waited for"
     assert not there.released
     assert not client.progress("second").done
     client.close()
-    there.join(5)
+    there.join(PATIENCE_S)
     os.close(news)
 
 
@@ -453,7 +535,7 @@ def test_large_records(prefetcher: Prefetcher, capsys: pytest.CaptureFixture[str
     data = np.random.default_rng(1).integers(0, 256, layout.record_bytes - layout.header_bytes, np.uint8)
     start = time.monotonic()
     for page in range(pages):
-        slot = reserve(a)
+        slot = reserved(a)
         a.memory[slot, layout.header_bytes :] = np.roll(data, page)
         a.commit(key_of(page), slot, ROOT)
     assert a.flush(60)
@@ -484,27 +566,28 @@ def test_memory_of_a_closed_client_is_given_back_at_once(open_prefetcher: Prefet
     assert not memory.any(), "although somebody still refers to it"
 
 
-def test_a_server_starts_before_its_prefetcher_and_finds_it_later(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+def test_a_server_starts_before_its_prefetcher_and_finds_it_later(start: Start) -> None:
+    address = free_address()
     early = RemoteSupervisor(address, None, hello)
     assert isinstance(early.start(0.5), NoStore)
-    running = Prefetcher(tmp_path, secure=False, address=address)
-    deadline = time.monotonic() + 20
-    while (found := early.taken()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    save(found, range(3))
-    found.close()
+    start(secure=False, address=address)
+    found: list[RemoteClient] = []
+
+    def taken() -> list[RemoteClient]:
+        found.extend(client for client in [early.taken()] if client)
+        return found
+
+    assert until(taken)
+    save(found[0], range(3))
+    found[0].close()
     early.close()
-    running.close()
 
 
-def test_keys_that_cannot_be_read_end_the_start_at_once(tmp_path: Path) -> None:
+def test_keys_that_cannot_be_read_end_the_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     supervisor = RemoteSupervisor("tcp://127.0.0.1:9", str(tmp_path / "nowhere"), hello)
-    began = time.monotonic()
+    connect, tries = supervisor._connect, itertools.count(1)
+    monkeypatch.setattr(supervisor, "_connect", lambda *arguments: next(tries) and connect(*arguments))
     with pytest.raises(Unavailable, match="hcache keygen"):
         supervisor.start()
-    assert time.monotonic() - began < 5
+    assert next(tries) == 2, "it has tried once"
     supervisor.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +19,13 @@ import psutil
 import pytest
 
 from sglang_hcache.prefetch import connection, spaces
+from sglang_hcache.prefetch import server as server_module
 from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for
 from sglang_hcache.prefetch.host_memory import available_bytes
+from sglang_hcache.prefetch.listeners import Put
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.server import Server, ServerConfig
@@ -33,7 +37,7 @@ from sglang_hcache.storage.layout import ChunkLayout
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
-from tests.prefetch.clients import SLOTS, hello, until
+from tests.prefetch.clients import PATIENCE_S, SLOTS, figures, hello, until
 from tests.storage.pages import (
     FINGERPRINT,
     LAYOUT,
@@ -59,7 +63,7 @@ class Keeper:
         found: list[Space | str] = []
         self.spaces.open(hello, found.append)
         while not found:
-            self.jobs.get(timeout=10)()
+            self.jobs.get(timeout=PATIENCE_S)()
         return found[0]
 
     def opened(self, hello: Hello) -> Space:
@@ -145,7 +149,7 @@ def test_memory_that_was_promised_is_not_free(keeper: Keeper, monkeypatch: pytes
     for fingerprint in (b"1" * 16, b"2" * 16):
         keeper.spaces.open(hello(fingerprint=fingerprint, host_bytes=256 << 20), opened.append)
     while len(opened) < 2:
-        keeper.jobs.get(timeout=10)()
+        keeper.jobs.get(timeout=PATIENCE_S)()
     refused, served = sorted(opened, key=lambda one: isinstance(one, Space))
     assert "are free" in str(refused)
     assert isinstance(served, Space)
@@ -184,7 +188,7 @@ def test_ranks_share_what_those_leave_that_are_closed_for_them(
     for asked in all_of("model"):
         keeper.spaces.open(asked, use)
     while len(opened) < ranks:
-        keeper.jobs.get(timeout=10)()
+        keeper.jobs.get(timeout=PATIENCE_S)()
     sizes = [slots_of(space) for space in opened if isinstance(space, Space)]
     assert len(sizes) == ranks
     assert min(sizes) >= 800 // ranks - 1
@@ -292,25 +296,57 @@ def test_whoever_needs_the_memory_of_another_waits_until_that_is_written(
     """And is told so: only silence makes it give up."""
     left, news = [7], os.eventfd(0)
     monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
+    monkeypatch.setattr(server_module, "WAITING_S", 0.0)
     monkeypatch.setattr(connection, "WAITING_S", 0.0)
+    now, told = [1000.0], list[int]()
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: now[0]))
     address = f"ipc://{tmp_path}/socket"
     server = Server(ServerConfig(address, (str(tmp_path),)))
     thread = threading.Thread(target=server.run)
     thread.start()
-    PrefetchClient(address, hello(), news=news, timeout_s=5).close()
+    PrefetchClient(address, hello(), news=news, timeout_s=PATIENCE_S).close()
     former = server._spaces._promised[FINGERPRINT]
     assert until(lambda: former.taken == former.size)
     monkeypatch.setattr(spaces, "available_bytes", lambda: 0)
-    threading.Timer(3.0, lambda: left.__setitem__(0, 0)).start()
-    asked_at = time.monotonic()
+
+    def waiting(pages: int) -> None:
+        told.append(pages)
+        now[0] += 0.9
+        if len(told) == 5:
+            left[0] = 0
+
     with caplog.at_level(logging.INFO):
-        client = PrefetchClient(address, hello(fingerprint=OTHER_FINGERPRINT), news=news, timeout_s=1.5)
-    assert time.monotonic() - asked_at > 2.5
+        asked = hello(fingerprint=OTHER_FINGERPRINT)
+        client = PrefetchClient(address, asked, news=news, timeout_s=1.0, waiting=waiting)
+    assert told[:5] == [7] * 5
     assert "7 pages must be written first" in caplog.text
     client.close()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     os.close(news)
+
+
+def hanging(go_on: threading.Event) -> Callable[..., LocalStore]:
+    """Opens stores; those of FINGERPRINT once it may."""
+
+    def opened(layout: ChunkLayout, fingerprint: bytes, *arguments: Any, **options: Any) -> LocalStore:
+        assert fingerprint != FINGERPRINT or go_on.wait(PATIENCE_S)
+        return LocalStore(layout, fingerprint, *arguments, **options)
+
+    return opened
+
+
+@contextlib.contextmanager
+def serving(directory: Path) -> Iterator[Server]:
+    server = Server(ServerConfig(f"ipc://{directory}/socket", (str(directory),), ends_when_unused=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -323,14 +359,14 @@ def supervisor(tmp_path: Path) -> Iterator[LocalSupervisor]:
     thread = threading.Thread(target=server.run)
     thread.start()
     supervisor = LocalSupervisor((str(tmp_path),), None, lambda: hello(fingerprint=OTHER_FINGERPRINT))
-    PrefetchClient(endpoint.address, hello(), news=supervisor.news, timeout_s=5).close()
+    PrefetchClient(endpoint.address, hello(), news=supervisor.news, timeout_s=PATIENCE_S).close()
     former = server._spaces._promised[FINGERPRINT]
     assert until(lambda: former.taken == former.size)
     yield supervisor
     supervisor.close()
     os.close(supervisor.news)
     server.stop()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     lock.release()
 
@@ -347,36 +383,51 @@ def joined(supervisor: LocalSupervisor) -> PrefetchClient:
     return found[0]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """Of those that wait for a prefetcher and are told so all the time: each look at it takes 5 s."""
+    monkeypatch.setattr(server_module, "WAITING_S", 0.0)
+    monkeypatch.setattr(server_module, "TICK_MS", 10)
+    looks = itertools.count()
+
+    def monotonic() -> float:
+        return 5.0 * next(looks)
+
+    monkeypatch.setattr(supervision, "time", SimpleNamespace(monotonic=monotonic))
+    return monotonic
+
+
 def test_a_server_starts_although_what_is_in_its_way_cannot_be_written(
-    supervisor: LocalSupervisor, monkeypatch: pytest.MonkeyPatch
+    supervisor: LocalSupervisor, clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = [7]
     monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
     free, available = available_bytes, [0]
     monkeypatch.setattr(spaces, "available_bytes", lambda: available[0])
-    began = time.monotonic()
-    nothing = supervisor.start(2.0)
+    began = clock()
+    nothing = supervisor.start()
     assert isinstance(nothing, NoStore)
-    assert nothing.why_ended == "it is not ready: of 7 pages it has written none in 2 s"
-    assert 2.0 < time.monotonic() - began < 6.0
+    assert nothing.why_ended == "it is not ready: of 7 pages it has written none in 60 s"
+    assert 60 < clock() - began < 120
     left[0], available[0] = 0, free()
     joined(supervisor).close()
 
 
 def test_a_server_starts_although_a_directory_hangs_while_it_is_opened(
-    supervisor: LocalSupervisor, monkeypatch: pytest.MonkeyPatch
+    supervisor: LocalSupervisor, clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, opened = threading.Event(), LocalStore
 
     def hang(*arguments: Any, **options: Any) -> LocalStore:
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE_S)
         return opened(*arguments, **options)
 
     monkeypatch.setattr(spaces, "LocalStore", hang)
-    monkeypatch.setattr(supervision, "OPENING_S", 3.0)
-    nothing = supervisor.start(2.0)
+    began = clock()
+    nothing = supervisor.start()
     assert isinstance(nothing, NoStore)
-    assert nothing.why_ended == "it is not ready: it has not opened its directories in 3 s"
+    assert nothing.why_ended == "it is not ready: it has not opened its directories in 300 s"
+    assert 300 < clock() - began < 360
     go_on.set()
     joined(supervisor).close()
 
@@ -409,7 +460,7 @@ def test_what_is_asked_for_as_the_prefetcher_ends_is_not_opened_or_closed_again(
 
     def make(*arguments: Any, **options: Any) -> LocalStore:
         made.append(LocalStore(*arguments, **options))
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return made[-1]
 
     monkeypatch.setattr(spaces, "LocalStore", make)
@@ -419,7 +470,7 @@ def test_what_is_asked_for_as_the_prefetcher_ends_is_not_opened_or_closed_again(
     ending.start()
     assert until(keeper.spaces._hurry.is_set)
     go_on.set()
-    ending.join(10)
+    ending.join(PATIENCE_S)
     assert not ending.is_alive()
     assert [store.alive for store in made] == ([False] if begun else [])
 
@@ -435,35 +486,48 @@ def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    address, news = f"ipc://{tmp_path}/socket", os.eventfd(0)
-    server = Server(ServerConfig(address, (str(tmp_path),), ends_when_unused=False))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    before = len(list(files.iterdir()))
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(Unavailable, match="can't start new thread"):
-            PrefetchClient(address, hello(), news=news, timeout_s=5)
-    assert until(lambda: len(list(files.iterdir())) <= before), "its process is not watched any more"
-    assert not server._greeted
-    go_on = threading.Event()
+    news = os.eventfd(0)
+    with serving(tmp_path) as server:
+        ask = partial(PrefetchClient, server.config.address, news=news, timeout_s=PATIENCE_S)
+        before = len(list(files.iterdir()))
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(Unavailable, match="can't start new thread"):
+                ask(hello())
+        assert until(lambda: len(list(files.iterdir())) <= before), "its process is not watched any more"
+        assert not server._greeted
+        go_on = threading.Event()
+        monkeypatch.setattr(spaces, "LocalStore", hanging(go_on))
+        with ThreadPoolExecutor(1) as pool:
+            hangs = pool.submit(ask, hello())
+            assert until(lambda: bool(server._spaces._busy))
+            ask(hello(fingerprint=OTHER_FINGERPRINT)).close()
+            assert FINGERPRINT in server._spaces._busy, "it waits for no thread of another"
+            go_on.set()
+            hangs.result().close()
+    os.close(news)
 
-    def hang(layout: ChunkLayout, fingerprint: bytes, *arguments: Any, **options: Any) -> LocalStore:
-        assert fingerprint != FINGERPRINT or go_on.wait(30)
-        return LocalStore(layout, fingerprint, *arguments, **options)
 
-    monkeypatch.setattr(spaces, "LocalStore", hang)
-    with ThreadPoolExecutor(1) as pool:
-        hangs = pool.submit(PrefetchClient, address, hello(), news=news, timeout_s=5)
-        assert until(lambda: bool(server._spaces._busy))
-        began = time.monotonic()
-        PrefetchClient(address, hello(fingerprint=OTHER_FINGERPRINT), news=news, timeout_s=5).close()
-        assert time.monotonic() - began < 5, "it waits for no thread of another"
+def test_a_client_that_gives_up_waiting_leaves_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, news = threading.Event(), os.eventfd(0)
+    monkeypatch.setattr(spaces, "LocalStore", hanging(go_on))
+    with serving(tmp_path) as server:
+        ask = partial(PrefetchClient, server.config.address, hello(), news=news, timeout_s=PATIENCE_S)
+        with pytest.raises(Unavailable):
+            ask(go_on=lambda: not server._greeted)
+        (peer,) = server._greeted
+
+        def has_left() -> bool:
+            puts = queue.SimpleQueue[Put]()
+            server._later(lambda: puts.put(peer.put([b""])))
+            return puts.get(timeout=PATIENCE_S) is Put.GONE
+
+        assert until(has_left)
         go_on.set()
-        hangs.result().close()
-    server.stop()
-    thread.join(20)
-    assert not thread.is_alive()
+        assert until(lambda: not server._greeted)
+        client = ask()
+        assert figures(client)["prefetcher_clients"] == 1
+        client.close()
     os.close(news)
 
 
@@ -494,7 +558,7 @@ def test_memory_that_a_write_may_still_use_is_not_given_back(tmp_path: Path, mon
     go_on, write = threading.Event(), SegmentWriter.write
 
     def hang(*arguments: Any) -> None:
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE_S)
         write(*arguments)
 
     monkeypatch.setattr(SegmentWriter, "write", hang)

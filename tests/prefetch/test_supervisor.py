@@ -3,32 +3,34 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import logging
+import gc
 import os
-import re
 import select
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 import zmq
 
+from sglang_hcache.prefetch import client as client_module
 from sglang_hcache.prefetch import connection, launcher, process
 from sglang_hcache.prefetch import supervisor as supervision
-from sglang_hcache.prefetch.client import PrefetchClient
-from sglang_hcache.prefetch.connection import Hopeless, Unavailable
+from sglang_hcache.prefetch.client import ASK_S, PrefetchClient
+from sglang_hcache.prefetch.connection import Connection, Hopeless, Unavailable
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
 from sglang_hcache.prefetch.launcher import memory_policy
+from sglang_hcache.prefetch.messages import FromServer
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from tests.prefetch.clients import (
-    SLOTS,
+    PATIENCE_S,
     assert_nothing_held,
     child,
     fetched,
@@ -47,7 +49,7 @@ from tests.storage.pages import LAYOUT, OTHER_FINGERPRINT, holds, keys_of
 
 def awoken(supervisor: LocalSupervisor) -> bool:
     """Whether a sleeper on the news was woken, as the scheduler is: the word comes just after the fact."""
-    select.select([supervisor.news], [], [], 5.0)
+    select.select([supervisor.news], [], [], PATIENCE_S)
     return os.eventfd_read(supervisor.news) > 0
 
 
@@ -64,13 +66,27 @@ def replaced(supervisor: LocalSupervisor) -> PrefetchClient:
     return found[0]
 
 
-def try_hello(directory: Path, *, timeout_s: float = 5.0, **changes: Any) -> None:
+def try_hello(directory: Path, **changes: Any) -> None:
     address = endpoint_for([str(directory)]).address
-    PrefetchClient(address, hello(**changes), news=-1, timeout_s=timeout_s).close()
+    PrefetchClient(address, hello(**changes), news=-1, timeout_s=PATIENCE_S).close()
 
 
 def kill(client: PrefetchClient, number: int = signal.SIGKILL) -> None:
     os.kill(client.prefetcher_pid, number)
+
+
+def stop(client: PrefetchClient) -> None:
+    """Its prefetcher, whose threads stop one by one; what has arrived before may yet be answered."""
+
+    def has_stopped() -> bool:
+        try:
+            threads = Path(f"/proc/{client.prefetcher_pid}/task").iterdir()
+            return all("State:\tT" in (thread / "status").read_text() for thread in threads)
+        except (FileNotFoundError, ProcessLookupError):  # one of them has just ended
+            return False
+
+    kill(client, signal.SIGSTOP)
+    assert until(has_stopped)
 
 
 def test_clients_that_start_at_once_share_one_prefetcher(directory: Path) -> None:
@@ -81,7 +97,7 @@ def test_clients_that_start_at_once_share_one_prefetcher(directory: Path) -> Non
     assert len(pids) == 1
     assert until(lambda: [process.pid for process in prefetchers(directory)] == [int(next(iter(pids)))]), running
     for client in clients:
-        client.communicate("\n", timeout=5)
+        client.communicate("\n", timeout=PATIENCE_S)
         assert client.returncode == 0, "nor does its stdout stay open as long as others use the prefetcher"
 
 
@@ -115,9 +131,7 @@ def test_a_killed_clients_slots_come_back(directory: Path, join: Join) -> None:
     assert held["pages_open"] > 4
     other.kill()
     other.wait()
-    killed_at = time.monotonic()
     assert_nothing_held(client)
-    assert time.monotonic() - killed_at < 1
     assert figures(client)["prefetcher_clients"] == 1
     other.communicate()
 
@@ -132,20 +146,21 @@ def test_a_killed_prefetcher_is_noticed_and_replaced(directory: Path) -> None:
     assert awoken(supervisor)
 
     kill(client)
-    killed_at = time.monotonic()
-    assert until(lambda: not client.alive, 1.0)
+    assert until(lambda: not client.alive)
+    assert client.why_ended == "its process has ended", "it is not taken for one that hangs"
     assert awoken(supervisor), "whoever sleeps on the news hears of it"
+    called_at = time.monotonic()
     assert client.contains(keys_of(range(3))) == [False] * 3
     assert client.reserve() is None
     client.prefetch("late", keys_of(range(3)))
-    assert client.wait("late", 5) == ((), True, True)
+    assert client.wait("late", PATIENCE_S) == ((), True, True)
     client.cut("late")
     client.release("late")
     client.commit(keys_of([90])[0], slots[0], bytes(32))
     client.drop_host()
-    assert not client.flush(5)
+    assert not client.flush(PATIENCE_S)
     assert str(client.stats()["prefetcher"]).startswith("gone: ")
-    assert time.monotonic() - killed_at < 2, "no call waits for what is gone"
+    assert time.monotonic() - called_at < PATIENCE_S, "no call waits for what is gone"
     assert all(holds(client.memory[slot], page) for page, slot in enumerate(slots)), "its memory stays"
 
     before = client.prefetcher_pid
@@ -159,6 +174,16 @@ def test_a_killed_prefetcher_is_noticed_and_replaced(directory: Path) -> None:
     supervisor.close()
 
 
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Nothing of former tests is given back meanwhile."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collected")
 def test_memory_of_a_replaced_prefetcher_is_given_back_first(directory: Path) -> None:
     """There may be no room for another beside it."""
     supervisor = supervisor_of(directory)
@@ -170,7 +195,7 @@ def test_memory_of_a_replaced_prefetcher_is_given_back_first(directory: Path) ->
     before = mapped()
     assert before
     kill(client)
-    assert until(lambda: not client.alive, 1.0)
+    assert until(lambda: not client.alive)
     assert mapped() == before, "somebody may still read it"
     client.close()
     assert mapped() == before - 1
@@ -203,43 +228,45 @@ def test_memory_is_made_ready_and_given_up_while_requests_go_on(directory: Path)
     assert memories.taken == [first.memory.ctypes.data]
     assert memories.threads == [threading.current_thread()]
     kill(first)
-    assert until(lambda: not first.alive, 1.0)
+    assert until(lambda: not first.alive)
     assert len(memories.taken) == 1, "somebody may still read it"
     supervisor.replace(first)
     second = replaced(supervisor)
     assert memories.taken == [second.memory.ctypes.data]
     assert threading.current_thread() not in memories.threads[1:]
     kill(second)
-    assert until(lambda: not second.alive, 1.0)
+    assert until(lambda: not second.alive)
     supervisor.replace(second)
-    assert until(lambda: supervisor.restarts == 2, 20)
+    assert until(lambda: supervisor.restarts == 2)
     supervisor.close()
     assert not memories.taken, "the one that nobody has fetched"
 
 
 def test_what_fails_unexpectedly_is_tried_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session for which no socket can be had; then one that its owner cannot use, and that is not left behind."""
-    failures = iter([zmq.ZMQError(errno.EMFILE), None, RuntimeError("a bug"), None, None])
-
-    def opened(_store: PrefetchClient) -> None:
-        if (failure := next(failures)) is not None:
-            raise failure
-
     supervisor = LocalSupervisor((str(directory),), None, hello, opened=lambda _store: None)
     client = supervisor.start()
     assert isinstance(client, PrefetchClient)
+    no_files, bugs = [zmq.ZMQError(errno.EMFILE)], [RuntimeError("a bug")]
     make = zmq.Context.socket
 
     def socket(context: Any, *arguments: Any) -> Any:
-        opened(client)
+        if no_files:
+            raise no_files.pop()
         return make(context, *arguments)
+
+    def opened(_store: PrefetchClient) -> None:
+        if bugs:
+            raise bugs.pop()
 
     monkeypatch.setattr(zmq.Context, "socket", socket)
     monkeypatch.setattr(supervisor, "_opened", opened)
     kill(client)
-    assert until(lambda: not client.alive, 1.0)
+    assert until(lambda: not client.alive)
     supervisor.replace(client)
     second = replaced(supervisor)
+    assert not no_files
+    assert not bugs
     assert until(lambda: figures(second)["prefetcher_clients"] == 1)
     second.close()
     supervisor.close()
@@ -251,17 +278,17 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     supervisor = supervisor_of(directory)
     client = supervisor.open()
     kill(client)
-    assert until(lambda: not client.alive, 1.0)
+    assert until(lambda: not client.alive)
     supervisor.replace(client)
     search = supervisor._thread
     assert search is not None
     if found:
-        assert until(lambda: supervisor.restarts == 1, 20)
+        assert until(lambda: supervisor.restarts == 1)
     supervisor.stop_replacing()
     other = supervisor.open()
-    search.join(20)
+    search.join(PATIENCE_S)
     assert not search.is_alive(), "else it may yet start a prefetcher"
-    assert until(lambda: figures(other)["prefetcher_clients"] == 1, 20), "no session is left behind"
+    assert until(lambda: figures(other)["prefetcher_clients"] == 1), "no session is left behind"
     assert supervisor.taken() is None
     assert until(lambda: len(prefetchers(directory)) == 1), "what was started beside it sees that it is not needed"
     supervisor.replace(other)
@@ -271,23 +298,33 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     supervisor.close()
 
 
+def hang(client: PrefetchClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prefetcher, until it is given up."""
+    stop(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "HUNG_S", 0.5)
+        assert until(lambda: not client.alive)
+
+
 def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "HUNG_S", 1.5)
     supervisor = supervisor_of(directory)
     client = supervisor.open()
     save(client, range(5))
     assert client.flush(30)
-    kill(client, signal.SIGSTOP)
-    stopped_at = time.monotonic()
-    assert client.contains(keys_of(range(3))) == [False] * 3
-    assert time.monotonic() - stopped_at < 1, "a scheduler does not wait for it"
-    assert until(lambda: not client.alive, 5.0)
+    stop(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "HUNG_S", PATIENCE_S)
+        patch.setattr(client_module, "ASK_S", ASK_S)
+        assert client.contains(keys_of(range(3))) == [False] * 3
+        assert client.alive
+        assert ASK_S < 1, "a scheduler does not wait for it"
+    hang(client, monkeypatch)
     hung = psutil.Process(client.prefetcher_pid)
     supervisor.replace(client)
     found = replaced(supervisor)
-    assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE
+    assert until(lambda: not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE)
     assert fetched(found, range(10)) == 5
     found.close()
     supervisor.close()
@@ -297,11 +334,9 @@ def test_a_prefetcher_that_hangs_is_killed_once(
     directory: Path, join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """However long it takes to get a session with the next one, which may run already."""
-    monkeypatch.setattr(connection, "HUNG_S", 1.5)
     supervisor, tries = supervisor_of(directory), list[None]()
     hung, follow = supervisor.open(), supervisor.open
-    kill(hung, signal.SIGSTOP)
-    assert until(lambda: not hung.alive, 5.0)
+    hang(hung, monkeypatch)
 
     def refused(*_: object) -> PrefetchClient:
         tries.append(None)
@@ -321,21 +356,27 @@ def test_a_prefetcher_that_hangs_is_killed_once(
     supervisor.close()
 
 
-def test_a_paused_clients_prefetcher_lives_on(directory: Path, join: Join) -> None:
+def test_a_paused_clients_prefetcher_lives_on(directory: Path, join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under `docker pause`: nobody was asked anything meanwhile, so nobody was silent."""
-    hung_s = 3.0
     client = join()
     save(client, range(5))
-    paused = child("watch", directory, hung_s)
-    assert line_of(paused) == "ready"
-    time.sleep(0.5)
-    for _ in range(2):
-        paused.send_signal(signal.SIGSTOP)
-        time.sleep(hung_s + 1)
-        paused.send_signal(signal.SIGCONT)
-        time.sleep(1.5)
+    assert client.flush(30)
+    paused_s, looks = 0.0, list[None]()
+
+    def monotonic() -> float:
+        looks.append(None)
+        return time.monotonic() + paused_s
+
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(connection, "HUNG_S", 10 * PATIENCE_S)
+    monkeypatch.setattr(connection, "BEAT_S", 0.1)
+    stop(client)  # so that it is asked, and has not answered, as the pause begins
+    for _ in range(3):
+        paused_s += 20 * PATIENCE_S
+        looks.clear()
+        assert until(lambda: len(looks) > 2)
     assert client.alive
-    assert paused.communicate("stop\n", timeout=20)[0].split() == [str(client.prefetcher_pid), "0"]
+    kill(client, signal.SIGCONT)
     assert fetched(client, range(10)) == 5
 
 
@@ -355,157 +396,6 @@ def test_nothing_is_left_behind(directory: Path, runtime: Path) -> None:
     second.close()
     assert until(lambda: not prefetchers(directory))
     assert list(runtime.iterdir()) == []
-
-
-def test_it_ends_on_sigterm_with_everything_written(directory: Path, runtime: Path) -> None:
-    client = supervisor_of(directory, write_policy="write_back").open()
-    save(client, range(10))
-    assert until(lambda: figures(client)["pages_host"] == 10)
-    assert figures(client)["pages_file"] == 0
-    kill(client, signal.SIGTERM)
-    assert until(lambda: not client.alive)
-    assert list(runtime.iterdir()) == []
-    client.close()
-    again = supervisor_of(directory).open()
-    assert fetched(again, range(10)) == 10
-    again.close()
-
-
-def leave_unwritten(directory: Path, pages: range, batch_s: float) -> subprocess.Popen[str]:
-    """A prefetcher on a slow disk whose last client has gone before anything was written."""
-    process = child("write_slowly", directory, batch_s)
-    assert until(lambda: is_running(endpoint_for([str(directory)])))
-    client = supervisor_of(directory, write_policy="write_back").open()
-    assert client.prefetcher_pid == process.pid
-    save(client, pages)
-    assert until(lambda: figures(client)["pages_host"] == len(pages))
-    assert figures(client)["pages_file"] == 0
-    client.close()
-    return process
-
-
-def test_all_is_written_however_long_it_takes_once_the_last_client_has_gone(directory: Path) -> None:
-    process = leave_unwritten(directory, range(30), 0.2)
-    left_at = time.monotonic()
-    assert process.wait(30) == 0
-    assert time.monotonic() - left_at > 1.5
-    again = supervisor_of(directory).open()
-    assert again.prefetcher_pid != process.pid
-    assert fetched(again, range(32)) == 30
-    again.close()
-
-
-def test_a_server_that_comes_back_meanwhile_finds_memory_as_it_was(directory: Path) -> None:
-    process = leave_unwritten(directory, range(30), 0.2)
-    again = supervisor_of(directory, write_policy="write_back").open()
-    assert again.prefetcher_pid == process.pid
-    assert figures(again)["pages_file"] < 30
-    assert fetched(again, range(32)) == 30
-    assert figures(again)["hits_file"] == 0
-    save(again, range(100, 110))
-    again.close()
-    assert process.wait(30) == 0
-    after = supervisor_of(directory).open()
-    assert fetched(after, range(32)) == 30
-    assert fetched(after, range(100, 110)) == 10
-    after.close()
-
-
-@pytest.mark.parametrize("slots", [SLOTS // 2, SLOTS, 2 * SLOTS])
-def test_a_server_that_comes_back_with_another_size_is_served_at_once(directory: Path, slots: int) -> None:
-    """Pages behind the last slot of a smaller memory are misses until they are written."""
-    process = leave_unwritten(directory, range(40), 0.4)
-    asked_at = time.monotonic()
-    again = supervisor_of(directory, host_bytes=slots * LAYOUT.record_bytes).open()
-    assert time.monotonic() - asked_at < 2
-    assert again.prefetcher_pid == process.pid
-    assert len(again.memory) == figures(again)["pages_total"] == slots
-    assert figures(again)["pages_file"] < 20
-    assert fetched(again, range(slots // 4)) == slots // 4
-    assert figures(again)["hits_file"] == 0
-    assert again.flush(30)
-    save(again, range(100, 110))
-    assert again.flush(30)
-    again.close()
-    assert process.wait(30) == 0
-    after = supervisor_of(directory).open()
-    assert fetched(after, range(25)) == 25
-    assert fetched(after, range(25, 42)) == 15
-    assert fetched(after, range(100, 112)) == 10
-    after.close()
-
-
-def test_on_sigterm_it_says_how_many_pages_it_gives_up(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    process = leave_unwritten(directory, range(30), 0.5)
-    process.terminate()
-    stopped_at = time.monotonic()
-    assert process.wait(10) == 0
-    assert time.monotonic() - stopped_at < 3
-    given_up = re.search(r"(\d+) pages were not written in 0.5 s and are given up", capfd.readouterr().err)
-    assert given_up
-    again = supervisor_of(directory).open()
-    assert figures(again)["pages_file"] == 30 - int(given_up[1]) < 30
-    again.close()
-
-
-def test_its_log_outlives_whoever_started_it(directory: Path) -> None:
-    starter = child("join", directory, 0)
-    pid = int(line_of(starter))
-    client = supervisor_of(directory).open()
-    assert client.prefetcher_pid == pid
-    starter.communicate("\n", timeout=10)
-    client.close()
-    assert until(lambda: not prefetchers(directory))
-    log = directory / "prefetcher.log"
-    assert f"{pid}] hcache: serving {directory}" in log.read_text()
-    assert f"{pid}] hcache: the prefetcher has ended" in log.read_text()
-    assert oct(log.stat().st_mode & 0o777) == "0o600"
-    other = supervisor_of(directory).open()
-    other.close()
-    assert until(lambda: f"{other.prefetcher_pid}] hcache: serving" in log.read_text())
-    assert f"{pid}] hcache: serving" in log.read_text(), "it is appended to"
-
-
-def test_its_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LOG_BYTES", 20_000)
-    log, path = logging.getLogger("sglang_hcache.test"), tmp_path / "new" / "prefetcher.log"
-    with process.logging_to(path):
-        for line in range(1000):
-            log.warning("line %d, with what fills a line", line)
-    files = sorted(file.name for file in path.parent.iterdir())
-    assert files == ["prefetcher.log", "prefetcher.log.1"]
-    assert all(file.stat().st_size <= 20_000 for file in path.parent.iterdir())
-    assert "line 999," in path.read_text()
-    assert "line 0," not in path.with_suffix(".log.1").read_text()
-
-
-def test_without_a_place_for_its_log_it_serves_all_the_same(directory: Path) -> None:
-    (directory / "prefetcher.log").mkdir(parents=True)
-    client = supervisor_of(directory).open()
-    save(client, range(3))
-    assert fetched(client, range(5)) == 3
-    client.close()
-
-
-def test_a_session_is_had_at_once_while_another_prefetcher_ends(directory: Path) -> None:
-    for _ in range(10):
-        supervisor = supervisor_of(directory)
-        started = time.monotonic()
-        client = supervisor.open(20)
-        assert time.monotonic() - started < 3
-        client.close()
-        supervisor.close()
-
-
-def test_a_client_that_gives_up_waiting_leaves_no_session(directory: Path, join: Join) -> None:
-    client = join()
-    kill(client, signal.SIGSTOP)
-    with pytest.raises(Unavailable):
-        try_hello(directory, timeout_s=0.3)
-    kill(client, signal.SIGCONT)
-    time.sleep(0.5)
-    assert figures(client)["prefetcher_clients"] == 1
-    assert_nothing_held(client)
 
 
 def test_two_fingerprints_have_pages_and_memory_of_their_own(join: Join) -> None:
@@ -547,12 +437,13 @@ def test_a_fingerprint_has_one_layout(directory: Path, join: Join) -> None:
 def test_what_cannot_be_served_is_refused_and_leaves_nothing(
     directory: Path, join: Join, wrong: dict[str, Any]
 ) -> None:
-    client = join()
+    client, log = join(), directory / "prefetcher.log"
     process = psutil.Process(client.prefetcher_pid)
+    assert until(log.exists), "it is opened by a thread, for the first line"
     files = process.num_fds()
     with pytest.raises(Unavailable):
         try_hello(directory, **({"fingerprint": OTHER_FINGERPRINT} | wrong))
-    assert until(lambda: process.num_fds() <= files, 3.0), "a refused client leaves no file open"
+    assert until(lambda: process.num_fds() <= files), "a refused client leaves no file open"
     save(client, range(3))
     assert fetched(client, range(3)) == 3
 
@@ -563,7 +454,7 @@ def test_a_prefetcher_that_is_busy_keeps_no_server_from_starting(
     client = join()
     save(client, range(5))
     assert client.flush(30)
-    kill(client, signal.SIGSTOP)
+    stop(client)
     supervisor = supervisor_of(directory)
     nothing = supervisor.start(0.5)
     assert isinstance(nothing, NoStore)
@@ -592,10 +483,11 @@ def test_a_prefetcher_that_cannot_be_started_is_said_loudly(
         with pytest.raises(Unavailable):
             supervisor.start(0.5)
         program.write_text("raise SystemExit(1)")
-        began = time.monotonic()
+        launch = mock.Mock(wraps=supervisor._launch)
+        patch.setattr(supervisor, "_launch", launch)
         with pytest.raises(Hopeless, match="cannot be started"):
             supervisor.start()
-        assert time.monotonic() - began < 10
+        launch.assert_called_once()
     supervisor.close()
 
 
@@ -620,23 +512,41 @@ def test_it_is_not_bound_as_the_rank_that_starts_it_is(directory: Path) -> None:
     with bound_to(min(cpus)):
         client = supervisor.open()
     assert os.sched_getaffinity(client.prefetcher_pid) == cpus
-    assert memory_policy(client.prefetcher_pid) == memory_policy(parent)
+    memory = memory_policy(client.prefetcher_pid)
     client.close()
     supervisor.close()
+    if not memory_policy(parent):
+        pytest.skip("the system does not say where the parent's memory may be")
+    assert memory == memory_policy(parent)
 
 
-def test_a_search_is_ended_at_once(directory: Path, join: Join) -> None:
+def test_a_search_is_ended_at_once(directory: Path, join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also amid a hello that is not answered."""
     client = join()
     supervisor = supervisor_of(directory)
-    store = supervisor.open()
-    kill(client, signal.SIGSTOP)
+    store, connect = supervisor.open(), supervisor._connect
+    asked, said = threading.Event(), list[str]()
+    answer = Connection._answer_to_hello
+
+    def unanswered(*arguments: Any) -> PrefetchClient:
+        stop(client)
+        return connect(*arguments)
+
+    def waiting(*arguments: Any) -> FromServer:
+        asked.set()
+        try:
+            return answer(*arguments)
+        except Unavailable as error:
+            said.append(str(error))
+            raise
+
+    monkeypatch.setattr(supervisor, "_connect", unanswered)
+    monkeypatch.setattr(Connection, "_answer_to_hello", waiting)
     store.give_up("the weights were changed")
     supervisor.replace(store)
-    time.sleep(2.0)
-    began = time.monotonic()
+    assert asked.wait(PATIENCE_S)
     supervisor.close()
-    assert time.monotonic() - began < 1.0
+    assert said == ["the prefetcher has ended"], "it did not wait in vain"
     kill(client, signal.SIGCONT)
 
 
