@@ -15,7 +15,7 @@ from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import PATIENCE_S, Clock
-from tests.hcache.test_prefetch_queue import planner, timed
+from tests.hcache.queues import planner, timed
 from tests.storage.pages import LAYOUT, holds, key_of, keys_of
 
 pytestmark = pytest.mark.usefixtures("clock")
