@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +12,17 @@ import pytest
 import torch
 
 from sglang_hcache import load_planner, prefetch_queue, read_meter
-from sglang_hcache.prefetch import client, remote
 from sglang_hcache.storage import deadlines, fetch
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.fetch import Fetch
 from sglang_hcache.storage.store import LocalStore
 from sglang_hcache.storage.stripe import Place
+from tests.prefetch import clients
+from tests.prefetch.clients import PATIENCE_S
+from tests.prefetch.conftest import be_patient
 from tests.storage.pages import open_store, save
 
 PAGE = 16  # tokens
-PATIENCE_S = 30.0  # with what comes in the background
 
 
 def slots_of(*device_pages: int) -> torch.Tensor:
@@ -30,17 +30,12 @@ def slots_of(*device_pages: int) -> torch.Tensor:
 
 
 def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.01)
+    assert clients.until(holds), "it did not come about in time"
 
 
 @pytest.fixture(autouse=True)
 def answers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long a prefetcher takes for them."""
-    for module in (client, remote):
-        monkeypatch.setattr(module, "ASK_S", PATIENCE_S)
+    be_patient(monkeypatch)
 
 
 @pytest.fixture

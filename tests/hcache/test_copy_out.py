@@ -14,7 +14,7 @@ import torch
 from sglang_hcache import copy_out as copy_out_module
 from sglang_hcache.copy_out import InlineCopyOut, StreamCopyOut, spread
 from sglang_hcache.streams import Event, ImmediateStream
-from tests.hcache.conftest import PATIENCE_S
+from tests.prefetch.clients import PATIENCE_S
 
 
 class HeldEvent:

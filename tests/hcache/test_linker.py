@@ -27,8 +27,9 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.projector import KVProjector
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.streams import Event, ImmediateStream, _Passed
-from tests.hcache.conftest import PAGE, PATIENCE_S, slots_of, until
+from tests.hcache.conftest import PAGE, slots_of, until
 from tests.hcache.test_registration import SERVER
+from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import key_of, keys_of
 
 PAGES = 8  # of the pool

@@ -12,8 +12,9 @@ from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.store import LocalStore
-from tests.hcache.conftest import PATIENCE_S, Clock
+from tests.hcache.conftest import Clock
 from tests.hcache.queues import TIMEOUT, planner, wait_until_admissible
+from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, holds, key_of, keys_of, save
 
 pytestmark = pytest.mark.usefixtures("clock")

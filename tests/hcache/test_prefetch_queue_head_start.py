@@ -14,8 +14,9 @@ from sglang_hcache.load_planner import Prompt
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.store import LocalStore
-from tests.hcache.conftest import PATIENCE_S, Clock
+from tests.hcache.conftest import Clock
 from tests.hcache.queues import planner, timed
+from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, holds, key_of, keys_of
 
 pytestmark = pytest.mark.usefixtures("clock")

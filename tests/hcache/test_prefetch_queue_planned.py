@@ -16,8 +16,9 @@ from sglang_hcache.storage.fetch import Fetches, Read
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Files, Place
-from tests.hcache.conftest import PATIENCE_S, Clock, until
+from tests.hcache.conftest import Clock, until
 from tests.hcache.queues import TIMEOUT, planner, timed, wait_until_admissible
+from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, key_of, keys_of, save
 
 pytestmark = pytest.mark.usefixtures("clock")

@@ -22,8 +22,8 @@ from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.registration import Registration, warn_of_limits_that_do_not_hold
 from sglang_hcache.representation import Formats, Stored
-from tests.hcache.conftest import PATIENCE_S, until
-from tests.prefetch.clients import hello
+from tests.hcache.conftest import until
+from tests.prefetch.clients import PATIENCE_S, hello
 
 Say = Callable[..., Hello]
 
