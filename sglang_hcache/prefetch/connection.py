@@ -99,7 +99,9 @@ class Connection:
             self.welcome = self._introduce(hello, timeout_s, go_on, waiting)
             self._pidfd = -1 if self._remote else os.pidfd_open(self.welcome.pid)
         except (Unavailable, OSError, zmq.ZMQError) as error:
-            self._socket.close(0)
+            with contextlib.suppress(zmq.ZMQError):  # a hello that is read late would be welcomed
+                self._socket.send(m.encode(m.Bye()), zmq.NOBLOCK)
+            self._socket.close()
             self._context.term()
             raise (Hopeless if isinstance(error, KeyFileError) else Unavailable)(str(error)) from None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -133,7 +133,10 @@ class Health(Message):
 
 
 class Bye(Message):
-    """The session ends; everything it holds is given back. Answered by an `Alive`, the last message."""
+    """The session ends; everything it holds is given back. Answered by an `Alive`, the last message.
+
+    Without a session's number, from a client that does not wait for its welcome any more; that has no answer.
+    """
 
 
 # ---- from the prefetcher ----

@@ -175,6 +175,11 @@ class Server:
         if isinstance(message, m.Overview) and session is None and not peer.listener.remote:
             self._reply(peer, None, self._overviewed())
             return
+        if isinstance(message, m.Bye) and not message.session:
+            self._greeted.discard(peer)
+            if session is not None:
+                self._end(session, "it has not waited for its welcome")
+            return
         if session is None or message.session != session.number:
             raise Refusal("unknown_session", f"no session {message.session} of this client", fatal=True)
         if session.broken and not isinstance(message, m.Bye):
@@ -259,14 +264,16 @@ class Server:
         self._greeted.add(peer)
 
         def opened(space: Space | str) -> None:
-            self._greeted.remove(peer)
+            waits = peer in self._greeted
+            self._greeted.discard(peer)
+            if waits and isinstance(space, Space):
+                self._welcome(peer, hello, space, pidfd)
+                return
+            if pidfd >= 0:
+                os.close(pidfd)
             if isinstance(space, str):
-                if pidfd >= 0:
-                    os.close(pidfd)
                 self.refused["bad_hello"] += 1
                 self._reply(peer, None, m.Refused(reason="bad_hello", text=space, fatal=True))
-            else:
-                self._welcome(peer, hello, space, pidfd)
 
         self._spaces.open(hello, opened)
 

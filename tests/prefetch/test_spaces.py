@@ -17,8 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
 
 from sglang_hcache.prefetch import connection, spaces
+from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch import server as server_module
 from sglang_hcache.prefetch import supervisor as supervision
 from sglang_hcache.prefetch.client import PrefetchClient
@@ -508,14 +510,22 @@ def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
     os.close(news)
 
 
-def test_a_client_that_gives_up_waiting_leaves_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("killed", [False, True], ids=["it says so", "it is killed"])
+def test_a_client_that_gives_up_waiting_leaves_no_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
     go_on, news = threading.Event(), os.eventfd(0)
     monkeypatch.setattr(spaces, "LocalStore", hanging(go_on))
     with serving(tmp_path) as server:
         ask = partial(PrefetchClient, server.config.address, hello(), news=news, timeout_s=PATIENCE_S)
-        with pytest.raises(Unavailable):
-            ask(go_on=lambda: not server._greeted)
-        (peer,) = server._greeted
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.connect(server.config.address)
+            socket.send(m.encode(hello()))
+            assert until(lambda: bool(server._greeted))
+            (peer,) = server._greeted
+            if not killed:
+                socket.send(m.encode(m.Bye()))
+                assert until(lambda: not server._greeted)
 
         def has_left() -> bool:
             puts = queue.SimpleQueue[Put]()
@@ -524,10 +534,35 @@ def test_a_client_that_gives_up_waiting_leaves_no_session(tmp_path: Path, monkey
 
         assert until(has_left)
         go_on.set()
-        assert until(lambda: not server._greeted)
         client = ask()
         assert figures(client)["prefetcher_clients"] == 1
+        assert not server._greeted
         client.close()
+    os.close(news)
+
+
+@pytest.mark.parametrize("welcomed", [True, False], ids=["with its welcome on the way", "with its hello unread"])
+def test_a_client_that_gives_up_leaves_no_session_however_late_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, welcomed: bool
+) -> None:
+    go_on, news = threading.Event(), os.eventfd(0)
+
+    def hang() -> None:
+        assert go_on.wait(PATIENCE_S)
+
+    with serving(tmp_path) as server:
+        ask = partial(PrefetchClient, server.config.address, news=news, timeout_s=PATIENCE_S)
+        first = ask(hello())
+        if not welcomed:
+            server._later(hang)
+        with monkeypatch.context() as patch, pytest.raises(Unavailable):
+            patch.setattr(connection, "LOOK_S", 0.0)
+            ask(hello(), go_on=lambda: False)
+        go_on.set()
+        second = ask(hello())
+        assert until(lambda: figures(second)["prefetcher_clients"] == 2)
+        first.close()
+        second.close()
     os.close(news)
 
 
