@@ -38,7 +38,7 @@ METRICS = tuple(
         ("loads_failed", "hcache_loads_failed_total", _C, "Loads that failed: SGLang aborted their requests"),
         ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue to wait for pages"),
         ("requests_held_now", "hcache_held_requests", _G, "Requests held now"),
-        ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held past their timeout"),
+        ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held up to their timeout"),
         ("requests_held_s", "hcache_held_seconds_total", _C, "Seconds that requests were held, summed"),
         ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
         ("head_starts", "hcache_head_starts_total", _C, "Head starts begun"),

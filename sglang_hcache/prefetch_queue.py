@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
@@ -16,14 +15,13 @@ from sglang_hcache.read_meter import MEASURED_PAGES, ReadMeter
 from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
-LATE_S = 0.25  # past its deadline a request is admitted even if the prefetcher has not said so
 ANSWER_WAIT_S = 0.01  # for what is in memory, or nowhere, before the request is held for a step, which takes longer
 KNOWN_WAIT_S = 0.1  # what is not known after this to be in memory is taken to be on drives
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 STEP_WAIT_S = 0.02  # all waits of a step together: requests that run are not kept waiting by many that come at once
 NO_WAIT_S = 0.02  # after a wait in vain
 RETRY_S = 0.5  # a lookup that found nothing may be tried again after this, and after half of the time waited
-NO_DEADLINE_S = 60.0  # of `wait_complete`: a disk that hangs must not hang a request
+LONGEST_WAIT_S = 60.0  # a disk that hangs must not hang a request
 
 
 class PrefetchPolicy(StrEnum):
@@ -42,11 +40,11 @@ class HoldRule:
     base_s: float = PREFETCH_TIMEOUT_S[0]
     per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]  # for each 1,024 tokens on the way
 
-    def deadline_s(self, tokens: int) -> float:
-        """How long the pages of so many tokens may take; the request is never held longer."""
+    def longest_s(self, tokens: int) -> float:
+        """How long a request may be held for the pages of so many tokens."""
         if self.policy is PrefetchPolicy.TIMEOUT:
-            return self.base_s + self.per_ki_token_s * tokens / 1024
-        return NO_DEADLINE_S
+            return min(self.base_s + self.per_ki_token_s * tokens / 1024, max(self.base_s, LONGEST_WAIT_S))
+        return LONGEST_WAIT_S
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class _Request:
     prompt: Prompt
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
-    deadline_s: float  # after that; the store gives up what is not there then
-    waits_until: float = math.inf  # monotonic; where that is sooner
+    waits_until: float  # monotonic; reading goes on as long as the request is queued
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
     head_start: _HeadStartOf = _HeadStartOf.NOT_THOUGHT_OF
@@ -83,11 +80,6 @@ class _Request:
     planned: int | None = None  # of these, to be restored
     counted: bool = False  # as a plan that could use host memory
     tries_bus: bool = False
-
-    @property
-    def admit_by(self) -> float:
-        """By the monotonic clock, whatever the store says, or fails to say."""
-        return self.asked_at + self.deadline_s + LATE_S
 
 
 class _Ahead:
@@ -154,6 +146,7 @@ class PrefetchQueue:
         self.requests_held_s = 0.0
         self._trial = f"trial {uuid.uuid4()}"  # an owner beside requests, whose ids their senders may choose
         self._trying = False  # it has something read; one trial at a time
+        self._trial_until = 0.0  # monotonic
         self._meter = ReadMeter(store, reads_at_once)
         self._next_wait_at = 0.0  # monotonic
         self._may_wait_s = STEP_WAIT_S  # in this step
@@ -194,7 +187,7 @@ class PrefetchQueue:
             if held and self._has_enough(rid, request, ahead, idle=idle and not free):
                 held = False
                 free.append(rid)
-            elif held and now > request.admit_by:
+            elif held and now > request.waits_until:
                 held = False
                 free.append(rid)
                 self.requests_admitted_late += 1
@@ -203,7 +196,7 @@ class PrefetchQueue:
             for rid in free:
                 self._try_reading(self._requests.get(rid))
             self._meter.look(self._planner, leaving=free)
-            if self._trying and self._store.progress(self._trial).done:
+            if self._trying and (now > self._trial_until or self._store.progress(self._trial).done):
                 self._end_trial()
         return free
 
@@ -226,7 +219,7 @@ class PrefetchQueue:
                 request.keys[start.pages :],
                 behind,
                 arrived_at=request.arrived_at,
-                deadline_s=NO_DEADLINE_S,
+                longest_s=LONGEST_WAIT_S,
             )
             rest.head_start = _HeadStartOf.UNDER_WAY
             self._measure(start.rid, rest, none_there=True)
@@ -239,15 +232,18 @@ class PrefetchQueue:
         if request is None or request.head_start is not _HeadStartOf.UNDER_WAY:
             return
         request.head_start = _HeadStartOf.NO_MORE
-        request.waits_until = time.monotonic() + self._deadline_s(len(request.keys))
+        request.waits_until = time.monotonic() + self._longest_s(len(request.keys))
 
     def admit(self, rids: Iterable[str]) -> None:
-        """Hold these no more."""
+        """Hold these no more. What is still being read for them may be there when it is their turn."""
+        now = time.monotonic()
         for rid in rids:
             if (since := self._held.pop(rid, None)) is not None:
-                self.requests_held_s += time.monotonic() - since
-                self._meter.end(rid)
-                if self._planner is not None and not self._takes_what_is_there:
+                self.requests_held_s += now - since
+                request = self._requests.get(rid)
+                in_time = request is not None and now <= request.waits_until
+                if in_time and self._planner is not None and not self._takes_what_is_there:
+                    self._meter.end(rid)
                     self._store.cut(rid)  # what is missing was not worth waiting for
 
     def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> int:
@@ -339,7 +335,7 @@ class PrefetchQueue:
             return False
         if idle and not done and self._plan_head_start(self._planner, rid, request, ahead):
             return False
-        return done or request.there >= wait.enough or time.monotonic() > request.waits_until
+        return done or request.there >= wait.enough
 
     @property
     def _takes_what_is_there(self) -> bool:
@@ -347,7 +343,7 @@ class PrefetchQueue:
 
     def _measure(self, rid: str, request: _Request, *, none_there: bool = False) -> None:
         self._meter.begin(
-            rid, request.keys, asked_at=request.asked_at, deadline_s=request.deadline_s, none_there=none_there
+            rid, request.keys, asked_at=request.asked_at, waits_until=request.waits_until, none_there=none_there
         )
 
     def _plan_head_start(self, planner: LoadPlanner, rid: str, request: _Request, ahead: _Ahead) -> bool:
@@ -370,7 +366,7 @@ class PrefetchQueue:
         return pages > 0
 
     def _plan_wait(self, planner: LoadPlanner, request: _Request, ahead: _Ahead, *, done: bool) -> _Wait:
-        """What to wait for, of what can be read before its deadline.
+        """What to wait for, of what can be read while it may wait, or the engine works for those ahead of it.
 
         done: no more of its pages will come; then what is ahead changes nothing.
         """
@@ -378,7 +374,7 @@ class PrefetchQueue:
         queued_pages = lower_pages = 0
         if not done:
             queued_pages = ahead.pages_read_before(request.keys)
-            left_s = min(request.asked_at + request.deadline_s, request.waits_until) - time.monotonic()
+            left_s = max(request.waits_until - time.monotonic(), ahead.pass_s)
             lower_pages = min(pages - there, max(0, planner.pages_read_within(left_s) - queued_pages))
         enough = planner.worth_waiting_for(
             there,
@@ -400,9 +396,10 @@ class PrefetchQueue:
             return
         self._trying = True
         keys = request.keys[request.there : request.there + max(self._reads_at_once, MEASURED_PAGES)]
-        self._store.prefetch(self._trial, keys, deadline_s=NO_DEADLINE_S)
+        self._store.prefetch(self._trial, keys)
         now = time.monotonic()
-        self._meter.begin(self._trial, keys, asked_at=now, deadline_s=NO_DEADLINE_S, none_there=True)
+        self._trial_until = now + LONGEST_WAIT_S
+        self._meter.begin(self._trial, keys, asked_at=now, waits_until=self._trial_until, none_there=True)
 
     def _end_trial(self) -> None:
         self._trying = False
@@ -416,17 +413,16 @@ class PrefetchQueue:
         prompt: Prompt | None = None,
         *,
         arrived_at: float | None = None,
-        deadline_s: float | None = None,
+        longest_s: float | None = None,
     ) -> _Request:
-        if deadline_s is None:
-            deadline_s = self._deadline_s(len(keys))
+        now = time.monotonic()
         request = self._requests[rid] = _Request(
             tuple(keys),
             {key: i for i, key in enumerate(keys)},
             prompt or Prompt(self._page_tokens, 0),
             time.time() if arrived_at is None else arrived_at,
-            time.monotonic(),
-            deadline_s,
+            now,
+            now + (self._longest_s(len(keys)) if longest_s is None else longest_s),
         )
         read_s = self._planner.read_s(1) if self._planner is not None else 0.0
         self._store.prefetch(
@@ -434,12 +430,11 @@ class PrefetchQueue:
             keys,
             priority=as_priority(arrived_at=request.arrived_at),
             page_priority=as_priority(read_s),
-            deadline_s=deadline_s,
         )
         return request
 
-    def _deadline_s(self, pages: int) -> float:
-        return self._rule.deadline_s(pages * self._page_tokens)
+    def _longest_s(self, pages: int) -> float:
+        return self._rule.longest_s(pages * self._page_tokens)
 
     def _prompt(self, request: _Request, keys: Sequence[bytes]) -> Prompt:
         """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""

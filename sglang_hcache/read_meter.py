@@ -20,7 +20,7 @@ MEASURED_S = 0.25  # while some are waited for all the time, what came is told s
 class _Reading:
     keys: Sequence[bytes]
     asked_at: float  # monotonic
-    deadline_s: float  # after that; then no more will come
+    waits_until: float  # monotonic
     known_at: float | None = None  # when it was seen what of it is in memory; monotonic
     there: int = 0  # pages, when it was last looked at
 
@@ -38,13 +38,13 @@ class ReadMeter:
         self._busy_until = 0.0  # that is counted; monotonic
 
     def begin(
-        self, owner: str, keys: Sequence[bytes], *, asked_at: float, deadline_s: float, none_there: bool = False
+        self, owner: str, keys: Sequence[bytes], *, asked_at: float, waits_until: float, none_there: bool = False
     ) -> None:
         """The sooner after it asked, the fewer of its pages are taken for some that were in memory.
 
         none_there: none of them was.
         """
-        self._readings[owner] = _Reading(keys, asked_at, deadline_s, asked_at if none_there else None)
+        self._readings[owner] = _Reading(keys, asked_at, waits_until, asked_at if none_there else None)
         self._look_at(owner)
 
     def end(self, owner: str) -> None:
@@ -60,7 +60,7 @@ class ReadMeter:
                 continue
             until = reading.asked_at + self._store.took_s(owner) if done else now
             spans.append((reading.known_at, until))
-            in_vain = until - reading.asked_at >= reading.deadline_s
+            in_vain = until >= reading.waits_until
             late |= in_vain and reading.asked_at >= self._since
             reads |= in_vain or not done
             goes_on |= not done and owner not in leaving

@@ -299,21 +299,26 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     requests.clear()
 
 
-def test_what_cannot_be_read_before_the_deadline_is_not_waited_for(store: LocalStore) -> None:
-    """Nor taken to be restored, by those behind it."""
+@pytest.mark.parametrize(
+    ("tokens_before", "expected"), [(100, [0, 10, 5, 5]), (100_000, [0, 10, 10, 10])], ids=["short", "long"]
+)
+def test_what_cannot_be_read_in_time_is_not_waited_for(
+    store: LocalStore, tokens_before: int, expected: list[int]
+) -> None:
+    """Nor taken to be restored, by those behind it. The time is its own, or that of the engine for those ahead."""
     plans = planner(ssd_bytes_per_s=1e7)
     rule = HoldRule(PrefetchPolicy.TIMEOUT, base_s=(plans.read_s(15) + plans.read_s(16)) / 2, per_ki_token_s=0.0)
     save(store, range(10, 30))
     assert store.flush(PATIENCE_S)
     store.drop_host()
     requests = PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=False, planner=plans)
-    requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
+    requests.queued("before", keys_of([90]), Prompt(new_tokens=tokens_before, device_tokens=0))
     for rid, first in (("first", 0), ("second", 10), ("third", 20)):
         requests.queued(rid, keys_of(range(first, first + 10)))
         assert store.progress(rid).known
-    assert requests.admissible() == ["before", "third"]
+    assert requests.admissible() == ["before"]
     enough = [request.wait.enough for request in requests._requests.values() if request.wait is not None]
-    assert enough == [0, 10, 5, 0]
+    assert enough == expected
     requests.clear()
 
 

@@ -64,7 +64,7 @@ def meter(drives: Any) -> ReadMeter:
 
 
 def begin(meter: ReadMeter, drives: Drives, owner: str, pages: range) -> None:
-    meter.begin(owner, drives.ask(owner, pages), asked_at=drives.now, deadline_s=DEADLINE_S)
+    meter.begin(owner, drives.ask(owner, pages), asked_at=drives.now, waits_until=drives.now + DEADLINE_S)
 
 
 def look_at(meter: ReadMeter, drives: Any, now: float, **options: Any) -> list[tuple[int, float]]:
