@@ -89,15 +89,13 @@ class ChunkStore(Protocol):
         *,
         priority: int = 0,
         page_priority: int = 0,
-        deadline_s: float = 0.0,
     ) -> None:
         """Get the longest leading run of `keys` that can be had into memory, and lease it to `owner`.
 
         Pages that are only on file are read and verified in the background, lower priority first: that is `priority`
         and `page_priority` for each page to read. Where too much is leased already, it waits for its turn, and so do
         those after it that are no more urgent and need slots. A new prefetch replaces the owner's former one; what is
-        in both stays in place. After `deadline_s` (0: never) what is not there yet is left out. Does not block on
-        I/O.
+        in both stays in place. Does not block on I/O.
         """
         ...
 

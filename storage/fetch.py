@@ -128,9 +128,6 @@ class Fetches:
         fetch = self._by_owner.get(owner)
         return max(0.0, fetch.ended_at - fetch.began_at) if fetch else 0.0
 
-    def is_current(self, fetch: Fetch) -> bool:
-        return self._by_owner.get(fetch.owner) is fetch
-
     def cut(self, owner: str) -> None:
         """What is not there yet is not waited for any more."""
         if fetch := self._by_owner.get(owner):

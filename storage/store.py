@@ -12,7 +12,6 @@ from pathlib import Path
 
 from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
-from sglang_hcache.storage.deadlines import Deadlines
 from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.fetch import Fetch, Fetches, Read
 from sglang_hcache.storage.files import device_of
@@ -91,7 +90,6 @@ class LocalStore:
             tick_s=min(1.0, retry_s),
             settled=self._admit_waiting,
         )
-        self._deadlines = Deadlines(self._cut_late)
         self._readers = [
             threading.Thread(target=self._read_forever, args=(volume,), name=f"hcache-read-{i}", daemon=True)
             for volume in self._files.volumes
@@ -184,7 +182,6 @@ class LocalStore:
         *,
         priority: int = 0,
         page_priority: int = 0,
-        deadline_s: float = 0.0,
     ) -> None:
         wanted, looked_up = list(dict.fromkeys(keys)), set[bytes]()
         places: dict[bytes, Place] = {}
@@ -202,12 +199,12 @@ class LocalStore:
                 if begun := end == len(wanted) or wanted[end] in looked_up:
                     run, to_read = wanted[:end], slots[:end].count(None)
                     fetch = Fetch(owner, run, places, priority + page_priority * to_read)
-                    waits = self._begin(fetch, slots, deadline_s)
+                    waits = self._begin(fetch, slots)
         if waits:  # what is in memory now may be on file only when there is room
             places |= self._files.locate(key for key in run if key not in places)
         self._tell_progress()
 
-    def _begin(self, fetch: Fetch, slots: Sequence[int | None], deadline_s: float) -> bool:
+    def _begin(self, fetch: Fetch, slots: Sequence[int | None]) -> bool:
         """Whether it waits for room. `slots`: of its pages, where they are in memory."""
         for key, slot in zip(fetch.keys, slots, strict=False):
             if slot is not None:
@@ -215,8 +212,6 @@ class LocalStore:
         self._fetches.start(fetch)
         if self._fetches.waiting:
             self._writer.make_room()
-        if deadline_s and not fetch.done:
-            self._deadlines.add(fetch, deadline_s)
         return not fetch.admitted
 
     def is_awaited(self, key: bytes) -> bool:
@@ -322,7 +317,6 @@ class LocalStore:
             self._closed = True
             given_up = self._writer.stop()
             self._fetches.close()
-        self._deadlines.close()
         if not flushed:
             log.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
         ended = _join(threads, CLOSE_WAIT_S)
@@ -376,12 +370,6 @@ class LocalStore:
             self._fetches.finish_read(read, sound=sound)
             if sound and (slot := self._arena.slot_of(read.key)) is not None:
                 self._writer.used(read.key, slot)
-        self._tell_progress()
-
-    def _cut_late(self, fetch: Fetch) -> None:
-        with self._lock:
-            if self._fetches.is_current(fetch):
-                self._fetches.cut(fetch.owner)
         self._tell_progress()
 
     def _tell_progress(self) -> None:

@@ -150,13 +150,11 @@ class PrefetchClient:
         *,
         priority: int = 0,
         page_priority: int = 0,
-        deadline_s: float = 0.0,
     ) -> None:
         message = m.Prefetch(
             keys=list(keys[: m.MAX_KEYS]),
             priority=priority,
             page_priority=page_priority,
-            deadline_s=min(deadline_s, m.MAX_SECONDS),
         )
         with self._lock:
             former = self._wanted.get(owner)

@@ -13,16 +13,14 @@ import msgspec
 
 from sglang_hcache.storage import contract
 
-VERSION = 4
+VERSION = 5
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
-MAX_SECONDS = 86_400.0
 
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=MAX_KEYS)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
 Parameter = dict[str, str]
 
@@ -67,7 +65,6 @@ class Prefetch(Message):
     keys: Keys
     priority: int  # lower is earlier; equal ones in order of arrival; from another host: by arrival instead
     page_priority: int  # added to it for each page that has to be read
-    deadline_s: Seconds  # from now; what is not in memory by then is left out; 0 for none
 
 
 class Cancel(Message):

@@ -40,7 +40,6 @@ class NoStore:
         *,
         priority: int = 0,
         page_priority: int = 0,
-        deadline_s: float = 0.0,
     ) -> None:
         """Done, with nothing."""
 

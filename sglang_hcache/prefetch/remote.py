@@ -116,7 +116,7 @@ class RemoteFiles:
         """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
         asked_at = time.monotonic()
         with self._lock:
-            number = self.connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0, deadline_s=0.0))
+            number = self.connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0))
             read = self._reads[number] = _Read()
         while not self._over(read):
             waited_s = time.monotonic() - asked_at
@@ -291,7 +291,6 @@ class RemoteClient:
         *,
         priority: int = 0,
         page_priority: int = 0,
-        deadline_s: float = 0.0,
     ) -> None:
         ticket, wanted = next(self._tickets), list(keys)
         with self._lock:
@@ -300,7 +299,7 @@ class RemoteClient:
         def look_up() -> None:
             if self._pending.get(owner) != ticket:
                 return
-            self._store.prefetch(owner, wanted, priority=priority, page_priority=page_priority, deadline_s=deadline_s)
+            self._store.prefetch(owner, wanted, priority=priority, page_priority=page_priority)
             with self._lock:
                 current = self._pending.get(owner) == ticket
                 if current:

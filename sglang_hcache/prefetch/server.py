@@ -309,7 +309,6 @@ class Server:
             message.keys,
             priority=by_arrival if session.remote else message.priority,
             page_priority=message.page_priority,
-            deadline_s=message.deadline_s,
         )
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:

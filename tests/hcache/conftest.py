@@ -6,13 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from sglang_hcache import load_planner, prefetch_queue, read_meter
-from sglang_hcache.storage import deadlines, fetch
+from sglang_hcache.storage import fetch
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.fetch import Fetch
 from sglang_hcache.storage.store import LocalStore
@@ -62,10 +61,8 @@ def store(tmp_path: Path, disk: threading.Event) -> Iterator[LocalStore]:
 class Clock:
     """Stands still, but for what is added."""
 
-    def __init__(self, deadlines: Any) -> None:
+    def __init__(self) -> None:
         self._now = 1000.0
-        self._deadlines, self._due = deadlines, deadlines._due
-        deadlines._due = self._come_to
 
     def monotonic(self) -> float:
         return self._now
@@ -74,28 +71,14 @@ class Clock:
         return self._now + 4000
 
     def advance(self, seconds: float) -> None:
-        """Returns when all is done that is due by then."""
         self._now += seconds
-        passed = threading.Event()
-        self._deadlines.add(passed, 0.0)
-        assert passed.wait(PATIENCE_S)
-
-    def stop_deadlines(self) -> None:
-        """The store misses all of them."""
-        self._due = lambda thing: None
-
-    def _come_to(self, thing: Any) -> None:
-        if isinstance(thing, threading.Event):
-            thing.set()
-        else:
-            self._due(thing)
 
 
 @pytest.fixture
-def clock(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Of the queue, of its planner, and of the store's deadlines and times."""
-    clock = Clock(store._deadlines)
-    for module in (prefetch_queue, load_planner, read_meter, deadlines, fetch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Of the queue, of its planner, and of the store's times."""
+    clock = Clock()
+    for module in (prefetch_queue, load_planner, read_meter, fetch):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(stores, "Fetch", lambda *what: replace(Fetch(*what), began_at=clock.monotonic()))
     return clock

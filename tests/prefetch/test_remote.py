@@ -312,7 +312,7 @@ def test_who_gives_no_credit_gets_no_pages_and_holds_up_nobody(open_prefetcher: 
     save(a, range(20))
     a.drop_host()
     raw = RawClient(open_prefetcher.address)
-    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
+    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0))
     assert raw.pages() == 0
     raw.send(m.Credit(pages=3))
     assert raw.pages() == 3
@@ -326,7 +326,7 @@ def test_a_silent_client_expires(open_prefetcher: Prefetcher) -> None:
     a = open_prefetcher.remote()
     save(a, range(20))
     raw = RawClient(open_prefetcher.address)
-    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0, deadline_s=0))
+    raw.send(m.Prefetch(keys=keys_of(range(20)), priority=0, page_priority=0))
     raw.send(m.Credit(pages=2))
     assert raw.pages() == 2
     assert a.stats()["prefetcher_clients"] == 2
@@ -369,7 +369,7 @@ def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(start: S
 
     def ask(pages: range) -> None:
         for page in pages:
-            raw.send(m.Prefetch(keys=[key_of(page)], priority=0, page_priority=0, deadline_s=0))
+            raw.send(m.Prefetch(keys=[key_of(page)], priority=0, page_priority=0))
 
     ask(range(3))
     assert raw.pages() == 0

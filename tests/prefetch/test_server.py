@@ -251,8 +251,9 @@ def test_too_much_at_once_waits_for_room(join: Join) -> None:
     client.prefetch("second", keys_of(range(30, 60)))
     assert figures(client)["prefetches_waiting"] == 1
     assert not client.progress("second").done
-    client.prefetch("third", keys_of(range(30, 50)), deadline_s=0.3)
-    assert client.wait("third", PATIENCE_S) == ((), True, True), "a deadline holds for those who wait, too"
+    client.prefetch("third", keys_of(range(30, 50)))
+    client.cut("third")
+    assert client.wait("third", PATIENCE_S) == ((), True, True), "it may be cut while it waits"
     client.release("first")
     assert len(client.wait("second", PATIENCE_S).slots) == 30
     client.release("second")
@@ -297,7 +298,7 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
     client.drop_host()
     with Raw(directory) as raw:
         raw.open(grant=1)
-        asked = raw.say(m.Prefetch(keys=keys_of(range(30)), priority=0, page_priority=0, deadline_s=0))
+        asked = raw.say(m.Prefetch(keys=keys_of(range(30)), priority=0, page_priority=0))
         slots: list[int] = []
         done = False
         while not done:
@@ -321,12 +322,12 @@ def test_what_is_in_memory_is_announced_at_once(directory: Path, join: Join) -> 
     assert client.flush(PATIENCE_S)
     with Raw(directory) as raw:
         raw.open(grant=1)
-        asked = raw.say(m.Prefetch(keys=keys_of(range(8)), priority=0, page_priority=0, deadline_s=0))
+        asked = raw.say(m.Prefetch(keys=keys_of(range(8)), priority=0, page_priority=0))
         ready = raw.hear(m.Ready)
         assert (ready.answers, len(ready.slots), ready.done) == (asked, 8, True)
         raw.say(m.Release(prefetch=asked))
         raw.say(m.DropHost())
-        asked = raw.say(m.Prefetch(keys=keys_of(range(40)), priority=0, page_priority=0, deadline_s=0))
+        asked = raw.say(m.Prefetch(keys=keys_of(range(40)), priority=0, page_priority=0))
         ready = raw.hear(m.Ready)
         assert (ready.answers, ready.slots, ready.done) == (asked, [], False)
     client.prefetch("a", keys_of(range(40)))

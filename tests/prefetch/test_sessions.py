@@ -45,14 +45,6 @@ def test_answers_to_a_former_prefetch_of_a_request_are_not_taken_for_the_next_on
     assert_nothing_held(client)
 
 
-def test_a_deadline_may_be_of_any_length(join: Join) -> None:
-    client = join()
-    save(client, range(3))
-    client.prefetch("a", keys_of(range(3)), deadline_s=float("inf"))
-    assert len(client.wait("a", PATIENCE_S).slots) == 3
-    client.release("a")
-
-
 def test_a_defect_in_the_sessions_thread_ends_the_session(
     join: Join, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

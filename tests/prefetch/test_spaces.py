@@ -555,9 +555,10 @@ def test_a_client_that_gives_up_leaves_no_session_however_late_that_is_read(
         first = ask(hello())
         if not welcomed:
             server._later(hang)
-        with monkeypatch.context() as patch, pytest.raises(Unavailable):
+        with monkeypatch.context() as patch:
             patch.setattr(connection, "LOOK_S", 0.0)
-            ask(hello(), go_on=lambda: False)
+            with pytest.raises(Unavailable):
+                ask(hello(), go_on=lambda: False)
         go_on.set()
         second = ask(hello())
         assert until(lambda: figures(second)["prefetcher_clients"] == 2)

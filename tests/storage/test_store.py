@@ -3,15 +3,12 @@ from __future__ import annotations
 import mmap
 import stat
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sglang_hcache.storage import deadlines
 from sglang_hcache.storage.layout import ROOT
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
 from sglang_hcache.storage.stripe import Place, Stripe
@@ -288,38 +285,6 @@ def test_threads_capture_and_restore_at_once(tmp_path: Path) -> None:
     assert counters(store)["pages_leased"] == counters(store)["pages_open"] == 0
     assert counters(store)["pages_damaged"] == 0
     store.close()
-
-
-def test_hundreds_of_prefetches_with_deadlines_take_no_thread_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, now = threading.active_count(), 0.0
-    monkeypatch.setattr(deadlines, "time", SimpleNamespace(monotonic=lambda: now))
-    store = open_store(tmp_path, slots=16, lease_limit=0.5)
-    save(store, range(16))
-    assert store.flush(30)
-    store.prefetch("first", keys_of(range(8)))
-    assert store.wait("first", 60).done
-    threads, begun_at = threading.active_count(), time.monotonic()
-    for number in range(500):
-        store.prefetch(f"waits {number}", keys_of([8]), deadline_s=60.0 if number % 2 else 0.5)
-    store.prefetch("waits 2", keys_of([9]), deadline_s=60.0)
-    store.release("waits 4")
-    assert threading.active_count() <= threads
-    late = [f"waits {number}" for number in range(0, 500, 2) if number not in (2, 4)]
-    others = [f"waits {number}" for number in (1, 2, 499)]
-    now = 0.49
-    time.sleep(0.6)
-    assert not any(store.progress(owner).done for owner in [*late, *others]), "their time has not come"
-    now = 0.5
-    assert all(store.wait(owner, 60) == ((), True, True) for owner in late)
-    assert all(0.5 <= store.took_s(owner) <= time.monotonic() - begun_at for owner in late)
-    assert not any(store.progress(owner).done for owner in others), "their time has not come"
-    now = 59.0
-    store.release("first")
-    assert store.wait("waits 2", 60).slots, "the former deadline was for what was asked for before"
-    store.close()
-    assert threading.active_count() <= before
 
 
 def test_many_reserves_do_not_wait_for_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
