@@ -88,6 +88,7 @@ METRICS = tuple(
         ("pages_written", "hcache_written_pages_total", _C, "Pages written to files"),
         ("bytes_written", "hcache_written_bytes_total", _C, "Bytes of pages written to files"),
         ("pages_write_failed", "hcache_write_failed_pages_total", _C, "Pages that no directory could take"),
+        ("pages_write_skipped", "hcache_write_skipped_pages_total", _C, "Pages not written, as drives were behind"),
         ("pages_file", "hcache_file_pages", _G, "Pages of this model in files"),
         ("bytes_file", "hcache_file_bytes", _G, "Disk space in use, of all models"),
         ("quota_bytes", "hcache_file_capacity_bytes", _G, "Disk quota, of all models; 0: no directory"),

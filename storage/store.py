@@ -286,6 +286,7 @@ class LocalStore:
                 "pages_written": writer.written,
                 "bytes_written": writer.written * self.layout.record_bytes,
                 "pages_write_failed": writer.failed,
+                "pages_write_skipped": writer.skipped,
                 "reserve_failed": self._reserve_failed,
             }
         stats["pages_file"] = sum(volume.pages for volume in volumes)

@@ -22,6 +22,8 @@ MOST_KEPT = 1 << 17  # pages that are not evicted while a batch is written
 MOST_BEHIND = 2  # batches that one volume may have waiting more than another
 SELECTIVE_USES = 2  # SGLang's threshold for the policy of that name
 SHORT_OF_SLOTS = 0.25  # write_back begins when fewer slots than this fraction can be reserved
+MOST_DIRTY = 0.5  # of the slots, with pages that wait to be written; more with write_back, which writes late
+BATCHES_DIRTY = 4  # of each volume that may wait in any case
 TOUCH_EVERY_S = 5.0
 MOST_TOUCHED = 1 << 18  # pages whose use a volume has still to note: one that hangs notes none
 
@@ -80,6 +82,7 @@ class Writer:
         self._room_wanted = False
         self._closing = False
         self.written = self.failed = 0
+        self.skipped = 0  # pages that were to be written, and are in memory only until they are used again
         self.threads = [
             threading.Thread(target=self._run, args=(volume, todo), name="hcache-write", daemon=True)
             for volume, todo in self._by_volume.items()
@@ -98,23 +101,21 @@ class Writer:
         self._uses.extend(bytes(max(0, slot + 1 - len(self._uses))))
         self._uses[slot] = 1
         self._arena.cache(key, slot, Backing.UNBACKED, parent)
-        if self._policy is WritePolicy.WRITE_THROUGH:
-            self._enqueue(slot, key)
-        elif self._policy is WritePolicy.WRITE_BACK and self._by_volume:
-            self._arena.mark(slot, Backing.DIRTY)
-            self._backlog.append((slot, key))
+        if self._is_to_be_written(slot):
+            if self._behind:
+                self.skipped += 1
+            else:
+                self._put(slot, key)
 
     def used(self, key: bytes, slot: int) -> None:
         """A page has been asked for, or computed, once more."""
         for todo in self._by_volume.values():
             if len(todo.touched) < MOST_TOUCHED:
                 todo.touched[key] += 1
-        if self._policy is not WritePolicy.SELECTIVE or self._arena.backing(slot) is not Backing.UNBACKED:
-            return
-        if self._uses[slot] < SELECTIVE_USES:
-            self._uses[slot] += 1
-            if self._uses[slot] == SELECTIVE_USES:
-                self._enqueue(slot, key)
+        if self._arena.backing(slot) is Backing.UNBACKED:
+            self._uses[slot] = min(self._uses[slot] + 1, SELECTIVE_USES)
+            if self._is_to_be_written(slot) and not self._behind and self._files.healthy:
+                self._put(slot, key)
 
     def reserved(self) -> None:
         """A slot has been taken: there may be too few left."""
@@ -165,10 +166,27 @@ class Writer:
         for todo in self._by_volume.values():
             todo.work.notify()
 
+    def _is_to_be_written(self, slot: int) -> bool:
+        enough_uses = self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES
+        return enough_uses and bool(self._by_volume)
+
+    @property
+    def _behind(self) -> bool:
+        """Whether pages come faster than files take them: more would fill the memory with what waits."""
+        share = 1 - SHORT_OF_SLOTS / 2 if self._policy is WritePolicy.WRITE_BACK else MOST_DIRTY
+        at_least = BATCHES_DIRTY * self._at_once * len(self._by_volume)
+        return self._arena.dirty >= max(share * self._arena.slots, at_least)
+
+    def _put(self, slot: int, key: bytes) -> None:
+        """Have a cached page written when the policy says so."""
+        if self._policy is WritePolicy.WRITE_BACK:
+            self._arena.mark(slot, Backing.DIRTY)
+            self._backlog.append((slot, key))
+        else:
+            self._enqueue(slot, key)
+
     def _enqueue(self, slot: int, key: bytes) -> None:
         """Have a cached page written by the volume whose turn it is."""
-        if not self._by_volume:
-            return
         volume = self._files.next(lambda volume: self._by_volume[volume].waiting, self._most_behind())
         if volume is None:
             self._give_up(slot, key)
@@ -294,7 +312,7 @@ class Writer:
             with self._lock:
                 for _, slot, key in found[first : first + MOST_A_HOLD]:
                     unbacked = self._arena.slot_of(key) == slot and self._arena.backing(slot) is Backing.UNBACKED
-                    if unbacked and (self._policy is not WritePolicy.SELECTIVE or self._uses[slot] >= SELECTIVE_USES):
+                    if unbacked and self._is_to_be_written(slot) and not self._behind:
                         self._enqueue(slot, key)
 
     def _touch(self, volume: Files, todo: _VolumeQueue, *, now: bool = False) -> None:

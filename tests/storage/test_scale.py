@@ -268,7 +268,7 @@ def test_a_long_queue_is_not_looked_at_with_every_batch(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Arena, "parent", count)
     monkeypatch.setattr(Volume, "write", wait)
-    store = open_store(tmp_path, slots=pages)
+    store = open_store(tmp_path, slots=2 * pages)
     save(store, range(pages))
     queued.set()
     assert store.flush(60)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from sglang_hcache.storage import writer
 from sglang_hcache.storage.contract import WritePolicy
+from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
 from tests.prefetch.clients import until
 from tests.storage.pages import counters, keys_of, lease, open_store, save, served
@@ -88,6 +94,38 @@ def test_pages_that_no_disk_could_take_are_written_when_one_works_again(tmp_path
     assert store.flush(30)
     store.drop_host()
     assert served(store, range(5)) == list(range(5))
+    store.check()
+    store.close()
+
+
+@pytest.mark.parametrize("policy", [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK])
+def test_drives_that_are_too_slow_leave_memory_to_new_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: WritePolicy
+) -> None:
+    """Those are written once they are used again, and drives have caught up."""
+    go_on, write = threading.Event(), SegmentWriter.write
+
+    def hang(*arguments: Any) -> None:
+        assert go_on.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(SegmentWriter, "write", hang)
+    monkeypatch.setattr(writer, "BATCH_PAGES", 1)
+    store = open_store(tmp_path, slots=16, write_policy=policy)
+    save(store, range(40))
+    dirty = counters(store)["pages_dirty"]
+    assert dirty < 16
+    assert counters(store)["pages_write_skipped"] == 40 - dirty
+    assert counters(store)["pages_write_failed"] == 0
+    assert served(store, range(40)) == [*range(dirty), *range(40 - (16 - dirty), 40)], "the first wait, the last fit"
+    go_on.set()
+    assert store.flush(30)
+    assert on_file(store) == dirty
+    last = range(39, 40)
+    assert served(store, last) == [39]
+    assert store.flush(30)
+    store.drop_host()
+    assert served(store, range(40)) == [*range(dirty), *last]
     store.check()
     store.close()
 
