@@ -34,6 +34,20 @@ def page_hash(token_ids: Any, prior_digest: bytes | None, page_size: int | None 
     return digests
 
 
+def namespace_seed(extra_key: str | None, cache_salt: str | None) -> bytes | None:
+    """What stands for the page before the first one of a prompt that is only shared with its like, as in SGLang."""
+    if extra_key is None and cache_salt is None:
+        return None
+    digest = hashlib.sha256(b"sglang-cache-namespace-v1")
+    for part in (extra_key, cache_salt):
+        if part is None:
+            digest.update(b"\x00")
+        else:
+            encoded = part.encode()
+            digest.update(b"\x01" + len(encoded).to_bytes(8, "little") + encoded)
+    return digest.digest()
+
+
 def _chain(prior: bytes, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> bytes:
     wide = bool((tokens > np.iinfo(np.uint32).max).any())
     body = b"\xff" + tokens.tobytes() if wide else tokens.astype("<u4").tobytes()

@@ -10,9 +10,7 @@ import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import numpy as np
 
 from sglang_hcache.cli.bundle import Model, write_bundle
@@ -26,7 +24,7 @@ from sglang_hcache.cli.common import (
     read_table,
     require_siblings,
 )
-from sglang_hcache.page_hash import page_hash
+from sglang_hcache.cli.prompt import TOKENS, Prompt, add_namespace, prompt_of, tokens_in
 from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
@@ -34,41 +32,31 @@ from sglang_hcache.storage.layout import ChunkDamaged, Record, verify
 from sglang_hcache.storage.segment import SegmentReader
 from sglang_hcache.storage.tree import folder_of, segment_file
 
-Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Pages = dict[bytes, tuple[Path, Entry]]  # by key: the directory, and where in it
-
-
-class Tokenized(msgspec.Struct):
-    """The answer of SGLang's `/v1/tokenize`."""
-
-    tokens: list[Token]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--tokens",
-        type=_tokens,
-        metavar="FILE",
-        help="the prompt whose pages to write: a JSON list of token ids, or the answer of /v1/tokenize; - is stdin",
-    )
+    what.add_argument("--tokens", type=tokens_in, metavar="FILE", help=f"the prompt whose pages to write: {TOKENS}")
     what.add_argument("--all", action="store_true", help="every page whose prefix is complete")
+    add_namespace(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    prompt = prompt_of(arguments)
     require_siblings(arguments.dir)
     stored = _stored(arguments.dir)
     chosen: list[tuple[Model, Iterator[Record]]] = []
     for fingerprint, pages in sorted(stored.items()):
         about = _about(arguments.dir, fingerprint)
         if about.layout is None:
-            if not arguments.all:
+            if prompt is not None:
                 continue
             raise CommandFailed(f"the layout of {fingerprint.hex()} is not known: its about.json is missing")
         reader = _Reader(fingerprint, about, pages)
-        if keys := reader.everything() if arguments.all else reader.prefix(arguments.tokens):
+        if keys := reader.everything() if prompt is None else reader.prefix(prompt):
             layout = about.layout
             model = Model(fingerprint.hex(), layout.page_tokens, layout.layer_bytes, about.texts, len(keys))
             chosen.append((model, reader.read(keys)))
@@ -81,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     left_out = sum(model.pages for model, _ in chosen) - total
     if not written:
         where = ", ".join(map(str, arguments.dir))
-        raise CommandFailed(f"{where}: nothing is stored" + ("" if arguments.all else " of this prompt"))
+        raise CommandFailed(f"{where}: nothing is stored" + ("" if prompt is None else " of this prompt"))
     if arguments.json:
         print_json({"file": str(arguments.out), "pages": total, "bytes": size, "left_out": left_out})
     else:
@@ -89,18 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
         if left_out:
             print(f"{count(left_out, 'page')} left out: evicted meanwhile, or damaged, which `hcache fsck` tells")
     return 0
-
-
-class _Bigrams:
-    """Each token with the next, as `page_hash` takes them."""
-
-    is_bigram = True
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.token_ids = tokens
-
-    def __len__(self) -> int:
-        return max(0, len(self.token_ids) - 1)
 
 
 class _Reader:
@@ -131,14 +107,10 @@ class _Reader:
             else:
                 yield record
 
-    def prefix(self, tokens: list[int]) -> list[bytes]:
-        """The first pages of a prompt, as far as they are stored; with a draft model a page's hash is of bigrams."""
-        return max(self._first(tokens), self._first(_Bigrams(tokens)), key=len)
-
-    def _first(self, tokens: list[int] | _Bigrams) -> list[bytes]:
-        hashes = page_hash(tokens, None, self._layout.page_tokens)
-        assert isinstance(hashes, list)
-        return list(itertools.takewhile(self._pages.__contains__, map(bytes.fromhex, hashes)))
+    def prefix(self, prompt: Prompt) -> list[bytes]:
+        """The first pages of a prompt, as far as they are stored."""
+        of_both_kinds = prompt.keys(self._layout.page_tokens)
+        return max((list(itertools.takewhile(self._pages.__contains__, keys)) for keys in of_both_kinds), key=len)
 
     def everything(self) -> list[bytes]:
         starts = {key[:PARENT_BYTES]: key for key in self._pages}
@@ -172,14 +144,3 @@ def _stored(directories: list[Path]) -> dict[bytes, Pages]:
 def _about(directories: list[Path], fingerprint: bytes) -> About:
     found = [read_about(folder_of(path, fingerprint)) for path in directories]
     return next((about for about in found if about.layout is not None), About())
-
-
-def _tokens(file: str) -> list[int]:
-    try:
-        data = Path("/dev/stdin" if file == "-" else file).read_bytes()
-        prompt = msgspec.json.decode(data, type=list[Token] | Tokenized)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(explain(error, Path(file))) from error
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{file} is neither a list of token ids nor has one ({error})") from error
-    return prompt if isinstance(prompt, list) else prompt.tokens

@@ -1,7 +1,7 @@
-"""Delete pages whose prefix is incomplete; with options also unused models and the least valuable pages.
+"""Delete pages whose prefix is incomplete; with options also those not used for long, a prompt, the least valuable.
 
-Safe while a server runs; files that it is writing are left alone. Exit status: 0; 2 bad arguments; 3 a directory
-cannot be used, or could not be shrunk to --to-size.
+Safe while a server runs; files that it is writing are left alone, and what it has in memory. Exit status: 0; 2 bad
+arguments; 3 a directory cannot be used, could not be shrunk to --to-size, or may have more of the --tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 
 from sglang_hcache.cli.common import (
     CommandFailed,
@@ -24,6 +25,7 @@ from sglang_hcache.cli.common import (
     count,
     fingerprint_folders,
     human,
+    in_use,
     print_json,
     read_table,
     require,
@@ -32,11 +34,13 @@ from sglang_hcache.cli.common import (
     size,
     span,
 )
+from sglang_hcache.cli.prompt import TOKENS, Prompt, add_namespace, prompt_of, tokens_in
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import open_shared, seal_if_last
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
+from sglang_hcache.storage.index_check import PARENT_BYTES
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk, evicting
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table
@@ -48,7 +52,17 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument(
-        "--older-than", type=span, metavar="30d", help="also delete models that have not been used for this long"
+        "--older-than", type=span, metavar="30d", help="also delete pages that have not been used for this long"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=tokens_in,
+        metavar="FILE",
+        help=f"also delete a prompt and all that follows it, but no pages that others share: {TOKENS}",
+    )
+    add_namespace(parser)
+    parser.add_argument(
+        "--with-shared", action="store_true", help="with --tokens: those as well, and all that follows them"
     )
     parser.add_argument(
         "--to-size", type=size, metavar="100GB", help="also delete the least valuable pages until each directory fits"
@@ -58,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     directories: list[Path] = arguments.dir
+    erases = prompt_of(arguments) is not None
+    if arguments.with_shared and not erases:
+        raise CommandFailed("--with-shared goes with --tokens")
     for path in directories:
         require(path)
     require_siblings(directories)
@@ -69,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         results = _foresee(arguments) if arguments.dry_run else _collect(arguments)
     except lmdb.Error as error:
         raise CommandFailed(str(error)) from error
+    for path, one in zip(directories, results, strict=True):
+        one["in_use"] = in_use(path) if erases else None
     if arguments.json:
         print_json({"dry_run": arguments.dry_run, "directories": results})
     else:
@@ -78,6 +97,12 @@ def run(arguments: argparse.Namespace) -> int:
     if short and not arguments.dry_run:
         raise CommandFailed(
             f"{', '.join(short)} takes more than --to-size: the rest is its index, in use, or not in the index"
+        )
+    unlisted = [one["path"] for one in results if one["unlisted_models"] > 0]
+    if erases and unlisted:
+        raise CommandFailed(
+            f"{', '.join(unlisted)} may have more of the prompt, which the index does not list: "
+            "run `hcache fsck --repair`, or start that model's server, and then this again"
         )
     return 0
 
@@ -96,6 +121,11 @@ def _print(one: dict[str, Any], does: str) -> None:
     if one["index_damaged"]:
         lost = count(one["damaged_entries"], "damaged entry", "damaged entries")
         print(f"{one['path']}: the index is damaged ({lost}); pages it does not list are not counted")
+    if one["shared_pages"]:
+        kept = count(one["shared_pages"], "page")
+        print(f"{one['path']}: {kept} of the prompt kept, as others follow, too: see --with-shared")
+    if one["in_use"]:
+        print(f"{one['path']}: in use; what servers have in memory, and files they are writing, are left alone")
 
 
 @dataclass(frozen=True)
@@ -106,6 +136,8 @@ class Choice:
     victims: Mask
     orphans: int  # of the victims
     freed_bytes: int
+    shared: int = 0  # pages of the prompt here that stay, as others follow them, too
+    unlisted: int = 0  # models
 
     @property
     def pages(self) -> int:
@@ -181,6 +213,8 @@ def _result(
         "short_bytes": 0 if arguments.to_size is None else max(0, left - arguments.to_size),
         "index_damaged": damage.files > 0,
         "damaged_entries": damage.pages,
+        "shared_pages": first.shared,
+        "unlisted_models": first.unlisted,
     }
 
 
@@ -196,13 +230,25 @@ def _delete(paths: Sequence[Path], indexes: Sequence[Index], arguments: argparse
 def _choose(paths: Sequence[Path], tables: Sequence[Table], arguments: argparse.Namespace) -> Choice:
     table = Table.join(tables)
     freed = freeable(paths[0], table)
-    orphans = _orphans(table) & ~table.of(_listed_in_part(paths, tables))
+    unlisted = _listed_in_part(paths, tables)
+    orphans = _orphans(table) & ~table.of(unlisted)
     victims = orphans | _unused(table, arguments.older_than)
+    shared = np.zeros(len(table.names), np.bool_)
+    if (prompt := prompt_of(arguments)) is not None:
+        erased, shared = _of_prompt(table, prompt, victims, arguments.with_shared)
+        victims |= erased
     if arguments.to_size is not None:
         short = bytes_on_disk(paths[0]) - int(freed[victims].sum()) - arguments.to_size
         victims |= choose(table.forest, table.worth(time.time()), np.where(victims, 0, freed), short)
     victims &= table.record_bytes > 0  # elsewhere an index has lost its mark, and nobody knows what a page takes
-    return Choice(table, victims, int((orphans & victims).sum()), int(freed[victims].sum()))
+    return Choice(
+        table,
+        victims,
+        orphans=int((orphans & victims).sum()),
+        freed_bytes=int(freed[victims].sum()),
+        shared=int((shared & ~victims & (table.volume == 0)).sum()),
+        unlisted=len(unlisted),
+    )
 
 
 def _listed_in_part(paths: Sequence[Path], tables: Sequence[Table]) -> set[bytes]:
@@ -227,11 +273,39 @@ def _orphans(table: Table) -> Mask:
 
 
 def _unused(table: Table, older_than: int | None) -> Mask:
-    """Pages of fingerprints of which none was used for so long; those in other directories have their turn."""
-    unused = np.zeros(len(table.names), np.bool_)
-    if older_than is not None:
-        for group in range(len(table.fingerprints)):
-            mine = table.group == group
-            if time.time() - int(table.value["last_use"][mine].max()) > older_than:
-                unused |= mine & (table.volume == 0)
+    """Pages that were not used for so long, nor any after them; those in other directories have their turn.
+
+    Who uses a page uses all before it, but nobody asks the tier for those that the KV pool has.
+    """
+    if older_than is None:
+        return np.zeros(len(table.names), np.bool_)
+    last_use = table.forest.largest_below(table.value["last_use"].astype(np.float64))
+    unused: Mask = (time.time() - last_use > older_than) & (table.volume == 0)
     return unused
+
+
+def _of_prompt(table: Table, prompt: Prompt, leaving: Mask, with_shared: bool) -> tuple[Mask, Mask]:
+    """What is to go of a prompt, in all directories, and its pages that stay: other prompts follow on them.
+
+    All that follows its last whole page goes: its own end is in there. No page is shared for what is `leaving`.
+    """
+    leading, after = (np.zeros(len(table.names), np.bool_) for _ in range(2))
+    for group, fingerprint in enumerate(table.fingerprints):
+        size = table.sizes.get(fingerprint)
+        if size is None:
+            continue
+        if len(prompt.tokens) <= size.page_tokens:
+            raise CommandFailed(f"--tokens needs more than {size.page_tokens} tokens, which a page has")
+        mine = np.flatnonzero(table.group == group)
+        key, parent = (part[mine].astype(np.uint64) for part in (table.names["key"], table.value["parent"]))
+        for keys in map(_starts, prompt.keys(size.page_tokens)):
+            leading[mine] |= np.isin(key, keys)
+            after[mine] |= np.isin(parent, keys[-1:])
+    gone = table.forest.with_all_after(leading | after if with_shared else after)
+    others = ~(leading | gone | leaving)
+    shared = leading & ~gone & (table.forest.largest_below(others.astype(np.float64)) > 0)
+    return gone | leading & ~shared, shared
+
+
+def _starts(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(b"".join(key[:PARENT_BYTES] for key in keys), ">u8").astype(np.uint64)

@@ -23,7 +23,7 @@ COMMANDS = {
     "status": ("sglang_hcache.cli.status", "show the running prefetcher: clients, models, memory, directories"),
     "inspect": ("sglang_hcache.cli.inspect", "list the stored models and their pages"),
     "fsck": ("sglang_hcache.cli.fsck", "verify the index and all checksums; optionally repair"),
-    "gc": ("sglang_hcache.cli.gc", "delete orphaned, old or least valuable pages"),
+    "gc": ("sglang_hcache.cli.gc", "delete orphaned, unused or least valuable pages, or a prompt"),
     "export": ("sglang_hcache.cli.export", "write stored prefixes to one file"),
     "import": ("sglang_hcache.cli.import_", "store the pages of an exported file"),
     "prefetcher": ("sglang_hcache.cli.prefetcher", "run a prefetcher in the foreground, also for other hosts"),
