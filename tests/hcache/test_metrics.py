@@ -50,7 +50,10 @@ def test_the_page_names_what_there_is() -> None:
 def test_alerts_and_dashboard_use_what_there_is() -> None:
     rules = yaml.safe_load((DOCS / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
     panels = json.loads((DOCS / "prometheus" / "dashboard.json").read_text())["panels"]
-    queries = [rule["expr"] for rule in rules] + [target["expr"] for panel in panels for target in panel["targets"]]
+    shown = [target["expr"] for panel in panels for target in panel["targets"]]
+    for query in shown:
+        assert query.count("hcache_") == query.count('{instance=~"$instance",model_name=~"$model"'), query
+    queries = [rule["expr"] for rule in rules] + shown
     page = (DOCS / "operating.md").read_text()
     for rule in (rule for rule in rules if "alert" in rule):
         assert f"\n### {rule['alert']}\n" in page
