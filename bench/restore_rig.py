@@ -46,7 +46,7 @@ class Arena:
         with self._timed("zero"):
             self.memory.zero_()  # the system finds all pages now, not while CUDA holds its locks
         with self._timed("register"):
-            self._registered = PinnedMemory(self.memory)
+            self._registered = PinnedMemory(self.memory[None])  # as a whole: copies go anywhere
         self.pinned = self._registered.pinned
         values = self.memory.view(dtype)
         with self._timed("fill"):

@@ -121,6 +121,11 @@ class Outbox:
         self._away.append((self._taken, event))
 
 
+def capture_bytes(layers: int, *, rows: int, width: int, dtype: torch.dtype) -> int:
+    """What a `Capture` takes of a GPU's memory."""
+    return layers * (2 * rows + rows // _SPARE) * width * dtype.itemsize
+
+
 class Capture:
     """The staging buffer, `[layers, rows, width]` on the device, and the hooks that fill it.
 

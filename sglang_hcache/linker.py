@@ -56,6 +56,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._config = HCacheConfig.from_linker_extra(extra_config)
         self._server_args = server_args
         self.forward_stream = forward_stream
+        self._overlaps = not get_schedule().disable_overlap_schedule
         self._page_tokens: int = params.page_size
         try:
             if params.disable:
@@ -96,7 +97,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             capture=scheduler_hooks.capture,
             rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
             engine=self._config.copy_engine,
-            overlaps=not get_schedule().disable_overlap_schedule,
+            overlaps=self._overlaps,
         )
         self._registration = Registration(
             self._config,
@@ -218,7 +219,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Does not wait: whatever uses these slots from now on does so in a forward, behind their loads."""
-        return self._loads.finish(counter_index, current_stream(str(self._pool.device), self.forward_stream))
+        forward = self.forward_stream if self._overlaps else None
+        return self._loads.finish(counter_index, current_stream(str(self._pool.device), forward))
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued; on the CPU its loads are done, on a GPU it may wait for them."""

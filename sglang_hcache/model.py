@@ -41,6 +41,12 @@ class AttentionSite:
         """Whether a token's K depends on the other tokens of its forward: by the largest position, here."""
         return any(isinstance(part, Phi3LongRoPEScaledRotaryEmbedding) for part in self.module.modules())
 
+    @property
+    def normalizes_across_heads(self) -> bool:
+        """Whether K is normalized over all heads at once, which several ranks have to exchange for that."""
+        weight = getattr(getattr(self.module, "k_norm", None), "weight", None)
+        return weight is not None and weight.numel() > self.attention.qk_head_dim
+
     def hidden_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The attention's input, `[tokens, width]`, among the arguments of a call of the module."""
         hidden: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[self._place]

@@ -8,15 +8,14 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Drivers refuse to register more than some hundred gigabytes in one call, whatever is free.
-_MOST_AT_ONCE = 32 << 30
+# A call holds locks of the driver for about 0.1 s a gigabyte, for which other processes' CUDA calls wait, too.
+_MOST_AT_ONCE = 1 << 30
 
 
 class PinnedMemory:
     """Registers the given memory until `release`. `pinned`: whether CUDA accepted it.
 
-    memory: where it is large, it is registered some of its rows at a time: a copy may not cross from one part to
-    another.
+    memory: `[rows, …]`, registered some rows at a time: a copy may not cross from one row to another.
     """
 
     def __init__(self, memory: torch.Tensor) -> None:

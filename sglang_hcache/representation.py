@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_exec, get_lora, get_parallel
+from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spec
 
 from sglang_hcache.capture import Capture
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
@@ -129,7 +129,7 @@ def formats_of(
     if hidden_wanted:
         model = model_runner.model_config
         codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
-        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec, drafts)
+        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec)
         if projector is not None and codec is not None:
             name = f"{projector.name}, from {codec.name}"
             hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
@@ -155,13 +155,13 @@ def _hidden_projector(
     pool: Pool,
     page_tokens: int,
     codec: Codec | None,
-    drafts: Sequence[Pool],
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if capture is None:
         never = why_never_hidden(runner, attention_sites(runner.model))
-        return None, never or "hidden states are larger than K and V, or the attention modules cannot be replayed"
-    if obstacle := _obstacle(runner, capture, pool, drafts):
+        others = "larger than K and V, capturing them takes too much memory, or attention modules cannot be replayed"
+        return None, never or f"hidden states are {others}"
+    if obstacle := _obstacle(runner, capture, pool):
         return None, obstacle
     deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
     for projector in _candidates(capture.sites, pool, deterministic=deterministic):
@@ -171,7 +171,7 @@ def _hidden_projector(
     return None, f"the self-test failed ({verdict})"
 
 
-def _obstacle(runner: Any, capture: Capture, pool: Pool, drafts: Sequence[Pool]) -> str | None:
+def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
     """What the self-test, of one short prompt, would not show."""
     obstacles = (
         (has_latent(pool), "the latent of MLA is smaller than hidden states"),
@@ -180,16 +180,13 @@ def _obstacle(runner: Any, capture: Capture, pool: Pool, drafts: Sequence[Pool])
             len(capture.sites) != pool.layer_num,
             f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool",
         ),
-        (
-            bool(drafts) and get_parallel().attn_tp_size > 1,
-            "a draft model's K and V are of each rank's own heads, so each would store the hidden states, too",
-        ),
     )
     return next((why for holds, why in obstacles if holds), why_never_hidden(runner, capture.sites))
 
 
 def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
     """What of a loaded model leaves no use for its hidden states, however they are captured."""
+    ranks = get_parallel().attn_tp_size
     obstacles = (
         # --lora-paths sets this, too, but not in what was given.
         (get_lora().enable_lora, "with LoRA the projection depends on the request"),
@@ -197,6 +194,14 @@ def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
         (
             any(site.rotates_by_forward for site in sites),
             "with LongRoPE a token's K depends on the longest prompt of its forward",
+        ),
+        (
+            ranks > 1 and bool(get_spec().speculative_algorithm),
+            "a draft model's K and V are of each rank's own heads, so each would store the hidden states, too",
+        ),
+        (
+            ranks > 1 and any(site.normalizes_across_heads for site in sites),
+            "to normalize K all ranks exchange it, which a restoration must not do beside their forward",
         ),
     )
     return next((why for holds, why in obstacles if holds), None)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sglang_hcache import metrics
 from sglang_hcache.admission import Admission, usable_tokens
-from sglang_hcache.capture import Capture
+from sglang_hcache.capture import Capture, capture_bytes
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.model import attention_sites
+from sglang_hcache.ranks import all_ranks
 from sglang_hcache.representation import why_never_hidden
 from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:
     from sglang_hcache.linker import HCacheLinker
+
+_MOST_OF_POOL = 0.2  # of the KV pool's memory, for capture
+
+logger = logging.getLogger(__name__)
 
 # A scheduler process has one target model and, once that is loaded, one linker.
 runner: Any = None
@@ -38,13 +46,30 @@ def after_load_model(_result: None, model_runner: Any) -> None:
         return
     if wanted != Representation.HIDDEN and (not _smaller(width, sites) or why_never_hidden(model_runner, sites)):
         return
-    capture = Capture(
-        sites,
-        rows=most_rows_of_a_forward(),
-        width=width,
-        dtype=model_runner.model_config.dtype,
-        device=model_runner.device,
-    )
+    rows, dtype = most_rows_of_a_forward(), model_runner.model_config.dtype
+    leaves_room = _leaves_room(capture_bytes(len(sites), rows=rows, width=width, dtype=dtype))
+    if wanted == Representation.HIDDEN or leaves_room:
+        capture = Capture(sites, rows=rows, width=width, dtype=dtype, device=model_runner.device)
+
+
+def _leaves_room(needed: int) -> bool:
+    """Whether the KV pool, which SGLang sizes next, loses little to so many bytes; on all ranks."""
+    if not torch.cuda.is_available():
+        return True
+    from sglang.srt.runtime_context import get_schedule
+
+    torch.cuda.empty_cache()  # what loading has left there
+    free, total = torch.cuda.mem_get_info()
+    for_pool = free - total * (1 - get_schedule().mem_fraction_static)
+    fits = needed <= _MOST_OF_POOL * for_pool
+    if not fits:
+        logger.warning(
+            "hcache: capturing hidden states takes %.1f GB of the %.1f GB that there are for the KV pool: with "
+            "--hcache-representation auto, K and V are stored. A smaller --chunked-prefill-size makes it less.",
+            needed / 1e9,
+            max(0, for_pool) / 1e9,
+        )
+    return all_ranks(fits)
 
 
 def _smaller(width: int, sites: list[Any]) -> bool:

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -86,22 +87,49 @@ def test_where_inference_is_deterministic_the_model_projects_by_itself(
     assert tried == ({"replay"} if deterministic else {"kernels", "replay"})
 
 
+GB = 10**9
+CAPTURED = 9 * 4 * PAGE // 4 * WIDTH * 4  # bytes: staging and outbox of one layer
+
+
 @pytest.mark.parametrize(
-    ("wanted", "lora", "mrope", "captured"),
+    ("wanted", "changes", "captured"),
     [
-        ("auto", False, False, True),
-        ("auto", True, False, False),
-        ("auto", False, True, False),
-        ("hidden", True, False, True),
+        ("auto", {}, True),
+        ("auto", {"lora": True}, False),
+        ("auto", {"mrope": True}, False),
+        ("hidden", {"lora": True}, True),
+        ("auto", {"algorithm": "EAGLE"}, True),
+        ("auto", {"ranks": 2}, True),
+        ("auto", {"ranks": 2, "algorithm": "EAGLE"}, False),
+        ("auto", {"norm": HEADS * HEAD}, True),
+        ("auto", {"ranks": 2, "norm": HEAD}, True),
+        ("auto", {"ranks": 2, "norm": HEADS * HEAD}, False),
+        ("auto", {"free": 2 * GB + 5 * CAPTURED}, True),
+        ("auto", {"free": 2 * GB + 5 * CAPTURED - 1}, False),
+        ("hidden", {"free": 2 * GB + 1}, True),
     ],
+    ids=str,
 )
 def test_what_can_never_be_stored_is_not_captured(
-    wanted: str, lora: bool, mrope: bool, captured: bool, monkeypatch: pytest.MonkeyPatch
+    wanted: str, changes: dict[str, Any], captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`hidden` is refused later, and told why."""
-    monkeypatch.setattr(representation, "get_lora", lambda: SimpleNamespace(enable_lora=lora))
+    """Nor what would leave a small KV pool. `hidden` is refused later, and told why."""
+    monkeypatch.setattr(representation, "get_lora", lambda: SimpleNamespace(enable_lora=changes.get("lora", False)))
+    monkeypatch.setattr(
+        representation, "get_spec", lambda: SimpleNamespace(speculative_algorithm=changes.get("algorithm"))
+    )
+    monkeypatch.setattr(representation, "get_parallel", lambda: SimpleNamespace(attn_tp_size=changes.get("ranks", 1)))
+    if "free" in changes:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (changes["free"], 10 * GB))
+        monkeypatch.setattr(runtime_context, "get_schedule", lambda: SimpleNamespace(mem_fraction_static=0.8))
+        monkeypatch.setattr(scheduler_hooks, "all_ranks", bool)
     module = Attention()
-    sites = [AttentionSite(module, SimpleNamespace(layer_id=0), inspect.signature(module.forward))]
+    if "norm" in changes:
+        module.k_norm = torch.nn.LayerNorm(changes["norm"])
+    attention: Any = SimpleNamespace(layer_id=0, qk_head_dim=HEAD)
+    sites = [AttentionSite(module, attention, inspect.signature(module.forward))]
     monkeypatch.setattr(scheduler_hooks, "attention_sites", lambda _model: sites)
     monkeypatch.setattr(scheduler_hooks, "_smaller", lambda _width, _sites: True)
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
@@ -109,7 +137,7 @@ def test_what_can_never_be_stored_is_not_captured(
     for name in ("runner", "capture"):
         monkeypatch.setattr(scheduler_hooks, name, None)
     linker = HCacheConfig(("/nowhere",), representation=wanted).to_linker_config()
-    model = SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=mrope)
+    model = SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=changes.get("mrope", False))
     runner: Any = SimpleNamespace(
         is_draft_worker=False,
         server_args=SimpleNamespace(unified_cache_external_linker_config=linker),
