@@ -57,6 +57,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._server_args = server_args
         self.forward_stream = forward_stream
         self._overlaps = not get_schedule().disable_overlap_schedule
+        self._alone = get_parallel().attn_tp_size == 1
         self._page_tokens: int = params.page_size
         try:
             if params.disable:
@@ -132,7 +133,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             store,
             hold_rule(self._config),
             self._page_tokens,
-            alone=get_parallel().attn_tp_size == 1,
+            alone=self._alone,
             planner=self._planner,
             reads_at_once=reads_at_once(self._config),
             in_whole=self._window_pages > 0,
@@ -189,7 +190,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
         pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages)
         if not (self._window_pages and pages):
-            return list(range(1, pages + 1))
+            return [pages] if self._alone and pages else list(range(1, pages + 1))
         chunks = self.prefetch_queue.leased(rid, keys)
         found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
         return windows.up_to(found, pages) or found[: self.prefetch_queue.tries_bus(rid)]

@@ -28,6 +28,8 @@ _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.Wei
 
 
 CALLED = (  # by our hooks, and not meant for others
+    f"{_WRAPPER}.commit_completed_offloads",
+    f"{_WRAPPER}.take_completed_offloads",
     "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
     f"{_SCHEDULER_MODULE}.Scheduler.init_req_max_new_tokens",
     "sglang.srt.mem_cache.common._req_radix_key",
@@ -72,6 +74,11 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         (f"{_WRAPPER}.match", hooks.around_match, HookType.AROUND),
         (f"{_WRAPPER}.release_request", hooks.before_release_request, HookType.BEFORE),
         (f"{_WRAPPER}._offload_node", hooks.before_offload_node, HookType.BEFORE),
+        (
+            "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.check_hicache_events",
+            hooks.around_check_events,
+            HookType.AROUND,
+        ),
         (
             f"{_SCHEDULER_MODULE}.Scheduler._add_request_to_queue",
             hooks.after_request_queued,

@@ -127,6 +127,16 @@ def before_offload_node(wrapper: Any, node_id: Any, _transfers: object) -> None:
         linker.offload_follows(bytes.fromhex(before[-1]) if before else ROOT)
 
 
+def around_check_events(original: Callable[..., None], cache: Any) -> None:
+    """In each step SGLang has all ranks agree on which pages are offloaded; here it is those offered so far, on all."""
+    wrapper = cache.linker
+    if linker is None or wrapper is None:
+        original(cache)
+    else:
+        offloaded = wrapper.take_completed_offloads(wrapper.num_completed_offloads())
+        wrapper.commit_completed_offloads(offloaded)
+
+
 def after_request_queued(_result: None, scheduler: Any, req: Any, *_args: object, **_kwargs: object) -> None:
     queue = scheduler.waiting_queue
     if admission is not None and queue and queue[-1] is req:

@@ -139,7 +139,7 @@ def store_two(tier: HCacheLinker) -> HCacheLinker:
 
 def promise(tier: HCacheLinker, rid: str = "a") -> None:
     tier.queued(rid, [key_of(0), key_of(1)], Prompt(PAGE, 0))
-    until(lambda: tier.lookup(rid, transfer(range(2))) == [1, 2])
+    until(lambda: tier.lookup(rid, transfer(range(2))) == [2])
 
 
 def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: Pool) -> None:
@@ -340,7 +340,9 @@ def test_a_request_that_is_queued_again_while_its_load_lands(
     stored.renew_store()
     assert list(stored.prefetch_queue.held) == ["a"]
     until(lambda: stored.prefetch_queue.admissible() == ["a"])
-    assert stored.lookup("a", transfer(range(2))) == [1, 2]
+    assert stored.lookup("a", transfer(range(2))) == [2]
+    stored._alone = False
+    assert stored.lookup("a", transfer(range(2))) == [1, 2], "other ranks may have fewer"
     stored.forget_request("a")
     assert stored.stats()["pages_leased"] == 0
 

@@ -20,6 +20,23 @@ from sglang_hcache.load_planner import Prompt
 PROMPT = Prompt(1, 0)
 
 
+def test_ranks_exchange_nothing_about_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in each step, as SGLang would: the same is offloaded on all, at once."""
+    pending, committed = [1, 2, 3], list[bool]()
+    wrapper = SimpleNamespace(
+        num_completed_offloads=lambda: len(pending),
+        take_completed_offloads=lambda count: [bool(pending.pop()) for _ in range(count)],
+        commit_completed_offloads=committed.extend,
+    )
+    cache, asked = SimpleNamespace(linker=wrapper), list[Any]()
+    scheduler_hooks.around_check_events(asked.append, cache)
+    assert (asked, committed) == ([cache], []), "SGLang's own way, without our linker"
+    monkeypatch.setattr(scheduler_hooks, "linker", object())
+    for _ in range(2):
+        scheduler_hooks.around_check_events(asked.append, cache)
+    assert (asked, committed) == ([cache], [True] * 3)
+
+
 class Tier:
     """Holds requests whose id begins with `h`. Linker and prefetch queue in one."""
 
