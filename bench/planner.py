@@ -83,7 +83,7 @@ def compare() -> dict[str, Any]:
     for name, costs, hit in cases():
         now_s = planned_s(costs, hit, layerwise=False)
         layerwise[name] = now_s / planned_s(costs, hit, layerwise=True)
-        if hit.ssd_pages:
+        if hit.lower_pages:
             streaming = replace(costs, streams=True)
             streamed_s = planned_s(streaming, hit, layerwise=False)
             streams[name] = now_s / streamed_s

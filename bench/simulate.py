@@ -51,7 +51,7 @@ class _Waiting:
 class _Busy:
     """When each stage is free again, in s."""
 
-    ssd_s: float = 0.0
+    drives_s: float = 0.0
     bus_s: float = 0.0
     gpu_s: float = 0.0
 
@@ -61,7 +61,7 @@ def simulate(costs: Costs, arrivals: Sequence[Arrival], method: Method) -> list[
     pending = sorted(range(len(arrivals)), key=lambda index: arrivals[index].at_s, reverse=True)
     busy, waiting, first_token_s = _Busy(), list[_Waiting](), [0.0] * len(arrivals)
     while pending or waiting:
-        now_s = max(busy.bus_s, busy.ssd_s)
+        now_s = max(busy.bus_s, busy.drives_s)
         if not waiting and pending:
             now_s = max(now_s, arrivals[pending[-1]].at_s)
         while pending and arrivals[pending[-1]].at_s <= now_s:
@@ -90,12 +90,12 @@ def _serve(costs: Costs, hit: Hit, method: Method, now_s: float, busy: _Busy) ->
         queued = replace(hit, start_s=max(0.0, busy.gpu_s - now_s), bus_queue_s=max(0.0, busy.bus_s - now_s))
         pages = plan_load(costs, method.layout, queued).pages
     tokens = pages * hit.page_tokens
-    ssd_tokens = tokens - min(pages, hit.host_pages) * hit.page_tokens
-    ready_s, drives_s = now_s, max(busy.ssd_s, now_s) + costs.ssd_latency_s
-    if ssd_tokens and not costs.streams:
+    lower_tokens = tokens - min(pages, hit.host_pages) * hit.page_tokens
+    ready_s, drives_s = now_s, max(busy.drives_s, now_s) + costs.lower_latency_s
+    if lower_tokens and not costs.streams:
         layout = method.layout
-        per_token = layout.hidden * costs.hidden_ssd_s_per_token + layout.kv * costs.kv_ssd_s_per_token
-        ready_s = busy.ssd_s = drives_s + ssd_tokens * per_token
+        per_token = layout.hidden * costs.hidden_lower_s_per_token + layout.kv * costs.kv_lower_s_per_token
+        ready_s = busy.drives_s = drives_s + lower_tokens * per_token
     bus_s, gpu_s = max(busy.bus_s, ready_s), max(busy.gpu_s, ready_s)
     for kind in _kinds(costs.layers, method.layout, tokens):
         copy_s, read_s = costs.weights_bus_s, 0.0
@@ -103,13 +103,13 @@ def _serve(costs: Costs, hit: Hit, method: Method, now_s: float, busy: _Busy) ->
             hidden = kind == "hidden"
             copy_s += costs.bus_latency_s
             copy_s += tokens * (costs.hidden_bus_s_per_token if hidden else costs.kv_bus_s_per_token)
-            read_s = ssd_tokens * (costs.hidden_ssd_s_per_token if hidden else costs.kv_ssd_s_per_token)
+            read_s = lower_tokens * (costs.hidden_lower_s_per_token if hidden else costs.kv_lower_s_per_token)
         if copy_s:
             bus_s += copy_s
             gpu_s = max(gpu_s, bus_s)
         if read_s and costs.streams:
             drives_s += read_s
-            busy.ssd_s = drives_s
+            busy.drives_s = drives_s
             gpu_s = max(gpu_s, drives_s)
         gpu_s += _layer_s(costs, hit, kind, tokens, method.overlaps)
     busy.bus_s, busy.gpu_s = bus_s, gpu_s

@@ -123,19 +123,20 @@ def _measure(
     fixed_s, token_s = _fit((few, few_s), (many, many_s))
     gemm_flop_per_s = shape.linear_flop / ranks * shape.layers / max(token_s, _LEAST_S)
     pages, kv_ranks = max(1, min(_RESTORED_TOKENS, limit) // page_tokens), shape.kv_shares(ranks)
-    tokens, copied_bytes, copies_s, stages_s = pages * page_tokens, 0, 0.0, []
-    for layer_format in (formats.kv, formats.hidden) if formats.hidden else (formats.kv,):
-        copy_s, make_s = _try_restoring(config, layer_format, pages, page_tokens, device)
-        copied_bytes, copies_s = copied_bytes + tokens * layer_format.row_bytes, copies_s + copy_s
-        stages_s.append(max(make_s + copy_s * (torch.device(device).type == "cpu"), _LEAST_S))
+    tokens = pages * page_tokens
+    copies_s, kv_s = _try_restoring(config, formats.kv, pages, page_tokens, device)
+    copied_bytes, hidden_s = tokens * formats.kv.row_bytes, kv_s
+    if formats.hidden:
+        copy_s, hidden_s = _try_restoring(config, formats.hidden, pages, page_tokens, device)
+        copied_bytes, copies_s = copied_bytes + tokens * formats.hidden.row_bytes, copies_s + copy_s
     return Machine(
         name=_machine_name(),
         ranks=ranks,
         gemm_flop_per_s=gemm_flop_per_s,
         attention_flop_per_s=gemm_flop_per_s * ATTENTION_EFFICIENCY / GEMM_EFFICIENCY,
         memory_bytes_per_s=shape.layer_weight_bytes / ranks * shape.layers / max(fixed_s, _LEAST_S),
-        projection_flop_per_s=shape.projection_flop / kv_ranks * tokens / stages_s[-1],
-        scatter_bytes_per_s=shape.kv_bytes / kv_ranks * tokens / stages_s[0],
+        projection_flop_per_s=shape.projection_flop / kv_ranks * tokens / hidden_s,
+        scatter_bytes_per_s=shape.kv_bytes / kv_ranks * tokens / kv_s,
         bus_bytes_per_s=copied_bytes / max(copies_s, _LEAST_S),
     )
 
@@ -143,7 +144,10 @@ def _measure(
 def _try_restoring(
     config: HCacheConfig, layer_format: LayerFormat, pages: int, page_tokens: int, device: str
 ) -> tuple[float, float]:
-    """Seconds to copy pages of the first layer to the device, and to make K and V of them in the pool, each alone."""
+    """Seconds to copy pages of the first layer to the device, and to make K and V of them in the pool, each alone.
+
+    On a CPU the latter includes the copy, as the same cores do both.
+    """
     memory = torch.zeros(pages, page_tokens * layer_format.row_bytes, dtype=torch.uint8)
     pinned = PinnedMemory(memory)
     layer = StoredLayer(0, page_tokens * layer_format.row_bytes, layer_format.dtype, layer_format.projector)
@@ -152,9 +156,10 @@ def _try_restoring(
     host_pages = HostPages(memory, positions, [layer])
     restorer = restorer_for(host_pages, device, None, events, pinned=pinned.pinned, engine=config.copy_engine)
     try:
-        return restorer.measure(pages, repeats=_REPEATS)
+        copy_s, make_s = restorer.measure(pages, repeats=_REPEATS)
     finally:
         pinned.release()
+    return copy_s, max(make_s + copy_s * (torch.device(device).type == "cpu"), _LEAST_S)
 
 
 def _drives(directories: Sequence[str], read_limit: float | None) -> float:

@@ -83,7 +83,5 @@ def _references(machine: Machine, page_tokens: int, most_tokens: int) -> Iterato
     for tokens in lengths:
         pages = max(1, tokens // page_tokens)
         yield Hit(page_tokens, pages, new_tokens=_NEW_TOKENS)
-        if machine.ssd_bytes_per_s:
-            yield Hit(page_tokens, 0, ssd_pages=pages, new_tokens=_NEW_TOKENS)
-        elif machine.remote_bytes_per_s:
-            yield Hit(page_tokens, 0, remote_pages=pages, new_tokens=_NEW_TOKENS)
+        if machine.lower_tier.bytes_per_s:
+            yield Hit(page_tokens, 0, pages, new_tokens=_NEW_TOKENS)

@@ -17,8 +17,9 @@ from sglang_hcache import scheduler_hooks, windows
 from sglang_hcache.admission import Admission
 from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
+from sglang_hcache.forward_timer import ForwardTimer
 from sglang_hcache.layer_events import LayerEvents
-from sglang_hcache.load_planner import ForwardTimer, Prompt
+from sglang_hcache.load_planner import Prompt
 from sglang_hcache.loads import Loads
 from sglang_hcache.model import Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.connection import Unavailable

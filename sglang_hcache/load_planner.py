@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_head_start, plan_load
@@ -14,10 +12,8 @@ from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.rate_tracker import RateTracker, Resource
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
-from sglang_hcache.streams import Event, Stream
 
 _REFRESH_S = 0.1  # rates are made into costs anew at most so often
-_MOST_UNREAD = 16  # forwards whose end has not been looked at
 _FASTER = 1.5  # than believed: more than the noise of forwards, whose faster half would make prefill seem faster
 _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
 
@@ -51,7 +47,7 @@ class LoadPlanner:
         self._calibrated = costs_of(shape, calibrated)
         self._tracker = RateTracker(calibrated)
         self._costs, self._costs_at = self._calibrated, 0.0
-        self._lower_tier = Resource.REMOTE if calibrated.remote_bytes_per_s else Resource.SSD
+        self._lower_tier = Resource(calibrated.lower_tier.name)
         self.plans = self.pages_left_to_prefill = 0
 
     def pages(
@@ -187,18 +183,14 @@ class LoadPlanner:
         self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0
     ) -> Hit:
         """The next `lower_pages` are on a lower tier, which has other pages to read before."""
-        on_ssd = self._lower_tier is Resource.SSD
-        queue_s = self.read_s(queued_pages) if queued_pages else 0.0
         return Hit(
             self._page_tokens,
             host_pages,
-            ssd_pages=lower_pages if on_ssd else 0,
-            remote_pages=0 if on_ssd else lower_pages,
+            lower_pages,
             new_tokens=prompt.new_tokens,
             device_tokens=prompt.device_tokens,
             start_s=start_s,
-            ssd_queue_s=queue_s if on_ssd else 0.0,
-            remote_queue_s=0.0 if on_ssd else queue_s,
+            lower_queue_s=self.read_s(queued_pages) if queued_pages else 0.0,
         )
 
     def _read_s(self, costs: Costs, pages: int) -> float:
@@ -207,11 +199,8 @@ class LoadPlanner:
 
     def _reading_s(self, costs: Costs) -> tuple[float, float]:
         """From the lower tier into host memory: once, and for every page."""
-        if self._lower_tier is Resource.SSD:
-            per_token = self._per_token(costs.hidden_ssd_s_per_token, costs.kv_ssd_s_per_token)
-            return costs.ssd_latency_s, per_token * self._page_tokens
-        per_token = self._per_token(costs.hidden_remote_s_per_token, costs.kv_remote_s_per_token)
-        return costs.remote_latency_s, per_token * self._page_tokens
+        per_token = self._per_token(costs.hidden_lower_s_per_token, costs.kv_lower_s_per_token)
+        return costs.lower_latency_s, per_token * self._page_tokens
 
     def _per_token(self, hidden_s: float, kv_s: float) -> float:
         """Of all layers, from those of one that is stored as hidden states, or as K and V."""
@@ -223,28 +212,3 @@ class LoadPlanner:
             self._costs, self._costs_at = costs_of(self._shape, machine), time.monotonic()
             self._learned(machine)
         return self._costs
-
-
-class ForwardTimer:
-    """Tells a planner how long prefills take, on the device; for the scheduler's thread, which never waits."""
-
-    def __init__(self, planner: LoadPlanner | None, stream: Stream) -> None:
-        self._planner = planner
-        self._stream = stream
-        self._begun: tuple[Sequence[int], Sequence[int], bool, Event] | None = None
-        self._ended: deque[tuple[Sequence[int], Sequence[int], bool, Event, Event]] = deque(maxlen=_MOST_UNREAD)
-
-    def begin(self, batch: Any, *, alone: bool) -> None:
-        """A forward is about to be issued; `alone`: it waits for no load."""
-        self._begun = None
-        tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
-        known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
-        if self._planner is not None and known:
-            self._begun = tokens, contexts, alone, self._stream.record(timed=True)
-
-    def end(self) -> None:
-        if self._begun is not None:
-            self._ended.append((*self._begun, self._stream.record(timed=True)))
-        while self._planner is not None and self._ended and self._ended[0][4].query():
-            tokens, contexts, alone, began, ended = self._ended.popleft()
-            self._planner.prefilled(tokens, contexts, began.elapsed_time(ended) / 1000, alone=alone)

@@ -131,23 +131,22 @@ class Restorer:
         step = _Step(range(1), slice(0, n_pages), windowed=False)
         places = self._places(range(n_pages))
         with self._projecting.active():
-            tokens = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
-            first = tokens * 0
-        copies, projections = [], []
+            slots = torch.arange(n_pages * self._pages.page_tokens, device=self._device)
+            positions = torch.zeros_like(slots)
+        stored, copies, projections = self._pages.layers[0], [], []
         for _ in range(repeats + 1):
-            recorded = [self._copying.record(timed=True)]
+            copying = self._copying.record(timed=True)
             rows = self._copy(0, step, places).rows
-            recorded += [self._copying.record(timed=True)]
-            self._projecting.wait(recorded[-1])
-            recorded += [self._projecting.record(timed=True)]
-            stored = self._pages.layers[0]
+            copied = self._copying.record(timed=True)
+            self._projecting.wait(copied)
+            projecting = self._projecting.record(timed=True)
             with self._projecting.active():
-                typed = rows[0].view(stored.dtype).view(len(tokens), -1)
-                stored.projector.project(0, typed, first, tokens)
-            recorded.append(self._projecting.record(timed=True))
-            recorded[-1].synchronize()
-            copies.append(recorded[0].elapsed_time(recorded[1]) / 1000)
-            projections.append(recorded[2].elapsed_time(recorded[3]) / 1000)
+                typed = rows[0].view(stored.dtype).view(len(slots), -1)
+                stored.projector.project(0, typed, positions, slots)
+            projected = self._projecting.record(timed=True)
+            projected.synchronize()
+            copies.append(copying.elapsed_time(copied) / 1000)
+            projections.append(projecting.elapsed_time(projected) / 1000)
         return min(copies[1:]), min(projections[1:])
 
     def _window(self, load: Load) -> Sequence[int]:

@@ -397,8 +397,8 @@ def plot(report: dict[str, Any], file: Path) -> None:
 def hit_of(tokens: int, tier: str, new_tokens: int, page_tokens: int = DEFAULT_PAGE_SIZE) -> Hit:
     """A prefix that is all in one tier, host memory or files."""
     pages = tokens // page_tokens
-    host, ssd = (pages, 0) if tier == "host" else (0, pages)
-    return Hit(page_tokens, host, ssd, new_tokens=new_tokens)
+    host, lower = (pages, 0) if tier == "host" else (0, pages)
+    return Hit(page_tokens, host, lower, new_tokens=new_tokens)
 
 
 def _known(name: str, names: Container[str]) -> str:

@@ -29,12 +29,9 @@ class Costs:
     bus_latency_s: float  # a layer's copy
     hidden_bus_s_per_token: float
     kv_bus_s_per_token: float
-    hidden_ssd_s_per_token: float
-    kv_ssd_s_per_token: float
-    ssd_latency_s: float
-    hidden_remote_s_per_token: float
-    kv_remote_s_per_token: float
-    remote_latency_s: float
+    hidden_lower_s_per_token: float  # from `Machine.lower_tier` into host memory
+    kv_lower_s_per_token: float
+    lower_latency_s: float
     streams: bool  # see `Machine.streams`
 
     def layer_s(self, tokens: Vector, context_tokens: Vector) -> Vector:
@@ -61,7 +58,9 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
     # A ring reduces in two halves, each of which moves (ranks - 1) / ranks of the data; twice a layer.
     half_s = shape.activation_bytes * (ranks - 1) / ranks / machine.peer_bytes_per_s
     kv_shares, kv_bytes = shape.kv_shares(ranks), shape.kv_bytes * shape.kv_copies(ranks)
-    ssd_s, remote_s = _seconds_per_byte(machine.ssd_bytes_per_s), _seconds_per_byte(machine.remote_bytes_per_s)
+    lower_tier = machine.lower_tier
+    # A tier that is absent must never be chosen, and must not make NaN of 0 bytes from it.
+    lower_s = 1 / lower_tier.bytes_per_s if lower_tier.bytes_per_s > 0 else 1.0
     weight_bytes = shape.layer_weight_bytes / ranks
     windowed = shape.windowed_layers / shape.layers
     pair_s = shape.attention_flop_per_pair / ranks / machine.attention_flop_per_s
@@ -82,16 +81,8 @@ def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> 
         bus_latency_s=machine.bus_latency_s,
         hidden_bus_s_per_token=shape.hidden_bytes / machine.bus_bytes_per_s,
         kv_bus_s_per_token=shape.kv_bytes / kv_shares / machine.bus_bytes_per_s,
-        hidden_ssd_s_per_token=shape.hidden_bytes * ssd_s,
-        kv_ssd_s_per_token=kv_bytes * ssd_s,
-        ssd_latency_s=machine.ssd_latency_s,
-        hidden_remote_s_per_token=shape.hidden_bytes * remote_s,
-        kv_remote_s_per_token=kv_bytes * remote_s,
-        remote_latency_s=machine.remote_latency_s,
+        hidden_lower_s_per_token=shape.hidden_bytes * lower_s,
+        kv_lower_s_per_token=kv_bytes * lower_s,
+        lower_latency_s=lower_tier.latency_s,
         streams=machine.streams,
     )
-
-
-def _seconds_per_byte(bytes_per_s: float) -> float:
-    """A tier that is absent must never be chosen, and must not make NaN of 0 bytes from it."""
-    return 1 / bytes_per_s if bytes_per_s > 0 else 1.0

@@ -18,7 +18,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class LoadPlan:
-    pages: int  # to restore, from the first on; prefill takes over after them
+    pages: int  # the hit's first: to restore, or to prefill as a head start
     seconds: float  # expected, to the first token
 
 
@@ -39,13 +39,7 @@ def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -
     return LoadPlan(0, alone_s)
 
 
-@dataclass(frozen=True)
-class HeadStartPlan:
-    pages: int  # the first ones: to prefill, or to restore from host memory
-    seconds: float  # expected, to the first token
-
-
-def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float = 0.0) -> HeadStartPlan | None:
+def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float = 0.0) -> LoadPlan | None:
     """Which leading pages of a hit to prefill while drives read the pages behind them; None where that gains nothing.
 
     The engine works from the first page on and the drives on the rest, so that both are done at the same time (Cake,
@@ -53,7 +47,7 @@ def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float 
     but restored as well. `hit.start_s` must be all that the engine has to do before. `in_vain_s`: of reading the
     first pages, which has begun and goes on.
     """
-    behind = replace(hit, ssd_queue_s=hit.ssd_queue_s + in_vain_s, remote_queue_s=hit.remote_queue_s + in_vain_s)
+    behind = replace(hit, lower_queue_s=hit.lower_queue_s + in_vain_s)
     first, last = hit.host_pages + 1, hit.pages - 1
     if costs.streams or first > last:
         return None
@@ -66,7 +60,7 @@ def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float 
     nearest = range(max(hit.host_pages + 1, first - 1), first + 1)
     seconds, pages = min((_head_start_s(costs, layout, behind, pages), pages) for pages in nearest)
     pays = seconds < (1 - LEAST_GAIN) * plan_load(costs, layout, hit).seconds
-    return HeadStartPlan(pages, seconds) if pays else None
+    return LoadPlan(pages, seconds) if pays else None
 
 
 def _head_start_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
@@ -91,16 +85,7 @@ def _head_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
 
 def _read_behind_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
     """Until the pages after the first `pages` are in host memory."""
-    remote = min(hit.remote_pages, hit.pages - pages)
-    ssd = min(hit.ssd_pages, hit.pages - pages - remote)
-    tail = Hit(
-        hit.page_tokens,
-        0,
-        ssd,
-        remote,
-        ssd_queue_s=hit.ssd_queue_s,
-        remote_queue_s=hit.remote_queue_s,
-    )
+    tail = Hit(hit.page_tokens, 0, hit.pages - pages, lower_queue_s=hit.lower_queue_s)
     counts = (layout.none, layout.hidden, layout.kv)
     return float(waits(costs, counts, tail, Basis.of(tail, tail.pages * hit.page_tokens)))
 
@@ -108,15 +93,12 @@ def _read_behind_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
 def split_seconds(costs: Costs, layout: Layout, hit: Hit) -> Floats:
     """Seconds to the first token when 1, 2, … all pages are restored."""
     counts = (layout.none, layout.hidden, layout.kv)
-    table = _basis(hit.page_tokens, hit.host_pages, hit.ssd_pages, hit.remote_pages)
+    table = _basis(hit.page_tokens, hit.host_pages, hit.lower_pages)
     found = stages(costs, counts, hit, COEFFICIENTS)
     busy = _highest(found.bus, table)
-    for sums, pages_before, pages in (
-        (found.ssd, hit.host_pages, hit.ssd_pages),
-        (found.remote, hit.host_pages + hit.ssd_pages, hit.remote_pages),
-    ):
-        if sums and pages:
-            np.maximum(busy[pages_before:], _highest(sums, table[:, pages_before:]), out=busy[pages_before:])
+    if found.lower and hit.lower_pages:
+        beyond = busy[hit.host_pages :]
+        np.maximum(beyond, _highest(found.lower, table[:, hit.host_pages :]), out=beyond)
     return np.asarray(busy + (waits(costs, counts, hit, Basis(*table)) + costs.head_s))
 
 
@@ -126,9 +108,9 @@ def _highest(sums: list[Floats], table: Floats) -> Floats:
 
 
 @lru_cache(maxsize=8)
-def _basis(page_tokens: int, host_pages: int, ssd_pages: int, remote_pages: int) -> Floats:
+def _basis(page_tokens: int, host_pages: int, lower_pages: int) -> Floats:
     """`Basis` for 1, 2, … all pages, one row each."""
-    hit = Hit(page_tokens, host_pages, ssd_pages, remote_pages)
+    hit = Hit(page_tokens, host_pages, lower_pages)
     table = np.array(Basis.of(hit, page_tokens * np.arange(1.0, hit.pages + 1)))
     table.setflags(write=False)
     return table

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class LowerTier(NamedTuple):
+    """Where pages lie that are not in host memory."""
+
+    name: str  # as a `Resource`
+    bytes_per_s: float  # 0: there is none
+    latency_s: float
 
 
 @dataclass(frozen=True)
@@ -21,16 +30,22 @@ class Machine:
     bus_latency_s: float = 10e-6  # a copy's start: one a layer
     ssd_bytes_per_s: float = 0.0  # all drives; 0: there are none
     ssd_latency_s: float = 100e-6
-    remote_bytes_per_s: float = 0.0  # 0: there is no such store
+    remote_bytes_per_s: float = 0.0  # of a store on another host, in the place of drives; 0: there is none
     remote_latency_s: float = 1e-3
     peer_bytes_per_s: float = math.inf  # between ranks, one direction
-    streams: bool = False  # lower tiers feed the running pass layer by layer; else they are read before it starts
+    streams: bool = False  # the lower tier feeds the running pass layer by layer; else it is read before it starts
 
     def __post_init__(self) -> None:
         positive = ("gemm_flop_per_s", "projection_flop_per_s", "attention_flop_per_s", "memory_bytes_per_s")
         for name in (*positive, "bus_bytes_per_s", "scatter_bytes_per_s", "peer_bytes_per_s", "ranks"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def lower_tier(self) -> LowerTier:
+        if self.remote_bytes_per_s:
+            return LowerTier("remote", self.remote_bytes_per_s, self.remote_latency_s)
+        return LowerTier("ssd", self.ssd_bytes_per_s, self.ssd_latency_s)
 
 
 @dataclass(frozen=True)

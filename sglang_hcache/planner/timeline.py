@@ -50,14 +50,12 @@ class Hit:
 
     page_tokens: int
     host_pages: int  # in host memory, by now
-    ssd_pages: int = 0
-    remote_pages: int = 0
+    lower_pages: int = 0  # in the lower tier
     new_tokens: int = 1  # of the prompt after the hit: prefilled in any case
     device_tokens: int = 0  # before the hit, in the KV pool
     start_s: float = 0.0  # until the engine could start this request
     bus_queue_s: float = 0.0  # of copies ahead of this one
-    ssd_queue_s: float = 0.0
-    remote_queue_s: float = 0.0
+    lower_queue_s: float = 0.0  # of reads ahead of this one's
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1 or self.new_tokens < 1:
@@ -65,7 +63,7 @@ class Hit:
 
     @property
     def pages(self) -> int:
-        return self.host_pages + self.ssd_pages + self.remote_pages
+        return self.host_pages + self.lower_pages
 
     @property
     def prefill_tokens(self) -> int:
@@ -79,26 +77,22 @@ class Basis(NamedTuple):
     one: Vector
     tokens: Vector
     squared: Vector
-    ssd_tokens: Vector  # of them, from SSD
-    remote_tokens: Vector
+    lower_tokens: Vector  # of them, from the lower tier
 
     @classmethod
     def of(cls, hit: Hit, tokens: Vector) -> Basis:
-        host = hit.host_pages * hit.page_tokens
-        ssd = hit.ssd_pages * hit.page_tokens
-        beyond = np.maximum(tokens - host, 0)
-        return cls(1.0 + 0 * tokens, tokens, tokens * tokens, np.minimum(beyond, ssd), np.maximum(beyond - ssd, 0))
+        lower_tokens = np.maximum(tokens - hit.host_pages * hit.page_tokens, 0)
+        return cls(1.0 + 0 * tokens, tokens, tokens * tokens, lower_tokens)
 
 
-COEFFICIENTS = Basis(*np.eye(5))
+COEFFICIENTS = Basis(*np.eye(4))
 
 
 class Stages(NamedTuple):
     """Lower bounds of the time from the start of the pass to the last layer's end, per tier that feeds it."""
 
     bus: list[Vector]
-    ssd: list[Vector]  # hold where tokens come from SSD; empty where that is read before the pass
-    remote: list[Vector]
+    lower: list[Vector]  # hold where tokens come from the lower tier; empty where that is read before the pass
 
 
 def stages(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, basis: Basis) -> Stages:
@@ -118,18 +112,13 @@ def stages(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, basis: Basis) -
     )
     bus = _bounds(copies, compute, counts, one * hit.bus_queue_s)
     if not costs.streams:
-        return Stages(bus, [], [])
-    ssd = (basis.ssd_tokens * costs.hidden_ssd_s_per_token, basis.ssd_tokens * costs.kv_ssd_s_per_token)
-    remote = (
-        basis.remote_tokens * costs.hidden_remote_s_per_token,
-        basis.remote_tokens * costs.kv_remote_s_per_token,
+        return Stages(bus, [])
+    reads = (
+        0 * one,
+        basis.lower_tokens * costs.hidden_lower_s_per_token,
+        basis.lower_tokens * costs.kv_lower_s_per_token,
     )
-    nothing = 0 * one
-    return Stages(
-        bus,
-        _bounds((nothing, *ssd), compute, counts, one * (hit.ssd_queue_s + costs.ssd_latency_s)),
-        _bounds((nothing, *remote), compute, counts, one * (hit.remote_queue_s + costs.remote_latency_s)),
-    )
+    return Stages(bus, _bounds(reads, compute, counts, one * (hit.lower_queue_s + costs.lower_latency_s)))
 
 
 def _bounds(
@@ -153,20 +142,14 @@ def _bounds(
 
 
 def waits(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, basis: Basis) -> Vector:
-    """Seconds until the pass can start: the engine, and lower tiers where they do not stream."""
+    """Seconds until the pass can start: the engine, and the lower tier where it does not stream."""
     wait = hit.start_s + 0 * basis.one
-    if costs.streams:
+    if costs.streams or not hit.lower_pages:
         return wait
     _, hidden, kv = counts
-    if hit.ssd_pages:
-        per_token = hidden * costs.hidden_ssd_s_per_token + kv * costs.kv_ssd_s_per_token
-        read = hit.ssd_queue_s + costs.ssd_latency_s + basis.ssd_tokens * per_token
-        wait = np.maximum(wait, np.where(basis.ssd_tokens > 0, read, 0.0))
-    if hit.remote_pages:
-        per_token = hidden * costs.hidden_remote_s_per_token + kv * costs.kv_remote_s_per_token
-        read = hit.remote_queue_s + costs.remote_latency_s + basis.remote_tokens * per_token
-        wait = np.maximum(wait, np.where(basis.remote_tokens > 0, read, 0.0))
-    return wait
+    per_token = hidden * costs.hidden_lower_s_per_token + kv * costs.kv_lower_s_per_token
+    read = hit.lower_queue_s + costs.lower_latency_s + basis.lower_tokens * per_token
+    return np.maximum(wait, np.where(basis.lower_tokens > 0, read, 0.0))
 
 
 def restore_s(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, tokens: Vector) -> Vector:
@@ -177,9 +160,8 @@ def restore_s(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, tokens: Vect
     basis = Basis.of(hit, tokens)
     found = stages(costs, counts, hit, basis)
     busy = maximum(found.bus)
-    for sums, there in ((found.ssd, basis.ssd_tokens), (found.remote, basis.remote_tokens)):
-        if sums:
-            busy = np.maximum(busy, np.where(there > 0, maximum(sums), 0.0))
+    if found.lower:
+        busy = np.maximum(busy, np.where(basis.lower_tokens > 0, maximum(found.lower), 0.0))
     return waits(costs, counts, hit, basis) + busy + costs.head_s
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -44,6 +45,11 @@ def shapes(draw: st.DrawFn, layers: st.SearchStrategy[int] | None = None) -> Mod
 @st.composite
 def machines(draw: st.DrawFn) -> Machine:
     gemm = draw(decades(12, 15.5))
+    tier = draw(st.sampled_from(["ssd", "remote"]))
+    lower: dict[str, Any] = {
+        f"{tier}_bytes_per_s": draw(decades(8, 10.7)),
+        f"{tier}_latency_s": draw(st.floats(0, 1e-3)),
+    }
     return Machine(
         name="random",
         gemm_flop_per_s=gemm,
@@ -54,11 +60,9 @@ def machines(draw: st.DrawFn) -> Machine:
         ranks=draw(st.sampled_from([1, 2, 4])),
         scatter_bytes_per_s=draw(decades(9, 13)),
         bus_latency_s=draw(st.floats(0, 1e-4)),
-        ssd_bytes_per_s=draw(decades(8.5, 10.7)),
-        ssd_latency_s=draw(st.floats(0, 1e-3)),
-        remote_bytes_per_s=draw(decades(8, 10.5)),
         peer_bytes_per_s=draw(decades(10, 12)),
         streams=draw(st.booleans()),
+        **lower,
     )
 
 
@@ -74,14 +78,12 @@ def hits(draw: st.DrawFn, most_pages: int = 200) -> Hit:
     hit = Hit(
         page_tokens=draw(st.sampled_from([1, 16, 64])),
         host_pages=draw(pages),
-        ssd_pages=draw(pages),
-        remote_pages=draw(pages),
+        lower_pages=draw(pages),
         new_tokens=draw(st.integers(1, 2000)),
         device_tokens=draw(st.integers(0, 5000)),
         start_s=draw(st.floats(0, 0.2)),
         bus_queue_s=draw(st.floats(0, 0.2)),
-        ssd_queue_s=draw(st.floats(0, 0.2)),
-        remote_queue_s=draw(st.floats(0, 0.2)),
+        lower_queue_s=draw(st.floats(0, 0.2)),
     )
     return hit if hit.pages else replace(hit, host_pages=1)
 
@@ -89,23 +91,12 @@ def hits(draw: st.DrawFn, most_pages: int = 200) -> Hit:
 def plain_restore_s(costs: Costs, kinds: list[str], hit: Hit, pages: int) -> float:
     """`timeline.restore_s`, said again layer by layer as two machines in a row, for any order of representations."""
     tokens = pages * hit.page_tokens
-    ssd = min(max(0, pages - hit.host_pages), hit.ssd_pages) * hit.page_tokens
-    remote = max(0, pages - hit.host_pages - hit.ssd_pages) * hit.page_tokens
-    ssd_s = {"none": 0.0, "hidden": ssd * costs.hidden_ssd_s_per_token, "kv": ssd * costs.kv_ssd_s_per_token}
-    remote_s = {
-        "none": 0.0,
-        "hidden": remote * costs.hidden_remote_s_per_token,
-        "kv": remote * costs.kv_remote_s_per_token,
-    }
-    ssd_start_s = hit.ssd_queue_s + costs.ssd_latency_s
-    remote_start_s = hit.remote_queue_s + costs.remote_latency_s
-    begin_s = hit.start_s
-    if not costs.streams:
-        if ssd:
-            begin_s = max(begin_s, ssd_start_s + sum(ssd_s[kind] for kind in kinds))
-        if remote:
-            begin_s = max(begin_s, remote_start_s + sum(remote_s[kind] for kind in kinds))
-    gpu_s, bus_s, ssd_done_s, remote_done_s, queued = 0.0, 0.0, ssd_start_s, remote_start_s, False
+    lower = max(0, pages - hit.host_pages) * hit.page_tokens
+    read_s = {"none": 0.0, "hidden": lower * costs.hidden_lower_s_per_token, "kv": lower * costs.kv_lower_s_per_token}
+    begin_s, read_done_s = hit.start_s, hit.lower_queue_s + costs.lower_latency_s
+    if lower and not costs.streams:
+        begin_s = max(begin_s, read_done_s + sum(read_s[kind] for kind in kinds))
+    gpu_s, bus_s, queued = 0.0, 0.0, False
     for kind in kinds:
         bus_s += costs.weights_bus_s
         if kind == "none":
@@ -115,12 +106,9 @@ def plain_restore_s(costs: Costs, kinds: list[str], hit: Hit, pages: int) -> flo
         bus_s += tokens * (costs.hidden_bus_s_per_token if kind == "hidden" else costs.kv_bus_s_per_token)
         queued = True
         ready_s = bus_s
-        if costs.streams and ssd:
-            ssd_done_s += ssd_s[kind]
-            ready_s = max(ready_s, ssd_done_s)
-        if costs.streams and remote:
-            remote_done_s += remote_s[kind]
-            ready_s = max(ready_s, remote_done_s)
+        if costs.streams and lower:
+            read_done_s += read_s[kind]
+            ready_s = max(ready_s, read_done_s)
         gpu_s = max(gpu_s, ready_s)
         if kind == "hidden":
             gpu_s += costs.project_s(tokens)

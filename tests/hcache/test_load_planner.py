@@ -98,6 +98,18 @@ def test_drives_that_turn_out_slow_are_waited_for_no_more_and_tried_again() -> N
     assert gaps[-1] > gaps[0]
 
 
+@pytest.mark.parametrize(
+    ("machine", "tier", "other"),
+    [(CPU, "ssd", "remote"), (replace(CPU, ssd_bytes_per_s=0.0, remote_bytes_per_s=1e9), "remote", "ssd")],
+)
+def test_reads_tell_the_rate_of_the_lower_tier_that_is_there(machine: Machine, tier: str, other: str) -> None:
+    follows = planner(machine)
+    for _ in range(20):
+        follows.read(64, 10 * 64 * PAGE * 8 * SHAPE.hidden_bytes / 1e9)
+    assert follows.stats()[f"slower_{tier}"] == pytest.approx(10, rel=0.1)
+    assert follows.stats()[f"slower_{other}"] == 1.0
+
+
 def test_what_was_given_up_says_only_that_it_is_slower() -> None:
     follows = planner()
     seconds = 4 * PAGE * 8 * SHAPE.hidden_bytes / 1e9

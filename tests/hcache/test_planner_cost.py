@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sglang_hcache.cli.architectures import ARCHITECTURES
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.machine import GPUS, Machine, machine_of
+from sglang_hcache.planner.rate_tracker import Resource
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
 from tests.hcache.planners import LLAMA_2_7B, LLAMA_3_8B, costs, hits, plain_restore_s
@@ -48,7 +49,7 @@ def test_prefilling_and_reading_take_what_was_measured_of_an_h200() -> None:
     """An 8K prefix of a 7B model: about 160 ms to prefill; one drive of 7 GB/s takes 300 ms for its hidden states."""
     found = costs_of(LLAMA_2_7B, machine_of("H200", drives=1, drive_bytes_per_s=7e9))
     assert found.prefill_s(8192) == pytest.approx(0.160, rel=0.25)
-    assert 32 * 8192 * found.hidden_ssd_s_per_token == pytest.approx(0.300, rel=0.05)
+    assert 32 * 8192 * found.hidden_lower_s_per_token == pytest.approx(0.300, rel=0.05)
 
 
 def test_attention_is_counted_once_a_pair() -> None:
@@ -67,8 +68,16 @@ def test_ranks_share_the_work_but_not_every_copy() -> None:
     sixteen = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=16, drives=1, drive_bytes_per_s=7e9))
     eight = costs_of(LLAMA_3_8B, machine_of("A100-80", ranks=8, drives=1, drive_bytes_per_s=7e9))
     assert sixteen.kv_bus_s_per_token == eight.kv_bus_s_per_token, "8 heads cannot be cut in 16"
-    assert sixteen.kv_ssd_s_per_token == 2 * eight.kv_ssd_s_per_token, "each rank stores the one it has"
-    assert sixteen.kv_remote_s_per_token == 2 * eight.kv_remote_s_per_token
+    assert sixteen.kv_lower_s_per_token == 2 * eight.kv_lower_s_per_token, "each rank stores the one it has"
+
+
+def test_a_remote_store_costs_what_drives_of_its_rate_do() -> None:
+    machine = machine_of("A100-80")
+    drives = replace(machine, ssd_bytes_per_s=7e9, ssd_latency_s=5e-3)
+    store = replace(machine, remote_bytes_per_s=7e9, remote_latency_s=5e-3)
+    assert costs_of(LLAMA_2_7B, store) == costs_of(LLAMA_2_7B, drives) != costs_of(LLAMA_2_7B, machine)
+    assert (store.lower_tier.name, drives.lower_tier.name) == (Resource.REMOTE, Resource.SSD)
+    assert machine.lower_tier.bytes_per_s == 0
 
 
 def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
@@ -79,7 +88,7 @@ def test_a_latent_is_small_and_every_rank_has_all_of_it() -> None:
     assert shape.layer_weight_bytes - experts == pytest.approx(187.1e6, rel=1e-3)
     one, eight = (costs_of(shape, machine_of("H200", ranks=ranks)) for ranks in (1, 8))
     assert eight.kv_bus_s_per_token == one.kv_bus_s_per_token
-    assert eight.kv_ssd_s_per_token == one.kv_ssd_s_per_token, "it is stored once"
+    assert eight.kv_lower_s_per_token == one.kv_lower_s_per_token, "it is stored once"
     assert one.attention_s_per_pair == pytest.approx(2 * 128 * (192 + 128) / machine_of("H200").attention_flop_per_s)
 
 

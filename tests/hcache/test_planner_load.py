@@ -55,17 +55,16 @@ def test_a_faster_machine_or_a_shorter_queue_never_makes_it_later(
 ) -> None:
     layout = data.draw(layouts(shape.layers))
     before = plan_load(costs_of(shape, machine), layout, hit).seconds
-    rate = data.draw(
-        st.sampled_from(["bus_bytes_per_s", "ssd_bytes_per_s", "gemm_flop_per_s", "projection_flop_per_s"])
-    )
+    lower = f"{machine.lower_tier.name}_bytes_per_s"
+    rate = data.draw(st.sampled_from(["bus_bytes_per_s", lower, "gemm_flop_per_s", "projection_flop_per_s"]))
     factor = data.draw(st.floats(1, 10))
     faster = replace(machine, **{rate: factor * getattr(machine, rate)})
     assert plan_load(costs_of(shape, faster), layout, hit).seconds <= before * (1 + 1e-9)
-    queue = data.draw(st.sampled_from(["start_s", "bus_queue_s", "ssd_queue_s", "remote_queue_s"]))
+    queue = data.draw(st.sampled_from(["start_s", "bus_queue_s", "lower_queue_s"]))
     no_queue: dict[str, Any] = {queue: 0.0}
     sooner = replace(hit, **no_queue)
     assert plan_load(costs_of(shape, machine), layout, sooner).seconds <= before * (1 + 1e-9)
-    fetched = replace(hit, host_pages=hit.host_pages + hit.ssd_pages, ssd_pages=0)
+    fetched = replace(hit, host_pages=hit.pages, lower_pages=0)
     assert plan_load(costs_of(shape, machine), layout, fetched).seconds <= before * (1 + 1e-9)
 
 
@@ -96,7 +95,7 @@ def test_below_break_even_nothing_is_restored() -> None:
 
 def test_what_is_only_on_a_slow_drive_is_prefilled() -> None:
     machine = machine_of("H200", drives=1, drive_bytes_per_s=0.5e9)
-    hit = Hit(64, host_pages=50, ssd_pages=50, new_tokens=100)
+    hit = Hit(64, host_pages=50, lower_pages=50, new_tokens=100)
     assert plan_load(costs_of(LLAMA_2_7B, machine), HIDDEN, hit).pages == 50
 
 
@@ -168,11 +167,7 @@ def test_a_head_start_is_the_best_of_all(found: Costs, hit: Hit, kv: bool) -> No
     """Of every number of pages, each as two things at a time and a third after them; or it gains too little."""
     found, hit = replace(found, streams=False), replace(hit, bus_queue_s=0.0)
     layout = Layout(0, 0, found.layers) if kv else Layout(0, found.layers, 0)
-    row_ssd_s, row_remote_s = (
-        (found.kv_ssd_s_per_token, found.kv_remote_s_per_token)
-        if kv
-        else (found.hidden_ssd_s_per_token, found.hidden_remote_s_per_token)
-    )
+    row_s = found.kv_lower_s_per_token if kv else found.hidden_lower_s_per_token
 
     def seconds(pages: int) -> float:
         tokens = pages * hit.page_tokens
@@ -181,13 +176,7 @@ def test_a_head_start_is_the_best_of_all(found: Costs, hit: Hit, kv: bool) -> No
         engine_s = plan_load(
             found, layout, Hit(hit.page_tokens, hit.host_pages, new_tokens=computed, device_tokens=before)
         ).seconds
-        drives_s = 0.0
-        for there, queue_s, latency_s, row_s in (
-            (max(0, behind - hit.remote_pages), hit.ssd_queue_s, found.ssd_latency_s, row_ssd_s),
-            (min(behind, hit.remote_pages), hit.remote_queue_s, found.remote_latency_s, row_remote_s),
-        ):
-            if there:
-                drives_s = max(drives_s, queue_s + latency_s + there * hit.page_tokens * found.layers * row_s)
+        drives_s = hit.lower_queue_s + found.lower_latency_s + behind * hit.page_tokens * found.layers * row_s
         rest = Hit(hit.page_tokens, behind, new_tokens=hit.new_tokens, device_tokens=before + tokens)
         return max(hit.start_s + engine_s, drives_s) + plan_load(found, layout, rest).seconds
 
@@ -207,17 +196,17 @@ def test_a_head_start_meets_the_drive_half_way() -> None:
     """Where reading and prefilling take equally long, both together take half as long."""
     found = costs_of(LLAMA_2_7B, machine_of("A100-80", drives=1, drive_bytes_per_s=1e9))
     hit = Hit(64, 0, 64, new_tokens=64)
-    even = replace(found, hidden_ssd_s_per_token=found.prefill_s(4096) / 4096 / found.layers)
+    even = replace(found, hidden_lower_s_per_token=found.prefill_s(4096) / 4096 / found.layers)
 
     def pages(costs: Costs, hit: Hit = hit) -> int:
         plan = plan_head_start(costs, HIDDEN, hit)
         return 0 if plan is None else plan.pages
 
     assert 28 <= pages(even) <= 36
-    assert pages(replace(even, hidden_ssd_s_per_token=1e-9)) == 0, "the drive needs no help"
-    assert pages(replace(even, hidden_ssd_s_per_token=1.0)) == 0, "nor the engine"
-    assert 16 + 16 < pages(even, replace(hit, host_pages=16, ssd_pages=48)) < 64
-    assert pages(even, replace(hit, host_pages=64, ssd_pages=0)) == 0
+    assert pages(replace(even, hidden_lower_s_per_token=1e-9)) == 0, "the drive needs no help"
+    assert pages(replace(even, hidden_lower_s_per_token=1.0)) == 0, "nor the engine"
+    assert 16 + 16 < pages(even, replace(hit, host_pages=16, lower_pages=48)) < 64
+    assert pages(even, replace(hit, host_pages=64, lower_pages=0)) == 0
     assert pages(replace(even, streams=True)) == 0
 
 
@@ -225,7 +214,7 @@ def test_reads_that_go_on_in_vain_count_against_a_head_start_only() -> None:
     """Without one, they are the first that are needed."""
     found = costs_of(LLAMA_2_7B, machine_of("H100", drives=4, drive_bytes_per_s=7e9))
     hit = Hit(64, 0, 32, new_tokens=64)
-    in_vain_s = 32 * 64 * 32 * found.hidden_ssd_s_per_token
+    in_vain_s = 32 * 64 * 32 * found.hidden_lower_s_per_token
     free, late = (plan_head_start(found, HIDDEN, hit, in_vain_s=s) for s in (0.0, in_vain_s / 16))
     assert free is not None
     assert late is not None

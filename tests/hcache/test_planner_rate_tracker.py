@@ -37,11 +37,11 @@ class Server:
 
     def load(self, follower: RateTracker, layout: Layout, hit: Hit, pages: int) -> None:
         tokens = pages * hit.page_tokens
-        ssd_tokens = max(0, pages - hit.host_pages) * hit.page_tokens
+        lower_tokens = max(0, pages - hit.host_pages) * hit.page_tokens
         new = hit.prefill_tokens - tokens
         for resource, work_s in (
             (Resource.BUS, lambda c: tokens * per_token(c, layout, "bus")),
-            (Resource.SSD, lambda c: ssd_tokens * per_token(c, layout, "ssd")),
+            (Resource.SSD, lambda c: lower_tokens * per_token(c, layout, "lower")),
             (Resource.PROJECTION, lambda c: layout.hidden * tokens * c.projection_s_per_token),
             (Resource.PREFILL, lambda c: c.layers * (c.layer_s(new, tokens) - c.layer_pass_s)),
         ):
@@ -49,7 +49,7 @@ class Server:
             follower.observe(resource, work_s(self.calibrated), work_s(self.true) * noise)
 
     def read(self, follower: RateTracker, layout: Layout, tokens: int) -> None:
-        calibrated_s, true_s = (tokens * per_token(costs, layout, "ssd") for costs in (self.calibrated, self.true))
+        calibrated_s, true_s = (tokens * per_token(costs, layout, "lower") for costs in (self.calibrated, self.true))
         follower.observe(Resource.SSD, calibrated_s, true_s * math.exp(self.random.gauss(0, NOISE)))
 
 

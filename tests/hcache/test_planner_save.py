@@ -23,7 +23,7 @@ def streamed(gpu: str, drives: int) -> Machine:
 
 
 def copies_and_compute_s(found: Costs, layout: Layout, tokens: int) -> tuple[float, float]:
-    copies = tokens * (layout.hidden * found.hidden_ssd_s_per_token + layout.kv * found.kv_ssd_s_per_token)
+    copies = tokens * (layout.hidden * found.hidden_lower_s_per_token + layout.kv * found.kv_lower_s_per_token)
     compute = layout.hidden * found.project_s(tokens) + layout.none * found.layer_s(tokens, 0)
     return copies, float(compute)
 
@@ -39,7 +39,7 @@ def test_copies_and_compute_end_together(gpu: str, drives: int, kept: set[str]) 
     layout = plan_save(found, Hit(64, 0, 128), splits=False).layout
     assert {kind for kind, _, _ in layout.ranges()} == kept
     copies_s, compute_s = copies_and_compute_s(found, layout, 8192)
-    one_layer_s = found.layer_s(8192, 0) + 8192 * found.kv_ssd_s_per_token
+    one_layer_s = found.layer_s(8192, 0) + 8192 * found.kv_lower_s_per_token
     assert abs(copies_s - compute_s) <= one_layer_s
 
 
