@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__version__ = "0.1.0"
+from sglang_hcache.version import VERSION
+
+__version__ = VERSION
 TESTED_SGLANG = ">=0.5.23,<0.5.24"
 
 

@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_spec
 
-from sglang_hcache import scheduler_hooks, windows
+from sglang_hcache import __version__, scheduler_hooks, windows
 from sglang_hcache.admission import Admission
 from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
@@ -312,6 +312,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """State and counters, as shown in `/server_info` under `internal_states[i].hcache`."""
         return {
             "scheduler": rank_name(),
+            "version": __version__,
             "representation": self._stored.name,
             "representation_reason": self._stored.reason,
             "layers_hidden": self._stored.layout.hidden,
@@ -356,11 +357,12 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def _log_start(self) -> None:
         config = self._config
         logger.info(
-            "hcache: storing %s%s (%s); host tier %d pages of %d tokens; files %s",
+            "hcache: storing %s%s (%s); host tier %d pages of %d tokens; files %s; version %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
             f", kv of {len(self._stored.formats.drafts)} draft layer(s)" if self._drafts else "",
             self._stored.reason,
             len(self._store.memory),
             self._page_tokens,
             f"in {', '.join(config.directories)}" if config.prefetcher is None else f"at {config.prefetcher}",
+            __version__,
         )

@@ -70,6 +70,8 @@ METRICS = tuple(
         ("prefetcher_up", "hcache_prefetcher_up", _G, "1 if the prefetcher answers, else 0"),
         ("prefetcher_restarts", "hcache_prefetcher_restarts_total", _C, "Prefetchers that replaced a lost one"),
         ("prefetcher_clients", "hcache_prefetcher_clients", _G, "Processes that use the same prefetcher"),
+        ("prefetcher_uptime_s", "hcache_prefetcher_uptime_seconds", _G, "Seconds since the prefetcher was started"),
+        ("pages_dropped", "hcache_dropped_pages_total", _C, "Pages from other hosts for which it had no slot"),
         ("messages_refused", "hcache_messages_refused_total", _C, "Messages the prefetcher refused, of all clients"),
         # of the store: the same from all who share its pages
         ("pages_total", "hcache_host_capacity_pages", _G, "Host memory, in slots of a page"),
@@ -102,6 +104,8 @@ METRICS = tuple(
         ("volumes_failed", "hcache_failed_volumes", _G, "Directories that take no writes"),
     )
 )  # fmt: skip
+
+INFO = ("version", "prefetcher_version", "representation")  # labels of `hcache_info`, and their names in the stats
 
 
 def numbers_of(stats: Mapping[str, Any]) -> dict[str, float]:
@@ -136,11 +140,21 @@ class Publisher:
             else Gauge(metric.name, metric.help, names, registry=registry, multiprocess_mode="mostrecent")
             for metric in METRICS
         }
+        self._info = Gauge(
+            "hcache_info",
+            "1, with the versions and what is stored",
+            (*names, *INFO),
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self._informed: dict[str, str] = {}
         self._last: dict[str, float] = {}  # by stat; of gauges, what they are where there is no figure
 
     def publish(self) -> None:
         """Set all metrics once. Counters keep increasing when their figure restarts (a new prefetcher or store)."""
-        numbers = self._last | numbers_of(self._stats())
+        stats = self._stats()
+        self._inform({name: str(stats[name]) for name in INFO if name in stats})
+        numbers = self._last | numbers_of(stats)
         for metric in METRICS:
             if (value := numbers.get(metric.stat)) is None:
                 continue
@@ -151,6 +165,15 @@ class Publisher:
             else:
                 figure.set(value)
                 self._last[metric.stat] = 0
+
+    def _inform(self, info: dict[str, str]) -> None:
+        """What it is of; once all is known. A prefetcher may be followed by one of another version."""
+        if info == self._informed or len(info) < len(INFO):
+            return
+        if self._informed:
+            self._info.labels(**self._labels, **self._informed).set(0)
+        self._info.labels(**self._labels, **info).set(1)
+        self._informed = info
 
 
 def start(stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object]) -> None:

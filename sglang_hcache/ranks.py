@@ -8,7 +8,6 @@ of `attn_tp_size`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,10 @@ from typing import TypeVar
 
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_hcache.storage.files import make_private
+from sglang_hcache.storage.files import lock_within, make_private
+
+TURN_S = 60.0  # the longest that others are waited for; each takes some seconds
+SAID_S = 5.0  # then a line in the log says so
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +52,27 @@ def rank_name() -> str:
 def taking_turns(folder: Path) -> Iterator[None]:
     """Replicas and servers that start at the same time do this one after the other, if they name the same folder.
 
-    A collective. Where there is no locking files, they do it together.
+    A collective. Where there is no locking files, or another hangs, they do it together.
     """
     with contextlib.ExitStack() as stack:
         if get_parallel().tp_rank == 0:
             try:
                 make_private(folder)
                 lock = stack.enter_context((folder / "lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _wait_for(lock.fileno(), folder)
             except OSError as error:
                 logger.info("hcache: %s cannot be locked (%s)", folder, error)
         all_ranks(True)
         yield
+
+
+def _wait_for(lock: int, folder: Path) -> None:
+    """Raises OSError; TimeoutError where others keep it too long."""
+    try:
+        lock_within(lock, exclusive=True, timeout_s=SAID_S)
+    except TimeoutError:
+        logger.info("hcache: waiting for another server, which measures its rates and keeps them in %s", folder)
+        lock_within(lock, exclusive=True, timeout_s=TURN_S - SAID_S)
 
 
 # ---- collectives of a replica's ranks, at start only ----

@@ -173,12 +173,33 @@ def read_table(path: Path, damage: Damage) -> Table:
 def require_owner(paths: Sequence[Path]) -> None:
     """What this user writes there can be opened by whoever has written what is there."""
     for path in paths:
-        stored = path / "segments"
-        if stored.exists() and (owner := stored.stat().st_uid) != os.geteuid():
+        if owner := other_owner(path):
             raise CommandFailed(
-                f"{path} belongs to {_user(owner)}: run this as that user, whose server could not open what "
+                f"{path} belongs to {owner}: run this as that user, whose server could not open what "
                 f"{_user(os.geteuid())} writes"
             )
+
+
+def other_owner(path: Path) -> str | None:
+    """Whose pages are there, if they are not this user's."""
+    try:
+        owner = (path / "segments").stat().st_uid
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError:
+        owner = path.stat().st_uid
+    return _user(owner) if owner != os.geteuid() else None
+
+
+def is_open(path: Path) -> bool:
+    """Whether some process has the directory open. Changes nothing."""
+    if not (path / "hcache.lock").exists():
+        return False
+    try:
+        with _lock(path) as nobody:
+            return not nobody
+    except TimeoutError:
+        return True
 
 
 def _user(number: int) -> str:

@@ -1,6 +1,7 @@
 """Run a prefetcher in the foreground, for servers on this host and, with --listen, on others.
 
-It ends within 15 s of SIGTERM. Exit status: 0 stopped; 1 it cannot serve; 2 bad arguments.
+It ends within 15 s of SIGTERM. While one that a server has started serves the same directories, it says so and waits.
+Exit status: 0 stopped; 1 it cannot serve; 2 bad arguments.
 """
 
 from __future__ import annotations

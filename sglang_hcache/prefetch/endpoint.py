@@ -15,6 +15,7 @@ from sglang_hcache.prefetch import messages
 from sglang_hcache.storage.files import is_still, try_lock
 
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
+RETURN_S = 60.0  # for one that was run by hand, since `touch`, which is twice as often: systemd starts it again
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,19 @@ class Endpoint:
     def lock(self) -> Path:
         return self.socket.with_suffix(".lock")
 
+    @property
+    def by_hand(self) -> Path:
+        """There since a prefetcher that was run by hand had the lock, and touched while it has."""
+        return self.socket.with_suffix(".by-hand")
+
+    def returns_within_s(self) -> float:
+        """How long a prefetcher that was run by hand, and has ended, is waited for; 0 where there was none."""
+        try:
+            left = self.by_hand.stat().st_mtime + RETURN_S - time.time()
+        except FileNotFoundError:
+            return 0.0
+        return min(max(0.0, left), RETURN_S)
+
 
 def endpoint_for(directories: Sequence[str]) -> Endpoint:
     """Raises OSError where the directory for sockets cannot be made, or is not this user's alone."""
@@ -57,14 +71,40 @@ def endpoint_named(name: str) -> Endpoint:
     return Endpoint(_runtime_directory() / f"{name}.{messages.VERSION}.sock")
 
 
+def running(name: str) -> list[Endpoint]:
+    """Those that a prefetcher of this user's serves, of whatever version, ours first.
+
+    A process with another environment than ours may look for it elsewhere. Raises OSError, as `endpoint_for`.
+    """
+    ours = endpoint_named(name)
+    folders = (ours.socket.parent, Path(f"/run/user/{os.getuid()}/sglang-hcache"), _without_environment())
+    locks = [
+        lock for folder in dict.fromkeys(folders) if _is_private(folder) for lock in folder.glob(f"{name}.*.lock")
+    ]
+    found = [endpoint for lock in locks if is_running(endpoint := Endpoint(lock.with_suffix(".sock")))]
+    return sorted(found, key=lambda one: (one.socket.name != ours.socket.name, one != ours))
+
+
 def _runtime_directory() -> Path:
     base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-    path = base / "sglang-hcache" if _is_for_us(base) else Path(f"/tmp/sglang-hcache-{os.getuid()}")
+    path = base / "sglang-hcache" if _is_for_us(base) else _without_environment()
     path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+    if not _is_private(path):
         raise OSError(f"{path} must be a directory that only this user can enter; remove it")
     return path
+
+
+def _without_environment() -> Path:
+    return Path(f"/tmp/sglang-hcache-{os.getuid()}")
+
+
+def _is_private(path: Path) -> bool:
+    """Whether it is a directory that only this user can enter."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
 def _is_for_us(base: Path) -> bool:
@@ -80,14 +120,22 @@ def _is_for_us(base: Path) -> bool:
 
 
 class InstanceLock:
-    """Held by the one prefetcher of an endpoint, as long as it lives; the system releases it, whatever ends it."""
+    """Held by the one prefetcher of an endpoint, as long as it lives; the system releases it, whatever ends it.
 
-    def __init__(self, endpoint: Endpoint, fd: int) -> None:
+    `returns`: whoever runs the prefetcher will start it again, so servers wait for that before they start their own.
+    """
+
+    def __init__(self, endpoint: Endpoint, fd: int, *, by_hand: bool = False) -> None:
         self._endpoint = endpoint
         self._fd = fd
+        self.returns = by_hand
+        if by_hand:
+            endpoint.by_hand.touch()
+        else:
+            endpoint.by_hand.unlink(missing_ok=True)
 
     @classmethod
-    def acquire(cls, endpoint: Endpoint) -> InstanceLock | None:
+    def acquire(cls, endpoint: Endpoint, *, by_hand: bool = False) -> InstanceLock | None:
         """None where another process has it."""
         deadline = time.monotonic() + LOOK_S
         while True:
@@ -99,7 +147,7 @@ class InstanceLock:
                 time.sleep(LOOK_S / 10)
                 continue
             if is_still(endpoint.lock, fd):
-                return cls(endpoint, fd)
+                return cls(endpoint, fd, by_hand=by_hand)
             os.close(fd)  # its former owner has just removed it
 
     def touch(self) -> None:
@@ -110,6 +158,8 @@ class InstanceLock:
         if not is_still(self._endpoint.lock, self._fd):
             return
         os.utime(self._fd)
+        if self.returns:
+            self._endpoint.by_hand.touch()
         try:
             os.utime(self._endpoint.socket)
         except FileNotFoundError:
@@ -120,6 +170,8 @@ class InstanceLock:
         """Remove socket and lock, unless the lock's file was removed already: then they are another prefetcher's."""
         if is_still(self._endpoint.lock, self._fd):
             self._endpoint.socket.unlink(missing_ok=True)
+            if not self.returns:
+                self._endpoint.by_hand.unlink(missing_ok=True)
             self._endpoint.lock.unlink(missing_ok=True)
         os.close(self._fd)
 

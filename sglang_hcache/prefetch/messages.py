@@ -199,11 +199,16 @@ class Figures(Message):
 
 
 class Overviewed(Message):
-    """What the prefetcher does for all its clients."""
+    """What the prefetcher does for all its clients, and the limits it was started with: None where there is none."""
 
     pid: Count
+    version: str  # of the package
     uptime_s: Annotated[float, msgspec.Meta(ge=0)]
     clients: Count
+    pages_closing: Count  # not yet written, of models that are being closed and are not listed any more
+    quota_bytes: Count | None  # of each directory
+    read_bytes_per_s: float | None
+    host_bytes: Count | None  # of one model
     models: list[contract.Stats]  # as in `Figures`, and whose they are
 
 

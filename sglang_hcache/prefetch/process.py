@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -21,12 +22,14 @@ import zmq
 from sglang_hcache.prefetch.endpoint import Endpoint, InstanceLock
 from sglang_hcache.prefetch.server import Server, ServerConfig
 from sglang_hcache.storage.files import make_private
+from sglang_hcache.version import VERSION
 
 log = logging.getLogger(__name__)
 
 FAILED = 1
 SWITCH_S = 0.0005  # a lookup in the index may wait for other threads so long; Python's 5 ms make seconds of many
 TOUCH_S = 30.0  # between two looks whether clients still find us; a server that starts waits twice as long
+ASIDE_S = 1.0  # between two looks whether a prefetcher that servers started has ended
 LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
 LOG_BYTES = 5_000_000  # of each of two files: this one, and the one before it
@@ -45,18 +48,37 @@ def serve(config: ServerConfig) -> int:
 def _serve(config: ServerConfig) -> int:
     settle()
     try:
-        lock = InstanceLock.acquire(Endpoint.at(config.address))
+        lock = _lock(config)
     except OSError as error:
         log.error("hcache: no prefetcher can run: %s", error)
         return FAILED
     if lock is None:
-        log.info("hcache: another prefetcher serves %s", ", ".join(config.directories))
+        level = logging.INFO if config.ends_when_unused else logging.ERROR
+        log.log(level, "hcache: another prefetcher serves %s", ", ".join(config.directories))
         return 0 if config.ends_when_unused else FAILED
     try:
         with logging_to(Path(config.directories[0]) / LOG_NAME):
             return _run(config, lock)
     finally:
         lock.release()
+
+
+def _lock(config: ServerConfig) -> InstanceLock | None:
+    """None where another prefetcher has it; but one by hand waits for the end of one that a server started."""
+    endpoint, by_hand = Endpoint.at(config.address), not config.ends_when_unused
+    said = False
+    while (lock := InstanceLock.acquire(endpoint, by_hand=by_hand)) is None:
+        if not by_hand or endpoint.by_hand.exists():
+            return None
+        if not said:
+            said = True
+            log.error(
+                "hcache: a prefetcher that a server started serves %s, with that server's limits: waiting until it "
+                "ends. Stop all servers of these directories, and start them once this one serves.",
+                ", ".join(config.directories),
+            )
+        time.sleep(ASIDE_S)
+    return lock
 
 
 def settle() -> None:
@@ -68,18 +90,24 @@ def settle() -> None:
 
 
 def _run(config: ServerConfig, lock: InstanceLock) -> int:
+    def stop(number: int, _frame: object) -> None:
+        lock.returns &= number == signal.SIGTERM  # systemd's, which may start it again; others are a person's
+        server.stop()
+
     try:
         server = Server(config)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, lambda *_: server.stop())
-        log.info("hcache: serving %s at %s %s", ", ".join(config.directories), config.address, config.listen)
+                signal.signal(number, stop)
+        where = " ".join(filter(None, (config.address, config.listen)))
+        log.info("hcache: serving %s at %s; version %s", ", ".join(config.directories), where, VERSION)
         notify("READY=1")
         with _kept_fresh(lock):
             server.run()
         log.info("hcache: the prefetcher has ended")
         notify("STOPPING=1")
     except (OSError, ValueError, zmq.ZMQError) as error:
+        lock.returns = False  # it would fail again
         log.error("hcache: no prefetcher can serve %s: %s", config.listen or config.address, error)
         return FAILED
     except Exception:

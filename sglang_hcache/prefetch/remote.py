@@ -48,7 +48,9 @@ FIGURES_OF_PREFETCHER = (
     "pages_unreadable",
     "files_damaged",
     "index_rebuilt",
+    "pages_evicted",
 )
+COUNTED_BY_BOTH = ("pages_write_failed", "pages_damaged_on_the_way")
 
 
 @dataclass(eq=False)
@@ -360,7 +362,8 @@ class RemoteClient:
         except Unavailable as error:
             stats["prefetcher"] = f"gone: {error}"
         known = {name: self._figures[name] for name in FIGURES_OF_PREFETCHER if name in self._figures}
-        return self._figures | stats | known
+        both = {name: _number(stats, name) + _number(self._figures, name) for name in COUNTED_BY_BOTH}
+        return self._figures | stats | known | both
 
     def give_up(self, why: str) -> None:
         """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
@@ -388,3 +391,8 @@ class RemoteClient:
 
     def _ring(self) -> None:
         os.eventfd_write(self._news, 1)
+
+
+def _number(stats: Stats, name: str) -> int:
+    value = stats.get(name, 0)
+    return value if isinstance(value, int) else 0

@@ -24,6 +24,7 @@ from sglang_hcache.prefetch.sockets import MAX_PAYLOAD_BYTES
 from sglang_hcache.prefetch.spaces import Space, Spaces
 from sglang_hcache.storage.contract import as_priority
 from sglang_hcache.storage.rate_limit import RateLimit
+from sglang_hcache.version import VERSION
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
 SOON_MS = 5  # while records are on their way, or pages being written for those who wait for that
@@ -353,6 +354,9 @@ class Server:
     def _stats(self, session: Session, message: m.Stats) -> None:
         figures = session.space.store.stats()
         figures["prefetcher_pid"] = os.getpid()
+        figures["prefetcher_version"] = VERSION
+        figures["prefetcher_uptime_s"] = time.monotonic() - self._began
+        figures["pages_dropped"] = 0  # unless it has dropped any
         figures["prefetcher_clients"] = len(self._by_number)
         figures["messages_refused"] = sum(self.refused.values())
         figures |= self.counts | {f"refused_{reason}": count for reason, count in self.refused.items()}
@@ -369,8 +373,17 @@ class Server:
             models[-1]["fingerprint"] = space.fingerprint.hex()
             models[-1]["memory_bytes"] = space.store.memory.nbytes
             models[-1]["clients"] = len(space.sessions)
-        uptime_s = time.monotonic() - self._began
-        return m.Overviewed(pid=os.getpid(), uptime_s=uptime_s, clients=len(self._by_number), models=models)
+        return m.Overviewed(
+            pid=os.getpid(),
+            version=VERSION,
+            uptime_s=time.monotonic() - self._began,
+            clients=len(self._by_number),
+            pages_closing=self._spaces.unwritten,
+            quota_bytes=self.config.quota_bytes,
+            read_bytes_per_s=self.config.read_bytes_per_s,
+            host_bytes=self.config.host_bytes,
+            models=models,
+        )
 
     def _health(self, session: Session, message: m.Health) -> None:
         self._send(session, m.Alive(answers=message.seq))

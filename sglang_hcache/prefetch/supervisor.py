@@ -238,7 +238,7 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
 
     def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> PrefetchClient:
         self._endpoint = endpoint_named(self._name)  # anew: at logout its folder may have gone
-        if not is_running(self._endpoint):
+        if not is_running(self._endpoint) and not self._returns():
             self._launch()
         return PrefetchClient(
             self._endpoint.address,
@@ -257,6 +257,23 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         if gone.hangs and is_running(self._endpoint):
             log.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
             gone.kill_prefetcher()
+
+    def _returns(self) -> bool:
+        """Whether one that was run by hand has been started again, once that has been waited for."""
+        if not (patience_s := self._endpoint.returns_within_s()):
+            return False
+        log.warning("hcache: the prefetcher that was run by hand has ended; waiting %.0f s for the next.", patience_s)
+        deadline = time.monotonic() + patience_s
+        while not is_running(self._endpoint):
+            if time.monotonic() > deadline or not self._endpoint.by_hand.exists():
+                log.warning(
+                    "hcache: none has been run by hand again: this server starts one, with its own limits and not "
+                    "for other hosts. To go back: stop all servers of these directories, run yours, and start them."
+                )
+                return False
+            if self._closed.wait(POLL_S):
+                raise Unavailable("it is not waited for any more")
+        return True
 
     def _launch(self) -> None:
         config = json.dumps(dataclasses.asdict(self._config) | {"address": self._endpoint.address})

@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from bench.harness import Server, random_prompt
+from sglang_hcache import __version__
 from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
 from tests.e2e.conftest import Workshop, started_together, wait_until
 from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, whole_pages
@@ -33,7 +34,7 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
 
         def figures_agree() -> bool:
             numbers = numbers_of(server.tier_state())
-            del numbers["prefetcher_pid"]  # no figure
+            del numbers["prefetcher_pid"], numbers["prefetcher_uptime_s"]  # no figure, and one that grows
             found = scraped(server)
             return {stat: found[NAMES[stat]][1] for stat in numbers} == numbers
 
@@ -41,6 +42,11 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
         found = scraped(server)
         assert found["hcache_restored_tokens_total"][1] == found["hcache_found_tokens_total"][1] == restored
         assert found["hcache_looked_up_tokens_total"][1] > 4 * restored
+        labels, value = found["hcache_info"]
+        assert value == 1
+        assert f'version="{__version__}"' in labels
+        assert f'representation="{server.tier_state()["representation"]}"' in labels
+        assert 0 < found["hcache_prefetcher_uptime_seconds"][1] < 3600
         labels, value = found["hcache_prefetcher_up"]
         assert value == 1
         assert 'tp_rank="0"' in labels

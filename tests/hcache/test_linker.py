@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
-from sglang_hcache import linker, ranks, registration, representation, scheduler_hooks, start
+from sglang_hcache import __version__, linker, ranks, registration, representation, scheduler_hooks, start
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
@@ -152,6 +152,7 @@ def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: Pool) -> None:
         assert torch.equal(buffer[slots_of(5, 6)], buffer[slots_of(1, 2)])
     stats = stored.stats()
     assert (stats["tokens_restored"], stats["loads_accepted"], stats["pages_leased"]) == (2 * PAGE, 1, 0)
+    assert stats["version"] == stats["prefetcher_version"] == __version__
 
 
 def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HCacheLinker], pool: Pool) -> None:

@@ -27,10 +27,10 @@ class Published:
         self._registry = CollectorRegistry()
         self._publisher = Publisher(lambda: self.stats, LABELS, self._registry)
 
-    def now(self, name: str) -> float | None:
+    def now(self, name: str, **more: str) -> float | None:
         """After one more look."""
         self._publisher.publish()
-        return self._registry.get_sample_value(name, {name: str(value) for name, value in LABELS.items()})
+        return self._registry.get_sample_value(name, {name: str(value) for name, value in LABELS.items()} | more)
 
 
 def test_names_say_what_they_are() -> None:
@@ -96,6 +96,21 @@ def test_a_counter_goes_on_where_another_prefetcher_begins_anew() -> None:
     published.stats = {"prefetcher": "ok", "hits_file": 3, "pages_host": 1, "pages_total": 8, "page_bytes": 4096}
     assert published.now("hcache_file_hit_pages_total") == 13
     assert published.now("hcache_host_pages") == 1
+
+
+def test_versions_are_labels_of_a_metric_of_their_own() -> None:
+    published = Published(prefetcher="gone: none yet", version="2", representation="kv")
+    of_one, of_other = ({"version": "2", "prefetcher_version": one, "representation": "kv"} for one in ("1", "2"))
+    assert published.now("hcache_info", **of_one) is None, "a prefetcher's version is not known yet"
+    published.stats = {**of_one, "prefetcher": "ok", "prefetcher_uptime_s": 7.5}
+    assert published.now("hcache_info", **of_one) == 1
+    assert published.now("hcache_prefetcher_uptime_seconds") == 7.5
+    published.stats = {"prefetcher": "gone: its process has ended", "version": "2", "representation": "kv"}
+    assert published.now("hcache_info", **of_one) == 1
+    assert published.now("hcache_prefetcher_uptime_seconds") == 0
+    published.stats = {**of_other, "prefetcher": "ok"}
+    assert published.now("hcache_info", **of_other) == 1
+    assert published.now("hcache_info", **of_one) == 0
 
 
 def test_directories_are_summed() -> None:

@@ -415,6 +415,21 @@ def test_replicas_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert order == ["first", "second"]
 
 
+def test_a_server_that_hangs_in_its_turn_keeps_no_other_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ranks, "get_parallel", placed)
+    monkeypatch.setattr(ranks, "SAID_S", 0.1)
+    monkeypatch.setattr(ranks, "TURN_S", 0.2)
+    caplog.set_level(logging.INFO, "sglang_hcache")
+    with ranks.taking_turns(tmp_path / "calibration"):
+        assert not caplog.records
+        with ranks.taking_turns(tmp_path / "calibration"):
+            waited, gave_up = (record.message for record in caplog.records)
+    assert "waiting for another server" in waited
+    assert "cannot be locked (another process has kept a lock" in gave_up
+
+
 def asked(hello: Hello) -> tuple[int, float]:
     return hello.host_bytes, hello.host_share
 

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from sglang_hcache import __version__
 from sglang_hcache.prefetch import client as client_module
 from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.client import ASK_S
@@ -21,6 +22,7 @@ def test_a_prefetcher_that_hangs_costs_little_and_is_as_it_was(join: Join, monke
     before = client.stats()
     assert before["prefetcher"] == "ok"
     assert before["pages_written"] == 5
+    assert before["prefetcher_version"] == __version__
     waits: list[float] = []
     ask = client._connection.ask
 
@@ -45,3 +47,4 @@ def test_a_prefetcher_that_hangs_costs_little_and_is_as_it_was(join: Join, monke
     after = client.stats()
     assert after["prefetcher"] == "ok"
     assert after["pages_written"] == 8
+    assert 0 < float(str(before["prefetcher_uptime_s"])) < float(str(after["prefetcher_uptime_s"])) < 600

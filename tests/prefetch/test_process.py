@@ -11,13 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from sglang_hcache.prefetch import process
+from sglang_hcache.prefetch import endpoint, process
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
 from sglang_hcache.prefetch.process import settle
 from sglang_hcache.prefetch.server import ServerConfig
@@ -34,6 +35,7 @@ from tests.prefetch.clients import (
     until,
 )
 from tests.prefetch.conftest import Join
+from tests.prefetch.test_supervisor import replaced
 
 
 @pytest.fixture
@@ -98,11 +100,11 @@ def full_pipe() -> tuple[int, int]:
 
 def test_nobody_waits_for_its_stderr(directory: Path) -> None:
     ours, theirs = full_pipe()
-    endpoint = endpoint_for([str(directory)])
+    where = endpoint_for([str(directory)])
     command = [sys.executable, "-m", "tests.prefetch.test_process", str(directory)]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=theirs) as mute:
         try:
-            assert until(lambda: is_running(endpoint))
+            assert until(lambda: is_running(where))
             client = supervisor_of(directory).open()
             assert client.prefetcher_pid == mute.pid
             save(client, range(5))
@@ -118,14 +120,20 @@ def test_nobody_waits_for_its_stderr(directory: Path) -> None:
 
 
 @pytest.fixture
-def started_by_hand(directory: Path, systemd: socket.socket) -> Iterator[Callable[[bool], subprocess.Popen[bytes]]]:
+def by_hand(directory: Path) -> list[str]:
+    return [sys.executable, "-m", "sglang_hcache.cli.main", "prefetcher", "--dir", str(directory)]
+
+
+@pytest.fixture
+def started_by_hand(
+    by_hand: list[str], systemd: socket.socket
+) -> Iterator[Callable[[bool], subprocess.Popen[bytes]]]:
     """Starts `hcache prefetcher`, under `nohup` or not; it is serving."""
-    command = [sys.executable, "-m", "sglang_hcache.cli.main", "prefetcher", "--dir", str(directory)]
     started = []
 
     def start(nohup: bool) -> subprocess.Popen[bytes]:
         former = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-        started.append(subprocess.Popen(command))
+        started.append(subprocess.Popen(by_hand))
         signal.signal(signal.SIGHUP, former)
         assert systemd.recv(100) == b"READY=1"
         return started[-1]
@@ -173,6 +181,89 @@ def test_under_nohup_it_stays(
     by_hand.terminate()
     assert systemd.recv(100) == b"STOPPING=1"
     assert by_hand.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_that_is_run_by_hand_again_is_waited_for(
+    directory: Path,
+    started_by_hand: Callable[[bool], subprocess.Popen[bytes]],
+    systemd: socket.socket,
+    number: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As systemd does after a crash, and with `systemctl restart`."""
+    by_hand, supervisor = started_by_hand(False), supervisor_of(directory)
+    client = supervisor.open()
+    assert client.prefetcher_pid == by_hand.pid
+    by_hand.send_signal(number)
+    by_hand.wait(PATIENCE_S)
+    if number == signal.SIGTERM:
+        assert systemd.recv(100) == b"STOPPING=1"
+    assert until(lambda: not client.alive)
+    supervisor.replace(client)
+    assert until(lambda: "run by hand has ended; waiting" in caplog.text)
+    by_hand = started_by_hand(False)
+    client = replaced(supervisor)
+    assert client.prefetcher_pid == by_hand.pid
+    client.close()
+    supervisor.close()
+    by_hand.send_signal(signal.SIGINT)
+    assert by_hand.wait(PATIENCE_S) == 0
+    assert not endpoint_for([str(directory)]).by_hand.exists(), "who runs it in a terminal has had enough of it"
+
+
+def test_one_that_does_not_come_back_is_not_waited_for_for_ever(
+    directory: Path,
+    started_by_hand: Callable[[bool], subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    by_hand = started_by_hand(False)
+    by_hand.kill()
+    by_hand.wait(PATIENCE_S)
+    left = endpoint_for([str(directory)]).by_hand
+    os.utime(left, (time.time() + 3600,) * 2)
+    monkeypatch.setattr(endpoint, "RETURN_S", 0.5)
+    client = supervisor_of(directory).open()
+    assert [client.prefetcher_pid] == [one.pid for one in prefetchers(directory)]
+    assert "not for other hosts" in caplog.text
+    assert not left.exists()
+    client.close()
+    caplog.clear()
+    left.touch()
+    os.utime(left, (time.time() - 3600,) * 2)
+    supervisor_of(directory).open().close()
+    assert not caplog.records, "that was long ago"
+    assert until(lambda: not prefetchers(directory))
+    monkeypatch.setattr(endpoint, "RETURN_S", 10 * PATIENCE_S)
+    left.touch()
+    supervisor = supervisor_of(directory)
+    supervisor.replace(client)
+    assert until(lambda: "run by hand has ended; waiting" in caplog.text)
+    left.unlink()
+    replaced(supervisor).close()
+    supervisor.close()
+
+
+def test_by_hand_it_waits_for_one_that_a_server_started(
+    directory: Path, systemd: socket.socket, by_hand: list[str]
+) -> None:
+    """And says so, as it is not what its user wants; beside another that runs by hand it ends."""
+    client = supervisor_of(directory).open()
+    with subprocess.Popen(by_hand, stderr=subprocess.PIPE, text=True) as waits:
+        try:
+            assert waits.stderr is not None
+            assert "waiting until it ends. Stop all servers" in waits.stderr.readline()
+            client.close()
+            assert systemd.recv(100) == b"READY=1"
+            client = supervisor_of(directory).open()
+            assert client.prefetcher_pid == waits.pid
+            again = subprocess.run(by_hand, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False)
+            assert again.returncode == 1
+            assert "another prefetcher serves" in again.stderr
+            client.close()
+        finally:
+            waits.terminate()
 
 
 def test_its_log_outlives_whoever_started_it(

@@ -233,6 +233,28 @@ def test_a_page_in_the_clients_memory_is_not_sent_again(prefetcher: Prefetcher) 
     b.close()
 
 
+def test_what_the_prefetcher_counts_of_files_is_what_its_clients_report(
+    prefetcher: Prefetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what each of the two counts by itself is added up."""
+    client = prefetcher.remote()
+    ask = client._files.connection.ask
+    counted = {"pages_evicted": 7, "pages_write_failed": 3, "pages_damaged_on_the_way": 2, "pages_dropped": 4}
+
+    def asked(message: m.Stats, kind: type[m.Figures], timeout_s: float) -> m.Figures:
+        answer = ask(message, kind, timeout_s)
+        return m.Figures(answers=answer.answers, figures=answer.figures | counted)
+
+    stats = client.stats()
+    assert [stats[name] for name in counted] == [0, 0, 0, 0]
+    monkeypatch.setattr(client._files.connection, "ask", asked)
+    client._files.damaged = 1
+    monkeypatch.setattr(client._store._writer, "failed", 10)
+    stats = client.stats()
+    assert [stats[name] for name in counted] == [7, 13, 3, 4]
+    client.close()
+
+
 def test_only_those_with_a_key_get_in(prefetcher: Prefetcher, tmp_path: Path) -> None:
     client = prefetcher.remote("b")
     make_keys(tmp_path / "others", ("a",))
