@@ -6,12 +6,15 @@ accepted of them is where it belongs.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from sglang_hcache.cpu_attention import TorchCpuAttention
+
+logger = logging.getLogger(__name__)
 
 
 def use_pytorch() -> None:
@@ -43,6 +46,21 @@ class _DraftStep(TorchCpuAttention):
         super().__init__(model_runner)
         self._drafts = step + 1
 
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: ForwardBatch,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The batch has the slots of this step by now; when metadata were made it had those of all."""
+        self.init_forward_metadata(forward_batch)
+        attended: torch.Tensor = super().forward_decode(q, k, v, layer, forward_batch, *args, **kwargs)
+        return attended
+
     def _run_sdpa_forward_decode(
         self,
         query: torch.Tensor,
@@ -73,6 +91,11 @@ class _DraftSteps:
 
 
 def _draft_steps(factory: Any) -> _DraftSteps | None:
+    """Called once, by each process that drafts."""
+    logger.warning(
+        "hcache: on a machine without an accelerator drafts are verified greedily: all tokens of an answer but the "
+        "first are the most likely ones, whatever temperature, top-p or top-k a request asks for"
+    )
     steps = factory.speculative_num_steps
     return _DraftSteps(factory.draft_model_runner, steps) if steps > 1 else None
 

@@ -6,6 +6,7 @@ import logging
 import os
 import select
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             scheduler_hooks.runner.model_config,
             self._pool,
             self._stored,
+            drafts=self._drafts,
             page_tokens=self._page_tokens,
             rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
         )
@@ -155,6 +157,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """
         if rid in self._loads:
             self._loads.end_landed(wait=True)
+        if self._drafts:  # they keep the token after it of each: a beginning's last one would have another
+            prompt = replace(prompt, divisible=False)
         self.prefetch_queue.queued(rid, keys, prompt)
 
     def wait_for_news(self, timeout_s: float) -> None:

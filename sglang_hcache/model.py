@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 OnePool: TypeAlias = MHATokenToKVPool | MLATokenToKVPool
 Pool: TypeAlias = OnePool | SWAKVPool  # the last has two: layers with a sliding window are in one of their own
 
+_DRAFTING = (None, "EAGLE", "EAGLE3", "STANDALONE")  # as SGLang names them in the end; NEXTN is its EAGLE
 _REPLAYED = {"hidden_states", "positions", "forward_batch"}
 
 
@@ -98,6 +99,9 @@ def draft_pools(params: Any, spec: Any, pool: Pool) -> tuple[OnePool, ...]:
     params: SGLang's for its radix cache. spec: its settings of speculative decoding, some of which it chooses by the
     model. pool: the model's. Raises `Unsupported`.
     """
+    if (algorithm := spec.speculative_algorithm) not in _DRAFTING:
+        why = f"SGLang drafts by {algorithm} for it, which is not supported yet"
+        raise Unsupported(f"{why}; drop --speculative-algorithm")
     if (spec.speculative_eagle_topk or 1) > 1:
         why = "accepted drafts of a tree are moved after their forward"
         raise Unsupported(f"{why}; add --speculative-eagle-topk 1, with the numbers of steps and of draft tokens")

@@ -37,8 +37,8 @@ class OpenPages:
     """Collects rows of the first `layers` layers by device page, in slots of the store, until SGLang names the page.
 
     A device page is written front to back by one sequence: a row 0 starts the page anew, a row written again replaces
-    that one and all after it (rejected drafts), a gap abandons the page. Only a whole page is ever handed out; what
-    cannot be kept is left out, never waited for.
+    that one and all after it (rejected drafts), a gap abandons the page, and so does SGLang's naming it before it is
+    whole. Only a whole page is ever handed out; what cannot be kept is left out, never waited for.
     """
 
     def __init__(self, store: ChunkStore, *, layers: int, copying: Executor | None = None) -> None:
@@ -50,13 +50,25 @@ class OpenPages:
         self._chunks = chunk_rows(store, range(layers))
         self._copying = copying
 
-    def write(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> int:
-        """slots, positions `[n]`; rows `[layers, n, row_bytes]`. Returns how many tokens were kept."""
+    def write(
+        self,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        rows: NDArray[np.uint8],
+        usable: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """slots, positions `[n]`; rows `[layers, n, row_bytes]`. Returns how many tokens were kept.
+
+        usable: `[n]`; a page goes on from a row that is not only if that is written again, as a rejected draft is.
+        """
         kept: list[tuple[int, slice, slice]] = []
         for start, stop, page, offset in self._runs(slots):
             if (chunk := self._chunk_for(page, offset)) is not None:
-                chunk.filled = offset + stop - start
-                kept.append((chunk.slot, slice(offset, chunk.filled), slice(start, stop)))
+                count = stop - start
+                if usable is not None and not usable[start:stop].all():
+                    count = int(usable[start:stop].argmin())
+                chunk.filled = offset + count
+                kept.append((chunk.slot, slice(offset, chunk.filled), slice(start, start + count)))
 
         def copy(place: tuple[int, slice, slice]) -> None:
             slot, into, of = place
@@ -75,6 +87,7 @@ class OpenPages:
         """The store's slot with the rows of a device page, the caller's from now on; None if it is not whole."""
         chunk = self._open.get(page)
         if chunk is None or chunk.filled < self._page_tokens:
+            self._abandon(page)
             return None
         del self._open[page]
         return chunk.slot

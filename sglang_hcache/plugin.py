@@ -58,6 +58,7 @@ def _before_scheduler(_scheduler: object, server_args: Any, *_args: object, **_k
 
 
 def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
+    from sglang_hcache import images
     from sglang_hcache import scheduler_hooks as hooks
 
     return [
@@ -70,6 +71,11 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             "sglang.srt.model_executor.model_runner.ModelRunner.forward",
             hooks.around_forward,
             HookType.AROUND,
+        ),
+        (
+            "sglang.srt.managers.schedule_batch.MultimodalInputs.from_processor_output",
+            images.after_inputs,
+            HookType.AFTER,
         ),
         (f"{_WRAPPER}.match", hooks.around_match, HookType.AROUND),
         (f"{_WRAPPER}.release_request", hooks.before_release_request, HookType.BEFORE),

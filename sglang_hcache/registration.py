@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Registration:
         pool: Pool,
         stored: Stored,
         *,
+        drafts: Sequence[Pool],
         page_tokens: int,
         rows_of_a_forward: int,
     ) -> None:
@@ -72,6 +74,7 @@ class Registration:
         self._model = model_config
         self._pool = pool
         self._stored = stored
+        self._drafts = drafts
         self._rows_of_a_forward = rows_of_a_forward
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
         self._host_share, self._host_bytes = self._wanted_host_memory()
@@ -178,7 +181,7 @@ class Registration:
             path, revision = self._model.model_path, get_model().revision
         weights = checkpoint_identity(path, memo, revision=revision, cache=get_model().download_dir)
         quantized = spec.speculative_draft_model_quantization, spec.speculative_draft_kv_cache_dtype
-        return spec.speculative_algorithm, weights, quantized
+        return spec.speculative_algorithm, weights, spec.speculative_draft_load_format, quantized
 
     def _encoder_on_disk(self, named: str, memo: Path) -> str:
         """LLaVA's own checkpoints name another one for it, or a folder of theirs. Raises OSError."""
@@ -201,6 +204,8 @@ class Registration:
         ]
         if windowed := [*self._stored.formats.windowed]:
             parts.append(("windowed_layers", windowed))
+        if self._drafts:
+            parts.append(("draft_kv", [str(pool.dtype) for pool in self._drafts]))
         parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
         parts += [(name, value) for name in _COMPUTING_BY_ENVIRONMENT if (value := os.environ.get(name))]
         if not self._stored.same_on_all_ranks:

@@ -141,11 +141,10 @@ class PageSaver:
 
     def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         assert self._open is not None
-        if self._codec is not None and not (kept := self._codec.encoded(rows)).all():
-            self._counts["tokens_not_encoded"] += int(np.count_nonzero(~kept))
-            self._drop(slots[~kept])
-            slots, positions, rows = slots[kept], positions[kept], rows[:, kept]
-        written = self._open.write(slots, positions, rows)
+        encoded = self._codec.encoded(rows) if self._codec is not None else None
+        if encoded is not None:
+            self._counts["tokens_not_encoded"] += int(np.count_nonzero(~encoded))
+        written = self._open.write(slots, positions, rows, encoded)
         self._counts["tokens_captured"] += written
         self._counts["tokens_not_captured"] += len(slots) - written
 

@@ -128,7 +128,7 @@ def before_offload_node(wrapper: Any, node_id: Any, _transfers: object) -> None:
 
 
 def around_check_events(original: Callable[..., None], cache: Any) -> None:
-    """In each step SGLang has all ranks agree on which pages are offloaded; here it is those offered so far, on all."""
+    """SGLang has ranks agree in each step on what is offloaded; here that is all it has offered so far, on each."""
     wrapper = cache.linker
     if linker is None or wrapper is None:
         original(cache)

@@ -372,7 +372,7 @@ def test_a_page_filled_piece_by_piece(pages: OpenPages, store: LocalStore) -> No
     values = rows(PAGE)
     for start, stop in ((0, 5), (5, 6), (6, PAGE)):
         write(pages, 3 * PAGE + start, values[:, start:stop])
-        assert commit(pages, store, 3, bytes(32)) == (stop == PAGE)
+    assert commit(pages, store, 3, bytes(32))
     assert np.array_equal(held(store, bytes(32)), values)
     (slot,) = lease(store, "test", [bytes(32)])
     assert positions(store.memory[slot], store.layout).tolist() == list(range(1048, 1064))
@@ -409,13 +409,16 @@ def test_what_a_rejected_draft_had_filled_is_not_whole(pages: OpenPages, store: 
     assert not commit(pages, store, 0, bytes(32))
 
 
-@pytest.mark.parametrize("harm", ["gap", "forget"])
+@pytest.mark.parametrize("harm", ["gap", "forget", "name"])
 def test_a_page_that_is_not_whole_is_never_committed(harm: str, pages: OpenPages, store: LocalStore) -> None:
     write(pages, 0, rows(8))
     if harm == "gap":
         write(pages, 10, rows(PAGE - 10))
-    else:
+    elif harm == "forget":
         pages.forget(np.arange(PAGE))
+    else:
+        assert pages.take(0) is None
+        assert len(pages) == 0, "it will not be written any more"
     write(pages, 8, rows(8))
     assert not commit(pages, store, 0, bytes(32))
     assert store.contains([bytes(32)]) == [False]

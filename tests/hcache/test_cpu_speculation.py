@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_hcache import cpu_speculation
 
@@ -84,3 +89,40 @@ def test_k_and_v_stay_where_they_are() -> None:
     cpu_speculation._move_nothing(here, here, here, here, 1, 3, {})
     with pytest.raises(ValueError, match="not moved"):
         cpu_speculation._move_nothing(here, here, there, here, 1, 3, {})
+
+
+def test_drafts_of_layers_with_slots_of_their_own_are_where_they_belong() -> None:
+    """Two requests; when SGLang begins a chain, the batch has the slots of all its steps."""
+    heads, dim, steps, slots = 2, 8, 3, torch.tensor([[10, 11], [20, 21]])  # by request, of all steps but the last
+    pool = SWAKVPool(
+        64, 32, 16, torch.float32, heads, dim,
+        swa_attention_layer_ids=[0], full_attention_layer_ids=[1], device="cpu",
+    )  # fmt: skip
+    pool.register_mapping((torch.arange(65) + 1) % 32)
+    table = torch.zeros(2, 16, dtype=torch.int64)
+    table[:, 4:6] = slots
+    runner = SimpleNamespace(
+        device="cpu", token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=table)
+    )
+    layer = SimpleNamespace(
+        layer_id=0, qk_head_dim=dim, v_head_dim=dim, tp_q_head_num=heads, tp_k_head_num=heads, scaling=1.0,
+        is_cross_attention=False, sliding_window_size=4, k_scale=None, v_scale=None, attn_type=None,
+    )  # fmt: skip
+    batch: Any = SimpleNamespace(
+        out_cache_loc=slots.flatten(), req_pool_indices=torch.arange(2), seq_lens=torch.tensor([4, 4]),
+        encoder_lens=None, out_cache_loc_is_physical=True,
+    )  # fmt: skip
+    drafting = cpu_speculation._DraftSteps(runner, steps)
+    drafting.init_forward_metadata(batch)
+    for step, backend in enumerate(drafting.attn_backends):
+        query, key, value = torch.randn(3, 2, heads, dim)
+        batch.out_cache_loc = slots[:, step]
+        backend.forward_decode(query, key, value, layer, batch)
+        assert torch.equal(pool.get_key_buffer(0)[slots[:, step] + 1], key)
+        assert torch.equal(pool.get_value_buffer(0)[slots[:, step] + 1], value)
+
+
+def test_who_drafts_is_told_that_tokens_are_the_most_likely_ones(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert cpu_speculation._draft_steps(SimpleNamespace(speculative_num_steps=1)) is None
+    assert "whatever temperature" in caplog.text

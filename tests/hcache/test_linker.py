@@ -172,6 +172,18 @@ def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HC
     tier.close()
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+def test_beside_a_draft_model_no_prompt_is_begun_ahead(
+    layers: int, make: Callable[..., HCacheLinker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = MHATokenToKVPool(PAGES * PAGE, PAGE, torch.float32, 1, 8, 1, "cpu", enable_memory_saver=False)
+    tier, asked = make(drafts=[draft] * layers), list[Prompt]()
+    monkeypatch.setattr(tier.prefetch_queue, "queued", lambda _rid, _keys, prompt: asked.append(prompt))
+    tier.queued("a", [key_of(0)], Prompt(PAGE, 0, divisible=True))
+    assert asked == [Prompt(PAGE, 0, divisible=not layers)]
+    tier.close()
+
+
 def windowed_pool(pages: int) -> SWAKVPool:
     """The first and the third of four layers have so many pages of their own."""
     return SWAKVPool(

@@ -47,10 +47,12 @@ def test_pools_of_draft_models() -> None:
         MHATokenToKVPool(64, 16, torch.float32, 2, 4, layers, "cpu", enable_memory_saver=False) for layers in (1, 3)
     )
     params = SimpleNamespace(mtp_draft_device_pools=(own,), sidecar_draft_device_pools=(other,))
-    none, chain, windowed = drafting(None), drafting(1), with_windows([1], [0])
+    none, chain, windowed = drafting(None, algorithm=None), drafting(1), with_windows([1], [0])
     assert draft_pools(params, chain, own) == (own, other)
     with pytest.raises(Unsupported, match="add --speculative-eagle-topk 1"):
         draft_pools(params, drafting(4), own)
+    with pytest.raises(Unsupported, match=r"FROZEN_KV_MTP for it, .*; drop --speculative-algorithm"):
+        draft_pools(params, drafting(1, algorithm="FROZEN_KV_MTP"), own)
     with pytest.raises(Unsupported, match="several models at once for it"):
         draft_pools(params, drafting(1, several=True), own)
     with pytest.raises(Unsupported, match="add --disable-hybrid-swa-memory"):
@@ -63,5 +65,7 @@ def test_pools_of_draft_models() -> None:
         draft_pools(params, chain, own)
 
 
-def drafting(topk: int | None, *, several: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(speculative_eagle_topk=topk, enable_multi_layer_eagle=several)
+def drafting(topk: int | None, *, algorithm: str | None = "EAGLE", several: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        speculative_algorithm=algorithm, speculative_eagle_topk=topk, enable_multi_layer_eagle=several
+    )

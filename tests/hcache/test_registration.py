@@ -107,6 +107,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         remote: str | None = None,
         latent: bool = False,
         draft: Path | None = None,
+        draft_dtype: torch.dtype = torch.bfloat16,
         encoder: Path | str | None = None,
         place: SimpleNamespace | None = None,
         **arguments: object,
@@ -138,6 +139,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             ),
             pool,
             stored,
+            drafts=[SimpleNamespace(dtype=draft_dtype)] if draft else [],
             page_tokens=64,
             rows_of_a_forward=512,
         ).hello()
@@ -162,10 +164,14 @@ def test_a_draft_model_that_is_trained_again_has_no_pages(say: Say, tmp_path: Pa
     assert say(model, draft=draft, speculative_draft_load_format="safetensors").on_file
     for elsewhere in ("dummy", "presharded"):
         assert not say(model, draft=draft, speculative_draft_load_format=elsewhere).on_file
-    coarser = say(model, draft=draft, speculative_draft_kv_cache_dtype="fp8_e5m2")
+    others = [
+        say(model, draft=draft, speculative_draft_kv_cache_dtype="fp8_e5m2"),
+        say(model, draft=draft, speculative_draft_load_format="safetensors"),
+        say(model, draft=draft, draft_dtype=torch.float16),  # as many bytes, but other values
+    ]
     checkpoint(draft, b"trained")
-    fingerprints = {one.fingerprint for one in (alone, before, coarser, say(model, draft=draft))}
-    assert len(fingerprints) == 4
+    others += [alone, before, say(model, draft=draft)]
+    assert len({one.fingerprint for one in others}) == len(others)
 
 
 def served(*paths: Path) -> dict[str, object]:

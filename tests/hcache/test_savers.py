@@ -294,17 +294,40 @@ def test_pages_that_were_restored_are_known_once_and_from_the_first_on() -> None
     assert restored.take_leading(KEYS) == 0
 
 
-def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
-    """And no other; the rest of the page that comes later is refused, too."""
-    copy_out, codec, width = InlineCopyOut(), PackedCodec(128, torch.bfloat16), 128
+def packs(*shape: int) -> torch.Tensor:
+    return (1 + torch.rand(*shape, 128)).to(torch.bfloat16)  # two exponents: for sure
+
+
+def does_not_pack() -> torch.Tensor:
+    return torch.randint(-(2**15), 2**15, (128,), dtype=torch.int16).view(torch.bfloat16)
+
+
+@pytest.fixture
+def codec() -> PackedCodec:
+    return PackedCodec(128, torch.bfloat16)
+
+
+@pytest.fixture
+def packed(codec: PackedCodec) -> Iterator[LocalStore]:
     layout = ChunkLayout(PAGE, (PAGE * codec.row_bytes,) * 2)
-    packed = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
-    saver = PageSaver(packed, copy_out, captured=2, codec=codec)
-    rows = (1 + torch.rand(2, 3, PAGE, width)).to(torch.bfloat16)  # two exponents: packs for sure
-    rows[1, 1, 3] = torch.randint(-(2**15), 2**15, (width,), dtype=torch.int16).view(torch.bfloat16)
-    coded = torch.empty(2, 3, PAGE, codec.row_bytes, dtype=torch.uint8)
-    for layer in range(2):
-        codec.encode(rows[layer], coded[layer])
+    store = LocalStore(layout, bytes(16), 8 * layout.record_bytes, [])
+    yield store
+    store.check()
+
+
+def coded_by(codec: PackedCodec, rows: torch.Tensor) -> torch.Tensor:
+    coded = torch.empty(*rows.shape[:-1], codec.row_bytes, dtype=torch.uint8)
+    for layer, of_layer in enumerate(rows):
+        codec.encode(of_layer, coded[layer])
+    return coded
+
+
+def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out(codec: PackedCodec, packed: LocalStore) -> None:
+    """And no other; the rest of the page that comes later is refused, too."""
+    saver = PageSaver(packed, InlineCopyOut(), captured=2, codec=codec)
+    rows = packs(2, 3, PAGE)
+    rows[1, 1, 3] = does_not_pack()
+    coded = coded_by(codec, rows)
     for part in (slice(0, 5), slice(5, PAGE)):
         slots = torch.cat([slots_of(page)[part] for page in (4, 2, 3)])
         saver.write(slots, torch.arange(PAGE)[part].repeat(3), coded[:, :, part].flatten(1, 2))
@@ -320,4 +343,21 @@ def test_a_token_that_a_code_has_no_room_for_leaves_its_page_out() -> None:
     assert (stats["tokens_not_encoded"], stats["pages_open"]) == (1, 0)
     assert (stats["pages_saved"], stats["pages_incomplete"]) == (2, 1)
     assert stats["tokens_captured"] + stats["tokens_not_captured"] == 3 * PAGE
-    packed.check()
+
+
+def test_a_rejected_draft_that_a_code_has_no_room_for_costs_nothing(codec: PackedCodec, packed: LocalStore) -> None:
+    """Of four that are verified at once the third does not fit, and neither it nor the fourth is accepted."""
+    saver = PageSaver(packed, InlineCopyOut(), captured=2, codec=codec)
+    rows, drafts = packs(2, PAGE), packs(2, 4)
+    drafts[:, :2], drafts[1, 2] = rows[:, 5:7], does_not_pack()
+    slots = slots_of(3)
+    for first, verified in ((0, rows[:, :5]), (5, drafts), (7, rows[:, 7:])):
+        here = slice(first, first + verified.shape[1])
+        saver.write(slots[here], torch.arange(PAGE)[here], coded_by(codec, verified))
+    saver.save(KEYS[:1], ROOT, slots)
+    saver.clear()
+    (leased,) = lease(packed, "test", KEYS[:1])
+    stored = torch.from_numpy(chunk_rows(packed, range(2))[leased])
+    assert all(torch.equal(codec.decode(stored[layer]), rows[layer]) for layer in range(2))
+    stats = saver.stats()
+    assert (stats["tokens_not_encoded"], stats["tokens_not_captured"]) == (1, 2)
