@@ -15,6 +15,7 @@ FLIPS        ?= 10000
 IO_ERRORS    ?= 20000
 MINUTES      ?= 20
 BENCH_ARGS   ?=
+KERNEL_TESTS := rows packing quantize project_kv
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint types imports unit e2e faults ranks rehearse fuzz soak bench gpu format clean
@@ -90,7 +91,8 @@ bench: setup ## all benches that need no GPU; almost two hours, on a quiet machi
 	$(BIN)/python -m bench.layerwise --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.kernels --compile-only --json $(BENCH_ARGS)
 
-gpu: setup ## all benches that need an NVIDIA GPU, correctness first; a quarter of an hour (BENCH_ARGS=--save, as above)
+gpu: setup ## all that needs an NVIDIA GPU, correctness first; twenty minutes (BENCH_ARGS=--save, as above)
+	$(BIN)/python -m pytest $(KERNEL_TESTS:%=tests/triton_kernels/test_%.py)
 	$(BIN)/python -m bench.gpu_restore --tiny
 	$(BIN)/python -m bench.kernels --tune $(BENCH_ARGS)
 	$(BIN)/python -m bench.codec $(BENCH_ARGS)

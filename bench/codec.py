@@ -13,7 +13,7 @@ weights (bench/models.py) and is left out without transformers: its hidden state
 training makes, and its K are before RoPE. The CPU's rates are of the PyTorch references, one thread, raw bytes over
 the median of the rounds after one that warms up. With a GPU: 256 MiB of raw rows are encoded and decoded in one
 launch each with the L2 cold, beside a copy of as many raw bytes from pinned memory in the same run; medians of CUDA
-events.
+events. What each wrote, into bytes of 0xA5, must be its reference's, bit by bit; else the exit status is 1.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 
-from bench.gpu import about
+from bench.gpu import DEVICE, about
 from bench.report import arguments_of, emit
 from sglang_hcache.triton_kernels import packing, quantize
 
 TOKENS, WIDTH = 64, 4096
 HEAD_DIM = 128
 RAW_ON_GPU = 256 << 20  # bytes; several times the L2
+POISON = 0xA5
 FLUSHED = 1 << 30  # bytes written before each timing: nothing is in the L2, and the launch does not wait for Python
 
 
@@ -169,28 +170,32 @@ def _median_s(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times[1:])
 
 
-def gpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
-    """GB/s of raw bytes; many copies of `page`."""
-    host = page.repeat(RAW_ON_GPU // (2 * page.numel()), 1).pin_memory()
-    source = host.cuda()
-    packed, out = packing.pack_rows_reference(source), torch.zeros_like(source)
-    calls: dict[str, Callable[[], object]] = {
-        "pack": partial(packing.pack_rows, source[None], packed[None]),
-        "unpack": partial(packing.unpack_rows, packed, out),
-        "copy_to_device": partial(out.copy_, host, non_blocking=True),
-        "copy_on_device": partial(out.copy_, source),
+def gpu_rates(page: torch.Tensor, rounds: int) -> tuple[dict[str, float], list[str]]:
+    """GB/s of raw bytes, of many copies of `page`; and what wrote other bytes than its reference."""
+    host = page.repeat(RAW_ON_GPU // (2 * page.numel()), 1)
+    host = host.pin_memory() if DEVICE == "cuda" else host
+    source = host.to(DEVICE)
+    packed, out = packing.pack_rows_reference(source), torch.empty_like(source)
+    made = torch.empty_like(packed)
+    works: dict[str, tuple[Callable[[], object], torch.Tensor, torch.Tensor]] = {  # with what it writes, and should
+        "pack": (partial(packing.pack_rows, source[None], made[None]), made, packed),
+        "unpack": (partial(packing.unpack_rows, packed, out), out, source),
+        "copy_to_device": (partial(out.copy_, host, non_blocking=True), out, source),
+        "copy_on_device": (partial(out.copy_, source), out, source),
     }
     for code in quantize.CODE_TYPES:
         coded = quantize.quantize_rows_reference(source, code)
-        calls[f"quantize_{code}"] = partial(quantize.quantize_rows, source[None], coded[None], code)
-        calls[f"dequantize_{code}"] = partial(quantize.dequantize_rows, coded, out, code)
-    rates = {}
-    for name, call in calls.items():
-        out.zero_()
-        rates[name] = 2 * source.numel() / _median_on_gpu_s(call, rounds) / 1e9
-        if name == "unpack" and not torch.equal(out.view(torch.int16), source.view(torch.int16)):
-            sys.exit("bench.codec: the kernel decoded a row wrongly.")
-    return rates | {"unpack_over_copy_to_device": rates["unpack"] / rates["copy_to_device"]}
+        codes = torch.empty_like(coded)
+        values = quantize.dequantize_rows_reference(coded, code, out.dtype)
+        works[f"quantize_{code}"] = (partial(quantize.quantize_rows, source[None], codes[None], code), codes, coded)
+        works[f"dequantize_{code}"] = (partial(quantize.dequantize_rows, coded, out, code), out, values)
+    rates, wrong = {}, []
+    for name, (work, written, expected) in works.items():
+        written.view(torch.uint8).fill_(POISON)
+        rates[name] = 2 * source.numel() / _median_on_gpu_s(work, rounds) / 1e9
+        if not torch.equal(written.view(torch.uint8), expected.view(torch.uint8)):
+            wrong.append(name)
+    return rates | {"unpack_over_copy_to_device": rates["unpack"] / rates["copy_to_device"]}, wrong
 
 
 def _median_on_gpu_s(call: Callable[[], object], rounds: int) -> float:
@@ -217,10 +222,12 @@ def measure(rounds: int) -> dict[str, Any]:
     for name, page in pages:
         kinds[name] = packed_sizes(page) | ({"lossy": lossy_errors(page)} if page.isfinite().all() else {})
     page = dict(synthetic())["hidden: channel scales e^N(0, 0.5)"]
+    on_gpu, wrong = gpu_rates(page, rounds) if torch.cuda.is_available() else (None, [])
     return {
         "kinds": kinds,
         "cpu_gb_s": cpu_rates(page, rounds),
-        "gpu_gb_s": gpu_rates(page, rounds) if torch.cuda.is_available() else None,
+        "gpu_gb_s": on_gpu,
+        "gpu_wrong": wrong,
         "rounds": rounds,
         **about(__doc__),
     }
@@ -243,6 +250,8 @@ def main() -> None:
     arguments = parser.parse_args()
     report = measure(arguments.rounds)
     emit(arguments, "codec", report, lines(report))
+    if report["gpu_wrong"]:
+        sys.exit(f"bench.codec: wrong on the GPU: {', '.join(report['gpu_wrong'])}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from sglang_hcache.triton_kernels.tuning import Fused, Shape
 MOST_ERROR = 1.5  # of K and V, over that of a forward's own; and over that of torch's product, and a rounding more
 ROUNDING = 2.0**-8  # of bf16, at worst
 POSITIONS = 32768
+CHECKED_TOKENS = 1100  # more than a group of any form's tiles, the last of which is not full
 
 
 def projection_of(shape: Shape, dtype: torch.dtype) -> Projection:
@@ -30,6 +33,11 @@ def projection_of(shape: Shape, dtype: torch.dtype) -> Projection:
         v_dim=shape.head_dim,
         cos_sin=torch.cat((turns.cos(), turns.sin()), dim=-1).to(DEVICE),
     )
+
+
+def projections_in_turns(shape: Shape, dtype: torch.dtype) -> Iterator[Projection]:
+    """As the layers of a restore: the weight of one alone would stay in the L2 cache."""
+    return itertools.cycle([projection_of(shape, dtype) for _ in range(3)])
 
 
 def pool_of(shape: Shape, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

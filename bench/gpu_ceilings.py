@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.exactness import check, is_right, pool_of, projection_of
+from bench.exactness import check, is_right, pool_of, projections_in_turns
 from bench.gpu import DEVICE, capability, device_copy_gb_s, host_to_device_gb_s, noise, seconds
 from bench.gpu_run import KERNELS, Run, Scale
 from bench.kernels import CALLS
@@ -33,10 +33,11 @@ def ceilings(run: Run) -> dict[str, Any]:
     parts = itertools.cycle(memory[: len(memory) // n_bytes * n_bytes].view(-1, n_bytes).unbind(0))
     page = min(512 << 10, n_bytes)
     engine_s = seconds(lambda: target.copy_(next(parts), non_blocking=True))
+    pieces = list(zip(target.split(page), memory[:n_bytes].split(page), strict=True))
 
     def page_by_page() -> None:
-        for begin in range(0, n_bytes, page):
-            target[begin : begin + page].copy_(memory[begin : begin + page], non_blocking=True)
+        for into, piece in pieces:
+            into.copy_(piece, non_blocking=True)
 
     return {
         "registered": run.arena.pinned,
@@ -88,11 +89,11 @@ def _gemm_rows(scale: Scale) -> list[int]:
 
 
 def _product(model: Model, tokens: int, scale: Scale) -> dict[str, float]:
-    """cuBLAS on the rows of one step; weights in turns, for one would stay in the L2 cache."""
-    weights = itertools.cycle([projection_of(model.shape, scale.dtype).weight for _ in range(3)])
+    """cuBLAS on the rows of one step."""
+    projections = projections_in_turns(model.shape, scale.dtype)
     rows = noise(tokens, model.shape.width, dtype=scale.dtype)
-    out = rows.new_empty(tokens, len(next(weights)))
-    took = seconds(lambda: torch.mm(rows, next(weights).T, out=out), calls=CALLS)
+    out = rows.new_empty(tokens, next(projections).columns)
+    took = seconds(lambda: torch.mm(rows, next(projections).weight.T, out=out), calls=CALLS)
     flops = 2 * tokens * model.shape.width * out.shape[1]
     return {"tokens": tokens, "ms": 1e3 * took, "tflop_s": flops / took / 1e12}
 
@@ -114,7 +115,7 @@ def projections(run: Run) -> dict[str, Any]:
 def _projection(
     model: Model, tokens: int, product_ms: float, forms: list[Fused | None], scale: Scale
 ) -> dict[str, Any]:
-    projections = itertools.cycle([projection_of(model.shape, scale.dtype) for _ in range(3)])
+    projections = projections_in_turns(model.shape, scale.dtype)
     rows = noise(tokens, model.shape.width, dtype=scale.dtype)
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
     pool = pool_of(model.shape, tokens, scale.dtype)

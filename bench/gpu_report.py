@@ -36,6 +36,8 @@ def compare(sections: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> Iterator[str]:
     sections = report["sections"]
+    if _is_unregistered(report):
+        yield "CUDA did not register the arena: nothing was copied as the server copies it"
     for name, part in _parts(sections):
         if stopped := part.get("error") or part.get("skipped"):
             yield f"{name}: {(stopped.splitlines() or [''])[0][:150]}"
@@ -79,8 +81,15 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether a part did not run to its end, or what was restored or captured is wrong."""
-    return any("error" in part or _is_wrong(part) for _, part in _parts(report["sections"]))
+    """Whether a part did not run to its end, or not as in a server, or what was restored or captured is wrong."""
+    return _is_unregistered(report) or any(
+        "error" in part or _is_wrong(part) for _, part in _parts(report["sections"])
+    )
+
+
+def _is_unregistered(report: dict[str, Any]) -> bool:
+    """Whether there is a GPU that cannot read the arena by itself."""
+    return report["machine"]["gpu"] is not None and not report["arena"]["pinned"]
 
 
 def _is_wrong(part: dict[str, Any]) -> bool:
@@ -110,6 +119,8 @@ def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
 
 
 def _restores(name: str, section: dict[str, Any]) -> Iterator[str]:
+    if "no_engine" in section:
+        yield f"{name}: no copy engine: {section['no_engine']}"
     for part in COPIERS:
         if part in section:
             yield from _restores(f"{name}, {part}", section[part])
@@ -133,6 +144,7 @@ def _captures(name: str, section: dict[str, Any]) -> Iterator[str]:
         if "slow_down" in (part := section.get(kind, {})):
             yield (
                 f"{name}, {kind}: {100 * part['slow_down']:+.2f} % (≤ {goal}; noise {100 * part['noise']:.2f} %), "
+                f"host {part['host_ms']:.1f} ms of {part['captured_ms']:.1f}, "
                 f"{100 * part['captured_share']:.0f} % of tokens captured, {part['differing']} elements differ"
             )
 

@@ -10,8 +10,8 @@ Method: random bf16 weights and activations; device time between events, median 
 weights in turns. Ceilings come from the same run. An arena of shared memory, registered with CUDA as the server
 does it, holds chunks of 64-token pages; the server's own `Restorer` copies them and projects every layer into a
 paged pool, chunks and slots in random order, another load each round. Time runs from issue to the event that the
-forward would wait for before the last layer; `caller_ms` is how long Python was busy with it, `beside_ms` when four
-bytes that were issued right after it, as the next forward's inputs are, had come to the device. `ratio` is its time
+forward would wait for before the last layer; `caller_ms` is how long Python was busy with it, `beside_ms` how long
+four bytes took to the device that were issued right after it, as the next forward's inputs are. `ratio` is its time
 over the larger of the copy's at the copy engine's rate from the same memory and the projection's at cuBLAS' rate
 for products of that shape and up to 8,192 rows. Each restore is first made into pools of NaNs: of three layers, all
 slots are checked for values missing or strayed, and four pages against float64; the error's norm over the values'
@@ -19,9 +19,10 @@ is compared with that of K and V made as a forward makes them. K and V stored as
 Prefill: one decoder layer in plain torch with flash attention, in chunks of 8,192 tokens, times the number of
 layers; embedding and sampling are left out. Capture: all layers of the model, with and without hooks, in turns, two
 forwards in flight, of each of which four bytes are copied to the host and waited for, as SGLang does; plain
-forwards are measured twice a round, which gives the noise. The decode step's graph stages rows by kernels, as in
-the server, and again by copies of the engine's. Restores are made with the copier that the server would take, and
-again with each of both. The exit status is 1 where a section failed or a result is wrong.
+forwards are measured twice a round, which gives the noise. `host_ms` is the time a forward until the host had kept
+the rows of all. The decode step's graph stages rows by kernels, as in the server, and again by copies of the
+engine's. Restores are made with the copier that the server would take, and again with each of both. The exit status
+is 1 where a section failed, a result is wrong, or CUDA did not register the arena.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ GRACE_S = 60  # for what has begun within the budget
 
 
 def overhead(run: Run) -> dict[str, Any]:
-    """The caller's milliseconds for a batch of 32 layers where copier and projector do nothing."""
-    return {"one_request_of_64_pages_ms": pipeline_ms(32, [64]), "8_requests_of_8_pages_ms": pipeline_ms(32, [8] * 8)}
+    """The caller's milliseconds for a batch of 32 layers where copier and projector do nothing.
+
+    63 pages: with one more, a kernel would end each layer's copy.
+    """
+    return {"one_request_of_63_pages_ms": pipeline_ms(32, [63]), "7_requests_of_9_pages_ms": pipeline_ms(32, [9] * 7)}
 
 
 def restores(run: Run, model: Model, *, kv: bool) -> dict[str, Any]:

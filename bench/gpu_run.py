@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.exactness import CHECKED_TOKENS
 from bench.gpu import DEVICE
 from bench.restore_rig import Arena
 from bench.toy_model import CHUNK, MODELS, TINY, Model
@@ -37,7 +38,7 @@ class Scale:
 
 
 FULL = Scale(
-    MODELS, torch.bfloat16, (256, 1024, 4096, 16384, 65536), 512, 16 << 30, 1 << 30, CHUNK, 64, 1024, 16384
+    MODELS, torch.bfloat16, (256, 1024, 4096, 16384, 65536), CHECKED_TOKENS, 16 << 30, 1 << 30, CHUNK, 64, 1024, 16384
 )  # fmt: skip
 SMALL = Scale((TINY,), torch.float32, (64, 192), 48, 2 << 20, 1 << 16, 64, 8, 32, 64)
 if DEVICE == "cuda":  # pragma: no cover

@@ -6,19 +6,22 @@
 Method: `--compile-only` needs no GPU: every kernel in every configuration is compiled for sm_80, sm_90 and sm_100;
 registers, shared memory and spills are what cuobjdump reads in the machine code; a failure or a spill makes the exit
 status 1. On a GPU: for each model's shape and number of tokens, random bf16 inputs; the projection's forms are first
-compared with float64 on 512 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike),
+compared with float64 on 1,100 tokens, into poisoned pools, by the norm of K's error over K's norm (and V alike),
 beside the same error of K and V made as a forward makes them, and of torch's own matrix product; a form with more
 than 1.5 times the one, or 1.5 times the other and 2^-8, or with elements missing or strayed, is `wrong`, is not
 timed, and makes the exit status 1. Then the product alone (cuBLAS, `mm` with `out`), cuBLAS and the second kernel,
 and the fused kernels in each configuration are timed between events, 8 calls in a row that are issued while the
 device is kept busy, so that launches do not count; median of 7 after 2 that warm up. `ratio` is the product's time
 over the form's: 1.0 means that norm, RoPE and scatter cost nothing. cuBLAS' form works on parts of the rows;
-`whole_ms` is the same in one part. `--tune` writes which form was fastest to triton_kernels/tuned.json. Both files
-are written after each model, and to $OUT, too, if that is set.
+`whole_ms` is the same in one part. Three weights are used in turns, so that none stays in the L2 cache, as in a
+restore. `launched` is what Triton compiled for this GPU, registers and spills as the driver counts them. `--tune`
+writes which form was fastest to triton_kernels/tuned.json. Both files are written after each model, and to $OUT, too,
+if that is set.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -29,8 +32,9 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
-from bench.exactness import check, is_right, pool_of, projection_of
+from bench.exactness import CHECKED_TOKENS, check, is_right, pool_of, projections_in_turns
 from bench.gpu import DEVICE, about, capability, noise, seconds
 from bench.report import arguments_of, emit, out_folders, save
 from sglang_hcache.triton_kernels.aot import modules_with_kernels, reports
@@ -38,7 +42,6 @@ from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.tuning import SHAPES, TABLE, Fused, Shape, candidates
 
 TOKENS = (64, 256, 1024, 4096, 16384)
-CHECKED_TOKENS = 512
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # Triton's interpreter rounds to no bf16: it cuts
 CALLS = 8 if DEVICE == "cuda" else 1
 
@@ -61,6 +64,28 @@ def compile_all() -> dict[str, Any]:
     }
 
 
+def launched() -> list[dict[str, Any]]:
+    """What was compiled of each kernel that has run in this process, with what the driver says of its registers."""
+    values = [value for name in modules_with_kernels() for value in vars(importlib.import_module(name)).values()]
+    kernels = {id(value): value for value in values if isinstance(value, JITFunction)}
+    return [
+        {
+            "kernel": kernel.__name__,
+            "constants": ", ".join(
+                f"{kernel.arg_names[place]}={value}" for (place, *_), value in compiled.src.constants.items()
+            ),
+            "num_warps": compiled.metadata.num_warps,
+            "num_stages": compiled.metadata.num_stages,
+            "shared_bytes": compiled.metadata.shared,
+            "registers": getattr(compiled, "n_regs", None),  # where it could not be loaded, there is none
+            "spills": getattr(compiled, "n_spills", None),
+        }
+        for kernel in kernels.values()
+        for compiled_kernels, *_ in kernel.device_caches.values()
+        for compiled in compiled_kernels.values()
+    ]
+
+
 def _check(shape: Shape, form: Fused | None) -> dict[str, Any]:
     """As `check`, or why the form cannot be checked: the others still can."""
     try:
@@ -72,16 +97,19 @@ def _check(shape: Shape, form: Fused | None) -> dict[str, Any]:
 
 def measure(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[str, Any]:
     """Times in milliseconds, and each form's ratio to the matrix product alone."""
-    projection, rows = projection_of(shape, DTYPE), noise(tokens, shape.width, dtype=DTYPE)
+    projections, rows = projections_in_turns(shape, DTYPE), noise(tokens, shape.width, dtype=DTYPE)
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
     pool = pool_of(shape, tokens, DTYPE)
-    workspace = rows.new_empty(tokens, projection.columns)
-    product_s = seconds(lambda: torch.mm(rows, projection.weight.T, out=workspace), calls=CALLS)
-    project = partial(project_kv, rows, projection, positions, slots, *pool)
+    workspace = rows.new_empty(tokens, next(projections).columns)
+
+    def project(**how: Any) -> None:
+        project_kv(rows, next(projections), positions, slots, *pool, **how)
+
+    product_s = seconds(lambda: torch.mm(rows, next(projections).weight.T, out=workspace), calls=CALLS)
     took = {form: seconds(partial(project, fused=form), calls=CALLS) for form in forms}
     whole_s = seconds(partial(project, workspace=workspace), calls=CALLS)
     best = min(took, key=took.__getitem__)
-    flops = 2 * tokens * shape.width * projection.columns
+    flops = 2 * tokens * shape.width * workspace.shape[1]
     return {
         "tokens": tokens,
         "product_ms": 1e3 * product_s,
@@ -112,6 +140,7 @@ def on_gpu(
         ]
         rows = [measure(shape, n, right) for n in tokens] if right else []
         report["models"][model] = {"shape": asdict(shape), "rows": rows}
+        report["launched"] = launched()
         print(f"{model}: {[round(row['ratio'], 3) for row in report['models'][model]['rows']]}", file=sys.stderr)
         keep(report)
     return report
@@ -144,6 +173,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     for model, found in report["models"].items():
         cells = "  ".join(f"{row['tokens']}: {row['ratio']:.2f}" for row in found["rows"])
         yield f"{model:>12}  {cells}   of the matrix product's throughput"
+    spilling = sum(bool(kernel["spills"]) for kernel in report["launched"])
+    yield f"{len(report['launched'])} kernels by Triton {report['versions']['triton']}, {spilling} spill"
 
 
 def main() -> None:

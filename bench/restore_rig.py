@@ -107,11 +107,11 @@ class KVPool:
 
 
 class Took(NamedTuple):
-    """Seconds of a restore, from its issue."""
+    """Seconds of a restore."""
 
-    device_s: float  # until the forward could read the last layer
+    device_s: float  # from its issue until the forward could read the last layer
     caller_s: float
-    beside_s: float  # until a copy of four bytes to the device, issued right after, was done; 0 on a CPU
+    beside_s: float  # of a copy of four bytes to the device, issued right after; 0 on a CPU
 
 
 class Rig:
@@ -167,15 +167,16 @@ class Rig:
         if DEVICE == "cpu":
             return Took(caller_s, caller_s, 0.0)
         with torch.cuda.stream(self._beside):
+            issued, beside = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            issued.record()
             self._small.copy_(self._small_host, non_blocking=True)
-            beside = torch.cuda.Event(enable_timing=True)
             beside.record()
         self._events.set_consumer(index)
         self._events.wait_until(len(self._pages.layers) - 1)
         end.record()
         torch.cuda.synchronize()
         self._events.synchronize(index)
-        return Took(begin.elapsed_time(end) / 1000, caller_s, begin.elapsed_time(beside) / 1000)
+        return Took(begin.elapsed_time(end) / 1000, caller_s, issued.elapsed_time(beside) / 1000)
 
     def times(self, tokens: int, rounds: int = 7) -> dict[str, float]:
         loads = itertools.cycle([self.load(tokens) for _ in range(3)])

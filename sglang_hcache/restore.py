@@ -203,10 +203,9 @@ class Restorer:
             self._copying.wait(projected)
         with self._copying.active():
             self._copier.copy(self._pages, step.layers, places, rows)
-        copied = _Copied(step, half, rows, self._copying.record())
-        if rows.nbytes >= COPY_BYTES:
+        if rows.nbytes >= COPY_BYTES:  # before the event: a product that starts at it would keep the kernel waiting
             self._copying.end_copy()
-        return copied
+        return _Copied(step, half, rows, self._copying.record())
 
     def _project(self, index: int, copied: _Copied, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """On the projecting stream, which is the current one."""

@@ -49,7 +49,8 @@ def quantize_rows_reference(values: torch.Tensor, code: str) -> torch.Tensor:
     dtype, width = _code_type(code), values.shape[-1]
     x = values.reshape(values.shape[:-1].numel(), width).float()
     largest = x.abs().amax(1)
-    scales = torch.where(largest < FLOOR, 0.0, largest / LARGEST[dtype])
+    most = torch.full_like(largest, LARGEST[dtype])  # CUDA divides by a number as times its reciprocal: other bits
+    scales = torch.where(largest < FLOOR, 0.0, largest / most)
     scales = torch.where(x.isfinite().all(1), scales, torch.nan)
     quotients = x / torch.where(scales > 0, scales, 1.0)[:, None]
     quotients = torch.where(scales[:, None] > 0, quotients, 0.0)

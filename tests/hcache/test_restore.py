@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_hcache import restore
 from sglang_hcache.copiers import IndexCopier
 from sglang_hcache.host_pages import HostPages, StoredLayer
 from sglang_hcache.layer_events import LayerEvents
@@ -306,6 +307,35 @@ def test_the_time_of_a_batch_counts_its_first_copy() -> None:
     index = restorer.run([Load("request", (3, 1), torch.arange(2 * PAGE))])
     assert all(index in begins for begins in begun)
     assert len(begun) == 4
+
+
+def test_a_large_copy_is_ended_before_its_product_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends it would wait for the product's blocks, and the next copy for that."""
+    monkeypatch.setattr(restore, "COPY_BYTES", 5 * PAGE * WIDTH * 4)
+    calls: list[str] = []
+
+    class Copying(ImmediateStream):
+        def record(self, *, timed: bool = False) -> Event:
+            calls.append("record")
+            return super().record(timed=timed)
+
+        def end_copy(self) -> None:
+            calls.append("end")
+
+    class Copier(IndexCopier):
+        def copy(self, *arguments: Any) -> None:
+            calls.append("copy")
+            super().copy(*arguments)
+
+    stream = ImmediateStream()
+    restorer = Restorer(
+        host_pages(Pool(4)), device="cpu", copier=Copier(), copying=Copying(), projecting=stream, before=[stream],
+        events=LayerEvents(stream, 4), staging=Staging(1024, 0),
+    )  # fmt: skip
+    for pages, step in ((5, ["copy", "end", "record"]), (4, ["copy", "record"])):
+        calls.clear()
+        restorer.run(some_loads(0, pages))
+        assert calls == 4 * step
 
 
 def test_a_load_of_nothing_is_no_work() -> None:

@@ -313,7 +313,7 @@ def test_offsets_in_a_large_pool_are_beyond_int32(form: str) -> None:
     for pool, slots in ((few, positions), (many, last - positions)):
         project_kv(rows, projection, positions, slots, *pool, fused=HEADS if several else FORMS[form])
     for buffer, expected in zip(many, few, strict=True):
-        assert torch.equal(buffer[last - 3 :].flip(0).view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(buffer[last - 3 :].view(torch.uint8).flip(0), expected.view(torch.uint8))
 
 
 def test_no_tokens_are_no_work() -> None:

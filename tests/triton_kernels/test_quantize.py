@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from sglang_hcache.triton_kernels.quantize import (
     CODE_TYPES,
@@ -75,6 +78,24 @@ def test_kernels_are_bitwise_their_references(code: str, dtype: torch.dtype, row
     expected = dequantize_rows_reference(coded, code, dtype)
     for row_gap in (0, 7):
         assert_writes(expected, row_gap, lambda out: dequantize_rows(coded, out, code))
+
+
+class DividingAsCuda(TorchFunctionMode):
+    """Torch's kernel there multiplies by the reciprocal of a number that is no tensor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "div" in func.__name__ and not isinstance(args[1], torch.Tensor):
+            return args[0] * (1 / torch.tensor(args[1], dtype=args[0].dtype, device=args[0].device))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_reference_is_the_same_on_every_device(code: str) -> None:
+    values = rows_of_many_sizes(256, 64, torch.bfloat16)
+    expected = quantize_rows_reference(values, code)
+    with DividingAsCuda():
+        assert torch.equal(quantize_rows_reference(values, code), expected)
+    assert torch.equal(quantize_rows_reference(values.cpu(), code), expected.cpu())
 
 
 @pytest.mark.parametrize(("layers", "rows"), [(1, 5), (3, 2), (2, 0)])
