@@ -6,7 +6,7 @@ What one rank decides rides on SGLang's own broadcast of requests, and is carrie
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_hcache.head_start import HeadStart, HeadStarts, divisible
@@ -75,7 +75,7 @@ class Admission:
         """
         keys, prompt = missing_pages(scheduler.tree_cache, req)
         if keys:
-            self._linker.queued(req.rid, keys, prompt)
+            self._linker.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req)))
             if self._held_meanwhile is not None and req.rid in self._prefetches.held:
                 self._held_meanwhile.append(scheduler.waiting_queue.pop())
 
@@ -129,6 +129,13 @@ class Admission:
             if (head := self._head_starts.begin(scheduler, start)) is not None:
                 self._prefetches.begin_head_start(start, *missing_pages(scheduler.tree_cache, head))
                 scheduler.waiting_queue.append(head)
+
+
+def _turn(scheduler: Any, req: Any) -> int:
+    """With `--enable-priority-scheduling` SGLang sorts by it, then by arrival."""
+    if not scheduler.enable_priority_scheduling:
+        return 0
+    return int(req.priority if scheduler.schedule_low_priority_values_first else -req.priority)
 
 
 def usable_tokens(req: Any, tokens: int) -> int:

@@ -25,6 +25,7 @@ class Prompt:
     new_tokens: int  # after the hit
     device_tokens: int  # before it, in the KV pool
     divisible: bool = False  # a request for its first tokens alone would prefill them alike
+    turn: int = 0  # those of a lower one are served first, whenever they came
 
 
 class LoadPlanner:

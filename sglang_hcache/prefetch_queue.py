@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 
 from sglang_hcache.config import PREFETCH_TIMEOUT_S
@@ -83,7 +83,7 @@ class _Request:
 
 
 class _Ahead:
-    """What is done for the requests that were queued before one, which are added in that order."""
+    """What is done for the requests before one, which are added in that order."""
 
     def __init__(self) -> None:
         self.pass_s = 0.0  # of the engine
@@ -182,7 +182,7 @@ class PrefetchQueue:
         now = time.monotonic()
         free = [rid for rid in self._held if rid not in self._requests]
         ahead = _Ahead()
-        for rid, request in self._requests.items():
+        for rid, request in sorted(self._requests.items(), key=lambda item: item[1].prompt.turn):
             held = rid in self._held
             if held and self._has_enough(rid, request, ahead, idle=idle and not free):
                 held = False
@@ -213,7 +213,7 @@ class PrefetchQueue:
             self._ask(start.head, keys, prompt)
             self._store.cut(start.head)
         if (request := self._requests.get(start.rid)) is not None:
-            behind = Prompt(request.prompt.new_tokens, start.tokens)
+            behind = replace(request.prompt, device_tokens=start.tokens)
             rest = self._ask(
                 start.rid,
                 request.keys[start.pages :],
@@ -428,7 +428,7 @@ class PrefetchQueue:
         self._store.prefetch(
             rid,
             keys,
-            priority=as_priority(arrived_at=request.arrived_at),
+            priority=as_priority(arrived_at=request.arrived_at, turn=request.prompt.turn),
             page_priority=as_priority(read_s),
         )
         return request
@@ -439,7 +439,7 @@ class PrefetchQueue:
     def _prompt(self, request: _Request, keys: Sequence[bytes]) -> Prompt:
         """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""
         covered = request.prompt.device_tokens + len(request.keys) * self._page_tokens
-        return Prompt(request.prompt.new_tokens, max(0, covered - len(keys) * self._page_tokens))
+        return replace(request.prompt, device_tokens=max(0, covered - len(keys) * self._page_tokens))
 
     def _there_within(self, rid: str, timeout_s: float, *, until_known: bool = False) -> bool:
         """Whether all is there, or known not to come.

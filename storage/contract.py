@@ -11,11 +11,16 @@ from sglang_hcache.storage.layout import ChunkLayout, Record
 Stats = dict[str, int | float | str | list[dict[str, int | str]]]
 
 AGEING = 0.5  # waiting requests are read for by ascending read_s + AGEING · arrival_s: none waits for ever
+TURN = 10**13  # more than months of that make
+MOST_TURNS = 10**5
 
 
-def as_priority(read_s: float = 0.0, *, arrived_at: float = 0.0) -> int:
-    """For `prefetch`, the same scale for all who share a store: seconds of reading, and Unix time of a request."""
-    return int(1e6 * (read_s + AGEING * arrived_at))
+def as_priority(read_s: float = 0.0, *, arrived_at: float = 0.0, turn: int = 0) -> int:
+    """For `prefetch`, the same scale for all who share a store: seconds of reading, and Unix time of a request.
+
+    turn: who has a lower one comes first in any case.
+    """
+    return int(1e6 * (read_s + AGEING * arrived_at)) + TURN * max(-MOST_TURNS, min(turn, MOST_TURNS))
 
 
 class WritePolicy(StrEnum):

@@ -190,6 +190,14 @@ def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, di
     requests.clear()
 
 
+def test_who_comes_first_by_priority_waits_for_nobody(store: LocalStore, disk: threading.Event) -> None:
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
+    requests.queued("first", keys_of(range(5)), Prompt(new_tokens=1, device_tokens=0, turn=-1))
+    assert requests.admissible() == ["first", "before"], "the drive is not worth it"
+    requests.clear()
+
+
 def test_so_it_does_where_what_is_before_it_was_not_held(store: LocalStore, disk: threading.Event) -> None:
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_hcache import prefetch_queue
+from sglang_hcache.load_planner import Prompt
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.contract import AGEING
@@ -27,6 +29,7 @@ PAGE_S = 0.1  # to read one; nothing else takes time
 class Asked(NamedTuple):
     pages: int  # that nobody else asks for
     arrival_s: float
+    turn: int = 0
 
 
 class Drive:
@@ -75,7 +78,7 @@ class Prefetcher:
         keys = [key_of(1000 * number + page) for page in range(asked.pages)]
         self._owners |= dict.fromkeys(keys, number)
         self.now_s = asked.arrival_s
-        self._queue.queued(str(number), keys)
+        self._queue.queued(str(number), keys, Prompt(1, 0, turn=asked.turn))
 
     def read(self, coming: list[tuple[int, Asked]]) -> int | None:
         """A page, while others come, the last of `coming` first; whose it was. None where nobody waits for any."""
@@ -118,7 +121,7 @@ def order_of(asked: Sequence[Asked], slots: int) -> list[int]:
 
 
 @given(
-    st.lists(st.builds(Asked, st.integers(1, 20), st.floats(0, 20)), min_size=1, max_size=30),
+    st.lists(st.builds(Asked, st.integers(1, 20), st.floats(0, 20), st.just(0)), min_size=1, max_size=30),
     st.sampled_from([20, 50, 600]),
 )
 @settings(max_examples=100, deadline=None)
@@ -135,6 +138,11 @@ def test_none_is_overtaken_by_those_that_come_too_late(asked: list[Asked], slots
 def test_the_shortest_is_read_first_of_those_that_wait() -> None:
     asked = [Asked(1, 0.0), Asked(4, 0.01), Asked(1, 0.02), Asked(2, 0.03)]
     assert order_of(asked, 20) == [0, 2, 3, 3, 1, 1, 1, 1]
+
+
+def test_a_turn_is_more_than_any_wait() -> None:
+    asked = [Asked(2, 0.0, 1), Asked(3, 0.01), Asked(1, 0.02, 1), Asked(2, 0.15, -sys.maxsize), Asked(1, 90.0, 1)]
+    assert order_of(asked, 20) == [0, 1, 3, 3, 1, 1, 2, 0, 4], "what is being read comes to its end"
 
 
 def test_a_long_restoration_is_served_amid_a_flood_of_short_ones() -> None:

@@ -70,6 +70,8 @@ class Tier:
 class Scheduler:
     """Runs all it sees but the first one, and queues `late` on its way, as SGLang does with grammars."""
 
+    enable_priority_scheduling = schedule_low_priority_values_first = False
+
     def __init__(self, *rids: str) -> None:
         self.waiting_queue: list[Any] = []
         self.running_batch = SimpleNamespace(is_empty=lambda: True)
@@ -115,6 +117,22 @@ def tier(monkeypatch: pytest.MonkeyPatch) -> Tier:
     monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier))
     monkeypatch.setattr(admission, "missing_pages", lambda _tree, _req: ([b"key"], PROMPT))
     return tier
+
+
+@pytest.mark.parametrize(
+    ("enabled", "low_first", "turns"), [(False, False, [0, 0]), (True, False, [-3, 4]), (True, True, [3, -4])]
+)
+def test_what_comes_first_by_priority_is_read_first(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, enabled: bool, low_first: bool, turns: list[int]
+) -> None:
+    found = list[int]()
+    monkeypatch.setattr(tier, "queued", lambda _rid, _keys, prompt: found.append(prompt.turn))
+    scheduler = Scheduler()
+    scheduler.enable_priority_scheduling, scheduler.schedule_low_priority_values_first = enabled, low_first
+    for priority in (3, -4):
+        scheduler.waiting_queue.append(SimpleNamespace(rid=str(priority), priority=priority))
+        scheduler_hooks.after_request_queued(None, scheduler, scheduler.waiting_queue[-1])
+    assert found == turns
 
 
 def test_held_requests_keep_their_place_out_of_sight(tier: Tier) -> None:
