@@ -38,9 +38,8 @@ class Admission:
         self._to_begin: list[HeadStart] = []  # in this step
         self._idle = False  # in the last step there was nothing to do but to wait for pages
         self._looked = False  # in this step, who need not wait any more: --scheduler-recv-interval skips steps
-        self._held_meanwhile: list[Any] | None = (
-            None  # requests that were queued, and are held, while a batch is made
-        )
+        # Requests that were queued, and are held, while a batch is made.
+        self._held_meanwhile: list[Any] | None = None
 
     def broadcast(
         self, send: Callable[[list[Any] | None, list[Any]], list[Any]], recv_reqs: list[Any] | None, local: list[Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,6 @@ _CONFIGURATIONS = ("config.json", "adapter_config.json")
 # What else SGLang takes of a model from JSON: which weights are where, quantisation by various names, Mistral's own
 # format, how it attends.
 _FURTHER = ("*.index.json", "*quant*.json", "params.json", "decision_config.json")
-_BLOCK_BYTES = 16 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 16 << 10
 
 
@@ -119,11 +119,8 @@ def _seen(path: Path) -> str:
 
 def file_digest(path: Path) -> str:
     """Of its content. Raises OSError."""
-    digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _read_memo(memo: Path) -> dict[str, str]:

@@ -140,9 +140,8 @@ class PrefetchQueue:
         self._held: dict[str, float] = {}  # request id → when it was queued
         self._start: HeadStart | None = None  # to begin in the next step
         self.head_starts = self.pages_ahead = 0
-        self.requests_held = self.requests_admitted_late = self.lookups_not_ahead = self.pages_looked_up = (
-            self.pages_found
-        ) = 0
+        self.requests_held = self.requests_admitted_late = 0
+        self.lookups_not_ahead = self.pages_looked_up = self.pages_found = 0
         self.requests_held_s = 0.0
         self._trial = f"trial {uuid.uuid4()}"  # an owner beside requests, whose ids their senders may choose
         self._trying = False  # it has something read; one trial at a time

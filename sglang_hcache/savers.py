@@ -73,7 +73,7 @@ class Restored:
 
 
 class NoSaver:
-    """Another rank saves the same pages."""
+    """Stores nothing: another rank saves the same pages, or there is no store."""
 
     def save(
         self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None

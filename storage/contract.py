@@ -42,8 +42,8 @@ class Progress(NamedTuple):
 class ChunkStore(Protocol):
     """Pages by key (32 bytes), as records in slots of host memory, with files behind it.
 
-    Users: savers (`reserve`, `abandon`, `commit`), the linker (`prefetch`, `progress`, `cut`, `release`) and restore,
-    which reads leased slots. Every method may be called from any thread, but those that name an owner only from one
+    Users: savers (`reserve`, `abandon`, `commit`), the prefetch queue (`prefetch` to `release`), and restore, which
+    reads leased slots. Every method may be called from any thread, but those that name an owner only from one
     thread an owner. No method raises for what a disk or another process does; a page that cannot be had whole is not
     there. None may be called after `close`.
     """

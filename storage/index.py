@@ -140,8 +140,7 @@ class Index:
         with self._in_use(), self._env.begin(buffers=False) as txn:
             for key in keys:
                 name = self._fingerprint + key
-                value = txn.get(name)
-                if value is not None and (entry := decode(name, value)) is not None:
+                if (entry := decode(name, txn.get(name))) is not None:
                     found[key] = entry
         return found
 
@@ -171,8 +170,8 @@ class Index:
         with self._in_use(), self._shared.counting:
             with self._env.begin(write=True) as txn:
                 for name, place in names:
-                    value = txn.get(name)
-                    if value is not None and (entry := decode(name, value)) is not None and entry.place == place:
+                    entry = decode(name, txn.get(name))
+                    if entry is not None and entry.place == place:
                         deleted[name[:FINGERPRINT_BYTES]] += txn.delete(name)
             self._shared.pages.subtract(deleted)
         return deleted.total()
@@ -188,8 +187,7 @@ class Index:
             with self._env.begin(write=True) as txn:
                 for key, more in hits.items():
                     name = self._fingerprint + key
-                    value = txn.get(name)
-                    if value is not None and (entry := decode(name, value)) is not None:
+                    if (entry := decode(name, txn.get(name))) is not None:
                         total = min(entry.hits + more, _MOST_HITS)
                         txn.put(name, encode(name, entry._replace(hits=total, last_use=now)))
 
@@ -255,9 +253,7 @@ class Index:
             more = cursor.first()
             while more:
                 fingerprint = cursor.key()[:FINGERPRINT_BYTES]
-                mark = txn.get(fingerprint)
-                entry = None if mark is None else decode(fingerprint, mark)
-                if entry is not None:
+                if (entry := decode(fingerprint, txn.get(fingerprint))) is not None:
                     found[fingerprint] = Size(entry.slot, _SIZES.unpack(entry.parent)[1])
                 more = cursor.set_range(fingerprint + b"\xff" * (NAME_BYTES - FINGERPRINT_BYTES + 1))
         return found

@@ -53,9 +53,9 @@ def encode(name: bytes, entry: Entry) -> bytes:
     return value + xxhash.xxh3_64_intdigest(name + value).to_bytes(8, "little")
 
 
-def decode(name: bytes, value: bytes) -> Entry | None:
-    """The entry; None where a bit of it or of its name has changed."""
-    if len(value) != ENTRY.size:
+def decode(name: bytes, value: bytes | None) -> Entry | None:
+    """The entry; None where there is none, or a bit of it or of its name has changed."""
+    if value is None or len(value) != ENTRY.size:
         return None
     segment, slot, parent, hits, last_use, checksum = ENTRY.unpack(value)
     if checksum != xxhash.xxh3_64_intdigest(name + value[:-8]):

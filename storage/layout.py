@@ -119,7 +119,8 @@ def positions(records: Record, layout: ChunkLayout) -> npt.NDArray[np.int32]:
 
 def parent_of(record: Record) -> bytes:
     """The key of the page before it, as a sealed record says."""
-    return record[64:96].tobytes()
+    *_, parent, _ = _FIXED.unpack_from(record[: _FIXED.size].data)
+    return bytes(parent)
 
 
 def seal(record: Record, layout: ChunkLayout, fingerprint: bytes, key: bytes, parent: bytes) -> None:

@@ -14,7 +14,7 @@ from sglang_hcache.prefetch import messages as m
 from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
 from sglang_hcache.storage.arena import rows
 from sglang_hcache.storage.contract import Progress, Stats
-from sglang_hcache.storage.layout import ChunkLayout, Record
+from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.region import Region, wait_until_taken
 
 NOTHING_YET = Progress((), False, known=False)
@@ -56,7 +56,7 @@ class PrefetchClient:
         go_on: Callable[[], bool] = lambda: True,
         waiting: Callable[[int], None] = lambda pages: None,
     ) -> None:
-        self.layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
+        self.layout = hello.layout
         self._news = news
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)

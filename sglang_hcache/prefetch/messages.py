@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from sglang_hcache.storage import contract
+from sglang_hcache.storage.layout import ChunkLayout
 
 VERSION = 5
 PREFIX = b"HC" + bytes((VERSION, 0))
@@ -48,9 +49,12 @@ class Hello(Message):
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
     about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}
-    host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = (
-        0.0  # no more than this part of what is free; 0: all of it
-    )
+    host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # at most, of what is free; 0: all of it
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Raises ValueError where no record can look like that."""
+        return ChunkLayout(self.page_tokens, tuple(self.layer_bytes))
 
 
 class Lookup(Message):

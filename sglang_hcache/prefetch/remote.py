@@ -76,7 +76,7 @@ class RemoteFiles:
         waiting: Callable[[int], None],
     ) -> None:
         self._fingerprint = hello.fingerprint
-        self._layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
+        self._layout = hello.layout
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
@@ -217,7 +217,7 @@ class RemoteClient:
         waiting: Callable[[int], None] = lambda pages: None,
     ) -> None:
         hello = msgspec.structs.replace(hello, pid=0, grant=0)
-        layout = ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))
+        layout = hello.layout
         self._news = news
         self._tickets = itertools.count(1)
         self._pending: dict[str, int] = {}  # owner → ticket of a prefetch that has not been looked up yet

@@ -55,10 +55,10 @@ class ServerConfig:
 class Server:
     """`run` returns once `stop` was called (from any thread or a signal handler), or nobody needs it any more."""
 
-    def __init__(self, config: ServerConfig, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.refused: Counter[str] = Counter()
-        self._context = context or zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.counts: Counter[str] = Counter()
         self._poller = zmq.Poller()
         self._listeners = Listeners(

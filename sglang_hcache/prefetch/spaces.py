@@ -13,7 +13,6 @@ from pathlib import Path
 from sglang_hcache.prefetch.host_memory import available_bytes
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.storage.contract import WritePolicy
-from sglang_hcache.storage.layout import ChunkLayout
 from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.store import LocalStore
@@ -168,7 +167,7 @@ class Spaces:
 
     def _adapt(self, space: Space, hello: Hello) -> None:
         """What its client wishes holds from now on, unless others use it; what is in memory stays there."""
-        if space.store.layout != _layout(hello) or space.made_for.on_file != hello.on_file:
+        if space.store.layout != hello.layout or space.made_for.on_file != hello.on_file:
             raise ValueError("another client uses this fingerprint with another layout of pages")
         if space.sessions or hello is space.made_for:
             return
@@ -198,7 +197,7 @@ class Spaces:
 
     def _size_for(self, hello: Hello) -> int:
         """What its client wishes, in whole pages. Raises ValueError."""
-        record_bytes, wanted = _layout(hello).record_bytes, self._wish(hello)
+        record_bytes, wanted = hello.layout.record_bytes, self._wish(hello)
         if wanted < 2 * record_bytes:
             raise ValueError(f"{wanted} bytes of host memory do not hold two pages of {record_bytes}")
         return wanted // record_bytes * record_bytes
@@ -272,7 +271,7 @@ class Spaces:
         self._promised[hello.fingerprint].region = region
         try:
             store = LocalStore(
-                _layout(hello),
+                hello.layout,
                 hello.fingerprint,
                 size,
                 self._directories if hello.on_file else [],
@@ -318,7 +317,3 @@ class Spaces:
             postponed, self._postponed = self._postponed, []
             for hello, opened in postponed:
                 self.open(hello, opened)
-
-
-def _layout(hello: Hello) -> ChunkLayout:
-    return ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes))

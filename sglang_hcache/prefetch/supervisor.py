@@ -24,7 +24,6 @@ from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.server import ServerConfig
-from sglang_hcache.storage.layout import ChunkLayout
 
 START_S = 60.0  # for a prefetcher to answer, and between two pages that it writes before it serves
 OPENING_S = 300.0  # at start, while it opens its directories; after a crash 100 million pages take so long
@@ -104,8 +103,7 @@ class SessionSupervisor(ABC, Generic[Client]):
             log.warning(
                 "hcache: cannot reach or start a prefetcher (%s): this server starts without the tier.", error
             )
-            hello = self._hello()
-            nothing = NoStore(ChunkLayout(hello.page_tokens, tuple(hello.layer_bytes)), str(error), lost=False)
+            nothing = NoStore(self._hello().layout, str(error), lost=False)
             self._look_for_another(nothing)
             return nothing
         self._opened(store)
