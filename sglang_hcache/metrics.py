@@ -95,6 +95,7 @@ METRICS = tuple(
         ("bytes_file", "hcache_file_bytes", _G, "Disk space in use, of all models"),
         ("quota_bytes", "hcache_file_capacity_bytes", _G, "Disk quota, of all models; 0: no directory"),
         ("pages_evicted", "hcache_evicted_pages_total", _C, "Pages of any model evicted for this model's writes"),
+        ("evicted_idle_s", "hcache_evicted_idle_seconds", _G, "Since the last use of pages evicted last, median"),
         ("pages_damaged", "hcache_damaged_pages_total", _C, "Pages on file that failed verification: dropped"),
         ("pages_unreadable", "hcache_unreadable_pages_total", _C, "Pages that a drive could not read: misses"),
         ("pages_damaged_on_the_way", "hcache_damaged_on_the_way_pages_total", _C, "Pages corrupted between hosts"),

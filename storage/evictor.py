@@ -125,7 +125,10 @@ class Evictor:
         if tables is None:
             forest = dataclasses.replace(forest, orphan=np.zeros(len(table.names), np.bool_))
         freed = freeable(self._path, table, held=(self._segments.fingerprint, self._segments.held()))
-        victims = choose(forest, table.worth(time.time(), forest, keep()), freed, wanted)
+        now = time.time()
+        victims = choose(forest, table.worth(now, forest, keep()), freed, wanted)
+        if victims.any():
+            self._quota.evicted_idle_s = max(0.0, now - float(np.median(table.value["last_use"][victims])))
         return table.places(victims)
 
     def _unaccounted(self, own: Table) -> int:

@@ -38,6 +38,7 @@ class Quota:
         self.limit = wanted or 0
         self.used = 0  # bytes, when somebody looked last
         self.evicted = 0  # pages, since the start of the process
+        self.evicted_idle_s: float | None = None  # since the last use of those evicted last; median
         self._wanted = wanted
         self._sharers = sharers
         self._path = path

@@ -295,6 +295,9 @@ class LocalStore:
         stats["files_damaged"] = sum(volume.damage.files for volume in volumes)
         stats["index_rebuilt"] = sum(volume.damage.index_rebuilt for volume in volumes)
         stats["pages_evicted"] = sum(volume.quota.evicted for volume in volumes if volume.quota)
+        idle = [v.quota.evicted_idle_s for v in volumes if v.quota and v.quota.evicted_idle_s is not None]
+        if idle:
+            stats["evicted_idle_s"] = min(idle)
         stats["volumes"] = [
             {
                 "path": str(v.path),

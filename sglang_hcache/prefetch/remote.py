@@ -49,6 +49,7 @@ FIGURES_OF_PREFETCHER = (
     "files_damaged",
     "index_rebuilt",
     "pages_evicted",
+    "evicted_idle_s",
 )
 COUNTED_BY_BOTH = ("pages_write_failed", "pages_damaged_on_the_way")
 

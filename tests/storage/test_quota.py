@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from sglang_hcache.storage import directory as directory_module
+from sglang_hcache.storage import evictor, segment
 from sglang_hcache.storage import quota as quotas
-from sglang_hcache.storage import segment
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Contents, Directory
 from sglang_hcache.storage.files import allocate
@@ -56,6 +57,18 @@ def save_prefix(store: LocalStore, pages: range) -> None:
 def on_file(store: LocalStore, pages: range) -> list[int]:
     store.drop_host()
     return [page for page, there in zip(pages, store.contains(keys_of(pages)), strict=True) if there]
+
+
+def test_it_is_told_how_long_what_is_evicted_was_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, began, last_use = open_store(tmp_path, quota_bytes=QUOTA), time.time(), 0.0
+    monkeypatch.setattr(evictor, "time", SimpleNamespace(time=lambda: time.time() + 5000))
+    for start in range(0, 600, 20):
+        assert ("evicted_idle_s" in store.stats()) == (counters(store)["pages_evicted"] > 0)
+        save_prefix(store, range(start, start + 20))
+        last_use = time.time()
+    assert counters(store)["pages_evicted"]
+    assert 5000 <= float(str(store.stats()["evicted_idle_s"])) <= 5000 + 1 + last_use - began, "used in whole seconds"
+    store.close()
 
 
 def test_the_quota_is_kept_and_a_prefix_loses_its_end_first(tmp_path: Path) -> None:
