@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,9 @@ from numpy.typing import NDArray
 from sglang_hcache.copy_out import spread
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
+
+
+_SHARES = 4  # of single tokens, for the threads that copy them; a statement for each would hold Python's lock
 
 
 def chunk_rows(store: ChunkStore, layers: range) -> NDArray[np.uint8]:
@@ -61,22 +63,32 @@ class OpenPages:
 
         usable: `[n]`; a page goes on from a row that is not only if that is written again, as a rejected draft is.
         """
-        kept: list[tuple[int, slice, slice]] = []
+        kept: list[tuple[int, int, int, int]] = []  # slot, offset in it, first token, tokens
         for start, stop, page, offset in self._runs(slots):
             if (chunk := self._chunk_for(page, offset)) is not None:
                 count = stop - start
                 if usable is not None and not usable[start:stop].all():
                     count = int(usable[start:stop].argmin())
                 chunk.filled = offset + count
-                kept.append((chunk.slot, slice(offset, chunk.filled), slice(start, start + count)))
+                kept.append((chunk.slot, offset, start, count))
+        into, into_positions = self._chunks, chunk_positions(self._store.memory, self._store.layout)
+        written = sum(count for *_, count in kept)
 
-        def copy(place: tuple[int, slice, slice]) -> None:
-            slot, into, of = place
-            self._chunks[slot, :, into] = rows[:, of]
-            chunk_positions(self._store.memory[slot], self._store.layout)[into] = positions[of]
+        def copy_run(place: tuple[int, int, int, int]) -> None:
+            slot, offset, start, count = place
+            into[slot, :, offset : offset + count] = rows[:, start : start + count]
+            into_positions[slot, offset : offset + count] = positions[start : start + count]
 
-        spread(self._copying, copy, kept)
-        return sum(of.stop - of.start for _, _, of in kept)
+        def copy_tokens(places: NDArray[np.int64]) -> None:
+            slot, offset, start, _ = places.T
+            into[slot, :, offset] = rows[:, start[0] : start[-1] + 1].swapaxes(0, 1)
+            into_positions[slot, offset] = positions[start]
+
+        if written == len(kept) == len(slots) >= _SHARES:  # one of each sequence, as decoding makes them
+            spread(self._copying, copy_tokens, np.array_split(np.array(kept), _SHARES))
+        else:
+            spread(self._copying, copy_run, kept)
+        return written
 
     def forget(self, slots: NDArray[np.int64]) -> None:
         """The device pages of these slots now hold something else."""
@@ -103,9 +115,9 @@ class OpenPages:
         """(start, stop, device page, offset in it) of each run of tokens in consecutive slots of one page."""
         pages, offsets = np.divmod(slots, self._page_tokens)
         breaks = np.flatnonzero((np.diff(pages) != 0) | (np.diff(offsets) != 1)) + 1
-        bounds = [0, *breaks.tolist(), len(slots)] if len(slots) else [0]
-        for start, stop in pairwise(bounds):
-            yield start, stop, int(pages[start]), int(offsets[start])
+        starts = np.concatenate([np.zeros(min(1, len(slots)), np.int64), breaks])
+        stops = [*breaks.tolist(), len(slots)]
+        yield from zip(starts.tolist(), stops, pages[starts].tolist(), offsets[starts].tolist(), strict=False)
 
     def _chunk_for(self, page: int, offset: int) -> _OpenPage | None:
         chunk = self._open.get(page)

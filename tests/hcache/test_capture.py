@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +388,31 @@ def test_rows_of_several_pages_in_one_forward(pages: OpenPages, store: LocalStor
     assert commit(pages, store, 2, b"b" * 32)
     assert np.array_equal(held(store, b"a" * 32), values[:, :PAGE])
     assert np.array_equal(held(store, b"b" * 32), values[:, PAGE:])
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 4, 7])
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_token_of_each_of_many_sequences(store: LocalStore, sequences: int, threads: bool) -> None:
+    """As decoding makes them, behind prefills of different lengths."""
+    values = [rows(PAGE, seed=number) for number in range(sequences)]
+    filled, chance = [number % 3 for number in range(sequences)], np.random.default_rng(0)
+    with ThreadPoolExecutor(4) if threads else contextlib.nullcontext() as copying:
+        pages = OpenPages(store, layers=LAYERS, copying=copying)
+        for number, tokens in enumerate(filled):
+            write(pages, number * PAGE, values[number][:, :tokens])
+        while going := [number for number in range(sequences) if filled[number] < PAGE]:
+            order = chance.permutation(going).tolist()
+            slots = np.array([number * PAGE + filled[number] for number in order])
+            new = np.stack([values[number][:, filled[number]] for number in order], axis=1)
+            assert pages.write(slots, slots + 1000, new) == len(order)
+            for number in order:
+                filled[number] += 1
+    for number in range(sequences):
+        assert commit(pages, store, number, bytes([number]) * 32)
+        assert np.array_equal(held(store, bytes([number]) * 32), values[number])
+        (slot,) = lease(store, "test", [bytes([number]) * 32])
+        first = number * PAGE + 1000
+        assert positions(store.memory[slot], store.layout).tolist() == list(range(first, first + PAGE))
 
 
 def test_drafts_that_were_rejected_are_replaced(pages: OpenPages, store: LocalStore) -> None:
