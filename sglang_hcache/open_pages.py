@@ -13,7 +13,6 @@ from sglang_hcache.copy_out import spread
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
 
-
 _SHARES = 4  # of single tokens, for the threads that copy them; a statement for each would hold Python's lock
 
 
