@@ -84,6 +84,10 @@ class Attachment:
             self._capture.sink = None
         return NoSaver()
 
+    def settle(self) -> None:
+        """Return once all that was to be saved has left the device."""
+        self._copy_out.drain()
+
     def close(self) -> None:
         self._copy_out.close()
 

@@ -283,6 +283,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._completed_offloads = 0
         self._store.drop_host()
 
+    def settle(self) -> None:
+        """Return once nothing is copied from the KV pool, or to it, on behalf of what has run so far."""
+        self._loads.end_landed(wait=True)
+        self._attachment.settle()
+
     def _forget_all(self) -> None:
         """What the store has promised, and what is on its way into it. Loads under way come to their end."""
         self._loads.drop_queued()

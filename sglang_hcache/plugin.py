@@ -112,6 +112,12 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             hooks.around_turn,
             HookType.AROUND,
         ),
+        (
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+            ".release_memory_occupation",
+            hooks.before_memory_released,
+            HookType.BEFORE,
+        ),
         (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, HookType.AFTER),
         (
             "sglang.srt.model_executor.model_runner.ModelRunner.check_weights",

@@ -156,6 +156,12 @@ def around_new_batch(original: Callable[..., Any], scheduler: Any, *, running_ba
     return make() if admission is None else admission.make_batch(make, scheduler, running_batch)
 
 
+def before_memory_released(_manager: object, _request: object) -> None:
+    """SGLang takes the KV pool's memory away, and flushes its cache only afterwards."""
+    if linker is not None:
+        linker.settle()
+
+
 def after_weights_changed(_result: object, _updater: object, *_args: object, **_kwargs: object) -> None:
     if linker is not None:
         linker.weights_changed()

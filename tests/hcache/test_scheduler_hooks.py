@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
 from sglang_hcache import admission, scheduler_hooks
 from sglang_hcache.admission import Admission, missing_pages
+from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
 
 PROMPT = Prompt(1, 0)
@@ -35,6 +37,18 @@ def test_ranks_exchange_nothing_about_what_is_offloaded(monkeypatch: pytest.Monk
     for _ in range(2):
         scheduler_hooks.around_check_events(asked.append, cache)
     assert (asked, committed) == ([cache], [True] * 3)
+
+
+def test_memory_is_released_once_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler_hooks.before_memory_released(None, None)
+    settled = list[str]()
+    loads = SimpleNamespace(end_landed=lambda *, wait: settled.append(f"loads, {wait=}"))
+    attachment = SimpleNamespace(settle=lambda: settled.append("saves"))
+    linker: Any = SimpleNamespace(_loads=loads, _attachment=attachment)
+    linker.settle = partial(HCacheLinker.settle, linker)
+    monkeypatch.setattr(scheduler_hooks, "linker", linker)
+    scheduler_hooks.before_memory_released(None, None)
+    assert settled == ["loads, wait=True", "saves"]
 
 
 class Tier:
