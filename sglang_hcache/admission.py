@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_hcache.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.load_planner import Prompt
+from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:
     from sglang_hcache.linker import HCacheLinker
@@ -77,6 +78,17 @@ class Admission:
             self._linker.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req)))
             if self._held_meanwhile is not None and req.rid in self._prefetches.held:
                 self._held_meanwhile.append(scheduler.waiting_queue.pop())
+
+    def retracted(self, tree_cache: Any, req: Any) -> None:
+        """SGLang is about to free what a running request has computed, and does not insert it in its tree."""
+        if tree_cache.session.will_lend_record(req):
+            return  # its session keeps all of it
+        keys, parent, first = computed_pages(tree_cache, req)
+        if keys:
+            last = first + len(keys) * tree_cache.page_size
+            slots = tree_cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first:last]
+            windowed = max(0, last - max(first, req.kv.max_evicted_seqlen))
+            self._linker.retracted(req.rid, keys, parent, slots, windowed)
 
     def make_batch(self, make: Callable[[], Any], scheduler: Any, running_batch: Any) -> Any:
         """What SGLang makes of the requests that are not held; these stay in the queue, in their place.
@@ -149,19 +161,37 @@ def usable_tokens(req: Any, tokens: int) -> int:
 
 def missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
     """Keys of the request's pages behind what the radix tree has on the device; asks no other rank."""
-    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-    from sglang.srt.mem_cache.common import _req_radix_key
-
     tokens = req.origin_input_ids + req.output_ids
     if tree_cache.session.will_lend_record(req):
         return [], Prompt(len(tokens), 0)
-    key = _req_radix_key(tree_cache, req, tokens, usable_tokens(req, len(tokens)))
-    key, _ = key.maybe_to_bigram_view(tree_cache.tree_core.is_eagle)
-    match = tree_cache.match_prefix(MatchPrefixParams(key=key))
+    key, match, keys = _behind_device(tree_cache, req, tokens, usable_tokens(req, len(tokens)))
     on_device = match.device_prefix_len
-    if on_device >= len(key):
-        return [], Prompt(len(tokens) - on_device, on_device)
-    keys = [bytes.fromhex(name) for name in tree_cache.linker._tail_hashes(key, match, on_device)]
     covered = on_device + len(keys) * tree_cache.page_size
     whole = divisible(req) and not key.is_bigram  # of a beginning the last page would miss the token after it
     return keys, Prompt(max(1, len(tokens) - covered), on_device, divisible=whole)
+
+
+def computed_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], bytes, int]:
+    """Keys of a running request's whole pages that the radix tree lacks; the page before them, and where they begin.
+
+    What it has inserted itself may not be found any more, for want of its windowed layers.
+    """
+    tokens = req.origin_input_ids + req.output_ids
+    usable = min(usable_tokens(req, len(tokens)), req.kv.kv_committed_len)
+    _, match, keys = _behind_device(tree_cache, req, tokens, usable)
+    on_device = match.device_prefix_len
+    inserted = min(len(keys), max(0, req.kv.cache_protected_len - on_device) // tree_cache.page_size)
+    before = tree_cache.get_last_hash_value(match.last_device_node) if on_device else None
+    parent = [bytes.fromhex(before) if before else ROOT, *keys][inserted]
+    return keys[inserted:], parent, on_device + inserted * tree_cache.page_size
+
+
+def _behind_device(tree_cache: Any, req: Any, tokens: Any, usable: int) -> tuple[Any, Any, list[bytes]]:
+    """The first tokens' key in the radix tree, what that has of it on the device, and keys of the pages behind."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.common import _req_radix_key
+
+    key, _ = _req_radix_key(tree_cache, req, tokens, usable).maybe_to_bigram_view(tree_cache.tree_core.is_eagle)
+    match = tree_cache.match_prefix(MatchPrefixParams(key=key))
+    names = tree_cache.linker._tail_hashes(key, match, match.device_prefix_len)
+    return key, match, [bytes.fromhex(name) for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_parallel, get_schedule, get_spec
+from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_hcache import __version__, scheduler_hooks, windows
 from sglang_hcache.admission import Admission
@@ -22,7 +23,7 @@ from sglang_hcache.forward_timer import ForwardTimer
 from sglang_hcache.layer_events import LayerEvents
 from sglang_hcache.load_planner import Prompt
 from sglang_hcache.loads import Loads
-from sglang_hcache.model import Unsupported, check_pool, draft_pools
+from sglang_hcache.model import Unsupported
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch_queue import PrefetchQueue
@@ -30,13 +31,11 @@ from sglang_hcache.ranks import rank_name
 from sglang_hcache.registration import Registration
 from sglang_hcache.restore import Load, Restorer
 from sglang_hcache.savers import NoSaver, Restored, Saver
-from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of, warm_up
+from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of, supported, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
 from sglang_hcache.streams import current_stream
 
 logger = logging.getLogger(__name__)
-
-_MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 
 class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyped here
@@ -62,16 +61,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._alone = get_parallel().attn_tp_size == 1
         self._page_tokens: int = params.page_size
         try:
-            if params.disable:
-                raise Unsupported("SGLang serves it without a radix cache; the tier restores what that evicts")
-            if scheduler_hooks.runner.model_config.is_encoder_decoder:
-                raise Unsupported(
-                    "its forward takes all of an encoder's tokens from a cache or none; pages end in them"
-                )
-            self._pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
-            if self._page_tokens < _MIN_PAGE_TOKENS:
-                raise Unsupported(f"--page-size {self._page_tokens} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
-            self._drafts = draft_pools(params, get_spec(), self._pool)
+            self._pool, self._drafts, self._window_pages = supported(
+                params, scheduler_hooks.runner.model_config, components, scheduler_hooks.most_rows_of_a_forward()
+            )
             self._stored, self._planner = plan(
                 self._config,
                 scheduler_hooks.runner,
@@ -80,7 +72,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
                 self._drafts,
                 self._page_tokens,
             )
-            self._window_pages = self._pages_of_a_window(params.swa_retain_window)
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
         self.pools: dict[PoolName, object] = {PoolName.KV: self._pool}
@@ -89,6 +80,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
         self._completed_offloads = 0
         self._offload_follows = ROOT
+        self._saving: dict[str, threading.Event] = {}  # by request: retracted, but not queued again yet
         self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
         self._loads_refused = 0
         self._attachment = Attachment(
@@ -159,7 +151,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._loads.end_landed(wait=True)
         if self._drafts:  # they keep the token after it of each: a beginning's last one would have another
             prompt = replace(prompt, divisible=False)
-        self.prefetch_queue.queued(rid, keys, prompt)
+        self.prefetch_queue.queued(rid, keys, prompt, saved=self._saving.pop(rid, None))
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Until a prefetch is done; there is nothing else to do."""
@@ -245,6 +237,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
+        self._saving.pop(rid, None)
         if rid not in self._loads:
             self.prefetch_queue.forget(rid)
 
@@ -253,12 +246,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         transfer, *of_window = transfers
         keys = [bytes.fromhex(key) for key in transfer.keys]
-        known = self._restored.take_leading(keys)
-        if known < len(keys):
-            parent = keys[known - 1] if known else self._offload_follows
-            slots = transfer.device_indices[known * self._page_tokens :]
-            window_slots = of_window[0].device_indices[-len(slots) :] if of_window else None
-            self._saver.save(keys[known:], parent, slots, window_slots)
+        window_slots = of_window[0].device_indices if of_window else None
+        self._save(keys, self._offload_follows, transfer.device_indices, window_slots)
         # What the store needs of the device pages is copied or captured by now: they need not stay locked.
         self._completed_offloads += 1
         return True
@@ -266,6 +255,34 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def offload_follows(self, parent: bytes) -> None:
         """The pages of the next `offload` follow this one in their prefix."""
         self._offload_follows = parent
+
+    def retracted(
+        self, rid: str, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, windowed_tokens: int
+    ) -> None:
+        """A request's pages that are not in the radix tree, and are about to be freed; it will be queued again.
+
+        windowed_tokens: so many of the last ones have slots in windowed layers, where these have slots of their own.
+        """
+        if rid in self._loads:  # SGLang has not asked yet whether they land: what is computed from them may be wrong
+            return
+        slots = slots.to(torch.int64, copy=True)  # their place is another request's, soon
+        window_slots = None
+        if self._window_pages:
+            windowed = slots[len(slots) - windowed_tokens // self._page_tokens * self._page_tokens :]
+            window_slots = self._pool.translate_loc_from_full_to_swa(windowed).to(torch.int64)
+        self._save(keys, parent, slots, window_slots)
+        self._saving[rid] = self._saver.saved()
+
+    def _save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None
+    ) -> None:
+        """But for leading pages that have come from the store."""
+        known = self._restored.take_leading(keys)
+        if known < len(keys):
+            slots = slots[known * self._page_tokens :]
+            if window_slots is not None:
+                window_slots = window_slots[-len(slots) :]
+            self._saver.save(keys[known:], keys[known - 1] if known else parent, slots, window_slots)
 
     def num_completed_offloads(self) -> int:
         return self._completed_offloads
@@ -341,19 +358,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             **self._saver.stats(),
             **self._store.stats(),
         }
-
-    def _pages_of_a_window(self, window_tokens: int) -> int:
-        """That windowed layers are restored of, if these have slots of their own. Raises Unsupported."""
-        if not self._stored.formats.windowed:
-            return 0
-        pages, slots = -(-window_tokens // self._page_tokens), self._pool.swa_kv_pool.size
-        forward_tokens = scheduler_hooks.most_rows_of_a_forward()
-        if slots < (least := windows.least_slots(pages * self._page_tokens, self._page_tokens, forward_tokens)):
-            raise Unsupported(
-                f"the KV pool of its sliding windows has {slots} tokens, and with less than {least} a hit may never "
-                "be scheduled; raise --swa-full-tokens-ratio, or add --disable-hybrid-swa-memory"
-            )
-        return pages
 
     # ---- the store ----
 

@@ -35,6 +35,7 @@ CALLED = (  # by our hooks, and not meant for others
     "sglang.srt.mem_cache.common._req_radix_key",
     "sglang.srt.mem_cache.radix_cache.RadixKey.maybe_to_bigram_view",
     "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.get_prefix_hash_values",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.get_last_hash_value",
     "sglang.srt.session.streaming_session.StreamingSession.borrowed_slot",
     "sglang.srt.session.streaming_session.StreamingSession.will_lend_record",
     f"{_WRAPPER}._tail_hashes",
@@ -80,6 +81,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         (f"{_WRAPPER}.match", hooks.around_match, HookType.AROUND),
         (f"{_WRAPPER}.release_request", hooks.before_release_request, HookType.BEFORE),
         (f"{_WRAPPER}._offload_node", hooks.before_offload_node, HookType.BEFORE),
+        ("sglang.srt.managers.schedule_batch.release_req", hooks.before_release_req, HookType.BEFORE),
         (
             "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.check_hicache_events",
             hooks.around_check_events,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
@@ -72,6 +73,7 @@ class _Request:
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
     waits_until: float  # monotonic; reading goes on as long as the request is queued
+    saved: threading.Event | None = None  # retracted: when its pages are there; to be asked for again by then
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
     head_start: _HeadStartOf = _HeadStartOf.NOT_THOUGHT_OF
@@ -160,10 +162,19 @@ class PrefetchQueue:
         """The scheduler looks for new requests."""
         self._may_wait_s = STEP_WAIT_S
 
-    def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None) -> None:
-        """A request has been queued whose pages from some point on, `keys`, are not on the device."""
+    def queued(
+        self, rid: str, keys: Sequence[bytes], prompt: Prompt | None = None, *, saved: threading.Event | None = None
+    ) -> None:
+        """A request has been queued whose pages from some point on, `keys`, are not on the device.
+
+        saved: it was retracted, and some of them are on their way into the store: set once they are there. Another
+        rank may save them for this one, too; by the time that the request is admitted, that has been done.
+        """
+        if self._alone and saved is not None and saved.is_set():
+            saved = None
         request = self._ask(rid, keys, prompt)
-        if self._alone and self._there_within(rid, ANSWER_WAIT_S, until_known=True):
+        request.saved = saved
+        if self._alone and saved is None and self._there_within(rid, ANSWER_WAIT_S, until_known=True):
             if self._planner is not None:
                 request.there = len(self._store.progress(rid).slots)
                 request.wait = self._plan_wait(self._planner, request, _Ahead(), done=True)
@@ -237,6 +248,9 @@ class PrefetchQueue:
         """Hold these no more. What is still being read for them may be there when it is their turn."""
         now = time.monotonic()
         for rid in rids:
+            if (request := self._requests.get(rid)) is not None and request.saved is not None:
+                self._ask_again(rid, request)
+                self._there_within(rid, ANSWER_WAIT_S, until_known=True)
             if (since := self._held.pop(rid, None)) is not None:
                 self.requests_held_s += now - since
                 request = self._requests.get(rid)
@@ -319,7 +333,7 @@ class PrefetchQueue:
 
     def _has_enough(self, rid: str, request: _Request, ahead: _Ahead, *, idle: bool) -> bool:
         """Whether all of its pages are there, or so many that it is not worth waiting for more, or it may not."""
-        if request.head_start is _HeadStartOf.UNDER_WAY:
+        if request.head_start is _HeadStartOf.UNDER_WAY or self._is_saved_only_now(rid, request):
             return False
         slots, done, known = self._store.progress(rid)
         known = done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S
@@ -431,6 +445,17 @@ class PrefetchQueue:
             page_priority=as_priority(read_s),
         )
         return request
+
+    def _is_saved_only_now(self, rid: str, request: _Request) -> bool:
+        """Or not even yet: what it was retracted with. It is asked for as soon as it is there."""
+        if request.saved is not None and request.saved.is_set():
+            self._ask_again(rid, request)
+        return request.saved is not None
+
+    def _ask_again(self, rid: str, request: _Request) -> None:
+        """The answer to the next question is the last one: all has been saved that will be."""
+        again = self._ask(rid, request.keys, request.prompt, arrived_at=request.arrived_at)
+        self._measure(rid, again)
 
     def _longest_s(self, pages: int) -> float:
         return self._rule.longest_s(pages * self._page_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -36,6 +37,9 @@ class Saver(Protocol):
 
         window_slots: of the last of these pages, where windowed layers have slots of their own.
         """
+
+    def saved(self) -> threading.Event:
+        """Set once all that has been saved before is in the store."""
 
     def discard(self, slots: torch.Tensor) -> None:
         """What was captured of these device slots is not to be stored: a restore fills them, say."""
@@ -79,6 +83,11 @@ class NoSaver:
         self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
     ) -> None:
         pass
+
+    def saved(self) -> threading.Event:
+        known_elsewhere = threading.Event()
+        known_elsewhere.set()
+        return known_elsewhere
 
     def discard(self, slots: torch.Tensor) -> None:
         pass
@@ -227,6 +236,11 @@ class PageSaver:
 
     def _chunk_of(self, device_page: int) -> int | None:
         return self._store.reserve() if self._open is None else self._open.take(device_page)
+
+    def saved(self) -> threading.Event:
+        saved = threading.Event()
+        self._copy_out.submit(saved.set)
+        return saved
 
     def discard(self, slots: torch.Tensor) -> None:
         if (pages := self._open) is not None:

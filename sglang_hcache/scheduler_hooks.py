@@ -137,6 +137,15 @@ def around_check_events(original: Callable[..., None], cache: Any) -> None:
         wrapper.commit_completed_offloads(offloaded)
 
 
+def before_release_req(*, req: Any, tree_cache: Any, **_others: object) -> None:
+    """Memory is short, or the engine pauses: SGLang frees what a running request has computed, and queues it again.
+
+    Or it aborts the request: of that, nothing is kept.
+    """
+    if admission is not None and req.to_finish is None:
+        admission.retracted(tree_cache, req)
+
+
 def after_request_queued(_result: None, scheduler: Any, req: Any, *_args: object, **_kwargs: object) -> None:
     queue = scheduler.waiting_queue
     if admission is not None and queue and queue[-1] is req:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_memory, get_parallel
+from sglang.srt.runtime_context import get_memory, get_parallel, get_spec
 
+from sglang_hcache import windows
 from sglang_hcache.calibration import calibrate
 from sglang_hcache.capture import Capture
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.kept import CALIBRATION
 from sglang_hcache.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.load_planner import LoadPlanner
-from sglang_hcache.model import Pool, kv_row_bytes
+from sglang_hcache.model import Pool, Unsupported, check_pool, draft_pools, kv_row_bytes, windowed_layers
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy
@@ -24,6 +25,34 @@ from sglang_hcache.ranks import taking_turns
 from sglang_hcache.representation import Stored, formats_of
 from sglang_hcache.storage.store import READ_THREADS
 from sglang_hcache.synthetic_forward import most_tokens
+
+_MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
+
+
+def supported(
+    params: Any, model_config: Any, components: set[Any], forward_tokens: int
+) -> tuple[Pool, tuple[Pool, ...], int]:
+    """KV pools of the model and its drafts, and the pages of a window, if its layers have slots of their own.
+
+    params: SGLang's for its radix cache. forward_tokens: of a forward, at most. Raises Unsupported.
+    """
+    if params.disable:
+        raise Unsupported("SGLang serves it without a radix cache; the tier restores what that evicts")
+    if model_config.is_encoder_decoder:
+        raise Unsupported("its forward takes all of an encoder's tokens from a cache or none; pages end in them")
+    pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
+    if params.page_size < _MIN_PAGE_TOKENS:
+        raise Unsupported(f"--page-size {params.page_size} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
+    drafts = draft_pools(params, get_spec(), pool)
+    if not windowed_layers(pool):
+        return pool, drafts, 0
+    pages, slots = -(-params.swa_retain_window // params.page_size), pool.swa_kv_pool.size
+    if slots < (least := windows.least_slots(pages * params.page_size, params.page_size, forward_tokens)):
+        raise Unsupported(
+            f"the KV pool of its sliding windows has {slots} tokens, and with less than {least} a hit may never be "
+            "scheduled; raise --swa-full-tokens-ratio, or add --disable-hybrid-swa-memory"
+        )
+    return pool, drafts, pages
 
 
 def plan(

@@ -1,7 +1,7 @@
 """Requests that are aborted at any stage, retracted and paused: others get their answers, nothing stays leased.
 
-A server that reads slowly, so that requests are held, retracts a running request every third step, and sorts those
-that wait by what it finds of them.
+A server that reads slowly, so that requests are held, retracts a running request every seventh step, and sorts
+those that wait by what it finds of them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,31 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bench.harness import Request, Server, random_prompt
-from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, wait_until
+from bench.harness import Answer, Request, Server, random_prompt
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, told_by_all, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
 
 PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
 TEN_PAGES_A_SECOND = ("--hcache-read-limit", "0.001", "--hicache-storage-prefetch-policy", "wait_complete")
 ARGS = (*SERVER_ARGS, *TEN_PAGES_A_SECOND, "--schedule-policy", "lpm")
-ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+ENV = {
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "7",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+}
 
 
 @pytest.fixture(scope="module")
-def server(workshop: Workshop) -> Iterator[Server]:
+def servers(workshop: Workshop) -> Iterator[tuple[Server, ...]]:
+    """The first one has no tier."""
     store = workshop.folder / "store-lifecycle"
-    with started_together(workshop.tiered(store, args=ARGS, env=ENV)) as (server,):
-        yield server
+    with started_together(workshop.stock(env=ENV), workshop.tiered(store, args=ARGS, env=ENV)) as servers:
+        yield servers
+
+
+@pytest.fixture
+def server(servers: tuple[Server, ...]) -> Server:
+    return servers[1]
 
 
 class Victim:
@@ -102,6 +112,37 @@ def test_what_happens_to_requests_costs_no_other_one_anything(server: Server) ->
     assert "#retracted_reqs: 1" in server.log_text()
     server.flush_cache()
     assert server.healthy()
+
+
+def send_two(server: Server) -> list[Answer]:
+    """Of which one, behind the other, is retracted time and again. Log-probabilities come out of no cache."""
+    requests = [Request(random_prompt(100, seed=seed), 8 * PAGE, logprobs=False) for seed in (300, 301)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(server.send, requests))
+
+
+def test_what_a_retracted_request_has_decoded_is_restored(servers: tuple[Server, ...]) -> None:
+    """And is in the radix tree from then on; pages that SGLang prefills to the end are, too."""
+    server = servers[1]
+    before = server.tier_state()
+    wanted, answers = told_by_all(send_two, *servers)
+    assert_equal(answers, wanted)
+    after = server.tier_state()
+    assert after["tokens_restored"] - before["tokens_restored"] >= 2 * PAGE
+    assert (after["loads_failed"], after["loads_refused"]) == (0, 0)
+
+
+def test_what_a_paused_engine_had_decoded_is_restored(servers: tuple[Server, ...]) -> None:
+    stock, server = servers
+    request = Request(random_prompt(100, seed=302), 8 * PAGE, logprobs=False)
+    before = server.tier_state()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.send, request)
+        wait_until(lambda: server.tier_state()["tokens_captured"] >= before["tokens_captured"] + 100 + 3 * PAGE, 30)
+        tell(server, "/pause_generation", mode="retract")
+        tell(server, "/continue_generation")
+        assert_equal([answer.result()], [stock.send(request)])
+    assert server.tier_state()["tokens_restored"] - before["tokens_restored"] >= 3 * PAGE
 
 
 def test_all_are_aborted_while_they_are_held(server: Server) -> None:

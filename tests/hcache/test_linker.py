@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
 from sglang_hcache import __version__, linker, ranks, registration, representation, scheduler_hooks, start
 from sglang_hcache.config import HCacheConfig
+from sglang_hcache.copy_out import InlineCopyOut
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
 from sglang_hcache.model import OnePool, Pool, kv_buffers
@@ -178,7 +179,7 @@ def test_beside_a_draft_model_no_prompt_is_begun_ahead(
 ) -> None:
     draft = MHATokenToKVPool(PAGES * PAGE, PAGE, torch.float32, 1, 8, 1, "cpu", enable_memory_saver=False)
     tier, asked = make(drafts=[draft] * layers), list[Prompt]()
-    monkeypatch.setattr(tier.prefetch_queue, "queued", lambda _rid, _keys, prompt: asked.append(prompt))
+    monkeypatch.setattr(tier.prefetch_queue, "queued", lambda _rid, _keys, prompt, **_: asked.append(prompt))
     tier.queued("a", [key_of(0)], Prompt(PAGE, 0, divisible=True))
     assert asked == [Prompt(PAGE, 0, divisible=not layers)]
     tier.close()
@@ -235,6 +236,16 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
         for buffer in kv_buffers(pool, layer):
             assert torch.equal(buffer[slots_of(4)], buffer[slots_of(1)])
     assert tier.stats()["layers_windowed"] == 2
+    mapping = torch.arange(PAGES * PAGE + PAGE, dtype=torch.int32) - 4 * PAGE
+    pool.register_mapping(mapping)
+    tier.retracted("b", keys_of(range(4, 6)), key_of(3), slots_of(7, 8), PAGE + 1)
+    tier.queued("b", keys_of(range(4, 6)), Prompt(PAGE, 4 * PAGE))
+    until(lambda: tier.lookup("b", both(range(4, 6))) == [2])
+    assert tier.load("b", both(range(4, 6), (1, 2), (7,)))
+    assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
+    for layer in (0, 2):
+        for buffer in kv_buffers(pool, layer):
+            assert torch.equal(buffer[slots_of(7)], buffer[slots_of(4)])
     tier.close()
 
 
@@ -358,6 +369,55 @@ def test_a_request_that_is_queued_again_while_its_load_lands(
     assert stored.lookup("a", transfer(range(2))) == [1, 2], "other ranks may have fewer"
     stored.forget_request("a")
     assert stored.stats()["pages_leased"] == 0
+
+
+class Later(InlineCopyOut):
+    """Jobs wait, as behind a forward, until they are told to go on."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
+    def go_on(self) -> None:
+        for job in self.jobs:
+            job()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_retracted_request_finds_what_it_had_computed(
+    later: bool, stored: HCacheLinker, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = Later()
+    if later:
+        monkeypatch.setattr(stored._saver, "_copy_out", copies)
+    kept = [buffer[slots_of(3, 4)].clone() for buffer in buffers_of(pool)]
+    stored.retracted("a", keys_of(range(2, 4)), key_of(1), slots_of(3, 4).int(), 2 * PAGE)
+    stored.queued("a", keys_of(range(2, 4)), Prompt(PAGE, 2 * PAGE))
+    if later:
+        assert list(stored.prefetch_queue.held) == ["a"]
+        assert stored.prefetch_queue.admissible() == []
+        copies.go_on()
+        until(lambda: stored.prefetch_queue.admissible() == ["a"])
+        stored.prefetch_queue.admit(["a"])
+    until(lambda: not stored.prefetch_queue.held)
+    assert stored.lookup("a", transfer(range(2, 4))) == [2]
+    assert stored.load("a", transfer(range(2, 4), (5, 6)))
+    assert stored.finish_layer_wise_loading(stored.start_layer_wise_loading())
+    assert all(map(torch.equal, kept, (buffer[slots_of(5, 6)] for buffer in buffers_of(pool))))
+    stored.retracted("a", keys_of(range(2, 4)), key_of(1), slots_of(5, 6).int(), 2 * PAGE)
+    assert stored.stats()["pages_saved"] == 4, "what has been restored is there"
+
+
+def test_what_is_retracted_before_its_load_has_landed_is_not_saved(stored: HCacheLinker) -> None:
+    """If it fails, what SGLang computes from it may be anything."""
+    promise(stored)
+    assert stored.load("a", transfer(range(2), (5, 6)))
+    index = stored.start_layer_wise_loading()
+    stored.retracted("a", keys_of(range(2, 4)), key_of(1), slots_of(3, 4), 2 * PAGE)
+    assert stored.finish_layer_wise_loading(index)
+    assert stored.stats()["pages_saved"] == 2
 
 
 def test_news_come_from_any_descriptor(tier: HCacheLinker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,35 @@ def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: t
     requests.clear()
 
 
+@pytest.mark.parametrize("decides", [False, True])
+def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_when_it_is_admitted(
+    store: LocalStore, decides: bool
+) -> None:
+    """This one need not know when that is: who decides has waited for it."""
+    saved = threading.Event()
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("a", keys_of(range(20, 25)), saved=saved)
+    assert requests.admissible() == []
+    save(store, range(20, 25))
+    if decides:
+        saved.set()
+        wait_until_admissible(requests, "a")
+    requests.admit(["a"])
+    assert requests.ready("a", keys_of(range(20, 25))) == 5
+    assert requests.stats()["lookups_not_ahead"] == 0
+    requests.clear()
+
+
+def test_what_is_never_saved_is_not_waited_for_longer_than_the_timeout(store: LocalStore, clock: Clock) -> None:
+    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(20, 25)), saved=threading.Event())
+    clock.advance(TIMEOUT.base_s)
+    assert requests.admissible() == []
+    clock.advance(0.01)
+    assert requests.admissible() == ["a"]
+    requests.clear()
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Owners that were waited for; after one wait in vain comes no other."""

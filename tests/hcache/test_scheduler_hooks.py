@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ReqKvInfo
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
@@ -18,6 +19,7 @@ from sglang_hcache import admission, scheduler_hooks
 from sglang_hcache.admission import Admission, missing_pages
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.load_planner import Prompt
+from sglang_hcache.storage.layout import ROOT
 
 PROMPT = Prompt(1, 0)
 
@@ -249,19 +251,94 @@ def test_a_batch_that_has_just_been_prefilled_is_something_to_do(tier: Tier) -> 
     assert tier.waited == 0
 
 
-@pytest.mark.parametrize("turn", [1, 2])
-def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None:
-    sessions: Any = StreamingSession(None)
-    if turn == 2:
-        sessions.slots["s"] = SessionSlot(kv=ReqKvInfo(req_pool_idx=0))
-    tree = SimpleNamespace(
-        session=sessions,
+def tree_with(on_device: int, *, is_eagle: bool = False) -> Any:
+    """Pages of two tokens, whose keys are their numbers."""
+
+    def tail_hashes(key: RadixKey, _match: object, _on_device: int) -> list[str]:
+        return [bytes([page]).hex() for page in range(on_device // 2, len(key) // 2)]
+
+    return SimpleNamespace(
+        session=StreamingSession(None),
         page_size=2,
         swa_reprefill_tail_tokens=lambda _req: 0,
-        match_prefix=lambda _params: SimpleNamespace(device_prefix_len=0),
-        linker=SimpleNamespace(_tail_hashes=lambda *_: ["01"]),
-        tree_core=SimpleNamespace(is_eagle=False),
+        match_prefix=lambda _params: SimpleNamespace(device_prefix_len=on_device, last_device_node="node"),
+        get_last_hash_value=lambda _node: bytes([on_device // 2 - 1]).hex(),
+        linker=SimpleNamespace(_tail_hashes=tail_hashes),
+        tree_core=SimpleNamespace(is_eagle=is_eagle),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(100, 140, dtype=torch.int32).reshape(2, 20)),
     )
+
+
+Retracted = tuple[list[bytes], bytes, list[int], int]
+
+
+@pytest.fixture
+def retracted(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> list[Retracted]:
+    """What the linker was told to save."""
+    told = list[Retracted]()
+
+    def save(_rid: str, keys: list[bytes], parent: bytes, slots: torch.Tensor, windowed: int) -> None:
+        told.append((keys, parent, slots.tolist(), windowed))
+
+    monkeypatch.setattr(tier, "retracted", save, raising=False)
+    return told
+
+
+def running(*, committed: int, protected: int) -> Any:
+    """Of eight tokens and one that has just been sampled; in the second row."""
+    req: Any = Req("a", "", array("q", range(6)), SamplingParams())
+    req.output_ids.extend([6, 7, 8])
+    req.positional_embed_overrides = None
+    req.kv = ReqKvInfo(req_pool_idx=1, cache_protected_len=protected, kv_committed_len=committed)
+    return req
+
+
+@pytest.mark.parametrize(
+    ("on_device", "protected", "committed", "is_eagle", "pages"),
+    [
+        (0, 0, 8, False, range(4)),
+        (2, 2, 8, False, range(1, 4)),
+        (2, 2, 7, False, range(1, 3)),  # the last page is not whole
+        (2, 2, 8, True, range(1, 3)),  # nor is its last bigram
+        (4, 2, 8, False, range(2, 4)),  # another request has inserted the same
+        (0, 4, 8, False, range(2, 4)),  # of its window the tree has nothing left
+        (8, 8, 8, False, range(0)),
+    ],
+)
+def test_of_what_is_retracted_the_tier_saves_what_the_tree_lacks(
+    on_device: int, protected: int, committed: int, is_eagle: bool, pages: range, retracted: list[Retracted]
+) -> None:
+    req, tree = running(committed=committed, protected=protected), tree_with(on_device, is_eagle=is_eagle)
+    scheduler_hooks.before_release_req(req=req, remaing_req_count=0, tree_cache=tree)
+    slots = [120 + 2 * page + token for page in pages for token in range(2)]
+    parent = bytes([pages[0] - 1]) if pages and pages[0] else ROOT
+    assert retracted == ([([bytes([page]) for page in pages], parent, slots, len(slots))] if pages else [])
+
+
+def test_windowed_layers_have_the_last_pages_of_what_is_retracted(retracted: list[Retracted]) -> None:
+    req = running(committed=8, protected=2)
+    req.kv.set_evicted_seqlen(ComponentType.SWA, 6)
+    scheduler_hooks.before_release_req(req=req, tree_cache=tree_with(2))
+    assert [(len(slots), windowed) for _, _, slots, windowed in retracted] == [(6, 2)]
+
+
+@pytest.mark.parametrize("why", ["aborted", "its session keeps it"])
+def test_what_does_not_come_back_is_not_saved(why: str, retracted: list[Retracted]) -> None:
+    req, tree = running(committed=8, protected=0), tree_with(0)
+    if why == "aborted":
+        req.to_finish = FINISH_ABORT()
+    else:
+        req.session = SimpleNamespace(session_id="s", streaming=True)
+        tree.session.slots["s"] = SessionSlot(kv=req.kv)
+    scheduler_hooks.before_release_req(req=req, tree_cache=tree)
+    assert not retracted
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None:
+    tree = tree_with(0)
+    if turn == 2:
+        tree.session.slots["s"] = SessionSlot(kv=ReqKvInfo(req_pool_idx=0))
     req = SimpleNamespace(
         origin_input_ids=array("q", [1, 2]),
         output_ids=array("q"),
@@ -276,7 +353,7 @@ def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None
         _compute_max_prefix_len=lambda tokens: tokens,
     )
     keys, _ = missing_pages(tree, req)
-    assert keys == ([b"\x01"] if turn == 1 else [])
+    assert keys == ([b"\x00"] if turn == 1 else [])
 
 
 @pytest.mark.parametrize("kept", [True, False])
