@@ -21,24 +21,31 @@ from sglang_hcache.config import names_our_linker
 logger = logging.getLogger(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
-_SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
-_WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
+_SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+_SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
+_COMPONENTS = "sglang.srt.managers.scheduler_components"
+_BATCH = "sglang.srt.managers.schedule_batch"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_SESSION = "sglang.srt.session.streaming_session.StreamingSession"
+_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_TREE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+_WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 
 
 CALLED = (  # by our hooks, and not meant for others
+    f"{_BATCH}.Req._compute_max_prefix_len",
+    f"{_SCHEDULER}.init_req_max_new_tokens",
+    f"{_CACHE}.get_last_hash_value",
+    f"{_TREE}.get_prefix_hash_values",
+    f"{_SESSION}.borrowed_slot",
+    f"{_SESSION}.will_lend_record",
+    f"{_WRAPPER}._tail_hashes",
     f"{_WRAPPER}.commit_completed_offloads",
     f"{_WRAPPER}.take_completed_offloads",
-    "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
-    f"{_SCHEDULER_MODULE}.Scheduler.init_req_max_new_tokens",
     "sglang.srt.mem_cache.common._req_radix_key",
     "sglang.srt.mem_cache.radix_cache.RadixKey.maybe_to_bigram_view",
-    "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.get_prefix_hash_values",
-    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.get_last_hash_value",
-    "sglang.srt.session.streaming_session.StreamingSession.borrowed_slot",
-    "sglang.srt.session.streaming_session.StreamingSession.will_lend_record",
-    f"{_WRAPPER}._tail_hashes",
 )
 
 
@@ -50,7 +57,7 @@ def register() -> None:
         engine = engine_module.Engine
         engine.server_args_class = flags.EngineArguments(engine.server_args_class)
     if _SCHEDULER_MODULE in sys.modules:
-        HookRegistry.register(f"{_SCHEDULER_MODULE}.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
+        HookRegistry.register(f"{_SCHEDULER}.__init__", _before_scheduler, HookType.BEFORE)
 
 
 def _before_scheduler(_scheduler: object, server_args: Any, *_args: object, **_kwargs: object) -> None:
@@ -62,85 +69,42 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
     from sglang_hcache import images
     from sglang_hcache import scheduler_hooks as hooks
 
+    before, around, after = HookType.BEFORE, HookType.AROUND, HookType.AFTER
     return [
+        (f"{_RUNNER}.load_model", hooks.after_load_model, after),
+        (f"{_RUNNER}.forward", hooks.around_forward, around),
+        (f"{_RUNNER}.check_weights", hooks.after_check_weights, after),
+        (f"{_BATCH}.MultimodalInputs.from_processor_output", images.after_inputs, after),
+        (f"{_BATCH}.release_req", hooks.before_release_req, before),
+        (f"{_WRAPPER}.match", hooks.around_match, around),
+        (f"{_WRAPPER}.release_request", hooks.before_release_request, before),
+        (f"{_WRAPPER}._offload_node", hooks.before_offload_node, before),
+        (f"{_CACHE}.check_hicache_events", hooks.around_check_events, around),
+        (f"{_SESSION}.try_cache_finished_req", hooks.around_turn, around),
+        (f"{_SCHEDULER}._add_request_to_queue", hooks.after_request_queued, after),
+        (f"{_SCHEDULER}._get_new_batch_prefill_raw", hooks.around_new_batch, around),
+        (f"{_SCHEDULER}.emit_metrics_constants", hooks.after_metrics_constants, after),
         (
-            "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
-            hooks.after_load_model,
-            HookType.AFTER,
-        ),
-        (
-            "sglang.srt.model_executor.model_runner.ModelRunner.forward",
-            hooks.around_forward,
-            HookType.AROUND,
-        ),
-        (
-            "sglang.srt.managers.schedule_batch.MultimodalInputs.from_processor_output",
-            images.after_inputs,
-            HookType.AFTER,
-        ),
-        (f"{_WRAPPER}.match", hooks.around_match, HookType.AROUND),
-        (f"{_WRAPPER}.release_request", hooks.before_release_request, HookType.BEFORE),
-        (f"{_WRAPPER}._offload_node", hooks.before_offload_node, HookType.BEFORE),
-        ("sglang.srt.managers.schedule_batch.release_req", hooks.before_release_req, HookType.BEFORE),
-        (
-            "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.check_hicache_events",
-            hooks.around_check_events,
-            HookType.AROUND,
-        ),
-        (
-            f"{_SCHEDULER_MODULE}.Scheduler._add_request_to_queue",
-            hooks.after_request_queued,
-            HookType.AFTER,
-        ),
-        (
-            f"{_SCHEDULER_MODULE}.Scheduler._get_new_batch_prefill_raw",
-            hooks.around_new_batch,
-            HookType.AROUND,
-        ),
-        (
-            "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
-            "._broadcast_reqs_across_ranks",
+            f"{_COMPONENTS}.request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks",
             hooks.around_broadcast,
-            HookType.AROUND,
+            around,
         ),
         (
-            "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
-            ".get_internal_state",
+            f"{_COMPONENTS}.internal_state.SchedulerInternalStateController.get_internal_state",
             hooks.after_internal_state,
-            HookType.AFTER,
+            after,
         ),
         (
-            "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
-            hooks.around_turn,
-            HookType.AROUND,
-        ),
-        (
-            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-            ".release_memory_occupation",
+            f"{_COMPONENTS}.weight_updater.SchedulerWeightUpdaterManager.release_memory_occupation",
             hooks.before_memory_released,
-            HookType.BEFORE,
+            before,
         ),
-        (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, HookType.AFTER),
-        (
-            "sglang.srt.model_executor.model_runner.ModelRunner.check_weights",
-            hooks.after_check_weights,
-            HookType.AFTER,
-        ),
-        (
-            f"{_SCHEDULER_MODULE}.Scheduler.emit_metrics_constants",
-            hooks.after_metrics_constants,
-            HookType.AFTER,
-        ),
-        *(
-            (f"{_WEIGHTS}.{method}", hooks.after_weights_changed, HookType.AFTER)
-            for method in (
-                "begin_weight_update",  # RDMA may write from now on, and tells nobody
-                "end_weight_update",
-                "load_weights_from_distributed",
-                "update_weights_from_tensor",
-                "update_weights_from_ipc",
-            )
-        ),
+        (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, after),
+        (f"{_WEIGHTS}.begin_weight_update", hooks.after_weights_changed, after),  # RDMA may write from now on
+        (f"{_WEIGHTS}.end_weight_update", hooks.after_weights_changed, after),
+        (f"{_WEIGHTS}.load_weights_from_distributed", hooks.after_weights_changed, after),
+        (f"{_WEIGHTS}.update_weights_from_tensor", hooks.after_weights_changed, after),
+        (f"{_WEIGHTS}.update_weights_from_ipc", hooks.after_weights_changed, after),
     ]
 
 
