@@ -12,28 +12,25 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Container
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sglang_hcache.cli.architectures import ALIASES, ARCHITECTURES
 from sglang_hcache.cli.common import CommandFailed, count, explain, human, print_json
+from sglang_hcache.cli.forecast import hit_of, limit, stored_line, times
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
-from sglang_hcache.planner.cost import Costs, costs_of
+from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config, why_not_hidden
-from sglang_hcache.planner.load import plan_head_start, plan_load
 from sglang_hcache.planner.machine import GPUS, Machine, machine_of
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
-from sglang_hcache.planner.timeline import Hit, Layout, recompute_s, restore_s
+from sglang_hcache.planner.timeline import Layout
 
 LENGTHS = [1024 << step for step in range(8)]  # tokens
 MOST_TOKENS = 1 << 24  # no model takes as many, and planning for more takes seconds
-NOTICED = 0.99  # of the time to recompute: faster than that is worth a word
-MOST_DRIVES = 16
 METHODS = ("recompute", "kv", "hidden", "plan")
-_STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
 RESERVED = 0.1  # of the GPUs' memory: activations and CUDA graphs
 LEAST_POOL = 0.1  # of it: with less for the KV pool few requests fit
 # Of names of the same shape: tuning, precision, a date, v0.1. Other versions are other models.
@@ -179,28 +176,6 @@ def find_gpu(text: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Upgrade:
-    name: str  # what is made faster
-    text: str
-    machine: Machine
-
-
-def upgrades(machine: Machine, drives: int) -> Iterator[Upgrade]:
-    if drives:
-        text = "a second drive" if drives == 1 else f"one drive more than the {drives}"
-        yield Upgrade("SSD", text, _more(machine, (drives + 1) / drives))
-    yield Upgrade("bus", "twice the bus", replace(machine, bus_bytes_per_s=2 * machine.bus_bytes_per_s))
-    faster = replace(
-        machine,
-        gemm_flop_per_s=2 * machine.gemm_flop_per_s,
-        projection_flop_per_s=2 * machine.projection_flop_per_s,
-        attention_flop_per_s=2 * machine.attention_flop_per_s,
-        memory_bytes_per_s=2 * machine.memory_bytes_per_s,
-    )
-    yield Upgrade("compute", "a GPU twice as fast", faster)
-
-
 def advise(
     shape: ModelShape, machine: Machine, arguments: argparse.Namespace, *, not_hidden: str = ""
 ) -> dict[str, Any]:
@@ -264,77 +239,6 @@ def weights(shape: ModelShape, device_bytes: float, offloaded: float) -> dict[st
     }
 
 
-def times(costs: Costs, layout: Layout, hit: Hit) -> dict[str, float]:
-    """Of one length by each method; `restored_tokens` of the plan. `idle`: with nothing else to do for the engine."""
-    tokens = hit.pages * hit.page_tokens
-    plan = plan_load(costs, layout, hit)
-    ahead = plan_head_start(costs, layout, hit)
-    return {
-        "tokens": tokens,
-        "recompute_s": recompute_s(costs, hit),
-        "kv_s": float(restore_s(costs, (0, 0, costs.layers), hit, tokens)),
-        "hidden_s": float(restore_s(costs, (0, costs.layers, 0), hit, tokens)),
-        "plan_s": plan.seconds,
-        "idle_s": plan.seconds if ahead is None else ahead.seconds,
-        "restored_tokens": plan.pages * hit.page_tokens,
-    }
-
-
-def limit(
-    shape: ModelShape,
-    machine: Machine,
-    hits: Sequence[Hit],
-    *,
-    drives: int,
-    offloaded: float = 0.0,
-    layerwise: bool = False,
-    hidden: bool = True,
-) -> dict[str, Any]:
-    """What a plan for the faster machine would gain for the hits; `drives`: that they are read from, 0 for none."""
-
-    def planned_s(machine: Machine) -> float:
-        costs = costs_of(shape, machine, offloaded=offloaded)
-        layout = plan_save(costs, *hits, layerwise=layerwise, mixed=machine.ranks == 1, hidden=hidden).layout
-        return sum(plan_load(costs, layout, hit).seconds for hit in hits)
-
-    now_s = planned_s(machine)
-    found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, drives)]
-    best, upgrade = max(found, key=lambda pair: pair[0])
-    costs = costs_of(shape, machine, offloaded=offloaded)
-    alone_s = sum(recompute_s(costs, hit) for hit in hits)
-    restores = now_s < NOTICED * alone_s
-    what = f"restoring is {upgrade.name}-bound" if restores else "recomputing is faster than restoring"
-    text = f"{what}: {upgrade.text} would give {best:.1f}×"
-    needed = None
-    if drives and not restores:
-        needed = next(
-            (
-                n
-                for n in range(drives + 1, MOST_DRIVES + 1)
-                if planned_s(_more(machine, n / drives)) < NOTICED * alone_s
-            ),
-            None,
-        )
-        text += (
-            f"; restoring pays from {needed} drives on" if needed else f"; no {MOST_DRIVES} drives would change that"
-        )
-    return {
-        "limit": upgrade.name if restores else "recompute",
-        "text": text,
-        "drives_needed": needed,
-        "speedups": {one.text: gain for gain, one in found},
-    }
-
-
-def _more(machine: Machine, drives: float) -> Machine:
-    return replace(machine, ssd_bytes_per_s=drives * machine.ssd_bytes_per_s)
-
-
-def stored_line(representation: str, first: int, last: int) -> str:
-    layers = f"layer {first}" if first == last else f"layers {first}–{last}"
-    return f"  {layers}: {_STORED_AS[representation]}"
-
-
 def print_report(report: dict[str, Any]) -> None:
     model, machine = report["model"], report["machine"]
     bits = f" ({model['weight_bits']:g} bits a weight)" if model["weight_bits"] else ""
@@ -392,13 +296,6 @@ def plot(report: dict[str, Any], file: Path) -> None:
         figure.savefig(file)
     except (OSError, ValueError) as error:
         raise CommandFailed(explain(error, file)) from error
-
-
-def hit_of(tokens: int, tier: str, new_tokens: int, page_tokens: int = DEFAULT_PAGE_SIZE) -> Hit:
-    """A prefix that is all in one tier, host memory or files."""
-    pages = tokens // page_tokens
-    host, lower = (pages, 0) if tier == "host" else (0, pages)
-    return Hit(page_tokens, host, lower, new_tokens=new_tokens)
 
 
 def _known(name: str, names: Container[str]) -> str:

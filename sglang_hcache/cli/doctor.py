@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hcache import __version__
-from sglang_hcache.cli.advise import hit_of, limit, stored_line, times
 from sglang_hcache.cli.common import CommandFailed, add_common, explain, print_json
+from sglang_hcache.cli.forecast import hit_of, limit, stored_line, times
 from sglang_hcache.kept import CALIBRATION, KeptLayout
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine

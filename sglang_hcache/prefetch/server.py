@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.grants import grant, share_of
 from sglang_hcache.prefetch.listeners import Frames, Listener, Listeners, Peer, Put
 from sglang_hcache.prefetch.payload import BadPayload, Parting, frames_of, take_pages
 from sglang_hcache.prefetch.session import Refusal, Session, split_owner
@@ -33,7 +34,6 @@ TAKE_S = 0.01  # spent on messages before progress is announced again; a prefetc
 EXPIRE_S = 10.0  # a client that is not heard of: it says something every second. On another host its session ends
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
-MAX_GRANT = 0.25  # of an arena's slots, for pages that are being filled; shared by the sessions that fill any
 
 log = logging.getLogger(__name__)
 
@@ -398,28 +398,14 @@ class Server:
         """Somebody has come or gone: each gives back what others should have, or may have more."""
         savers = self._savers(space)
         for session in savers:
-            self._send(session, m.Share(slots=_share(space, savers)))
+            self._send(session, m.Share(slots=share_of(space, savers)))
 
     def _savers(self, space: Space) -> list[Session]:
         return [session for number in space.sessions if (session := self._by_number[number]).saves]
 
     def _grant(self, session: Session) -> None:
-        if not session.wanted or session.remote or session.broken:
-            return
-        store, savers = session.space.store, self._savers(session.space)
-        slots: list[int] = []
-        share, heard_since = _share(session.space, savers), time.monotonic() - EXPIRE_S
-        left = _most_granted(session.space)
-        for other in savers:  # one that is stopped gives nothing back
-            stopped = other.broken or other.heard_at < heard_since
-            left -= min(len(other.granted), share) if stopped else len(other.granted)
-        wanted = min(session.wanted, left, share - len(session.granted), m.MAX_KEYS)
-        while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
-            store.memory[slot, :8] = 0  # no header of a former page may look like this one's
-            slots.append(slot)
-        if slots:
-            session.granted.update(slots)
-            session.wanted -= len(slots)
+        savers = self._savers(session.space)
+        if slots := grant(session, savers, heard_since=time.monotonic() - EXPIRE_S):
             self._send(session, m.Granted(slots=slots))
 
     def _send(self, session: Session, message: m.Message, payload: Frames = ()) -> bool:
@@ -489,11 +475,3 @@ class Server:
 
     def _ring(self) -> None:
         os.eventfd_write(self._wake, 1)
-
-
-def _most_granted(space: Space) -> int:
-    return int(space.store.memory.shape[0] * MAX_GRANT)
-
-
-def _share(space: Space, savers: Sequence[Session]) -> int:
-    return max(1, _most_granted(space) // len(savers))
