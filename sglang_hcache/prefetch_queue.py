@@ -179,7 +179,7 @@ class PrefetchQueue:
                 request.there = len(self._store.progress(rid).slots)
                 request.wait = self._plan_wait(self._planner, request, _Ahead(), done=True)
             return
-        self._held[rid] = time.monotonic()
+        self._held[rid] = request.asked_at
         self._measure(rid, request)
         self.requests_held += 1
 
