@@ -139,7 +139,7 @@ class PrefetchQueue:
         self._reads_at_once = reads_at_once
         self._in_whole = in_whole
         self._requests: dict[str, _Request] = {}
-        self._held: dict[str, float] = {}  # request id → when it was queued
+        self._held: dict[str, float] = {}  # request id → when its pages were asked for
         self._start: HeadStart | None = None  # to begin in the next step
         self.head_starts = self.pages_ahead = 0
         self.requests_held = self.requests_admitted_late = 0

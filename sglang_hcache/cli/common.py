@@ -219,12 +219,6 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
-def in_use(path: Path) -> bool:
-    """Whether another process has the directory open."""
-    with _lock(path) as alone:
-        return not alone
-
-
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Hold the directory's lock; whether nobody else does: nobody opens it meanwhile, then."""

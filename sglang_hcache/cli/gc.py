@@ -25,7 +25,7 @@ from sglang_hcache.cli.common import (
     count,
     fingerprint_folders,
     human,
-    in_use,
+    is_open,
     print_json,
     read_table,
     require,
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     except lmdb.Error as error:
         raise CommandFailed(str(error)) from error
     for path, one in zip(directories, results, strict=True):
-        one["in_use"] = in_use(path) if erases else None
+        one["in_use"] = is_open(path) if erases else None
     if arguments.json:
         print_json({"dry_run": arguments.dry_run, "directories": results})
     else:
