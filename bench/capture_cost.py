@@ -18,10 +18,10 @@ import torch
 
 from bench.gpu import DEVICE, noise
 from bench.toy_model import Attend, Decoding, Layer, Model, Prefix, Weights, angles, forward
-from sglang_hcache import capture
-from sglang_hcache.capture import Capture
-from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut, spread
-from sglang_hcache.streams import Event, current_stream, new_stream
+from sglang_hcache.device.streams import Event, current_stream, new_stream
+from sglang_hcache.saving import capture
+from sglang_hcache.saving.capture import Capture
+from sglang_hcache.saving.copy_out import CopyOut, InlineCopyOut, StreamCopyOut, spread
 
 Step = Callable[[], torch.Tensor]
 PAGE_TOKENS = 64

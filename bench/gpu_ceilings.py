@@ -16,9 +16,9 @@ from bench.gpu import DEVICE, capability, device_copy_gb_s, host_to_device_gb_s,
 from bench.gpu_run import KERNELS, Run, Scale
 from bench.kernels import CALLS
 from bench.toy_model import CHUNK, Model
-from sglang_hcache.copiers import Copier, EngineCopier, KernelCopier
-from sglang_hcache.copy_engine import NoCopyEngine
-from sglang_hcache.host_pages import HostPages, StoredLayer
+from sglang_hcache.restoring.copiers import Copier, EngineCopier, KernelCopier
+from sglang_hcache.restoring.copy_engine import NoCopyEngine
+from sglang_hcache.restoring.host_pages import HostPages, StoredLayer
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.tuning import Fused, candidates
 

@@ -48,8 +48,8 @@ from bench.gpu_run import FULL, KERNELS, SMALL, Run, Scale
 from bench.report import RESULTS, arguments_of, emit, out_folders, save
 from bench.restore_rig import PAGE_TOKENS, Arena, Rig, pipeline_ms
 from bench.toy_model import CHUNK, Layer, Model, Prefix, Weights, angles, forward
-from sglang_hcache.copiers import Copier, EngineCopier, KernelCopier
-from sglang_hcache.copy_engine import CopyEngine, NoCopyEngine
+from sglang_hcache.restoring.copiers import Copier, EngineCopier, KernelCopier
+from sglang_hcache.restoring.copy_engine import CopyEngine, NoCopyEngine
 
 GRACE_S = 60  # for what has begun within the budget
 

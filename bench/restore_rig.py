@@ -18,12 +18,12 @@ import torch
 from bench.exactness import POSITIONS, errors, misplaced, pool_of, projection_of
 from bench.gpu import DEVICE, WARM_UP, capability, noise
 from bench.toy_model import Model
-from sglang_hcache.copiers import Copier
-from sglang_hcache.host_pages import HostPages, StoredLayer
-from sglang_hcache.layer_events import LayerEvents
-from sglang_hcache.pinning import PinnedMemory
-from sglang_hcache.restore import Load, Restorer, Staging, restorer_for
-from sglang_hcache.streams import current_stream, new_stream
+from sglang_hcache.device.pinning import PinnedMemory
+from sglang_hcache.device.streams import current_stream, new_stream
+from sglang_hcache.restoring.copiers import Copier
+from sglang_hcache.restoring.host_pages import HostPages, StoredLayer
+from sglang_hcache.restoring.layer_events import LayerEvents
+from sglang_hcache.restoring.restore import Load, Restorer, Staging, restorer_for
 from sglang_hcache.triton_kernels.project_kv import project_kv
 from sglang_hcache.triton_kernels.rows import scatter_kv
 from sglang_hcache.triton_kernels.tuning import choose

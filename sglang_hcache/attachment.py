@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from sglang_hcache.capture import Capture
-from sglang_hcache.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
-from sglang_hcache.host_pages import HostPages, StoredLayer
-from sglang_hcache.layer_events import LayerEvents
+from sglang_hcache.device.pinning import PinnedMemory
+from sglang_hcache.device.streams import current_stream, new_stream
 from sglang_hcache.model import Pool
-from sglang_hcache.pinning import PinnedMemory
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.remote import RemoteClient
-from sglang_hcache.representation import Stored
-from sglang_hcache.restore import Restorer, restorer_for
-from sglang_hcache.savers import KVRows, NoSaver, PageSaver, Saver
+from sglang_hcache.restoring.host_pages import HostPages, StoredLayer
+from sglang_hcache.restoring.layer_events import LayerEvents
+from sglang_hcache.restoring.restore import Restorer, restorer_for
+from sglang_hcache.saving.capture import Capture
+from sglang_hcache.saving.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
+from sglang_hcache.saving.savers import KVRows, NoSaver, PageSaver, Saver
+from sglang_hcache.startup.representation import Stored
 from sglang_hcache.storage.layout import positions
-from sglang_hcache.streams import current_stream, new_stream
 
 Client = PrefetchClient | RemoteClient
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sglang_hcache.host_pages import Projector
 from sglang_hcache.model import Unsupported
+from sglang_hcache.restoring.host_pages import Projector
 from sglang_hcache.triton_kernels.packing import (
     fits_at,
     pack_rows,

@@ -16,24 +16,24 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_hcache import __version__, scheduler_hooks, windows
-from sglang_hcache.admission import Admission
 from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.forward_timer import ForwardTimer
-from sglang_hcache.layer_events import LayerEvents
-from sglang_hcache.load_planner import Prompt
+from sglang_hcache.device.streams import current_stream
 from sglang_hcache.loads import Loads
 from sglang_hcache.model import Unsupported
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
-from sglang_hcache.prefetch_queue import PrefetchQueue
+from sglang_hcache.queueing.admission import Admission
+from sglang_hcache.queueing.forward_timer import ForwardTimer
+from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.ranks import rank_name
-from sglang_hcache.registration import Registration
-from sglang_hcache.restore import Load, Restorer
-from sglang_hcache.savers import NoSaver, Restored, Saver
-from sglang_hcache.start import hold_rule, plan, reads_at_once, supervisor_of, supported, warm_up
+from sglang_hcache.restoring.layer_events import LayerEvents
+from sglang_hcache.restoring.restore import Load, Restorer
+from sglang_hcache.saving.savers import NoSaver, Restored, Saver
+from sglang_hcache.startup.registration import Registration
+from sglang_hcache.startup.start import hold_rule, plan, reads_at_once, supervisor_of, supported, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
-from sglang_hcache.streams import current_stream
 
 logger = logging.getLogger(__name__)
 

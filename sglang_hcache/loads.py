@@ -7,10 +7,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from sglang_hcache.layer_events import LayerEvents
-from sglang_hcache.load_planner import LoadPlanner
-from sglang_hcache.restore import Load, Restorer
-from sglang_hcache.streams import Stream
+from sglang_hcache.device.streams import Stream
+from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.restoring.layer_events import LayerEvents
+from sglang_hcache.restoring.restore import Load, Restorer
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_hcache import metrics
-from sglang_hcache.admission import Admission, usable_tokens
-from sglang_hcache.capture import Capture, capture_bytes
 from sglang_hcache.config import HCacheConfig, Representation
 from sglang_hcache.model import attention_sites
+from sglang_hcache.queueing.admission import Admission, usable_tokens
 from sglang_hcache.ranks import all_ranks
-from sglang_hcache.representation import why_never_hidden
+from sglang_hcache.saving.capture import Capture, capture_bytes
+from sglang_hcache.startup.representation import why_never_hidden
 from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import Any
 from sglang_hcache import __version__
 from sglang_hcache.cli.common import CommandFailed, add_common, explain, print_json
 from sglang_hcache.cli.forecast import hit_of, limit, stored_line, times
-from sglang_hcache.kept import CALIBRATION, KeptLayout
 from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.startup.kept import CALIBRATION, KeptLayout
 from sglang_hcache.storage.probe import read_bytes_per_s
 
 LENGTHS = (1024, 8192, 65536)  # tokens

@@ -10,10 +10,10 @@ import pytest
 
 import sglang_hcache
 from sglang_hcache.cli.main import main
-from sglang_hcache.kept import KeptLayout
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.startup.kept import KeptLayout
 
 MODEL: dict[str, Any] = {
     "name": "small", "layers": 8, "hidden_size": 1024, "query_heads": 16, "kv_heads": 16, "head_dim": 64,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_hcache.cpu_platform import TorchCpuPlatform
+from sglang_hcache.cpu.platform import TorchCpuPlatform
 
 
 def activate() -> str:
@@ -45,7 +45,7 @@ class Platform(TorchCpuPlatform):
 
 
 def _make_attention(model_runner: Any) -> object:
-    from sglang_hcache.cpu_attention import TorchCpuAttention, attend_to_latents  # imports much of SGLang
+    from sglang_hcache.cpu.attention import TorchCpuAttention, attend_to_latents  # imports much of SGLang
 
     if model_runner.use_mla_backend:
         attend_to_latents()

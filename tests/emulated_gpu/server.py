@@ -22,7 +22,7 @@ _how = os.environ.get("EMULATED_GPU", "lazy").split()
 device.install(device.build(_LIBRARIES), lazy="lazy" in _how, registers="unregistered" not in _how)
 
 if "unordered" in _how:
-    from sglang_hcache import streams
+    from sglang_hcache.device import streams
 
     setattr(streams.CudaStream, "wait", lambda _stream, _event: None)  # noqa: B010
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_hcache import load_planner, prefetch_queue, read_meter
+from sglang_hcache.queueing import load_planner, prefetch_queue, read_meter
 from sglang_hcache.storage import fetch
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.fetch import Fetch

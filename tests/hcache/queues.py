@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_hcache.load_planner import LoadPlanner
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
-from sglang_hcache.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from tests.hcache.conftest import until
 from tests.storage.pages import LAYOUT
 

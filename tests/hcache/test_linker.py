@@ -18,18 +18,19 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
-from sglang_hcache import __version__, linker, ranks, registration, representation, scheduler_hooks, start
+from sglang_hcache import __version__, linker, ranks, scheduler_hooks
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.copy_out import InlineCopyOut
+from sglang_hcache.device.streams import Event, ImmediateStream, _Passed
 from sglang_hcache.linker import HCacheLinker
-from sglang_hcache.load_planner import Prompt
 from sglang_hcache.model import OnePool, Pool, kv_buffers
 from sglang_hcache.prefetch.client import PrefetchClient
-from sglang_hcache.projector import KVProjector
+from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.restoring.projector import KVProjector
+from sglang_hcache.saving.copy_out import InlineCopyOut
+from sglang_hcache.startup import registration, representation, start
 from sglang_hcache.storage.contract import Progress
-from sglang_hcache.streams import Event, ImmediateStream, _Passed
 from tests.hcache.conftest import PAGE, slots_of, until
-from tests.hcache.test_registration import SERVER
+from tests.hcache.startup.test_registration import SERVER
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import key_of, keys_of
 

@@ -15,10 +15,11 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
-from sglang_hcache import admission, scheduler_hooks
-from sglang_hcache.admission import Admission, missing_pages
+from sglang_hcache import scheduler_hooks
 from sglang_hcache.linker import HCacheLinker
-from sglang_hcache.load_planner import Prompt
+from sglang_hcache.queueing import admission
+from sglang_hcache.queueing.admission import Admission, missing_pages
+from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.storage.layout import ROOT
 
 PROMPT = Prompt(1, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from sglang_hcache.copy_engine import BatchFunction
+from sglang_hcache.restoring.copy_engine import BatchFunction
 
 
 def _words(address: int, count: int) -> list[int]:

@@ -34,9 +34,10 @@ from bench import (
 )
 from bench.gpu import DEVICE
 from bench.kernels import on_gpu, table
-from sglang_hcache import copiers, copy_engine, copy_out
-from sglang_hcache.copiers import KernelCopier
-from sglang_hcache.streams import CudaStream, ImmediateStream
+from sglang_hcache.device.streams import CudaStream, ImmediateStream
+from sglang_hcache.restoring import copiers, copy_engine
+from sglang_hcache.restoring.copiers import KernelCopier
+from sglang_hcache.saving import copy_out
 from sglang_hcache.triton_kernels import packing, quantize
 from sglang_hcache.triton_kernels import project_kv as project
 from sglang_hcache.triton_kernels.tile_order import GROUP

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache import copiers, copy_engine
-from sglang_hcache.copiers import Copier, EngineCopier, EngineElseKernel, IndexCopier, KernelCopier, copier_of
-from sglang_hcache.copy_engine import AT_ONCE, Attributes, BatchFunction, CopyEngine, NoCopyEngine
-from sglang_hcache.host_pages import HostPages, StoredLayer
-from sglang_hcache.streams import ImmediateStream
+from sglang_hcache.device.streams import ImmediateStream
+from sglang_hcache.restoring import copiers, copy_engine
+from sglang_hcache.restoring.copiers import (
+    Copier,
+    EngineCopier,
+    EngineElseKernel,
+    IndexCopier,
+    KernelCopier,
+    copier_of,
+)
+from sglang_hcache.restoring.copy_engine import AT_ONCE, Attributes, BatchFunction, CopyEngine, NoCopyEngine
+from sglang_hcache.restoring.host_pages import HostPages, StoredLayer
 from sglang_hcache.triton_kernels import rows
 from tests.triton_kernels.driver import batch
 

@@ -12,7 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 def register() -> None:
     if "sglang.srt.managers.scheduler" in sys.modules:
-        HookRegistry.register("sglang_hcache.calibration._measure", _known, HookType.REPLACE)
+        HookRegistry.register("sglang_hcache.startup.calibration._measure", _known, HookType.REPLACE)
         target = "sglang_hcache.planner.rate_tracker.RateTracker.observe"
         HookRegistry.register(target, _ignored, HookType.REPLACE)
 

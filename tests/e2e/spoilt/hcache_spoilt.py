@@ -20,7 +20,7 @@ PAGE = 64
 def register() -> None:
     if "sglang.srt.managers.scheduler" in sys.modules:
         for target, hook in (("ReplayProjector._replay", _spoilt), ("KVProjector.project", _spoilt_drafts)):
-            HookRegistry.register(f"sglang_hcache.projector.{target}", hook, HookType.AROUND)
+            HookRegistry.register(f"sglang_hcache.restoring.projector.{target}", hook, HookType.AROUND)
 
 
 def _spoilt(

@@ -1,0 +1,1 @@
+"""An SGLang platform in pure PyTorch, for machines without an accelerator."""

@@ -1,0 +1,197 @@
+"""From the queue to a batch: requests are held, out of the scheduler's sight, while their pages are on the way.
+
+What one rank decides rides on SGLang's own broadcast of requests, and is carried out by all ranks in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
+from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.storage.layout import ROOT
+
+if TYPE_CHECKING:
+    from sglang_hcache.linker import HCacheLinker
+    from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
+
+_IDLE_WAIT_S = 0.005  # with nothing to do but to wait for pages; new requests are looked for as often
+
+
+@dataclass(frozen=True)
+class Admit:
+    """These requests are held no more, on any rank, from this step on."""
+
+    rids: tuple[str, ...]
+
+
+class Admission:
+    """One a scheduler process; called in each of the scheduler's steps."""
+
+    def __init__(self, linker: HCacheLinker, prefetches: PrefetchQueue, *, others_wait_for_us: bool) -> None:
+        """others_wait_for_us: schedulers with requests of their own take each step together with this one."""
+        self._linker = linker
+        self._prefetches = prefetches
+        self._others_wait_for_us = others_wait_for_us
+        self._head_starts = HeadStarts()
+        self._to_begin: list[HeadStart] = []  # in this step
+        self._idle = False  # in the last step there was nothing to do but to wait for pages
+        self._looked = False  # in this step, who need not wait any more: --scheduler-recv-interval skips steps
+        # Requests that were queued, and are held, while a batch is made.
+        self._held_meanwhile: list[Any] | None = None
+
+    def broadcast(
+        self, send: Callable[[list[Any] | None, list[Any]], list[Any]], recv_reqs: list[Any] | None, local: list[Any]
+    ) -> list[Any]:
+        """SGLang's broadcast of what this rank has received, with what it has decided; returns the requests.
+
+        recv_reqs: None where another rank receives requests, and decides.
+        """
+        self._looked = True
+        self._prefetches.new_step()
+        for rid in self._head_starts.over():
+            self._prefetches.head_start_over(rid)
+        if recv_reqs is not None:
+            if rids := self._prefetches.admissible(idle=self._idle and not recv_reqs):
+                local = [*local, Admit(tuple(rids))]
+            if start := self._prefetches.head_start():
+                local = [*local, start]
+        requests = []
+        for message in send(recv_reqs, local):
+            if isinstance(message, Admit):
+                self._prefetches.admit(message.rids)
+            elif isinstance(message, HeadStart):
+                self._to_begin.append(message)
+            else:
+                requests.append(message)
+        return requests
+
+    def queued(self, scheduler: Any, req: Any) -> None:
+        """The pages of a request that SGLang has just queued, and that are not on the device, are asked for at once.
+
+        SGLang queues some while it makes a batch, as their grammar is ready: if they are held, not for that one.
+        """
+        keys, prompt = missing_pages(scheduler.tree_cache, req)
+        if keys:
+            self._linker.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req)))
+            if self._held_meanwhile is not None and req.rid in self._prefetches.held:
+                self._held_meanwhile.append(scheduler.waiting_queue.pop())
+
+    def retracted(self, tree_cache: Any, req: Any) -> None:
+        """SGLang is about to free what a running request has computed, and does not insert it in its tree."""
+        if tree_cache.session.will_lend_record(req):
+            return  # its session keeps all of it
+        keys, parent, first = computed_pages(tree_cache, req)
+        if keys:
+            last = first + len(keys) * tree_cache.page_size
+            slots = tree_cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first:last]
+            windowed = max(0, last - max(first, req.kv.max_evicted_seqlen))
+            self._linker.retracted(req.rid, keys, parent, slots, windowed)
+
+    def make_batch(self, make: Callable[[], Any], scheduler: Any, running_batch: Any) -> Any:
+        """What SGLang makes of the requests that are not held; these stay in the queue, in their place.
+
+        running_batch: with the last batch, too, which is not in the scheduler's own yet.
+        """
+        self._linker.renew_store()
+        self._begin_head_starts(scheduler)
+        before, held = scheduler.waiting_queue, set(self._prefetches.held)
+        self._idle, looked, self._looked = False, self._looked, False
+        if held:
+            scheduler.waiting_queue = [req for req in before if req.rid not in held]
+            busy = scheduler.waiting_queue or not running_batch.is_empty() or scheduler.chunked_req is not None
+            if not (busy or self._others_wait_for_us):
+                self._idle = True
+                if looked:
+                    self._linker.wait_for_news(_IDLE_WAIT_S)
+        self._held_meanwhile = held_meanwhile = list[Any]()
+        try:
+            result = make()
+        finally:
+            self._held_meanwhile = None
+        if held:
+            left = scheduler.waiting_queue
+            still_there, known = {id(req) for req in left}, {id(req) for req in before}
+            scheduler.waiting_queue = [req for req in before if id(req) in still_there or req.rid in held]
+            scheduler.waiting_queue += [req for req in left if id(req) not in known]
+        scheduler.waiting_queue += held_meanwhile
+        batch, *_ = result
+        if batch is not None:
+            self._scheduled(scheduler, batch.reqs)
+        return result
+
+    def released(self, rid: str) -> None:
+        """SGLang is done with a request, or it was aborted."""
+        self._head_starts.aborted(rid)
+        self._linker.forget_request(rid)
+
+    def _scheduled(self, scheduler: Any, reqs: list[Any]) -> None:
+        self._head_starts.scheduled(reqs)
+        self._linker.scheduled([req.rid for req in reqs])
+        for req in reqs:  # SGLang leaves a hit there that the last lookup did not find again
+            scheduler.tree_cache.linker.hit_markers.pop(req.rid, None)
+
+    def _begin_head_starts(self, scheduler: Any) -> None:
+        """What SGLang knows nothing of is queued behind its back: not to be counted, refused or asked for ahead."""
+        while self._to_begin:
+            start = self._to_begin.pop(0)
+            if (head := self._head_starts.begin(scheduler, start)) is not None:
+                self._prefetches.begin_head_start(start, *missing_pages(scheduler.tree_cache, head))
+                scheduler.waiting_queue.append(head)
+
+
+def _turn(scheduler: Any, req: Any) -> int:
+    """With `--enable-priority-scheduling` SGLang sorts by it, then by arrival."""
+    if not scheduler.enable_priority_scheduling:
+        return 0
+    return int(req.priority if scheduler.schedule_low_priority_values_first else -req.priority)
+
+
+def usable_tokens(req: Any, tokens: int) -> int:
+    """How many tokens of a prefix may come from a cache: none of which the request wants log-probabilities.
+
+    tokens: of the request, so far.
+    """
+    if req.positional_embed_overrides is not None:
+        return 0
+    return int(req._compute_max_prefix_len(tokens))
+
+
+def missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
+    """Keys of the request's pages behind what the radix tree has on the device; asks no other rank."""
+    tokens = req.origin_input_ids + req.output_ids
+    if tree_cache.session.will_lend_record(req):
+        return [], Prompt(len(tokens), 0)
+    key, match, keys = _behind_device(tree_cache, req, tokens, usable_tokens(req, len(tokens)))
+    on_device = match.device_prefix_len
+    covered = on_device + len(keys) * tree_cache.page_size
+    whole = divisible(req) and not key.is_bigram  # of a beginning the last page would miss the token after it
+    return keys, Prompt(max(1, len(tokens) - covered), on_device, divisible=whole)
+
+
+def computed_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], bytes, int]:
+    """Keys of a running request's whole pages that the radix tree lacks; the page before them, and where they begin.
+
+    What it has inserted itself may not be found any more, for want of its windowed layers.
+    """
+    tokens = req.origin_input_ids + req.output_ids
+    usable = min(usable_tokens(req, len(tokens)), req.kv.kv_committed_len)
+    _, match, keys = _behind_device(tree_cache, req, tokens, usable)
+    on_device = match.device_prefix_len
+    inserted = min(len(keys), max(0, req.kv.cache_protected_len - on_device) // tree_cache.page_size)
+    before = tree_cache.get_last_hash_value(match.last_device_node) if on_device else None
+    parent = [bytes.fromhex(before) if before else ROOT, *keys][inserted]
+    return keys[inserted:], parent, on_device + inserted * tree_cache.page_size
+
+
+def _behind_device(tree_cache: Any, req: Any, tokens: Any, usable: int) -> tuple[Any, Any, list[bytes]]:
+    """The first tokens' key in the radix tree, what that has of it on the device, and keys of the pages behind."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.common import _req_radix_key
+
+    key, _ = _req_radix_key(tree_cache, req, tokens, usable).maybe_to_bigram_view(tree_cache.tree_core.is_eagle)
+    match = tree_cache.match_prefix(MatchPrefixParams(key=key))
+    names = tree_cache.linker._tail_hashes(key, match, match.device_prefix_len)
+    return key, match, [bytes.fromhex(name) for name in names]

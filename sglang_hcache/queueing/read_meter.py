@@ -1,0 +1,88 @@
+"""How fast drives read: what comes for all who wait, over the time that any waits.
+
+However many requests wait, and whatever pages they share: a slow drive is what makes them wait together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.storage.contract import ChunkStore
+
+MEASURED_PAGES = 4  # fewer say little about the drives
+MEASURED_S = 0.25  # while some are waited for all the time, what came is told so often
+
+
+@dataclass
+class _Reading:
+    keys: Sequence[bytes]
+    asked_at: float  # monotonic
+    waits_until: float  # monotonic
+    known_at: float | None = None  # when it was seen what of it is in memory; monotonic
+    there: int = 0  # pages, when it was last looked at
+
+
+class ReadMeter:
+    """Of the owners of a store's prefetches that are waited for."""
+
+    def __init__(self, store: ChunkStore, reads_at_once: int) -> None:
+        self._store = store
+        self._reads_at_once = reads_at_once
+        self._readings: dict[str, _Reading] = {}  # by owner
+        self._since = 0.0  # the planner was told last, or nobody waited; monotonic
+        self._came: set[bytes] = set()
+        self._busy_s = 0.0  # in which these came
+        self._busy_until = 0.0  # that is counted; monotonic
+
+    def begin(
+        self, owner: str, keys: Sequence[bytes], *, asked_at: float, waits_until: float, none_there: bool = False
+    ) -> None:
+        """The sooner after it asked, the fewer of its pages are taken for some that were in memory.
+
+        none_there: none of them was.
+        """
+        self._readings[owner] = _Reading(keys, asked_at, waits_until, asked_at if none_there else None)
+        self._look_at(owner)
+
+    def end(self, owner: str) -> None:
+        self._readings.pop(owner, None)
+
+    def look(self, planner: LoadPlanner, leaving: Collection[str] = ()) -> None:
+        """Tell the planner, if there is enough to tell. `leaving`: owners that will not be waited for any more."""
+        now, spans = time.monotonic(), list[tuple[float, float]]()
+        reads = goes_on = late = False  # for any of them; for any that stays; any that had to go without
+        for owner, reading in self._readings.items():
+            done = self._look_at(owner)
+            if reading.known_at is None:
+                continue
+            until = reading.asked_at + self._store.took_s(owner) if done else now
+            spans.append((reading.known_at, until))
+            in_vain = until >= reading.waits_until
+            late |= in_vain and reading.asked_at >= self._since
+            reads |= in_vain or not done
+            goes_on |= not done and owner not in leaving
+        for since, until in sorted(spans):
+            self._busy_s += max(0.0, until - max(since, self._busy_until))
+            self._busy_until = max(self._busy_until, until)
+        # What is under way counts for nothing, until it is there.
+        enough = len(self._came) >= (max(MEASURED_PAGES, self._reads_at_once) if reads else MEASURED_PAGES)
+        if enough and (self._busy_s >= MEASURED_S or not goes_on):
+            planner.read(len(self._came), self._busy_s)
+        elif late:
+            planner.read(max(1, len(self._came)), self._busy_s, at_least=True)
+        elif goes_on:
+            return
+        self._since, self._came, self._busy_s = now, set(), 0.0
+
+    def _look_at(self, owner: str) -> bool:
+        """Whether all that will come is there."""
+        reading = self._readings[owner]
+        slots, done, known = self._store.progress(owner)
+        if known and reading.known_at is None:
+            reading.known_at, reading.there = time.monotonic(), len(slots)
+        self._came.update(reading.keys[reading.there : len(slots)])
+        reading.there = len(slots)
+        return done

@@ -1,0 +1,241 @@
+"""Capture: the input of every layer's attention, copied out of the forward as it runs.
+
+A pre-hook on each attention module has a custom operator copy its input to the same rows of a staging buffer, in
+token order, so that CUDA graphs and compiled code hold the same copies as an eager forward. After the forward the
+rows go to a sink; padding stays behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from sglang_hcache.device.streams import Event, Stream, current_stream
+
+if TYPE_CHECKING:
+    from sglang_hcache.codec import Codec
+    from sglang_hcache.model import AttentionSite
+
+logger = logging.getLogger(__name__)
+
+_SPARE = 4  # the outbox holds this part of a full forward beside it
+_ALIGNMENT = 256  # bytes; of what is taken from it
+_UNUSABLE = -1  # in `seen`: a module was called with something other than `[tokens, width]`
+
+_library = torch.library.Library("hcache", "FRAGMENT")
+_library.define("stage_rows(Tensor hidden, Tensor(a!) staging, Tensor(b!) seen, int layer) -> ()")
+
+
+def _stage_rows(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor, layer: int) -> None:
+    """`staging[layer, :rows] = hidden[:rows]`, as many rows as there are in both; `seen[layer]` says how many.
+
+    hidden `[n, width]`, staging `[layers, rows, width]`, seen int64 `[layers]`, on the CPU: a graph's replay leaves
+    it as it is.
+    """
+    if hidden.shape[1:] != staging.shape[2:]:
+        seen[layer] = _UNUSABLE
+        return
+    rows = min(hidden.shape[0], staging.shape[1])
+    write_rows(staging[layer, :rows], hidden[:rows])
+    seen[layer] = rows
+
+
+def write_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+    """`target.copy_(source)`, on a GPU always by a kernel.
+
+    torch copies contiguous memory by the copy engine: in a CUDA graph that is a node which takes longer than the rows
+    of a decode step do. OR with 0 leaves every bit as it is, those of a negative zero and of NaNs, too.
+    """
+    plain = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
+    if plain and _has_words(source) and _has_words(target):
+        torch.bitwise_or(source.view(torch.int64), 0, out=target.view(torch.int64))
+    else:
+        target.copy_(source)
+
+
+def _has_words(rows: torch.Tensor) -> bool:
+    """Whether rows consist of elements of eight bytes: a kernel that takes them as such moves as many at a time."""
+    return not (rows.shape[-1] * rows.itemsize % 8 or rows.storage_offset() * rows.itemsize % 8)
+
+
+def _stage_nothing(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor, layer: int) -> None:
+    """What the operator returns, for a compiler: nothing."""
+
+
+_library.impl("stage_rows", _stage_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("hcache::stage_rows", _stage_nothing, lib=_library)
+
+
+class CaptureSink(Protocol):
+    """Where captured rows go. Called on the scheduler's thread, right after each forward."""
+
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
+        """Rows of one forward: `slots` int64 `[n]`, `positions` int64 `[n]`, `rows` `[layers, n, width]`.
+
+        With a codec, rows are uint8 `[layers, n, row_bytes]`. They are complete on the current stream, and not
+        overwritten before the event that is returned.
+        """
+
+    def drop(self, slots: torch.Tensor) -> None:
+        """A forward that was not captured has overwritten these device slots: discard what is held of them."""
+
+
+class Outbox:
+    """A ring of device memory, uint8, where rows wait until they have been copied to the host.
+
+    When it is full, new rows enter once the oldest have been copied. The stream waits for that, not the caller; it
+    rarely has to, as a forward takes longer than the copy of its rows over the bus.
+    """
+
+    def __init__(self, memory: torch.Tensor, stream: Stream) -> None:
+        self._memory = memory
+        self._stream = stream
+        self._next = 0
+        self._away: deque[tuple[range, Event]] = deque()
+
+    def take(self, size: int) -> torch.Tensor:
+        """Reserve `size` bytes for work queued on the stream from now on; call `sent` afterwards."""
+        begin = -(-self._next // _ALIGNMENT) * _ALIGNMENT
+        if begin + size > len(self._memory):
+            begin = 0
+        self._next = begin + size
+        overlapping = [
+            i for i, (place, _) in enumerate(self._away) if place.start < self._next and begin < place.stop
+        ]
+        if overlapping:
+            for _ in range(overlapping[-1] + 1):
+                _, event = self._away.popleft()
+            if not event.query():
+                self._stream.wait(event)
+        self._taken = range(begin, self._next)
+        return self._memory[begin : self._next]
+
+    def sent(self, event: Event) -> None:
+        """What was taken last, and everything before it, may be overwritten after the event."""
+        self._away.append((self._taken, event))
+
+
+def capture_bytes(layers: int, *, rows: int, width: int, dtype: torch.dtype) -> int:
+    """What a `Capture` takes of a GPU's memory."""
+    return layers * (2 * rows + rows // _SPARE) * width * dtype.itemsize
+
+
+class Capture:
+    """The staging buffer, `[layers, rows, width]` on the device, and the hooks that fill it.
+
+    On a GPU a forward's rows are moved to an outbox when it ends: they are copied to the host from there while the
+    next forward fills the staging buffer. It has room for a full forward and some small ones: a scheduler that
+    issues forwards ahead of the device never finds the last one's rows away.
+    """
+
+    def __init__(
+        self, sites: Sequence[AttentionSite], *, rows: int, width: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self.sites = tuple(sites)
+        self.sink: CaptureSink | None = None
+        self._codec: Codec | None = None
+        self._staging = torch.empty((len(sites), rows, width), dtype=dtype, device=device)
+        self._outbox = self._new_outbox()
+        self._seen = torch.zeros(len(sites), dtype=torch.int64)
+        self._usable = True
+        self._hooks: list[RemovableHandle] = [
+            site.module.register_forward_pre_hook(partial(self._stage, index), with_kwargs=True)
+            for index, site in enumerate(sites)
+        ]
+
+    def keep(self, layers: int, codec: Codec | None = None) -> None:
+        """Capture the first layers only, and hand their rows over encoded.
+
+        The staging buffer stays on a GPU: graphs captured before go on writing into it.
+        """
+        for hook in self._hooks[layers:]:
+            hook.remove()
+        del self._hooks[layers:]
+        if layers < len(self._seen) or codec is not self._codec:
+            self._seen, self._staging, self._codec = self._seen[:layers], self._staging[:layers], codec
+            self._outbox = None  # the old one's memory is free for the new one
+            self._outbox = self._new_outbox()
+        if not layers:
+            self.sink = None
+            if self._staging.device.type == "cpu":
+                self._staging = self._staging.new_empty(0)
+
+    def _new_outbox(self) -> Outbox | None:
+        layers, rows = self._staging.shape[:2]
+        if self._staging.device.type == "cpu" or not layers:
+            return None
+        size = layers * (rows + rows // _SPARE) * self._row_bytes + _ALIGNMENT
+        memory = torch.empty(size, dtype=torch.uint8, device=self._staging.device)
+        return Outbox(memory, current_stream(str(memory.device)))
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._codec.row_bytes if self._codec is not None else self._staging[0, 0].nbytes
+
+    @property
+    def forward_bytes(self) -> int:
+        """Most bytes that one forward hands to the sink."""
+        return self._staging.shape[0] * self._staging.shape[1] * self._row_bytes
+
+    def _stage(self, index: int, _module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        hidden = self.sites[index].hidden_states(args, kwargs)
+        if not isinstance(hidden, torch.Tensor):  # quantised already, with its scales
+            self._end("is quantised")
+            return
+        torch.ops.hcache.stage_rows(hidden, self._staging, self._seen, index)
+
+    def before_forward(self) -> None:
+        self._note_what_is_unusable()  # a graph may have been captured since
+        self._seen.zero_()
+
+    def _note_what_is_unusable(self) -> None:
+        """One such call is enough: a graph that was captured with it replays it, and runs no Python then."""
+        if not bool((self._seen != _UNUSABLE).all()):
+            self._end("has another width")
+
+    def _end(self, why: str) -> None:
+        if self._usable:
+            self._usable = False
+            logger.warning("hcache: no hidden states are captured from now on: an attention's input %s", why)
+
+    def after_forward(self, slots: torch.Tensor, positions: torch.Tensor, *, from_graph: bool) -> None:
+        """Hand the rows of the forward that was just issued to the sink; of one that is too long, the first.
+
+        slots, positions: int64 `[n]`, without padding. A graph's replay runs no Python, so there the rows are
+        taken to be as its capture left them.
+        """
+        if self.sink is None:
+            return
+        count = min(slots.numel(), self._staging.shape[1])
+        self._note_what_is_unusable()
+        if not (self._usable and (from_graph or int(self._seen.min()) >= count)):
+            self.sink.drop(slots)
+            return
+        slots, positions, beyond = slots[:count], positions[:count], slots[count:]
+        rows, size = self._staging[:, :count], self._staging.shape[0] * count * self._row_bytes
+        if self._outbox is not None:
+            rows = self._move(rows, self._outbox.take(size))
+        elif self._codec is not None:
+            rows = self._move(rows, torch.empty(size, dtype=torch.uint8))
+        event = self.sink.write(slots, positions, rows)
+        if self._outbox is not None:
+            self._outbox.sent(event)
+        if beyond.numel():
+            self.sink.drop(beyond)  # afterwards: the page that they begin in the middle of is not whole
+
+    def _move(self, rows: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Rows in the memory, as they are handed over; complete on the current stream."""
+        if self._codec is None:
+            moved = memory.view(rows.dtype).view(rows.shape)
+            wide = torch.int64 if _has_words(rows) else rows.dtype
+            moved.view(wide).copy_(rows.view(wide))
+        else:
+            moved = memory.view(*rows.shape[:2], self._codec.row_bytes)
+            self._codec.encode(rows, moved)
+        return moved

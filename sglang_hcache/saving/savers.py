@@ -1,0 +1,310 @@
+"""Savers: put the pages that SGLang inserts in its radix tree into the store, by representation."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sglang_hcache import windows
+from sglang_hcache.codec import Codec
+from sglang_hcache.device.streams import Event, Stream
+from sglang_hcache.model import Pool
+from sglang_hcache.restoring.projector import PoolReader
+from sglang_hcache.saving.copy_out import CopyOut, spread
+from sglang_hcache.saving.open_pages import OpenPages, chunk_rows
+from sglang_hcache.storage.contract import ChunkStore
+from sglang_hcache.storage.layout import positions as chunk_positions
+
+logger = logging.getLogger(__name__)
+
+_GATHERED_BYTES = 256 << 20  # of K and V in a piece; on a device there may be several on their way to the host
+
+
+class Saver(Protocol):
+    """Called on the scheduler's thread; may not block on I/O."""
+
+    def save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
+    ) -> None:
+        """Device slots `[len(keys) × page_tokens]` hold the pages `keys`, which follow `parent`: store them.
+
+        window_slots: of the last of these pages, where windowed layers have slots of their own.
+        """
+
+    def saved(self) -> threading.Event:
+        """Set once all that has been saved before is in the store."""
+
+    def discard(self, slots: torch.Tensor) -> None:
+        """What was captured of these device slots is not to be stored: a restore fills them, say."""
+
+    def clear(self) -> None:
+        """Discard everything that is not yet in the store."""
+
+    def stats(self) -> dict[str, int]: ...
+
+
+class Restored:
+    """Keys of pages that came from the store: SGLang offers them to be saved all the same, at the head of a node.
+
+    most: of those whose request has ended before that, so many are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._keys: dict[bytes, None] = {}  # the oldest first
+
+    def add(self, keys: Iterable[bytes]) -> None:
+        self._keys |= dict.fromkeys(keys)
+        for key in list(itertools.islice(self._keys, max(0, len(self._keys) - self._most))):
+            del self._keys[key]
+
+    def take_leading(self, keys: Sequence[bytes]) -> int:
+        """How many of the keys, from the first on, are known; they are forgotten."""
+        leading = list(itertools.takewhile(self._keys.__contains__, keys))
+        for key in leading:
+            del self._keys[key]
+        return len(leading)
+
+    def clear(self) -> None:
+        self._keys.clear()
+
+
+class NoSaver:
+    """Stores nothing: another rank saves the same pages, or there is no store."""
+
+    def save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
+    ) -> None:
+        pass
+
+    def saved(self) -> threading.Event:
+        known_elsewhere = threading.Event()
+        known_elsewhere.set()
+        return known_elsewhere
+
+    def discard(self, slots: torch.Tensor) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+
+class PageSaver:
+    """Commits whole pages: rows of the first layers as capture has collected them, K and V of the others.
+
+    It is capture's sink, too.
+    """
+
+    def __init__(
+        self,
+        store: ChunkStore,
+        copy_out: CopyOut,
+        *,
+        captured: int = 0,
+        kv: Sequence[KVRows] = (),
+        windowed: KVRows | None = None,
+        codec: Codec | None = None,
+    ) -> None:
+        """captured: layers. kv: the others, but for windowed ones, if these have slots of their own.
+
+        codec: what has encoded the rows that capture hands over.
+        """
+        self._store = store
+        self._copy_out = copy_out
+        self._page_tokens = store.layout.page_tokens
+        self._open = OpenPages(store, layers=captured, copying=copy_out.copying) if captured else None
+        self._kv = kv
+        self._windowed = windowed
+        self._positions = chunk_positions(store.memory, store.layout)
+        self._codec = codec
+        self._counts = dict.fromkeys(
+            ("tokens_captured", "tokens_not_captured", "tokens_not_encoded", "pages_saved", "pages_incomplete"), 0
+        )
+
+    # ---- capture's sink ----
+
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
+        host_rows = self._copy_out.rows_to_host(rows)
+        if host_rows is None:
+            self.drop(slots)
+            return self._copy_out.record()
+        host_slots, host_positions = map(self._copy_out.to_host, (slots, positions))
+        self._copy_out.submit(
+            lambda: self._collect(host_slots.numpy(), host_positions.numpy(), host_rows.view(torch.uint8).numpy())
+        )
+        return self._copy_out.record()
+
+    def drop(self, slots: torch.Tensor) -> None:
+        host_slots = self._copy_out.to_host(slots)
+        self._copy_out.submit(lambda: self._drop(host_slots.numpy()))
+
+    def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        assert self._open is not None
+        encoded = self._codec.encoded(rows) if self._codec is not None else None
+        if encoded is not None:
+            self._counts["tokens_not_encoded"] += int(np.count_nonzero(~encoded))
+        written = self._open.write(slots, positions, rows, encoded)
+        self._counts["tokens_captured"] += written
+        self._counts["tokens_not_captured"] += len(slots) - written
+
+    def _drop(self, slots: NDArray[np.int64]) -> None:
+        assert self._open is not None
+        self._counts["tokens_not_captured"] += len(slots)
+        self._open.forget(slots)
+
+    # ---- pages that SGLang names ----
+
+    def save(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None = None
+    ) -> None:
+        every = (*self._kv, self._windowed) if self._windowed is not None else self._kv
+        together, tokens = min((kv.pages_together for kv in every), default=len(keys)), self._page_tokens
+        window_slots = slots[:0] if window_slots is None else window_slots
+        before_window = len(keys) - len(window_slots) // tokens
+        for first in range(0, len(keys), together):
+            last = min(first + together, len(keys))
+            of_window = slice(max(0, first - before_window) * tokens, max(0, last - before_window) * tokens)
+            self._save_together(
+                keys[first:last],
+                keys[first - 1] if first else parent,
+                slots[first * tokens : last * tokens],
+                window_slots[of_window],
+            )
+
+    def _save_together(
+        self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor
+    ) -> None:
+        first_slots = self._copy_out.to_host(slots.view(-1, self._page_tokens)[:, 0].contiguous())
+        gathered = self._gather(slots, window_slots)
+        self._copy_out.submit(lambda: self._commit(keys, parent, first_slots.tolist(), gathered))
+
+    def _gather(self, slots: torch.Tensor, window_slots: torch.Tensor) -> list[tuple[KVRows, torch.Tensor]] | None:
+        """What of K and V the host will have; None where there is no room for all of it."""
+        wanted = [(kv, slots) for kv in self._kv]
+        if self._windowed is not None and len(window_slots):
+            wanted.append((self._windowed, window_slots))
+        found = []
+        for kv, where in wanted:
+            try:
+                rows = kv.gather(where)
+            except torch.OutOfMemoryError:  # beside SGLang's pools there may be little left
+                pages = len(slots) // self._page_tokens
+                logger.warning("hcache: no device memory to save %d pages by; they are not stored", pages)
+                return None
+            if rows is None:
+                return None
+            found.append((kv, rows))
+        return found
+
+    def _commit(
+        self,
+        keys: Sequence[bytes],
+        parent: bytes,
+        first_slots: list[int],
+        gathered: Sequence[tuple[KVRows, torch.Tensor]] | None,
+    ) -> None:
+        chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
+        if gathered is None:
+            for chunk in chunks:
+                if chunk is not None:
+                    self._store.abandon(chunk)
+            chunks = [None] * len(keys)
+        whole = [(index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
+        windowed_from = len(keys)
+        for kv, rows in gathered or ():
+            missing = len(keys) - rows.shape[1] // self._page_tokens  # the first ones, of windowed layers
+            kv.write(rows, [(index - missing, chunk) for index, chunk in whole if index >= missing])
+            if kv is self._windowed:
+                windowed_from = missing
+        before = [parent, *keys]
+        for index, chunk in whole:
+            if self._windowed is not None:
+                windows.note(self._positions, chunk, windowed=index >= windowed_from)
+            self._store.commit(keys[index], chunk, before[index])
+        self._counts["pages_saved"] += len(whole)
+        self._counts["pages_incomplete"] += len(keys) - len(whole)
+
+    def _chunk_of(self, device_page: int) -> int | None:
+        return self._store.reserve() if self._open is None else self._open.take(device_page)
+
+    def saved(self) -> threading.Event:
+        saved = threading.Event()
+        self._copy_out.submit(saved.set)
+        return saved
+
+    def discard(self, slots: torch.Tensor) -> None:
+        if (pages := self._open) is not None:
+            host_slots = self._copy_out.to_host(slots)
+            self._copy_out.submit(lambda: pages.forget(host_slots.numpy()))
+
+    def clear(self) -> None:
+        if self._open is not None:
+            self._copy_out.submit(self._open.clear)
+        self._copy_out.drain()
+
+    def stats(self) -> dict[str, int]:
+        return {**self._counts, "pages_open": len(self._open) if self._open is not None else 0}
+
+
+class KVRows:
+    """K and V of some layers, on their way from a device pool into slots of the store."""
+
+    def __init__(
+        self,
+        store: ChunkStore,
+        copy_out: CopyOut,
+        pool: Pool,
+        layers: range,
+        *,
+        gathering: Stream,
+        current: Stream,
+        forward: Stream,
+        before: int = 0,
+    ) -> None:
+        """layers: of the pool. before: of the store, which the pool's follow.
+
+        gathering: a stream of our own. current: the stream that `gather` is called on. forward: the one that writes
+        the pool.
+        """
+        self._copy_out = copy_out
+        self._pool = PoolReader(pool, layers)
+        self._chunks = chunk_rows(store, range(before + layers.start, before + layers.stop))
+        self._gathering, self._current, self._forward = gathering, current, forward
+        self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
+
+    def gather(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`.
+
+        None where the host has no room for them. They are read behind the forward that is under way, and the next one
+        comes after that: it may write these slots. The current stream waits for neither, as SGLang may wait for it.
+        """
+        for made_on in (self._current, self._forward):
+            self._gathering.wait(made_on.record())
+        _, layers, _, row_bytes = self._chunks.shape
+        with self._gathering.active():
+            found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
+            self._pool.read(slots, found)
+        self._gathering.keep(slots)
+        gathered = self._gathering.record()
+        self._forward.wait(gathered)
+        return self._copy_out.rows_to_host(found, gathered)
+
+    def write(self, rows: torch.Tensor, places: Sequence[tuple[int, int]]) -> None:
+        """Of what was gathered, by page: the page, and the slot that it goes to."""
+        by_page = rows.numpy().reshape(len(rows), -1, *self._chunks.shape[2:])
+
+        def copy(place: tuple[int, int]) -> None:
+            page, chunk = place
+            self._chunks[chunk] = by_page[:, page]
+
+        spread(self._copy_out.copying, copy, places)

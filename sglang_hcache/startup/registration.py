@@ -1,0 +1,260 @@
+"""What a scheduler process tells a prefetcher: which pages it uses, and how much memory it asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule, get_spec
+from sglang.srt.utils.hf_transformers.mistral_utils import is_mistral_model
+
+from sglang_hcache.config import HCacheConfig
+from sglang_hcache.flags import GB
+from sglang_hcache.model import Pool
+from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
+from sglang_hcache.prefetch.messages import Hello, Welcome
+from sglang_hcache.ranks import (
+    first_of_its_requests,
+    of_first_rank,
+    of_nodes_first_rank,
+    rank_name,
+    ranks_of_a_node,
+    replica,
+)
+from sglang_hcache.startup.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
+from sglang_hcache.startup.representation import Stored
+from sglang_hcache.storage.layout import ChunkLayout
+
+logger = logging.getLogger(__name__)
+
+# Formats that load the very files that a checkpoint is known by; others take what was made of them at some time.
+_FROM_ITS_FILES = (
+    *("auto", "pt", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "sharded_state", "layered"),
+    *("gguf", "bitsandbytes", "mistral"),
+)
+# With these, more than those files decides what is computed.
+_NOT_WEIGHTS_ALONE = (
+    *("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks"),
+    *("decrypted_config_file", "decrypted_draft_config_file"),
+)
+# The same weights are computed with in another way.
+_COMPUTING = (
+    *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
+    *("flashinfer_mxfp4_moe_precision", "enable_w4a4_mxfp4_megamoe", "speculative_enable_w4a4_mxfp4_megamoe"),
+    "enable_precise_embedding_interpolation",  # of an image's positions, in its encoder
+)
+_COMPUTING_BY_ENVIRONMENT = (
+    *("SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FP4_IGNORED_LAYERS", "SGLANG_FORCE_FP8_MARLIN"),
+    *("SGLANG_HUMMING_ONLINE_QUANT_CONFIG", "SGLANG_HUMMING_INPUT_QUANT_CONFIG"),
+    *("SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16", "SGLANG_NVFP4_CKPT_FP8_GEMM_IN_ATTN"),
+    "SGLANG_EXTERNAL_MODEL_PACKAGE",  # has classes of its own for models
+)
+
+
+class Registration:
+    """`hello` makes it; it changes with the weights."""
+
+    def __init__(
+        self,
+        config: HCacheConfig,
+        server_args: Any,
+        model_config: Any,
+        pool: Pool,
+        stored: Stored,
+        *,
+        drafts: Sequence[Pool],
+        page_tokens: int,
+        rows_of_a_forward: int,
+    ) -> None:
+        self._config = config
+        self._server_args = server_args
+        self._model = model_config
+        self._pool = pool
+        self._stored = stored
+        self._drafts = drafts
+        self._rows_of_a_forward = rows_of_a_forward
+        self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
+        self._host_share, self._host_bytes = self._wanted_host_memory()
+        scales = server_args.quantization_param_path
+        self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
+        self._this_server = of_first_rank(process_identity())
+        self._weights_changes = 0
+        self._weights = of_nodes_first_rank(
+            lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json")
+        )
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """A session has begun: one rank of a node says what is different from what this server asks for."""
+        if get_parallel().tp_rank % ranks_of_a_node() == 0 and not replica():
+            warn_of_limits_that_do_not_hold(self._config, welcome)
+
+    def weights_changed(self) -> None:
+        """In place: nothing stored so far fits them, and nothing from now on outlives this server."""
+        self._weights_changes += 1
+        self._weights = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether this rank saves its pages: of those on a node that compute the same ones, one does."""
+        return not self._stored.same_on_all_ranks or first_of_its_requests()
+
+    @property
+    def _ranks_sharing_pages(self) -> int:
+        """Ranks of this node that say the same fingerprint, and ask for memory for all of them."""
+        replicas = get_parallel().dp_size if self._weights is not None else 1
+        own_pages = 1 if self._stored.same_on_all_ranks else min(get_parallel().attn_tp_size, ranks_of_a_node())
+        return replicas * ranks_of_a_node() // own_pages
+
+    def hello(self) -> Hello:
+        sharing = self._ranks_sharing_pages if self._config.prefetcher is None else 1
+        return Hello(
+            pid=os.getpid(),
+            name=f"{Path(self._model.model_path).name} {rank_name()}",
+            fingerprint=self._fingerprint(),
+            page_tokens=self._layout.page_tokens,
+            layer_bytes=list(self._layout.layer_bytes),
+            host_bytes=self._host_bytes * sharing,
+            host_share=self._host_share * sharing,
+            grant=self._pages_of_a_forward() if self.saves else 0,
+            on_file=self._weights is not None,
+            write_policy=get_memory().hicache_write_policy,
+            about={
+                "model": self._model.model_path,
+                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "representation": ", ".join(filter(None, (self._stored.name, self._config.codec))),
+            },
+        )
+
+    def _pages_of_a_forward(self) -> int:
+        """Slots to have ready: for the new pages of a forward, twice, and one for each running request."""
+        pages = -(-self._rows_of_a_forward // self._layout.page_tokens)
+        return 2 * pages + (get_schedule().max_running_requests or 64)
+
+    def _weights_on_disk(self, memo: Path) -> str | None:
+        """All weights: of the model, of adapters known at start, of a draft model, of an encoder elsewhere.
+
+        None if they are unknown.
+
+        Keys of pages name an adapter by name and path, or, where it was loaded later, by an id that is never used
+        again: what is in it must be named here.
+        """
+        model, lora = get_model(), get_lora()
+        try:
+            if model.load_format not in _FROM_ITS_FILES:
+                raise OSError(f"--load-format {model.load_format} takes them from elsewhere")
+            if model.weight_cache_mode != "off":
+                raise OSError(f"--weight-cache-mode {model.weight_cache_mode} shares those of another process")
+            for name in _NOT_WEIGHTS_ALONE:
+                if getattr(self._server_args, name):
+                    raise OSError(f"--{name.replace('_', '-')} changes the model")
+            path, revision, cache = self._model.model_path, model.revision, model.download_dir
+            parts: list[object] = [checkpoint_identity(path, memo, revision=revision, cache=cache)]
+            if lora.enable_lora:
+                adapters = lora.lora_paths
+                parts.append(
+                    [(one.lora_id, checkpoint_identity(one.lora_path, memo, cache=cache)) for one in adapters]
+                )
+            if self._stored.formats.drafts:
+                parts.append(self._draft_on_disk(memo))
+            if encoder := getattr(self._model.hf_config, "mm_vision_tower", None):
+                parts.append(self._encoder_on_disk(encoder, memo))
+            return repr(parts) if len(parts) > 1 else str(parts[0])
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "hcache: the weights of %s cannot be identified (%s): pages are kept in host memory only",
+                self._model.model_path,
+                error,
+            )
+            return None
+
+    def _draft_on_disk(self, memo: Path) -> tuple[object, ...]:
+        """Its weights, and what is computed with them. Raises OSError."""
+        spec = get_spec()
+        if spec.speculative_draft_load_format not in (None, *_FROM_ITS_FILES):
+            flag = f"--speculative-draft-load-format {spec.speculative_draft_load_format}"
+            raise OSError(f"{flag} takes the draft model's from elsewhere")
+        path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
+        if path is None:  # layers of the model's own checkpoint
+            path, revision = self._model.model_path, get_model().revision
+        weights = checkpoint_identity(path, memo, revision=revision, cache=get_model().download_dir)
+        quantized = spec.speculative_draft_model_quantization, spec.speculative_draft_kv_cache_dtype
+        return spec.speculative_algorithm, weights, spec.speculative_draft_load_format, quantized
+
+    def _encoder_on_disk(self, named: str, memo: Path) -> str:
+        """LLaVA's own checkpoints name another one for it, or a folder of theirs. Raises OSError."""
+        inside = Path(self._model.model_path, named)
+        return checkpoint_identity(str(inside) if inside.is_dir() else named, memo)
+
+    def _fingerprint(self) -> bytes:
+        parts: list[tuple[str, object]] = [
+            ("model", self._weights or f"{self._this_server}, change {self._weights_changes}"),
+            ("loading", (get_model().load_format, _parser(self._model), str(self._model.model_impl))),
+            ("override", self._server_args.json_model_override_args),
+            ("dtype", str(self._model.dtype)),
+            ("kv_dtype", str(self._pool.dtype)),
+            ("kv_scales", self._scales),
+            ("quantization", self._model.quantization),
+            ("page_size", self._layout.page_tokens),
+            ("row_bytes", self._stored.row_bytes),
+            ("hidden_layers", self._stored.layout.hidden),
+            ("codec", self._config.codec),
+        ]
+        if windowed := [*self._stored.formats.windowed]:
+            parts.append(("windowed_layers", windowed))
+        if self._drafts:
+            parts.append(("draft_kv", [str(pool.dtype) for pool in self._drafts]))
+        parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
+        parts += [(name, value) for name in _COMPUTING_BY_ENVIRONMENT if (value := os.environ.get(name))]
+        if not self._stored.same_on_all_ranks:
+            parallel = get_parallel()
+            parts.append(("rank", (parallel.attn_tp_rank, parallel.attn_tp_size)))
+        return fingerprint(parts)
+
+    def _wanted_host_memory(self) -> tuple[float, int]:
+        """Most of what is free, 0 for all of it, and most bytes, for this rank.
+
+        How much is free is for the prefetcher to say: it may hold the arena of a former server. With a remote one
+        memory is this process's own.
+        """
+        memory, ranks = get_memory(), get_parallel().dp_size * ranks_of_a_node()
+        if memory.hicache_size > 0:
+            return 0.0, int(memory.hicache_size * GB)
+        ratio: float = memory.hicache_ratio
+        tokens = self._pool.size + self._pool.page_size  # buffers may be larger, by addresses without memory
+        wanted = int(ratio * tokens * self._stored.pool_row_bytes)
+        if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
+            if self._config.prefetcher is not None:
+                return 0.0, min(wanted, int(fraction * available_bytes()) // ranks)
+            return fraction / ranks, wanted
+        if wanted > (total := total_bytes() // ranks):
+            raise RuntimeError(
+                f"--hicache-ratio {ratio:g} does not fit: {wanted / GB:.1f} GB of host memory for this rank, "
+                f"{total / GB:.1f} GB in all; give a smaller ratio, or --hicache-size"
+            )
+        return 0.0, wanted
+
+
+def _parser(model_config: Any) -> str:
+    """Of its configuration, which decides how K is rotated; by itself SGLang goes by the name."""
+    named: str = model_config.model_config_parser
+    return "mistral" if named == "auto" and is_mistral_model(model_config.model_path) else named
+
+
+def warn_of_limits_that_do_not_hold(config: HCacheConfig, welcome: Welcome) -> None:
+    """A prefetcher that ran already keeps those it was started with, whatever this server's flags say."""
+    limits = (
+        ("--hcache-dir-size", config.directory_bytes, welcome.quota_bytes, "the default"),
+        ("--hcache-read-limit", config.read_bytes_per_s, welcome.read_bytes_per_s, "no limit"),
+    )
+    for flag, wanted, held, unset in limits:
+        if wanted is not None and held != wanted:
+            logger.warning(
+                "hcache: %s %g is not in force: the prefetcher of %s runs already, with %s",
+                flag,
+                wanted / GB,
+                ",".join(config.directories),
+                f"{held / GB:g}" if held is not None else unset,
+            )

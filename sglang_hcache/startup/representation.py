@@ -1,0 +1,247 @@
+"""The formats in which a layer can be stored: hidden states only if the self-test has passed on this model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spec
+
+from sglang_hcache.codec import Codec, DecodingProjector, make_codec
+from sglang_hcache.config import Representation
+from sglang_hcache.model import AttentionSite, Pool, attention_sites, has_latent, kv_row_bytes, windowed_layers
+from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.ranks import all_ranks
+from sglang_hcache.restoring.fast_projector import KernelProjector
+from sglang_hcache.restoring.host_pages import Projector
+from sglang_hcache.restoring.projector import KeyValueReplayProjector, KVProjector, ReplayProjector
+from sglang_hcache.saving.capture import Capture
+from sglang_hcache.startup.selftest import run_self_test
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """To store a layer, and to get its K and V back."""
+
+    row_bytes: int  # of a token
+    dtype: torch.dtype  # of a row's elements
+    projector: Projector
+    projector_name: str
+    codec: Codec | None = None  # rows are encoded by it
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What this model allows."""
+
+    hidden: LayerFormat | None
+    obstacle: str  # why there are no hidden states
+    kv: LayerFormat
+    kv_bytes_all_ranks: int  # K and V of a token in a layer
+    kv_same_on_all_ranks: bool  # MLA's latent is; K and V are of each rank's own heads
+    drafts: tuple[LayerFormat, ...] = ()  # of the layers of a draft model
+    windowed: Mapping[int, LayerFormat] = field(default_factory=dict)  # by layer, in the order of their pool
+
+    @property
+    def hidden_is_smaller(self) -> bool:
+        return self.hidden is not None and self.hidden.row_bytes < self.kv_bytes_all_ranks
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of each layer: hidden states of the first, K and V of the others, and of a draft model's."""
+
+    layout: Layout  # of the model itself
+    formats: Formats
+    reason: str
+
+    def of(self, layer: int) -> LayerFormat:
+        """Those of a draft model come after the model's."""
+        if layer >= self.layout.layers:
+            return self.formats.drafts[layer - self.layout.layers]
+        if layer in self.formats.windowed:
+            return self.formats.windowed[layer]
+        if layer >= self.layout.hidden:
+            return self.formats.kv
+        assert self.formats.hidden is not None
+        return self.formats.hidden
+
+    @property
+    def order(self) -> list[int]:
+        """Layers as they lie in a record: those of a pool together."""
+        layers = range(self.layout.layers + len(self.formats.drafts))
+        others = [layer for layer in layers if layer not in self.formats.windowed]
+        own = self.layout.layers - len(self.formats.windowed)
+        return [*others[:own], *self.formats.windowed, *others[own:]]
+
+    @property
+    def row_bytes(self) -> tuple[int, ...]:
+        """Of a token, in each layer, in their order."""
+        return tuple(self.of(layer).row_bytes for layer in self.order)
+
+    @property
+    def pool_row_bytes(self) -> int:
+        """Of a token, in all layers of this rank's pools, a draft model's among them."""
+        formats = self.formats
+        own = self.layout.layers - len(formats.windowed)
+        others = (*formats.windowed.values(), *formats.drafts)
+        return own * formats.kv.row_bytes + sum(layer.row_bytes for layer in others)
+
+    @property
+    def same_on_all_ranks(self) -> bool:
+        """As hidden states are."""
+        return self.formats.kv_same_on_all_ranks or not (self.layout.kv or self.formats.drafts)
+
+    @property
+    def name(self) -> str:
+        parts = ((Representation.HIDDEN, self.layout.hidden), (Representation.KV, self.layout.kv))
+        return "+".join(kind for kind, layers in parts if layers)
+
+    @property
+    def projector_names(self) -> str:
+        return " and ".join(dict.fromkeys(self.of(layer).projector_name for layer in range(self.layout.layers)))
+
+
+def formats_of(
+    model_runner: Any,
+    capture: Capture | None,
+    pool: Pool,
+    page_tokens: int,
+    *,
+    hidden_wanted: bool,
+    codec_name: str | None,
+    drafts: Sequence[Pool] = (),
+) -> Formats:
+    """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
+
+    codec_name: how they are stored, if not as they are. A lossy one has no part in the test. drafts: pools of draft
+    models.
+    """
+    others = set(range(pool.layer_num)) - set(windowed_layers(pool))
+    kv_bytes, shared = kv_row_bytes(pool, min(others)), all(map(has_latent, (pool, *drafts)))
+    hidden, obstacle = None, "K and V are wanted"
+    if hidden_wanted:
+        model = model_runner.model_config
+        codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
+        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec)
+        if projector is not None and codec is not None:
+            name = f"{projector.name}, from {codec.name}"
+            hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
+        elif projector is not None:
+            hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
+    copy = KVProjector(pool, drafts)
+    kv = LayerFormat(kv_bytes, torch.uint8, copy, "copy")
+    of_drafts = [
+        LayerFormat(kv_row_bytes(draft), torch.uint8, copy, "copy")
+        for draft in drafts
+        for _ in range(draft.layer_num)
+    ]
+    windowed = {
+        layer: LayerFormat(kv_row_bytes(pool, layer), torch.uint8, copy, "copy") for layer in windowed_layers(pool)
+    }
+    all_ranks_bytes = kv_bytes * (1 if has_latent(pool) else get_parallel().attn_tp_size)
+    return Formats(hidden, obstacle, kv, all_ranks_bytes, shared, tuple(of_drafts), windowed)
+
+
+def _hidden_projector(
+    runner: Any,
+    capture: Capture | None,
+    pool: Pool,
+    page_tokens: int,
+    codec: Codec | None,
+) -> tuple[KernelProjector | ReplayProjector | None, str]:
+    """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
+    if capture is None:
+        never = why_never_hidden(runner, attention_sites(runner.model))
+        others = "larger than K and V, capturing them takes too much memory, or attention modules cannot be replayed"
+        return None, never or f"hidden states are {others}"
+    if obstacle := _obstacle(runner, capture, pool):
+        return None, obstacle
+    deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
+    for projector in _candidates(capture.sites, pool, deterministic=deterministic):
+        passed, verdict = _try(projector, runner, capture, pool, page_tokens, codec)
+        if all_ranks(passed):
+            return projector, ""
+    return None, f"the self-test failed ({verdict})"
+
+
+def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
+    """What the self-test, of one short prompt, would not show."""
+    obstacles = (
+        (has_latent(pool), "the latent of MLA is smaller than hidden states"),
+        (bool(windowed_layers(pool)), "layers with a sliding window have a KV pool of their own"),
+        (
+            len(capture.sites) != pool.layer_num,
+            f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool",
+        ),
+    )
+    return next((why for holds, why in obstacles if holds), why_never_hidden(runner, capture.sites))
+
+
+def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
+    """What of a loaded model leaves no use for its hidden states, however they are captured."""
+    ranks = get_parallel().attn_tp_size
+    obstacles = (
+        # --lora-paths sets this, too, but not in what was given.
+        (get_lora().enable_lora, "with LoRA the projection depends on the request"),
+        (runner.model_config.model_is_mrope, "positions of several dimensions (M-RoPE) are not stored"),
+        (
+            any(site.rotates_by_forward for site in sites),
+            "with LongRoPE a token's K depends on the longest prompt of its forward",
+        ),
+        (
+            ranks > 1 and bool(get_spec().speculative_algorithm),
+            "a draft model's K and V are of each rank's own heads, so each would store the hidden states, too",
+        ),
+        (
+            ranks > 1 and any(site.normalizes_across_heads for site in sites),
+            "to normalize K all ranks exchange it, which a restoration must not do beside their forward",
+        ),
+    )
+    return next((why for holds, why in obstacles if holds), None)
+
+
+def _try(
+    projector: KernelProjector | ReplayProjector,
+    runner: Any,
+    capture: Capture,
+    pool: Pool,
+    page_tokens: int,
+    codec: Codec | None,
+) -> tuple[bool, str]:
+    """Whether it passes the self-test on this rank, and why; other ranks may see it otherwise."""
+    try:
+        result = run_self_test(runner, capture, projector, pool, page_tokens, codec)
+    except Exception as error:  # of the model's own code, as a rule: the tier can do without
+        logger.warning("hcache: self-test of hidden states by %s FAILED", projector.name, exc_info=True)
+        return False, type(error).__name__
+    verdict = str(result)
+    passed = "passed" if result.passed else "FAILED"
+    logger.info("hcache: self-test of hidden states by %s %s (%s)", projector.name, passed, verdict)
+    if codec is not None and result.not_encoded:
+        share = f"{result.not_encoded:.1%} of a test prompt's tokens, nor the pages they are in"
+        logger.warning("hcache: --hcache-codec %s cannot store %s; drop it", codec.name, share)
+    return result.passed, verdict
+
+
+def _candidates(
+    sites: Sequence[Any], pool: Pool, *, deterministic: bool
+) -> Iterator[KernelProjector | ReplayProjector]:
+    """Projectors of hidden states, the fastest first.
+
+    deterministic: SGLang has put kernels of its own in the place of torch's; the model's code runs just these.
+    """
+    if not deterministic:
+        try:
+            yield KernelProjector(sites, pool)
+        except ValueError as error:
+            logger.info("hcache: K and V are projected by the model's own code (%s)", error)
+        with contextlib.suppress(ValueError):
+            yield KeyValueReplayProjector(sites, pool)
+    yield ReplayProjector(sites, pool)

@@ -1,0 +1,54 @@
+"""Which forwards a planner is told of, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from sglang_hcache.queueing.forward_timer import ForwardTimer
+
+
+class Device:
+    """A stream whose events are numbered in seconds; those before `now` have been reached."""
+
+    def __init__(self) -> None:
+        self.recorded = self.now = 0
+
+    def record(self, *, timed: bool = False) -> Any:
+        assert timed
+        self.recorded += 1
+        at = self.recorded
+        return SimpleNamespace(at=at, query=lambda: at < self.now, elapsed_time=lambda end: 1000 * (end.at - at))
+
+
+def batch(*tokens: int, extend: bool = True) -> Any:
+    mode = SimpleNamespace(is_extend_without_speculative=lambda: extend)
+    return SimpleNamespace(
+        forward_mode=mode, extend_seq_lens_cpu=list(tokens), extend_prefix_lens_cpu=[7 for _ in tokens]
+    )
+
+
+def test_a_planner_is_told_of_prefills_once_the_device_is_done_with_them() -> None:
+    told = list[tuple[Any, ...]]()
+    planner: Any = SimpleNamespace(prefilled=lambda *of, alone: told.append((*of, alone)))
+    device: Any = Device()
+    timer = ForwardTimer(planner, device)
+    for one, alone in ((batch(3, 4), True), (batch(1, extend=False), True), (batch(5), False)):
+        timer.begin(one, alone=alone)
+        timer.end()
+    assert told == []
+    device.now = 3
+    timer.begin(batch(1, extend=False), alone=True)
+    timer.end()
+    assert told == [([3, 4], [7, 7], 1.0, True)]
+    device.now = 5
+    timer.end()
+    assert told[1:] == [([5], [7], 1.0, False)]
+
+
+def test_where_nothing_is_planned_nothing_is_timed() -> None:
+    device: Any = Device()
+    timer = ForwardTimer(None, device)
+    timer.begin(batch(3), alone=True)
+    timer.end()
+    assert device.recorded == 0

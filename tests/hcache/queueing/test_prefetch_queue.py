@@ -1,0 +1,366 @@
+"""Prefetch ahead of scheduling on a real store, whose disk can be held up."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from sglang_hcache.prefetch.no_store import NoStore
+from sglang_hcache.queueing import prefetch_queue
+from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.storage.contract import Progress
+from sglang_hcache.storage.store import LocalStore
+from tests.hcache.conftest import Clock
+from tests.hcache.queues import TIMEOUT, planner, wait_until_admissible
+from tests.prefetch.clients import PATIENCE_S
+from tests.storage.pages import LAYOUT, holds, key_of, keys_of, save
+
+pytestmark = pytest.mark.usefixtures("clock")
+
+
+def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(10)))
+    assert "a" in requests.held
+    assert requests.admissible() == []
+    disk.set()
+    wait_until_admissible(requests, "a")
+    requests.admit(["a"])
+    assert "a" not in requests.held
+    assert requests.ready("a", keys_of(range(10))) == 10
+    slots = requests.leased("a", keys_of(range(10)))
+    assert [holds(store.memory[slot], page) for page, slot in enumerate(slots)] == [True] * 10
+    assert requests.stats()["lookups_not_ahead"] == 0
+    requests.forget("a")
+    assert store.stats()["pages_leased"] == 0
+
+
+@pytest.mark.parametrize("plans", [True, False])
+def test_never_longer_than_the_timeout(
+    store: LocalStore, disk: threading.Event, clock: Clock, monkeypatch: pytest.MonkeyPatch, plans: bool
+) -> None:
+    """But what is being read may be there when it is scheduled: the queue may be long."""
+    believes = planner(ssd_bytes_per_s=1e10) if plans else None
+    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True, planner=believes)
+    requests.queued("a", keys_of(range(10)))
+    clock.advance(TIMEOUT.base_s - 0.01)
+    assert requests.admissible() == []
+    clock.advance(0.02)
+    assert requests.admissible() == ["a"]
+    requests.admit(["a"])
+    assert requests.ready("a", keys_of(range(10))) == 0
+    assert requests.stats()["requests_admitted_late"] == 1
+    disk.set()
+    assert store.wait("a", PATIENCE_S).done
+    assert requests.ready("a", keys_of(range(10))) == 10
+    requests.forget("a")
+    assert store.stats()["pages_leased"] == 0
+
+
+@pytest.mark.parametrize(("base_s", "longest_s"), [(1.0, [1.0, 17.0, 60.0]), (90.0, [90.0, 90.0, 90.0])])
+def test_long_prompts_are_not_held_for_minutes(base_s: float, longest_s: list[float]) -> None:
+    rule = HoldRule(PrefetchPolicy.TIMEOUT, base_s=base_s, per_ki_token_s=0.25)
+    assert [rule.longest_s(tokens) for tokens in (0, 1 << 16, 1 << 20)] == longest_s
+
+
+def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_left(
+    store: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
+    """However long ago their time was up."""
+    disk.set()
+    save(store, range(10, 40))
+    assert store.flush(PATIENCE_S)
+    store.drop_host()
+    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e10))
+    rids = {str(first): keys_of(range(first, first + 10)) for first in (0, 10, 20, 30)}
+    for rid, keys in rids.items():
+        requests.queued(rid, keys)
+    clock.advance(TIMEOUT.base_s + 0.01)
+    requests.admit(requests.admissible())
+    assert not requests.held
+    for rid, keys in rids.items():
+        assert store.wait(rid, PATIENCE_S).done
+        assert requests.ready(rid, keys) == 10
+        requests.forget(rid)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
+    store: LocalStore, disk: threading.Event, alone: bool
+) -> None:
+    save(store, range(20, 25))
+    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=alone)
+    requests.queued("memory", keys_of(range(20, 25)))
+    requests.queued("file", keys_of(range(10)))
+    assert [*requests.held] == (["file"] if alone else ["memory", "file"])
+    assert requests.admissible() == [*requests.held], "in the next step"
+    requests.admit(["memory", "file"])
+    assert requests.ready("memory", keys_of(range(20, 25))) == 5
+    assert requests.ready("file", keys_of(range(10))) == 0
+    disk.set()
+    assert store.wait("file", PATIENCE_S).done, "reading goes on"
+    assert requests.ready("file", keys_of(range(10))) == 10
+    requests.clear()
+
+
+def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
+    monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
+    requests.queued("a", keys_of(range(10)))
+    clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
+    assert requests.admissible() == []
+    clock.advance(0.02)
+    assert requests.admissible() == ["a"]
+    requests.clear()
+
+
+def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: threading.Event) -> None:
+    save(store, range(20, 25))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("memory", keys_of(range(20, 25)))
+    requests.queued("nowhere", keys_of(range(90, 95)))
+    assert not requests.held
+    assert requests.ready("memory", keys_of(range(20, 25))) == 5
+    assert requests.ready("nowhere", keys_of(range(90, 95))) == 0
+    requests.clear()
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_when_it_is_admitted(
+    store: LocalStore, decides: bool
+) -> None:
+    """This one need not know when that is: who decides has waited for it."""
+    saved = threading.Event()
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("a", keys_of(range(20, 25)), saved=saved)
+    assert requests.admissible() == []
+    save(store, range(20, 25))
+    if decides:
+        saved.set()
+        wait_until_admissible(requests, "a")
+    requests.admit(["a"])
+    assert requests.ready("a", keys_of(range(20, 25))) == 5
+    assert requests.stats()["lookups_not_ahead"] == 0
+    requests.clear()
+
+
+def test_what_is_never_saved_is_not_waited_for_longer_than_the_timeout(store: LocalStore, clock: Clock) -> None:
+    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(20, 25)), saved=threading.Event())
+    clock.advance(TIMEOUT.base_s)
+    assert requests.admissible() == []
+    clock.advance(0.01)
+    assert requests.admissible() == ["a"]
+    requests.clear()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Owners that were waited for; after one wait in vain comes no other."""
+    waits, wait = list[str](), LocalStore.wait
+
+    def counted(store: LocalStore, owner: str, timeout_s: float, **until: bool) -> Any:
+        waits.append(owner)
+        return wait(store, owner, timeout_s, **until)
+
+    monkeypatch.setattr(LocalStore, "wait", counted)
+    return waits
+
+
+def test_of_many_requests_at_once_one_is_waited_for_in_vain(
+    store: LocalStore, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler goes on, and decides on the others in its next step."""
+    monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
+
+    def in_vain(owner: str, _timeout_s: float, *, until_known: bool) -> Progress:
+        waits.append(owner)
+        return store.progress(owner)
+
+    monkeypatch.setattr(store, "wait", in_vain)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    for number in range(50):
+        requests.queued(str(number), keys_of(range(10)))
+    assert waits == ["0"]
+    assert len(requests.held) == 50
+    requests.clear()
+
+
+def test_that_pages_must_be_read_holds_no_other_request(store: LocalStore, waits: list[str]) -> None:
+    """It is known at once, and no wait in vain."""
+    save(store, range(20, 25))
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    for rid, pages in (("drive", range(10)), ("memory", range(20, 25)), ("nowhere", range(90, 95))):
+        requests.queued(rid, keys_of(pages))
+    assert waits == ["drive", "memory", "nowhere"]
+    assert list(requests.held) == ["drive"]
+    requests.clear()
+
+
+def test_answers_to_many_requests_at_once_take_little_of_a_step(
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come in time."""
+    waits, step_s, answer_s = list[str](), prefetch_queue.STEP_WAIT_S, 0.003
+
+    def answered(owner: str, timeout_s: float, *, until_known: bool) -> Progress:
+        waits.append(owner)
+        clock.advance(min(answer_s, timeout_s))
+        return Progress((), timeout_s >= answer_s, known=timeout_s >= answer_s)
+
+    monkeypatch.setattr(store, "wait", answered)
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    for first in (0, 100):
+        began_s = clock.monotonic()
+        for number in range(first, first + 100):
+            requests.queued(str(number), keys_of(range(90, 95)))
+        assert clock.monotonic() - began_s == pytest.approx(step_s)
+        clock.advance(1.0)
+        requests.new_step()
+    assert len(waits) == 2 * -(-step_s // answer_s)
+    requests.clear()
+
+
+class Counted(str):
+    """Counts its own uses as a key."""
+
+    uses = 0
+
+    def __hash__(self) -> int:
+        Counted.uses += 1
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("pages", [range(90, 95), range(10)])
+def test_a_request_costs_the_same_however_many_are_queued(store: LocalStore, pages: range) -> None:
+    def uses(count: int) -> int:
+        requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10))
+        Counted.uses = 0
+        for number in range(count):
+            requests.queued(Counted(number), keys_of(pages))
+        requests.admissible()
+        counted = Counted.uses
+        requests.clear()
+        return counted
+
+    assert uses(200) < 3 * uses(100)
+
+
+def test_of_many_lookups_in_one_step_one_is_waited_for(
+    store: LocalStore, disk: threading.Event, waits: list[str]
+) -> None:
+    """Those that ask without a wait find their pages at the next lookup."""
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    rids = list(map(str, range(5)))
+    assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [0] * len(rids)
+    assert waits == ["0"]
+    disk.set()
+    for rid in rids:
+        assert store.wait(rid, PATIENCE_S).done
+    assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [10] * len(rids)
+    assert requests.stats()["lookups_not_ahead"] == len(rids)
+    requests.clear()
+
+
+def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalStore, disk: threading.Event) -> None:
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("nowhere", keys_of(range(90, 95)))
+    assert list(requests.held) == ["nowhere"]
+    assert requests.admissible() == ["nowhere"]
+    requests.clear()
+
+
+def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalStore) -> None:
+    """A rank that lets go for itself builds other batches than the rest: they wait for each other for good."""
+
+    def step() -> list[str]:
+        admissible = ranks[0].admissible()
+        for rank in ranks:
+            rank.admit(admissible)
+        assert list(ranks[0].held) == list(ranks[1].held)
+        return admissible
+
+    for loser in (0, 1):
+        other = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
+        ranks = [PrefetchQueue(mine, HoldRule(), LAYOUT.page_tokens, alone=False) for mine in (store, store)]
+        ranks[loser] = PrefetchQueue(other, HoldRule(), LAYOUT.page_tokens, alone=False)
+        for rank in ranks:
+            rank.queued("before", keys_of(range(10)))
+        ranks[loser].clear()
+        for rank in ranks:
+            rank.queued("behind", keys_of(range(10)))
+        assert list(ranks[0].held) == list(ranks[1].held) == ["before", "behind"]
+        if loser == 0:
+            assert step() == ["before", "behind"], "there is nothing to wait for"
+        else:
+            assert step() == []
+            for rank in ranks:
+                rank.forget("before")
+            step()
+        ranks[loser].attach(other)
+        for rank in ranks:
+            rank.clear()
+        step()
+        assert not ranks[0].held
+        other.close()
+
+
+def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStore, disk: threading.Event) -> None:
+    disk.set()
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(4, 10)))
+    assert store.wait("a", PATIENCE_S).done
+    assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
+    assert requests.stats()["lookups_not_ahead"] == 0
+    requests.ready("a", keys_of(range(10)))  # the device has lost some
+    assert store.wait("a", PATIENCE_S).done
+    assert requests.ready("a", keys_of(range(10))) == 10
+    assert requests.stats()["lookups_not_ahead"] == 1
+    requests.forget("a")
+    assert store.stats()["pages_leased"] == 0
+
+
+def test_what_was_not_found_is_asked_for_more_and_more_rarely(
+    store: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
+    """Policies that sort by prefix look up all that wait, in every step."""
+    disk.set()
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests.queued("a", keys_of(range(90, 95)))
+    asked_at = []
+    for step in range(1, 2001):
+        clock.advance(0.01)
+        before = requests.lookups_not_ahead
+        assert requests.ready("a", keys_of(range(90, 95))) == 0
+        if requests.lookups_not_ahead > before:
+            asked_at.append(step / 100)
+    assert asked_at == pytest.approx([0.5, 1.0, 2.0, 4.0, 8.0, 16.0], rel=0.05)
+    save(store, range(90, 95))
+    clock.advance(20.0)
+    assert requests.ready("a", keys_of(range(90, 95))) == 5
+    requests.clear()
+
+
+def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, disk: threading.Event) -> None:
+    disk.set()
+    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests.queued("hcache-synthetic", keys_of(range(5)))
+    wait_until_admissible(requests, "hcache-synthetic")
+    slots = requests.ready("hcache-synthetic", keys_of(range(5)))
+    store.prefetch(requests._trial, [key_of(7)])
+    assert int(str(store.stats()["pages_leased"])) >= slots == 5
+    requests.clear()
+
+
+def test_nothing_is_held_while_there_is_no_store() -> None:
+    requests = PrefetchQueue(
+        NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), LAYOUT.page_tokens, alone=True
+    )
+    requests.queued("a", keys_of(range(3)))
+    assert not requests.held
+    assert requests.ready("a", keys_of(range(3))) == 0
+    requests.forget("a")

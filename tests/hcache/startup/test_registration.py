@@ -1,0 +1,507 @@
+"""Whose pages a server says its pages are: under which fingerprint, and whether they go to files."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import pytest
+import torch
+from sglang.srt.runtime_context import derive_attention_ranks
+
+from sglang_hcache import ranks
+from sglang_hcache.config import HCacheConfig
+from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.prefetch.messages import Hello
+from sglang_hcache.prefetch.supervisor import LocalSupervisor
+from sglang_hcache.startup import registration
+from sglang_hcache.startup.registration import Registration, warn_of_limits_that_do_not_hold
+from sglang_hcache.startup.representation import Formats, Stored
+from tests.hcache.conftest import until
+from tests.prefetch.clients import PATIENCE_S, hello
+
+Say = Callable[..., Hello]
+
+MODEL = {"load_format": "auto", "weight_cache_mode": "off", "revision": None, "download_dir": None}
+LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
+SPECULATION: dict[str, object] = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_draft_model_revision": None,
+    "speculative_draft_load_format": None,
+    "speculative_draft_model_quantization": None,
+    "speculative_draft_kv_cache_dtype": None,
+}
+SERVER = {
+    "quantization_param_path": None,
+    "json_model_override_args": "{}",
+    "modelopt_quant": None,
+    "enable_tf32_matmul": None,
+    "enable_deterministic_inference": False,
+    "rl_on_policy_target": None,
+    "enable_precise_embedding_interpolation": False,
+    "flashinfer_mxfp4_moe_precision": "default",
+    "enable_w4a4_mxfp4_megamoe": False,
+    "speculative_enable_w4a4_mxfp4_megamoe": None,
+    "kt_weight_path": None,
+    "modelopt_checkpoint_restore_path": None,
+    "rl_quant_profile": None,
+    "forward_hooks": None,
+    "decrypted_config_file": None,
+    "decrypted_draft_config_file": None,
+}
+
+
+def placed(
+    rank: int = 0, size: int = 1, *, groups: int = 1, nodes: int = 1, replica: int = 0, replicas: int = 1
+) -> Any:
+    """A rank's place, as SGLang derives it; `groups` of ranks have an attention of their own each."""
+    attn_tp_size = size // groups
+    attn_tp_rank, attn_dp_rank = derive_attention_ranks(tp_rank=rank, attn_tp_size=attn_tp_size, attn_cp_size=1)
+    return SimpleNamespace(
+        tp_rank=rank,
+        tp_size=size,
+        attn_tp_rank=attn_tp_rank,
+        attn_tp_size=attn_tp_size,
+        nnodes=nodes,
+        dp_size=replicas,
+        dp_rank=replica if replicas > 1 else attn_dp_rank if groups > 1 else None,
+    )
+
+
+def checkpoint(folder: Path, weights: bytes, configuration: str = "config.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / configuration).write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """`say(model, …)`: the hello of a server with one rank, a pool of 2,000 bytes and these arguments."""
+    of_first: list[object] = []  # what rank 0 has gathered, for rank 1 after it
+
+    def gather(value: object) -> list[object]:
+        if parallel.tp_rank == 0:
+            of_first.append(value)
+            return [value, value]
+        return [of_first.pop(0), value]
+
+    parallel = placed()
+    parallel.tp_group = SimpleNamespace(all_gather_object=gather)
+    monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
+    pool: Any = SimpleNamespace(dtype=torch.float32, layer_num=2, size=32, page_size=8)
+
+    def said(
+        model: Path | str,
+        *,
+        size: int = 1,
+        ratio: float = 2.0,
+        fraction: float | None = None,
+        remote: str | None = None,
+        latent: bool = False,
+        draft: Path | None = None,
+        draft_dtype: torch.dtype = torch.bfloat16,
+        encoder: Path | str | None = None,
+        place: SimpleNamespace | None = None,
+        **arguments: object,
+    ) -> Hello:
+        memory = SimpleNamespace(
+            hicache_size=size,
+            hicache_ratio=ratio,
+            hicache_host_memory_fraction=fraction,
+            hicache_write_policy="write_through",
+        )
+        vars(parallel).update(vars(place or placed()))
+        kv: Any = SimpleNamespace(row_bytes=25, projector_name="copy")
+        formats = Formats(None, "", kv, 64, kv_same_on_all_ranks=latent, drafts=(kv,) if draft else ())
+        stored = Stored(Layout(0, 0, 2), formats, "")
+        spec = {**SPECULATION, "speculative_draft_model_path": str(draft), **arguments}
+        monkeypatch.setattr(registration, "get_spec", lambda: SimpleNamespace(**spec))
+        monkeypatch.setattr(registration, "get_memory", lambda: memory)
+        monkeypatch.setattr(registration, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
+        monkeypatch.setattr(registration, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
+        return Registration(
+            HCacheConfig((str(tmp_path),), prefetcher=remote),
+            SimpleNamespace(**{**SERVER, **arguments}),
+            SimpleNamespace(
+                model_path=str(model),
+                dtype=torch.float32,
+                quantization=None,
+                hf_config=SimpleNamespace(mm_vision_tower=encoder),
+                **{name: arguments.get(name, "auto") for name in ("model_config_parser", "model_impl")},
+            ),
+            pool,
+            stored,
+            drafts=[SimpleNamespace(dtype=draft_dtype)] if draft else [],
+            page_tokens=64,
+            rows_of_a_forward=512,
+        ).hello()
+
+    return said
+
+
+def test_the_same_server_finds_its_pages_again(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    before, after = say(model), say(model)
+    assert before.fingerprint == after.fingerprint
+    assert before.on_file
+    checkpoint(tmp_path / "model", b"others!")
+    assert say(model).fingerprint != before.fingerprint
+
+
+def test_a_draft_model_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
+    model, draft = checkpoint(tmp_path / "model", b"weights"), checkpoint(tmp_path / "draft", b"drafts")
+    alone, before = say(model), say(model, draft=draft)
+    assert say(model, draft=draft).fingerprint == before.fingerprint
+    assert before.on_file
+    assert say(model, draft=draft, speculative_draft_load_format="safetensors").on_file
+    for elsewhere in ("dummy", "presharded"):
+        assert not say(model, draft=draft, speculative_draft_load_format=elsewhere).on_file
+    others = [
+        say(model, draft=draft, speculative_draft_kv_cache_dtype="fp8_e5m2"),
+        say(model, draft=draft, speculative_draft_load_format="safetensors"),
+        say(model, draft=draft, draft_dtype=torch.float16),  # as many bytes, but other values
+    ]
+    checkpoint(draft, b"trained")
+    others += [alone, before, say(model, draft=draft)]
+    assert len({one.fingerprint for one in others}) == len(others)
+
+
+def served(*paths: Path) -> dict[str, object]:
+    """The arguments of a server with these adapters, as SGLang leaves them: an id by name and path."""
+    return {
+        "enable_lora": True,
+        "lora_paths": [SimpleNamespace(lora_id=path.name, lora_path=str(path)) for path in paths],
+    }
+
+
+def test_an_adapter_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    one = checkpoint(tmp_path / "one", b"adapter", "adapter_config.json")
+    two = checkpoint(tmp_path / "two", b"another", "adapter_config.json")
+    before = say(model, **served(one, two))
+    assert say(model, **served(one, two)).fingerprint == before.fingerprint
+    assert before.on_file
+
+    checkpoint(one, b"changed", "adapter_config.json")
+    retrained = say(model, **served(one, two)).fingerprint
+    checkpoint(one, b"adapter", "adapter_config.json")
+    assert say(model, **served(one, two)).fingerprint == before.fingerprint
+    (one / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    scaled = say(model, **served(one, two)).fingerprint
+    fingerprints = {before.fingerprint, retrained, scaled, say(model, **served(two)).fingerprint}
+    assert len(fingerprints) == 4
+
+
+def test_an_encoder_of_images_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
+    """Be it a checkpoint of its own or, by a relative path, a folder of the model's."""
+    model = checkpoint(tmp_path / "model", b"weights")
+    elsewhere, inside = checkpoint(tmp_path / "clip", b"first"), checkpoint(model / "vit", b"first")
+    for encoder, named in ((elsewhere, elsewhere), (inside, "./vit")):
+        first = say(model, encoder=named)
+        assert first.on_file
+        assert say(model, encoder=named).fingerprint == first.fingerprint
+        checkpoint(encoder, b"again")
+        again = say(model, encoder=named)
+        assert again.on_file
+        assert again.fingerprint != first.fingerprint
+    assert not say(model, encoder="nobody/never-fetched").on_file
+
+
+def test_a_lora_server_without_adapters_at_start_keeps_its_pages(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    assert say(model, **served()).on_file
+    assert say(model, **served()).fingerprint == say(model, **served()).fingerprint
+
+
+def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    ways: list[dict[str, object]] = [
+        {},
+        {"modelopt_quant": "fp8"},
+        {"enable_tf32_matmul": True},
+        {"enable_deterministic_inference": True},
+        {"rl_on_policy_target": "fsdp"},
+        {"enable_precise_embedding_interpolation": True},
+        {"flashinfer_mxfp4_moe_precision": "bf16"},
+        {"enable_w4a4_mxfp4_megamoe": True},
+        {"speculative_enable_w4a4_mxfp4_megamoe": True},
+        {"load_format": "pt"},
+        {"model_config_parser": "mistral"},
+        {"model_impl": "transformers"},
+    ]
+    assert len({say(model, **way).fingerprint for way in ways}) == len(ways)
+
+
+def test_by_its_name_a_model_is_read_in_another_way(say: Say, tmp_path: Path) -> None:
+    """SGLang's `auto` goes by the name, and rotates K otherwise."""
+    paths = [checkpoint(tmp_path / name, b"weights") for name in ("copy", "Mistral-Large-3", "other-copy")]
+    plain, mistral, again = (say(path).fingerprint for path in paths)
+    assert plain == again != mistral
+    assert say(paths[0], model_config_parser="mistral").fingerprint == mistral
+
+
+@pytest.mark.parametrize(
+    "name", ["SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FP4_IGNORED_LAYERS", "SGLANG_EXTERNAL_MODEL_PACKAGE"]
+)
+def test_the_environment_decides_how_it_is_computed(
+    name: str, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    before = say(model).fingerprint
+    monkeypatch.setenv(name, "lm_head")
+    assert say(model).fingerprint != before
+    monkeypatch.delenv(name)
+    assert say(model).fingerprint == before
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no weights",
+        "no adapter",
+        "dummy weights",
+        "weights of another server",
+        "weights of another process",
+        "a dump of former weights",
+        "a configuration of another name",
+        "weights of experts elsewhere",
+        "an id that was never fetched",
+    ],
+)
+def test_what_cannot_be_identified_goes_to_no_file(
+    what: str, say: Say, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Path | str = checkpoint(tmp_path / "model", b"weights")
+    arguments: dict[str, object] = {}
+    if what == "no weights":
+        model = tmp_path
+    elif what == "no adapter":
+        arguments = served(tmp_path / "nowhere")
+    elif what == "dummy weights":
+        arguments = {"load_format": "dummy"}
+    elif what == "weights of another server":
+        arguments = {"load_format": "remote_instance"}
+    elif what == "weights of another process":
+        arguments = {"weight_cache_mode": "client"}
+    elif what == "a dump of former weights":
+        arguments = {"load_format": "presharded"}
+    elif what == "a configuration of another name":
+        arguments = {"decrypted_config_file": "plain.json"}
+    elif what == "weights of experts elsewhere":
+        arguments = {"kt_weight_path": str(tmp_path)}
+    else:
+        model = "nobody/never-fetched"
+    with caplog.at_level(logging.WARNING):
+        first, second = say(model, **arguments), say(model, **arguments)
+    assert not first.on_file
+    assert first.fingerprint != second.fingerprint
+    assert [record.message.count("pages are kept in host memory only") for record in caplog.records] == [1, 1]
+
+
+def test_ranks_share_the_pages_of_a_latent(say: Say, tmp_path: Path) -> None:
+    """K and V are of each rank's own heads; and memory that is shared is asked for once for all."""
+    model = checkpoint(tmp_path / "model", b"weights")
+    for latent, names, share in ((False, 2, 1), (True, 1, 2)):
+        hellos = [say(model, latent=latent, place=placed(rank, 2)) for rank in range(2)]
+        assert len({hello.fingerprint for hello in hellos}) == names
+        assert hellos[0].host_bytes == share * 10**9
+
+
+def test_only_a_rank_that_saves_asks_for_slots(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    for latent, grants in ((False, [24, 24]), (True, [24, 0])):
+        hellos = [say(model, latent=latent, place=placed(rank, 2)) for rank in range(2)]
+        assert [hello.grant for hello in hellos] == grants
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_replicas_share_pages(latent: bool, say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    for size in (0, 1):
+        places = [placed(rank, 2, replica=replica, replicas=3) for rank in range(2) for replica in range(3)]
+        hellos = [say(model, size=size, fraction=0.6, latent=latent, place=place) for place in places]
+        names = {hello.fingerprint for hello in hellos}
+        assert len(names) == (1 if latent else 2)
+        of_one_rank, share = (10**9, 0.0) if size else (4000, 0.1)
+        assert {hello.host_bytes for hello in hellos} == {6 // len(names) * of_one_rank}
+        assert hellos[0].host_share == pytest.approx(6 // len(names) * share)
+    assert [hello.name for hello in hellos] == [f"model replica {i % 3} rank {i // 3}" for i in range(6)]
+
+
+def test_replicas_whose_weights_are_not_known_keep_to_themselves(say: Say, tmp_path: Path) -> None:
+    hellos = [
+        say(tmp_path, latent=True, load_format="dummy", place=placed(rank, 2, replica=replica, replicas=2))
+        for replica in range(2)
+        for rank in range(2)
+    ]
+    names = [hello.fingerprint for hello in hellos]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert {hello.host_bytes for hello in hellos} == {2 * 10**9}
+
+
+def test_ranks_with_an_attention_of_their_own_share_pages(say: Say, tmp_path: Path) -> None:
+    """With others, and with a server that has as many ranks as each of their groups."""
+    model = checkpoint(tmp_path / "model", b"weights")
+    by_itself = say(model)
+    hellos = [say(model, place=placed(rank, 2, groups=2)) for rank in range(2)]
+    assert {hello.fingerprint for hello in hellos} == {by_itself.fingerprint}
+    assert hellos[0].host_bytes == 2 * by_itself.host_bytes
+    halves = [say(model, place=placed(rank, 4, groups=2)) for rank in (0, 1, 0, 3)]
+    assert halves[0].fingerprint != halves[1].fingerprint == halves[3].fingerprint
+    assert halves[0].host_bytes == 2 * by_itself.host_bytes
+
+
+def test_with_a_remote_prefetcher_a_rank_asks_for_no_others_memory(say: Say, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    hellos = [say(model, latent=True, remote="tcp://there:1", place=placed(rank, 2)) for rank in range(2)]
+    assert {hello.host_bytes for hello in hellos} == {10**9}
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "nodes", "first"),
+    [
+        (1, 1, 1, [0]),
+        (4, 1, 1, [0]),
+        (4, 4, 1, [0, 1, 2, 3]),
+        (4, 2, 1, [0, 2]),
+        (8, 1, 2, [0, 4]),
+        (12, 3, 2, [0, 4, 6, 8]),
+    ],
+)
+def test_one_rank_of_a_node_saves_what_several_compute(
+    size: int, groups: int, nodes: int, first: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_first(rank: int) -> bool:
+        monkeypatch.setattr(ranks, "get_parallel", lambda: placed(rank, size, groups=groups, nodes=nodes))
+        return ranks.first_of_its_requests()
+
+    assert [rank for rank in range(size) if is_first(rank)] == first
+
+
+def test_replicas_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "get_parallel", placed)
+    inside, leave, waits = threading.Event(), threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def lock(file: IO[str], operation: int) -> None:
+        try:
+            flock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits.set()
+            flock(file, operation)
+
+    def first() -> None:
+        with ranks.taking_turns(tmp_path / "calibration"):
+            inside.set()
+            leave.wait(PATIENCE_S)
+            order.append("first")
+
+    def second() -> None:
+        with ranks.taking_turns(tmp_path / "calibration"):
+            order.append("second")
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(PATIENCE_S)
+    threads[1].start()
+    until(lambda: waits.is_set() or order)
+    leave.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert order == ["first", "second"]
+
+
+def test_a_server_that_hangs_in_its_turn_keeps_no_other_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ranks, "get_parallel", placed)
+    monkeypatch.setattr(ranks, "SAID_S", 0.1)
+    monkeypatch.setattr(ranks, "TURN_S", 0.2)
+    caplog.set_level(logging.INFO, "sglang_hcache")
+    with ranks.taking_turns(tmp_path / "calibration"):
+        assert not caplog.records
+        with ranks.taking_turns(tmp_path / "calibration"):
+            waited, gave_up = (record.message for record in caplog.records)
+    assert "waiting for another server" in waited
+    assert "cannot be locked (another process has kept a lock" in gave_up
+
+
+def asked(hello: Hello) -> tuple[int, float]:
+    return hello.host_bytes, hello.host_share
+
+
+def test_host_memory_by_ratio_fits_the_container(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    monkeypatch.setattr(registration, "total_bytes", lambda: 3000)
+    assert asked(say(model, size=0, fraction=0.8)) == (4000, 0.8), "the prefetcher reduces the default ratio"
+    assert asked(say(model, size=0, fraction=0.8, ratio=1.0)) == (2000, 0.8)
+    assert asked(say(model, size=0, ratio=1.4)) == (2800, 0), "whatever a former server's still holds"
+    with pytest.raises(RuntimeError, match=r"--hicache-ratio 1\.6 does not fit"):
+        say(model, size=0, ratio=1.6)
+
+
+def test_host_memory_by_ratio_counts_the_draft_models_pool(say: Say, tmp_path: Path) -> None:
+    model, draft = checkpoint(tmp_path / "model", b"weights"), checkpoint(tmp_path / "draft", b"drafts")
+    assert asked(say(model, size=0, fraction=0.8, draft=draft)) == (6000, 0.8), "one layer beside two"
+
+
+def test_with_a_remote_prefetcher_memory_is_the_servers_own(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    monkeypatch.setattr(registration, "available_bytes", lambda: 3000)
+    assert asked(say(model, size=0, fraction=0.8, remote="tcp://there:1")) == (2400, 0)
+
+
+def test_ranks_of_a_node_read_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of eight ranks on two nodes in turn, gathering what all of them would have made."""
+
+    def ask(rank: int, made: list[int]) -> str | None:
+        def make() -> str:
+            made.append(rank)
+            return f"of rank {rank}"
+
+        def gather(value: object) -> list[object]:
+            return [f"of rank {other}" if other % 4 == 0 else None for other in range(8)]
+
+        group = SimpleNamespace(all_gather_object=gather)
+        place = placed(rank, 8, nodes=2)
+        place.tp_group = group
+        monkeypatch.setattr(ranks, "get_parallel", lambda: place)
+        return ranks.of_nodes_first_rank(make)
+
+    made: list[int] = []
+    assert [ask(rank, made) for rank in range(8)] == ["of rank 0"] * 4 + ["of rank 4"] * 4
+    assert made == [0, 4]
+
+
+def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real one, that another server has started with a read limit and no bound of the directory."""
+    mine = HCacheConfig((str(tmp_path),), directory_bytes=5 * 10**9, read_bytes_per_s=3e9)
+    supervisor = LocalSupervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
+    store = supervisor.open()
+    try:
+        warn_of_limits_that_do_not_hold(mine, store.welcome)
+        size, rate = (record.getMessage() for record in caplog.records)
+        assert size.startswith("hcache: --hcache-dir-size 5 is not in force")
+        assert size.endswith("with the default")
+        assert rate.startswith("hcache: --hcache-read-limit 3 is not in force")
+        assert rate.endswith("with 2")
+        caplog.clear()
+        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9), store.welcome)
+        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories), store.welcome)
+        assert not caplog.records
+    finally:
+        store.close()
+        supervisor.close()
