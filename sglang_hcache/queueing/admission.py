@@ -25,6 +25,7 @@ class Admit:
     """These requests are held no more, on any rank, from this step on."""
 
     rids: tuple[str, ...]
+    still_read: frozenset[str]  # of these, whose pages are read until they are scheduled
 
 
 class Admission:
@@ -55,13 +56,13 @@ class Admission:
             self._prefetches.head_start_over(rid)
         if recv_reqs is not None:
             if rids := self._prefetches.admissible(idle=self._idle and not recv_reqs):
-                local = [*local, Admit(tuple(rids))]
+                local = [*local, Admit(tuple(rids), self._prefetches.still_read(rids))]
             if start := self._prefetches.head_start():
                 local = [*local, start]
         requests = []
         for message in send(recv_reqs, local):
             if isinstance(message, Admit):
-                self._prefetches.admit(message.rids)
+                self._prefetches.admit(message.rids, still_read=message.still_read)
             elif isinstance(message, HeadStart):
                 self._to_begin.append(message)
             else:

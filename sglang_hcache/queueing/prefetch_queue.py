@@ -73,6 +73,7 @@ class _Request:
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
     waits_until: float  # monotonic; reading goes on as long as the request is queued
+    late: bool = False  # its time was up when it was admissible, on the rank that decides
     saved: threading.Event | None = None  # retracted: when its pages are there; to be asked for again by then
     there: int = 0  # pages, when it was last looked at
     wait: _Wait | None = None
@@ -194,13 +195,12 @@ class PrefetchQueue:
         ahead = _Ahead()
         for rid, request in sorted(self._requests.items(), key=lambda item: item[1].prompt.turn):
             held = rid in self._held
-            if held and self._has_enough(rid, request, ahead, idle=idle and not free):
+            has_enough = held and self._has_enough(rid, request, ahead, idle=idle and not free)
+            request.late = held and now > request.waits_until
+            if has_enough or request.late:
                 held = False
                 free.append(rid)
-            elif held and now > request.waits_until:
-                held = False
-                free.append(rid)
-                self.requests_admitted_late += 1
+                self.requests_admitted_late += not has_enough
             ahead.add(request, held=held)
         if self._planner is not None:
             for rid in free:
@@ -209,6 +209,10 @@ class PrefetchQueue:
             if self._trying and (now > self._trial_until or self._store.progress(self._trial).done):
                 self._end_trial()
         return free
+
+    def still_read(self, rids: Iterable[str]) -> frozenset[str]:
+        """Those of `admissible` of whom more pages may be worth it: it was not asked, or their time was up."""
+        return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
 
     def head_start(self) -> HeadStart | None:
         """What the engine, if it is idle, should do for a request that is not admissible yet."""
@@ -244,8 +248,8 @@ class PrefetchQueue:
         request.head_start = _HeadStartOf.NO_MORE
         request.waits_until = time.monotonic() + self._longest_s(len(request.keys))
 
-    def admit(self, rids: Iterable[str]) -> None:
-        """Hold these no more. What is still being read for them may be there when it is their turn."""
+    def admit(self, rids: Iterable[str], *, still_read: Collection[str] = ()) -> None:
+        """Hold these no more. What is still being read for some of them may be there when it is their turn."""
         now = time.monotonic()
         for rid in rids:
             if (request := self._requests.get(rid)) is not None and request.saved is not None:
@@ -253,9 +257,8 @@ class PrefetchQueue:
                 self._there_within(rid, ANSWER_WAIT_S, until_known=True)
             if (since := self._held.pop(rid, None)) is not None:
                 self.requests_held_s += now - since
-                request = self._requests.get(rid)
-                in_time = request is not None and now <= request.waits_until
-                if in_time and self._planner is not None and not self._takes_what_is_there:
+                has_enough = rid in self._requests and rid not in still_read
+                if has_enough and self._planner is not None and not self._takes_what_is_there:
                     self._meter.end(rid)
                     self._store.cut(rid)  # what is missing was not worth waiting for
 

@@ -231,12 +231,15 @@ def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
     def broadcast(_receiver: object, recv_reqs: list[Any] | None, local_reqs: list[Any]) -> list[Any]:
         return [*local_reqs, *(recv_reqs if first and recv_reqs is not None else from_all)]
 
-    admitted: list[str] = []
-    monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1"])
-    monkeypatch.setattr(tier, "admit", admitted.extend, raising=False)
+    admitted: list[tuple[list[str], set[str]]] = []
+    monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1", "h2"])
+    monkeypatch.setattr(tier, "still_read", lambda rids: frozenset(rids[1:]), raising=False)
+    monkeypatch.setattr(
+        tier, "admit", lambda rids, *, still_read: admitted.append(([*rids], {*still_read})), raising=False
+    )
     received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
     assert received == ["an abort", *from_all]
-    assert admitted == ["h1"]
+    assert admitted == [(["h1", "h2"], {"h2"})]
 
 
 def test_it_does_not_wait_while_other_schedulers_wait_for_it(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ class Tier:
 
     def scheduled(self, _rids: object) -> None: ...
 
-    def admit(self, _rids: object) -> None: ...
+    def admit(self, _rids: object, *, still_read: object) -> None: ...
 
 
 @pytest.mark.parametrize("first_rank", [True, False])
@@ -190,7 +190,7 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     assert tier.begun == [START]
     assert saw[-1] == ["a head start"]
     assert [waiting.rid for waiting in queue.waiting_queue] == ["a"]
-    assert step(busy=False, said=(Admit(("x",)),)) == []
+    assert step(busy=False, said=(Admit(("x",), frozenset()),)) == []
     assert not tier.ended
     steps._head_starts._heads["a"].finished_reason = FINISH_LENGTH(1)
     step(busy=False)

@@ -49,7 +49,7 @@ def test_never_longer_than_the_timeout(
     assert requests.admissible() == []
     clock.advance(0.02)
     assert requests.admissible() == ["a"]
-    requests.admit(["a"])
+    requests.admit(["a"], still_read=requests.still_read(["a"]))
     assert requests.ready("a", keys_of(range(10))) == 0
     assert requests.stats()["requests_admitted_late"] == 1
     disk.set()
@@ -78,12 +78,36 @@ def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_lef
     for rid, keys in rids.items():
         requests.queued(rid, keys)
     clock.advance(TIMEOUT.base_s + 0.01)
-    requests.admit(requests.admissible())
+    late = requests.admissible()
+    requests.admit(late, still_read=requests.still_read(late))
     assert not requests.held
     for rid, keys in rids.items():
         assert store.wait(rid, PATIENCE_S).done
         assert requests.ready(rid, keys) == 10
         requests.forget(rid)
+
+
+def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
+    store: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
+    """One of them tells those whose time is up."""
+    ranks = [
+        PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e10))
+        for _ in range(2)
+    ]
+    for rank, name in zip(ranks, ("first", "other"), strict=True):
+        rank.queued(name, keys_of(range(10)))
+        clock.advance(0.02)
+    clock.advance(TIMEOUT.base_s - 0.03)
+    late = ranks[0].admissible()
+    assert late == ["first"]
+    assert ranks[0].still_read(late) == {"first"}
+    ranks[1].admit(["other"], still_read=["other"])
+    disk.set()
+    assert store.wait("other", PATIENCE_S).done
+    assert ranks[1].ready("other", keys_of(range(10))) == 10
+    for rank in ranks:
+        rank.clear()
 
 
 @pytest.mark.parametrize("alone", [True, False])
