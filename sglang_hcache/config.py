@@ -72,6 +72,11 @@ class HCacheConfig:
     prefetch_timeout_per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]
 
     @property
+    def checkpoints(self) -> Path:
+        """A file: what weight files contain, so that the next start does not read them again."""
+        return Path(self.directories[0]) / "checkpoints.json"
+
+    @property
     def copy_engine(self) -> bool:
         """Whether the GPU's copy engine may copy pages, where it can."""
         return self.copier == "auto"

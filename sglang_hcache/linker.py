@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.runtime_context import get_lora, get_model, get_parallel, get_schedule
 
 from sglang_hcache import __version__, scheduler_hooks, windows
+from sglang_hcache.adapters import Adapters
 from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.device.streams import current_stream
@@ -104,6 +105,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             page_tokens=self._page_tokens,
             rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
         )
+        self.adapters = Adapters(self._config.checkpoints, get_model().download_dir)
+        self.adapters.loaded_at_start(get_lora().lora_paths or ())
         try:
             self._supervisor = supervisor_of(
                 self._config,

@@ -75,7 +75,7 @@ def _wait_for(lock: int, folder: Path) -> None:
         lock_within(lock, exclusive=True, timeout_s=TURN_S - SAID_S)
 
 
-# ---- collectives of a replica's ranks, at start only ----
+# ---- collectives of a replica's ranks, at start, and where an adapter is loaded ----
 
 
 def of_first_rank(value: T) -> T:
@@ -88,6 +88,11 @@ def of_nodes_first_rank(make: Callable[[], T]) -> T | None:
     rank: int = get_parallel().tp_rank
     first = rank - rank % ranks_of_a_node()
     return _of_all(make() if rank == first else None)[first]
+
+
+def if_all_alike(value: T) -> T | None:
+    """The value, if it is the same on all ranks."""
+    return value if len(set(_of_all(value))) == 1 else None
 
 
 def all_ranks(condition: bool) -> bool:

@@ -146,6 +146,16 @@ def before_release_req(*, req: Any, tree_cache: Any, **_others: object) -> None:
         admission.retracted(tree_cache, req)
 
 
+def after_request_made(_result: None, req: Any, *_args: object, **_kwargs: object) -> None:
+    if linker is not None and req.lora_id is not None:
+        linker.adapters.name_by_content(req)
+
+
+def around_load_adapter(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    load = partial(original, scheduler, request)
+    return load() if linker is None else linker.adapters.load(load, request)
+
+
 def after_request_queued(_result: None, scheduler: Any, req: Any, *_args: object, **_kwargs: object) -> None:
     queue = scheduler.waiting_queue
     if admission is not None and queue and queue[-1] is req:

@@ -54,16 +54,31 @@ def add_namespace(parser: argparse.ArgumentParser) -> None:
     """What goes with `--tokens`, which each command adds where it belongs."""
     parser.add_argument("--salt", metavar="SALT", help="the cache_salt that the prompt was sent with")
     parser.add_argument("--extra-key", metavar="KEY", help="the extra_key that the prompt was sent with")
+    parser.add_argument(
+        "--lora", metavar="PATH", help="the LoRA adapter it was sent to: a folder, or a name of the hub"
+    )
 
 
 def prompt_of(arguments: argparse.Namespace) -> Prompt | None:
     """None where there are no tokens."""
     salt, extra_key = arguments.salt or None, arguments.extra_key or None  # SGLang takes "" for none, too
     if arguments.tokens is not None:
+        if arguments.lora:
+            extra_key = (extra_key or "") + _content_of(arguments.lora)
         return Prompt(arguments.tokens, namespace_seed(extra_key, salt))
-    if salt or extra_key:
-        raise CommandFailed("--salt and --extra-key say which prompt is meant: they go with --tokens")
+    if salt or extra_key or arguments.lora:
+        raise CommandFailed("--salt, --extra-key and --lora say which prompt is meant: they go with --tokens")
     return None
+
+
+def _content_of(adapter: str) -> str:
+    """As `adapters` names it in the keys of pages."""
+    from sglang_hcache.startup.fingerprint import checkpoint_identity
+
+    try:
+        return checkpoint_identity(adapter, None)
+    except OSError as error:
+        raise CommandFailed(f"--lora {adapter}: {error}") from error
 
 
 def tokens_in(file: str) -> list[int]:

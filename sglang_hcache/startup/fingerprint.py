@@ -37,7 +37,9 @@ def fingerprint(parts: Iterable[tuple[str, object]]) -> bytes:
     return digest.digest()
 
 
-def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = None, cache: str | None = None) -> str:
+def checkpoint_identity(
+    model_path: str, memo: Path | None, *, revision: str | None = None, cache: str | None = None
+) -> str:
     """A digest of a model's or an adapter's configuration, code and every byte of its weights, whatever it is called.
 
     model_path: a local folder or file, or a hub id: what SGLang has loaded for it lies in a cache of the hub, at
@@ -49,12 +51,13 @@ def checkpoint_identity(model_path: str, memo: Path, *, revision: str | None = N
     files = next(filter(None, (_files(root, _WEIGHT_SUFFIXES) for root in roots)), [])
     if not files:
         raise FileNotFoundError(f"no weight files in {' or '.join(map(str, roots))}")
-    known = _read_memo(memo)
+    known = _read_memo(memo) if memo is not None else {}
     seen = {path: _seen(path) for path in files}
     unknown = [path for path in files if seen[path] not in known]
     if unknown:
         known.update(zip((seen[path] for path in unknown), _digests(unknown), strict=True))
-        _write_memo(memo, known)
+        if memo is not None:
+            _write_memo(memo, known)
     digest = xxhash.xxh3_128()
     folders = [root.parent if root.is_file() else root for root in roots]  # beside a GGUF file is its configuration
     for configuration in (folder / name for folder in folders for name in _CONFIGURATIONS):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.runtime_context import get_lora, get_memory, get_model, get_parallel, get_schedule, get_spec
+from sglang.srt.runtime_context import get_memory, get_model, get_parallel, get_schedule, get_spec
 from sglang.srt.utils.hf_transformers.mistral_utils import is_mistral_model
 
 from sglang_hcache.config import HCacheConfig
@@ -82,9 +82,7 @@ class Registration:
         self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
-        self._weights = of_nodes_first_rank(
-            lambda: self._weights_on_disk(Path(config.directories[0]) / "checkpoints.json")
-        )
+        self._weights = of_nodes_first_rank(lambda: self._weights_on_disk(config.checkpoints))
 
     def welcomed(self, welcome: Welcome) -> None:
         """A session has begun: one rank of a node says what is different from what this server asks for."""
@@ -134,14 +132,11 @@ class Registration:
         return 2 * pages + (get_schedule().max_running_requests or 64)
 
     def _weights_on_disk(self, memo: Path) -> str | None:
-        """All weights: of the model, of adapters known at start, of a draft model, of an encoder elsewhere.
+        """All weights: of the model, of a draft model, of an encoder elsewhere. None if they are unknown.
 
-        None if they are unknown.
-
-        Keys of pages name an adapter by name and path, or, where it was loaded later, by an id that is never used
-        again: what is in it must be named here.
+        Those of an adapter are a part of its pages' keys.
         """
-        model, lora = get_model(), get_lora()
+        model = get_model()
         try:
             if model.load_format not in _FROM_ITS_FILES:
                 raise OSError(f"--load-format {model.load_format} takes them from elsewhere")
@@ -152,11 +147,6 @@ class Registration:
                     raise OSError(f"--{name.replace('_', '-')} changes the model")
             path, revision, cache = self._model.model_path, model.revision, model.download_dir
             parts: list[object] = [checkpoint_identity(path, memo, revision=revision, cache=cache)]
-            if lora.enable_lora:
-                adapters = lora.lora_paths
-                parts.append(
-                    [(one.lora_id, checkpoint_identity(one.lora_path, memo, cache=cache)) for one in adapters]
-                )
             if self._stored.formats.drafts:
                 parts.append(self._draft_on_disk(memo))
             if encoder := getattr(self._model.hf_config, "mm_vision_tower", None):

@@ -12,6 +12,7 @@ import pytest
 
 from sglang_hcache.cli.main import main
 from sglang_hcache.page_hash import namespace_seed, page_hash
+from sglang_hcache.startup.fingerprint import checkpoint_identity
 from sglang_hcache.storage.index import Index
 from tests.cli.stores import found, make, make_prefix, run
 from tests.cli.test_export import said
@@ -159,6 +160,22 @@ def test_a_prompt_of_a_namespace(
     assert stored([tmp_path], keys([*ALICE, *ANSWER], **namespace)) == 0
     assert stored([tmp_path], keys([*ALICE, *ANSWER])) == 11
     assert "nothing is stored of this prompt" in said(capsys, *export, *options)
+
+
+@pytest.mark.parametrize("extra_key", ["", "k"])
+def test_a_prompt_to_an_adapter(
+    extra_key: str, erase: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the adapter's content, wherever that lies."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    pages = keys([*ALICE, *ANSWER], extra_key=extra_key + checkpoint_identity(str(adapter), tmp_path / "memo"))
+    make_prefix(tmp_path, keys=pages)
+    where = ["--extra-key", extra_key, "--lora"]
+    assert "nowhere" in said(capsys, *erase, tmp_path, *where, tmp_path / "nowhere")
+    assert run(capsys, *erase, tmp_path, *where, adapter)[1]["directories"][0]["pages"] == 11
+    assert stored([tmp_path], pages) == 0
 
 
 def test_of_a_prompt_in_use_copies_are_left(

@@ -106,7 +106,7 @@ def train(folder: Path, seed: int) -> None:
 
 
 def serve_adapters(workshop: Workshop, folder: Path) -> Found:
-    """By three servers: trained, as it was, and trained again, which is done once more while it is served."""
+    """By three servers: trained, as it was, and trained again; the last one then loads another, and the first one."""
     adapter, found = folder / "adapter", Found([], [])
     lora = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native")
     env = {} if on_accelerator() else {"PYTHONPATH": str(UNPINNED)}
@@ -121,20 +121,23 @@ def serve_adapters(workshop: Workshop, folder: Path) -> Found:
             found.states.append(same.tier_state())
     train(adapter, seed=2)
     with server() as retrained:
-        found.answers.append(retrained.ask("adapter"))
-        train(adapter, seed=3)
-        retrained.replace("adapter", adapter)
-        found.answers.append(retrained.ask("adapter"))
+        found.answers.extend([retrained.ask("adapter"), retrained.ask(None)])
+        for seed in (3, 1):
+            train(adapter, seed)
+            retrained.replace("adapter", adapter)
+            found.answers.append(retrained.ask("adapter"))
     return found
 
 
 def test_an_adapter_that_is_trained_again_in_place(served: dict[str, Future[Found]]) -> None:
     found = served["adapters"].result()
-    first, again, (retrained, replaced) = found.answers[:2], found.answers[2:4], found.answers[4:]
+    first, again, (retrained, base, replaced, restored) = found.answers[:2], found.answers[2:4], found.answers[4:]
     assert first[0].output_ids != first[1].output_ids, "the adapter does nothing"
     assert [answer.cached_host for answer in again] == [COVERED, COVERED]
     assert found.states[1]["representation"] == "kv", "what a projection gives depends on the request"
     assert found.states[1]["hits_file"] > 0
     assert_equal(again, first)
     assert [retrained.cached_tokens, replaced.cached_tokens] == [0, 0]
+    assert [base.cached_host, restored.cached_host] == [COVERED, COVERED], "these are what they were"
+    assert_equal([restored, base], first)
     assert len({first[0].output_ids, retrained.output_ids, replaced.output_ids}) == 3

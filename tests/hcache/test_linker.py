@@ -69,8 +69,8 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
         "get_schedule": SimpleNamespace(
             max_running_requests=2, chunked_prefill_size=4 * PAGE, disable_overlap_schedule=False
         ),
-        "get_model": SimpleNamespace(load_format="dummy", weight_cache_mode="off"),
-        "get_lora": SimpleNamespace(enable_lora=False),
+        "get_model": SimpleNamespace(load_format="dummy", weight_cache_mode="off", download_dir=None),
+        "get_lora": SimpleNamespace(enable_lora=False, lora_paths=None),
         "get_memory": SimpleNamespace(
             hicache_size=0.01, hicache_write_policy="write_through", hicache_storage_prefetch_policy="timeout"
         ),

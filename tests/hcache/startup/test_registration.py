@@ -29,7 +29,6 @@ from tests.prefetch.clients import PATIENCE_S, hello
 Say = Callable[..., Hello]
 
 MODEL = {"load_format": "auto", "weight_cache_mode": "off", "revision": None, "download_dir": None}
-LORA: dict[str, object] = {"enable_lora": None, "lora_paths": []}
 SPECULATION: dict[str, object] = {
     "speculative_algorithm": "EAGLE",
     "speculative_draft_model_revision": None,
@@ -127,7 +126,6 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         monkeypatch.setattr(registration, "get_spec", lambda: SimpleNamespace(**spec))
         monkeypatch.setattr(registration, "get_memory", lambda: memory)
         monkeypatch.setattr(registration, "get_model", lambda: SimpleNamespace(**{**MODEL, **arguments}))
-        monkeypatch.setattr(registration, "get_lora", lambda: SimpleNamespace(**{**LORA, **arguments}))
         return Registration(
             HCacheConfig((str(tmp_path),), prefetcher=remote),
             SimpleNamespace(**{**SERVER, **arguments}),
@@ -175,32 +173,6 @@ def test_a_draft_model_that_is_trained_again_has_no_pages(say: Say, tmp_path: Pa
     assert len({one.fingerprint for one in others}) == len(others)
 
 
-def served(*paths: Path) -> dict[str, object]:
-    """The arguments of a server with these adapters, as SGLang leaves them: an id by name and path."""
-    return {
-        "enable_lora": True,
-        "lora_paths": [SimpleNamespace(lora_id=path.name, lora_path=str(path)) for path in paths],
-    }
-
-
-def test_an_adapter_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", b"weights")
-    one = checkpoint(tmp_path / "one", b"adapter", "adapter_config.json")
-    two = checkpoint(tmp_path / "two", b"another", "adapter_config.json")
-    before = say(model, **served(one, two))
-    assert say(model, **served(one, two)).fingerprint == before.fingerprint
-    assert before.on_file
-
-    checkpoint(one, b"changed", "adapter_config.json")
-    retrained = say(model, **served(one, two)).fingerprint
-    checkpoint(one, b"adapter", "adapter_config.json")
-    assert say(model, **served(one, two)).fingerprint == before.fingerprint
-    (one / "adapter_config.json").write_text('{"lora_alpha": 32}')
-    scaled = say(model, **served(one, two)).fingerprint
-    fingerprints = {before.fingerprint, retrained, scaled, say(model, **served(two)).fingerprint}
-    assert len(fingerprints) == 4
-
-
 def test_an_encoder_of_images_that_is_trained_again_has_no_pages(say: Say, tmp_path: Path) -> None:
     """Be it a checkpoint of its own or, by a relative path, a folder of the model's."""
     model = checkpoint(tmp_path / "model", b"weights")
@@ -214,12 +186,6 @@ def test_an_encoder_of_images_that_is_trained_again_has_no_pages(say: Say, tmp_p
         assert again.on_file
         assert again.fingerprint != first.fingerprint
     assert not say(model, encoder="nobody/never-fetched").on_file
-
-
-def test_a_lora_server_without_adapters_at_start_keeps_its_pages(say: Say, tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", b"weights")
-    assert say(model, **served()).on_file
-    assert say(model, **served()).fingerprint == say(model, **served()).fingerprint
 
 
 def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Say, tmp_path: Path) -> None:
@@ -267,7 +233,6 @@ def test_the_environment_decides_how_it_is_computed(
     "what",
     [
         "no weights",
-        "no adapter",
         "dummy weights",
         "weights of another server",
         "weights of another process",
@@ -284,8 +249,6 @@ def test_what_cannot_be_identified_goes_to_no_file(
     arguments: dict[str, object] = {}
     if what == "no weights":
         model = tmp_path
-    elif what == "no adapter":
-        arguments = served(tmp_path / "nowhere")
     elif what == "dummy weights":
         arguments = {"load_format": "dummy"}
     elif what == "weights of another server":

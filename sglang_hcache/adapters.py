@@ -1,0 +1,58 @@
+"""LoRA adapters by content, of which SGLang's id of one says nothing: that is made of name and path, or at random.
+
+SGLang appends the id to the keys of pages. With the content in its place, pages of an adapter are found again after a
+restart, and after it was loaded again, under any name; and those of one that was trained again in its place are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sglang_hcache.ranks import if_all_alike, of_first_rank, of_nodes_first_rank
+from sglang_hcache.startup.fingerprint import checkpoint_identity
+
+logger = logging.getLogger(__name__)
+
+
+class Adapters:
+    """Of a scheduler process. All ranks call each method but `name_by_content` in the same step."""
+
+    def __init__(self, memo: Path, cache: str | None) -> None:
+        """memo: as for `checkpoint_identity`. cache: where SGLang keeps what it has loaded from a hub."""
+        self._memo = memo
+        self._cache = cache
+        self._contents: dict[str, str] = {}  # by SGLang's id
+
+    def loaded_at_start(self, adapters: Iterable[Any]) -> None:
+        """SGLang makes their ids of name and path; what cannot be identified gets one that is never used again."""
+        for adapter in adapters:
+            self._contents[adapter.lora_id] = self._content(adapter.lora_path) or of_first_rank(uuid.uuid4().hex)
+
+    def load(self, load: Callable[[], Any], request: Any) -> Any:
+        """SGLang's loading of one while it serves, with an id at random: it stays, where the content is unknown."""
+        before = self._content(request.lora_path)  # nothing of a hub's, which is fetched first
+        result = load()
+        after = self._content(request.lora_path)
+        if after is not None and before in (None, after):  # else it was written meanwhile
+            self._contents[request.lora_id] = after
+        return result
+
+    def name_by_content(self, req: Any) -> None:
+        """A request that SGLang has just made."""
+        if (content := self._contents.get(req.lora_id)) is not None:
+            req.extra_key = req.extra_key.removesuffix(req.lora_id) + content
+
+    def _content(self, path: str) -> str | None:
+        """The same on all ranks; None where it is unknown, or not the same on all nodes."""
+        return if_all_alike(of_nodes_first_rank(lambda: self._on_disk(path)))
+
+    def _on_disk(self, path: str) -> str | None:
+        try:
+            return checkpoint_identity(path, self._memo, cache=self._cache)
+        except OSError as error:
+            logger.info("hcache: the adapter %s cannot be identified (%s)", path, error)
+            return None
