@@ -21,6 +21,7 @@ from sglang_hcache.attachment import Attachment, Client
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.device.streams import current_stream
 from sglang_hcache.loads import Loads
+from sglang_hcache.metrics import Durations
 from sglang_hcache.model import Unsupported
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
@@ -361,6 +362,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             **self._saver.stats(),
             **self._store.stats(),
         }
+
+    def durations(self) -> dict[str, Durations]:
+        """By the names of their metrics."""
+        return {"hcache_held_seconds": self.prefetch_queue.holds, "hcache_load_seconds": self._loads.durations}
 
     # ---- the store ----
 

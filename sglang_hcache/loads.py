@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from sglang_hcache.device.streams import Stream
+from sglang_hcache.metrics import Durations
 from sglang_hcache.queueing.load_planner import LoadPlanner
 from sglang_hcache.restoring.layer_events import LayerEvents
 from sglang_hcache.restoring.restore import Load, Restorer
@@ -32,6 +33,7 @@ class Loads:
         self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
         self._landing: deque[tuple[int, list[Load]]] = deque()  # by batch; SGLang does not ask for these any more
         self._accepted = self._failed = self._tokens_restored = 0
+        self.durations = Durations()  # of batches
 
     def __bool__(self) -> bool:
         """Whether any is under way."""
@@ -98,7 +100,10 @@ class Loads:
             index, loads = self._landing.popleft()
             seconds = self._events.synchronize(index)
             self._end(loads)
-            if seconds is not None and self._planner is not None:
+            if seconds is None:
+                continue
+            self.durations.append(seconds)
+            if self._planner is not None:
                 self._planner.restored(self._tokens_of(loads), seconds)
 
     def all_landed(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -12,6 +13,15 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 
 EVERY_S = 5.0  # between two looks; each asks the prefetcher once
+KEPT = 10_000  # durations between two looks
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Durations(deque[float]):
+    """Seconds that something took, each time, until a look takes them; the latest, where nobody looks."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=KEPT)
 
 
 class Kind(StrEnum):
@@ -39,7 +49,6 @@ METRICS = tuple(
         ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue to wait for pages"),
         ("requests_held_now", "hcache_held_requests", _G, "Requests held now"),
         ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held up to their timeout"),
-        ("requests_held_s", "hcache_held_seconds_total", _C, "Seconds that requests were held, summed"),
         ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
         ("head_starts", "hcache_head_starts_total", _C, "Head starts begun"),
         ("tokens_ahead", "hcache_head_start_tokens_total", _C, "Tokens that head starts covered"),
@@ -106,6 +115,11 @@ METRICS = tuple(
     )
 )  # fmt: skip
 
+HISTOGRAMS = (  # of the scheduler process; docs/metrics.md has the same
+    ("hcache_held_seconds", "Time that a request was held"),
+    ("hcache_load_seconds", "Time that the device took to restore what a batch needs"),
+)
+
 INFO = ("version", "prefetcher_version", "representation")  # labels of `hcache_info`, and their names in the stats
 
 
@@ -124,13 +138,17 @@ def numbers_of(stats: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Publisher:
-    """Sets the metrics from `stats`; for one thread. Every metric has `labels`."""
+    """Sets the metrics from `stats`, and from `durations` by metric; for one thread. Every metric has `labels`."""
 
     def __init__(
-        self, stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object], registry: Any = None
+        self,
+        stats: Callable[[], Mapping[str, Any]],
+        durations: Mapping[str, Durations],
+        labels: Mapping[str, object],
+        registry: Any = None,
     ) -> None:
         # SGLang says where processes leave their figures before it starts us; the import looks at that.
-        from prometheus_client import REGISTRY, Counter, Gauge
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
         self._stats = stats
         self._labels = labels
@@ -141,6 +159,10 @@ class Publisher:
             else Gauge(metric.name, metric.help, names, registry=registry, multiprocess_mode="mostrecent")
             for metric in METRICS
         }
+        self._histograms = [
+            (Histogram(name, what, names, registry=registry, buckets=BUCKETS_S).labels(**labels), durations[name])
+            for name, what in HISTOGRAMS
+        ]
         self._info = Gauge(
             "hcache_info",
             "1, with the versions and what is stored",
@@ -166,6 +188,9 @@ class Publisher:
             else:
                 figure.set(value)
                 self._last[metric.stat] = 0
+        for histogram, durations in self._histograms:
+            while durations:
+                histogram.observe(durations.popleft())
 
     def _inform(self, info: dict[str, str]) -> None:
         """What it is of; once all is known. A prefetcher may be followed by one of another version."""
@@ -177,9 +202,11 @@ class Publisher:
         self._informed = info
 
 
-def start(stats: Callable[[], Mapping[str, Any]], labels: Mapping[str, object]) -> None:
+def start(
+    stats: Callable[[], Mapping[str, Any]], durations: Mapping[str, Durations], labels: Mapping[str, object]
+) -> None:
     """Publish every few seconds for the life of the process. `stats` may block: a separate thread calls it."""
-    publisher = Publisher(stats, labels)
+    publisher = Publisher(stats, durations, labels)
 
     def run() -> None:
         while True:

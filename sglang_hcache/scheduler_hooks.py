@@ -222,7 +222,7 @@ def after_metrics_constants(_result: None, scheduler: Any) -> None:
 
     if linker is not None and scheduler.metrics_collector is not None:
         labels = {**scheduler.metrics_collector.labels, "tp_rank": get_parallel().attn_tp_rank}
-        metrics.start(linker.stats, labels)
+        metrics.start(linker.stats, linker.durations(), labels)
 
 
 def after_internal_state(result: Any, *_args: object) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 
 from sglang_hcache.config import PREFETCH_TIMEOUT_S
+from sglang_hcache.metrics import Durations
 from sglang_hcache.queueing.head_start import HeadStart
 from sglang_hcache.queueing.load_planner import LoadPlanner, Prompt
 from sglang_hcache.queueing.read_meter import MEASURED_PAGES, ReadMeter
@@ -146,6 +147,7 @@ class PrefetchQueue:
         self.requests_held = self.requests_admitted_late = 0
         self.lookups_not_ahead = self.pages_looked_up = self.pages_found = 0
         self.requests_held_s = 0.0
+        self.holds = Durations()
         self._trial = f"trial {uuid.uuid4()}"  # an owner beside requests, whose ids their senders may choose
         self._trying = False  # it has something read; one trial at a time
         self._trial_until = 0.0  # monotonic
@@ -257,6 +259,7 @@ class PrefetchQueue:
                 self._there_within(rid, ANSWER_WAIT_S, until_known=True)
             if (since := self._held.pop(rid, None)) is not None:
                 self.requests_held_s += now - since
+                self.holds.append(now - since)
                 has_enough = rid in self._requests and rid not in still_read
                 if has_enough and self._planner is not None and not self._takes_what_is_there:
                     self._meter.end(rid)

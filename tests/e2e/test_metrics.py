@@ -16,9 +16,9 @@ NAMES = {metric.stat: metric.name for metric in METRICS}
 
 
 def scraped(server: Server) -> dict[str, tuple[str, float]]:
-    """Labels and value of each of the tier's metrics; every one of them has one series."""
+    """Labels and value of each of the tier's metrics; every one of them has one series, buckets apart."""
     with urllib.request.urlopen(f"http://{server.host}:{server.port}/metrics", timeout=10) as answer:
-        lines = re.findall(r"^(hcache_\w+)\{(.*)\} (\S+)$", answer.read().decode(), re.MULTILINE)
+        lines = re.findall(r"^(hcache_\w+(?<!_bucket))\{(.*)\} (\S+)$", answer.read().decode(), re.MULTILINE)
     assert len({name for name, _, _ in lines}) == len(lines)
     return {name: (labels, float(value)) for name, labels, value in lines}
 
@@ -42,6 +42,8 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
         found = scraped(server)
         assert found["hcache_restored_tokens_total"][1] == found["hcache_found_tokens_total"][1] == restored
         assert found["hcache_looked_up_tokens_total"][1] > 4 * restored
+        assert found["hcache_load_seconds_count"][1] == server.tier_state()["loads_accepted"] == 1
+        assert found["hcache_held_seconds_count"][1] == server.tier_state()["requests_held"]
         labels, value = found["hcache_info"]
         assert value == 1
         assert f'version="{__version__}"' in labels

@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client import CollectorRegistry
 
 from sglang_hcache import metrics, scheduler_hooks
-from sglang_hcache.metrics import METRICS, Kind, Publisher, numbers_of
+from sglang_hcache.metrics import HISTOGRAMS, METRICS, Durations, Kind, Publisher, numbers_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 LABELS = {"model_name": "m", "tp_rank": 1}
@@ -24,8 +24,9 @@ class Published:
 
     def __init__(self, **stats: Any) -> None:
         self.stats = stats
+        self.durations = {name: Durations() for name, _ in HISTOGRAMS}
         self._registry = CollectorRegistry()
-        self._publisher = Publisher(lambda: self.stats, LABELS, self._registry)
+        self._publisher = Publisher(lambda: self.stats, self.durations, LABELS, self._registry)
 
     def now(self, name: str, **more: str) -> float | None:
         """After one more look."""
@@ -38,13 +39,16 @@ def test_names_say_what_they_are() -> None:
         assert re.fullmatch(r"hcache_[a-z_]+", metric.name)
         assert (metric.kind is Kind.COUNTER) == metric.name.endswith("_total")
     assert len({metric.name for metric in METRICS}) == len({metric.stat for metric in METRICS}) == len(METRICS)
+    assert all(name.endswith("_seconds") for name, _ in HISTOGRAMS)
 
 
 def test_the_page_names_what_there_is() -> None:
-    rows = re.findall(
-        r"^\| `(hcache_\w+)` \| `(\w+)` \| (\w+) \| (.+) \|$", (DOCS / "metrics.md").read_text(), re.MULTILINE
-    )
+    page = (DOCS / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(hcache_\w+)` \| `(\w+)` \| (\w+) \| (.+) \|$", page, re.MULTILINE)
     assert rows == [(metric.name, metric.stat, str(metric.kind), metric.help) for metric in METRICS]
+    assert (
+        tuple(re.findall(r"^\| `(hcache_\w+)` \| ([^|]+) \|$", page, re.MULTILINE)[: len(HISTOGRAMS)]) == HISTOGRAMS
+    )
 
 
 def test_alerts_and_dashboard_use_what_there_is() -> None:
@@ -59,6 +63,7 @@ def test_alerts_and_dashboard_use_what_there_is() -> None:
         assert f"\n### {rule['alert']}\n" in page
         assert rule["annotations"]["runbook_url"] == f"docs/operating.md#{rule['alert'].lower()}"
     kinds = {metric.name: metric.kind for metric in METRICS}
+    kinds |= {f"{name}_bucket": Kind.COUNTER for name, _ in HISTOGRAMS}
     since_start = re.compile(r"\((\w+) > 0 unless \1 offset 1h\)")
     for query in (since_start.sub(r"increase(\1)", query) for query in queries):
         names = re.findall(r"(?:(rate|increase)\()?\b(hcache_\w+)", query)
@@ -84,6 +89,24 @@ def test_figures_are_published_under_sglangs_labels() -> None:
     published.stats["tokens_restored"] = 192
     assert published.now("hcache_restored_tokens_total") == 192
     assert published.now("hcache_restored_tokens_total") == 192
+
+
+def test_durations_are_counted_once_each() -> None:
+    published = Published(prefetcher="ok")
+    for _ in range(2):
+        published.durations["hcache_held_seconds"].extend([0.004, 0.3])
+        published.now("hcache_held_seconds_count")
+    assert published.now("hcache_held_seconds_count") == 4
+    assert published.now("hcache_held_seconds_sum") == pytest.approx(0.608)
+    assert published.now("hcache_held_seconds_bucket", le="0.005") == 2
+    assert published.now("hcache_load_seconds_count") == 0
+
+
+def test_durations_that_nobody_looks_at_take_bounded_memory() -> None:
+    durations = Durations()
+    durations.extend(range(100_000))
+    assert len(durations) == metrics.KEPT
+    assert durations[-1] == 99_999
 
 
 def test_a_counter_goes_on_where_another_prefetcher_begins_anew() -> None:
@@ -127,8 +150,8 @@ def test_directories_are_summed() -> None:
 def test_only_where_the_server_has_metrics(labels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(metrics, "start", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(scheduler_hooks, "linker", SimpleNamespace(stats=dict))
+    monkeypatch.setattr(scheduler_hooks, "linker", SimpleNamespace(stats=dict, durations=dict))
     collector = SimpleNamespace(labels=labels) if labels else None
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(attn_tp_rank=7))
     scheduler_hooks.after_metrics_constants(None, SimpleNamespace(metrics_collector=collector))
-    assert started == ([(dict, {**labels, "tp_rank": 7})] if labels else [])
+    assert started == ([(dict, {}, {**labels, "tp_rank": 7})] if labels else [])
