@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_hcache.device.pinning import PinnedMemory
 from sglang_hcache.device.streams import current_stream, new_stream
-from sglang_hcache.model import Pool
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.restoring.host_pages import HostPages, StoredLayer
@@ -34,8 +30,7 @@ class Attachment:
     def __init__(
         self,
         stored: Stored,
-        pool: Pool,
-        drafts: Sequence[Pool],
+        device: str,
         events: LayerEvents,
         forward_stream: torch.cuda.Stream | None,
         *,
@@ -45,15 +40,13 @@ class Attachment:
         overlaps: bool,
     ) -> None:
         self._stored = stored
-        self._pool = pool
-        self._drafts = drafts
         self._events = events
         self._forward_stream = forward_stream
         self._capture = capture
         self._rows_of_a_forward = rows_of_a_forward
         self._engine = engine
         self._overlaps = overlaps
-        self._device = str(pool.device)
+        self._device = device
         # Of an urgency that SGLang has no streams of: torch gives out each stream many times over.
         self._gathering = new_stream(self._device, urgency=3)
         self._copy_out = _copy_out_of(self._device)
@@ -92,19 +85,23 @@ class Attachment:
         self._copy_out.close()
 
     def _restorer(self, store: Client) -> Restorer:
-        layout, stored = store.layout, self._stored
-        layers = [
-            StoredLayer(
-                layout.layer_offset(place),
-                layout.layer_bytes[place],
-                stored.of(layer).dtype,
-                stored.of(layer).projector,
-                windowed=layer in stored.formats.windowed,
+        record, stored = store.layout, self._stored
+        layers = {
+            number: StoredLayer(
+                record.layer_offset(place),
+                record.layer_bytes[place],
+                stored.of(number).dtype,
+                stored.of(number).projector,
+                windowed=number in stored.windowed,
             )
-            for layer, place in sorted((layer, place) for place, layer in enumerate(stored.order))
-        ]
+            for place, number in enumerate(stored.order)
+        }
         return restorer_for(
-            HostPages(torch.from_numpy(store.memory), positions(store.memory, layout), layers),
+            HostPages(
+                torch.from_numpy(store.memory),
+                positions(store.memory, record),
+                [layers[number] for number in range(len(layers))],
+            ),
             self._device,
             self._forward_stream,
             self._events,
@@ -119,46 +116,42 @@ class Attachment:
 
     def _saver(self, store: Client) -> PageSaver:
         stored, capture = self._stored, self._capture
-        layout, codec = stored.layout, stored.of(0).codec
+        hidden, codec = stored.layout.hidden, stored.of(0).codec
         kv, windowed = self._kv_rows(store)
-        saver = PageSaver(store, self._copy_out, captured=layout.hidden, kv=kv, windowed=windowed, codec=codec)
-        forward_bytes = sum(stored.row_bytes[layout.hidden :]) * self._rows_of_a_forward
+        saver = PageSaver(store, self._copy_out, captured=hidden, kv=kv, windowed=windowed, codec=codec)
+        kv_row_bytes = sum(stored.of(number).row_bytes for number in stored.order if number >= hidden)
+        forward_bytes = kv_row_bytes * self._rows_of_a_forward
         if capture is not None:
-            capture.keep(layout.hidden, codec)
-            if layout.hidden:
+            capture.keep(hidden, codec)
+            if hidden:
                 forward_bytes += capture.forward_bytes
                 capture.sink = saver
         self._copy_out.expect(forward_bytes)
         return saver
 
     def _kv_rows(self, store: Client) -> tuple[list[KVRows], KVRows | None]:
-        """Of the model's layers that are stored as K and V, and of each draft model's; and of windowed ones."""
+        """Of all layers that are stored as K and V; windowed ones apart."""
         current = current_stream(self._device)
         forward = current_stream(self._device, self._forward_stream) if self._overlaps else current
-
-        def rows_of(pool: Pool, layers: range, before: int = 0) -> KVRows:
-            return KVRows(
-                store,
-                self._copy_out,
-                pool,
-                layers,
-                gathering=self._gathering,
-                current=current,
-                forward=forward,
-                before=before,
-            )
-
-        layout, pool, found, windowed = self._stored.layout, self._pool, list[KVRows](), None
-        if isinstance(pool, SWAKVPool):
-            full, window = pool.full_kv_pool, pool.swa_kv_pool
-            found.append(rows_of(full, range(full.layer_num)))
-            windowed = rows_of(window, range(window.layer_num), full.layer_num)
-        elif layout.kv:
-            found.append(rows_of(pool, range(layout.hidden, layout.layers)))
-        before = layout.layers
-        for draft in self._drafts:
-            found.append(rows_of(draft, range(draft.layer_num), before))
-            before += draft.layer_num
+        found, windowed, before = list[KVRows](), None, 0
+        for group in self._stored.formats.groups:
+            places = [place for place, number in enumerate(group.numbers) if number >= self._stored.layout.hidden]
+            if places:
+                rows = KVRows(
+                    store,
+                    self._copy_out,
+                    group.pool,
+                    range(places[0], places[-1] + 1),
+                    gathering=self._gathering,
+                    current=current,
+                    forward=forward,
+                    before=before,
+                )
+                if group.windowed:
+                    windowed = rows
+                else:
+                    found.append(rows)
+            before += len(group.numbers)
         return found, windowed
 
 

@@ -87,8 +87,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._loads_refused = 0
         self._attachment = Attachment(
             self._stored,
-            self._pool,
-            self._drafts,
+            str(self._pool.device),
             self.layer_done_counter,
             forward_stream,
             capture=scheduler_hooks.capture,
@@ -124,7 +123,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store: Client | NoStore = store
         if not isinstance(store, NoStore):
             self._attach(store)
-        warm_up(self._stored, self._pool, self._drafts, self._page_tokens)
+        warm_up(self._stored, self._page_tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what was computed so far ran on a stream that SGLang's forwards do not use
         self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
@@ -347,8 +346,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "representation_reason": self._stored.reason,
             "layers_hidden": self._stored.layout.hidden,
             "layers_kv": self._stored.layout.kv,
-            "layers_windowed": len(self._stored.formats.windowed),
-            "layers_draft": len(self._stored.formats.drafts),
+            "layers_windowed": len(self._stored.windowed),
+            "layers_draft": len(self._stored.drafts),
             "projector": self._stored.projector_names,
             "codec": self._config.codec,
             "bytes_per_token": sum(self._stored.row_bytes),
@@ -380,7 +379,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         logger.info(
             "hcache: storing %s%s (%s); host tier %d pages of %d tokens; files %s; version %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
-            f", kv of {len(self._stored.formats.drafts)} draft layer(s)" if self._drafts else "",
+            f", kv of {len(self._stored.drafts)} draft layer(s)" if self._drafts else "",
             self._stored.reason,
             len(self._store.memory),
             self._page_tokens,

@@ -127,24 +127,41 @@ def has_latent(pool: Pool) -> bool:
     return isinstance(pool, MLATokenToKVPool)
 
 
-def windowed_layers(pool: Pool) -> list[int]:
-    """Those in a pool of their own, with slots of their own, in that pool's order."""
-    if not isinstance(pool, SWAKVPool):
-        return []
-    places = {layer: place for layer, (place, windowed) in pool.layers_mapping.items() if windowed}
-    return sorted(places, key=places.__getitem__)
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose K and V, or latents, this rank keeps in one pool, in the pool's order.
+
+    numbers: SGLang's, of the model's layers; those of draft models are counted on from there.
+    """
+
+    pool: OnePool
+    numbers: tuple[int, ...]
+    windowed: bool = False  # their tokens have slots of their own
+    draft: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token in a layer."""
+        return sum(buffer[0].nbytes for buffer in kv_buffers(self.pool, 0))
 
 
-def kv_buffers(pool: Pool, layer: int) -> tuple[torch.Tensor, ...]:
-    """What this rank's pool keeps of a layer: K and V, or MLA's latent; `[slots, heads, elements]` each."""
+def layer_groups(pool: Pool, drafts: Sequence[OnePool] = ()) -> tuple[LayerGroup, ...]:
+    """All that is stored, as it lies in a record: one group after the other."""
     if isinstance(pool, SWAKVPool):
-        place, windowed = pool.layers_mapping[layer]
-        return kv_buffers(pool.swa_kv_pool if windowed else pool.full_kv_pool, place)
+        by_place = sorted(pool.layers_mapping.items(), key=lambda item: item[1])  # layer: (place, windowed)
+        full, windowed = (tuple(layer for layer, (_, of) in by_place if of == which) for which in (False, True))
+        groups = [LayerGroup(pool.full_kv_pool, full), LayerGroup(pool.swa_kv_pool, windowed, windowed=True)]
+    else:
+        groups = [LayerGroup(pool, tuple(range(pool.layer_num)))]
+    first = pool.layer_num
+    for draft in drafts:
+        groups.append(LayerGroup(draft, tuple(range(first, first + draft.layer_num)), draft=True))
+        first += draft.layer_num
+    return tuple(groups)
+
+
+def kv_buffers(pool: OnePool, place: int) -> tuple[torch.Tensor, ...]:
+    """What a pool keeps of the layer at a place in it: K and V, or MLA's latent; `[slots, heads, elements]` each."""
     if isinstance(pool, MLATokenToKVPool):
-        return (pool.kv_buffer[layer],)
-    return pool.k_buffer[layer], pool.v_buffer[layer]
-
-
-def kv_row_bytes(pool: Pool, layer: int = 0) -> int:
-    """Bytes of a token in a layer of this rank's pool."""
-    return sum(buffer[0].nbytes for buffer in kv_buffers(pool, layer))
+        return (pool.kv_buffer[place],)
+    return pool.k_buffer[place], pool.v_buffer[place]

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-from sglang_hcache.model import AttentionSite, Pool, kv_buffers
+from sglang_hcache.model import AttentionSite, LayerGroup, OnePool, kv_buffers
 from sglang_hcache.triton_kernels.rows import PoolLayers, scatter_kv
 
 
@@ -123,13 +123,12 @@ def _project_keys_and_values(projection: Any, rows: torch.Tensor) -> tuple[torch
 
 
 class KVProjector:
-    """Stored K and V, or MLA's latent, go back as they are: rows are K then V of each token, or the latent.
+    """Stored K and V, or MLA's latent, go back as they are: rows are K then V of each token, or the latent."""
 
-    Layers of draft models, each with a pool of its own, are numbered after the model's.
-    """
-
-    def __init__(self, pool: Pool, drafts: Sequence[Pool] = ()) -> None:
-        self._buffers = [kv_buffers(one, layer) for one in (pool, *drafts) for layer in range(one.layer_num)]
+    def __init__(self, groups: Sequence[LayerGroup]) -> None:
+        self._buffers = {
+            number: kv_buffers(group.pool, place) for group in groups for place, number in enumerate(group.numbers)
+        }
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         buffers = self._buffers[layer]
@@ -141,10 +140,10 @@ class KVProjector:
 
 
 class PoolReader:
-    """What the pool keeps of some layers, as a KVProjector takes it."""
+    """What a pool keeps of the layers at some places in it, as a KVProjector takes it."""
 
-    def __init__(self, pool: Pool, layers: range) -> None:
-        self._buffers = [kv_buffers(pool, layer) for layer in layers]
+    def __init__(self, pool: OnePool, places: range) -> None:
+        self._buffers = [kv_buffers(pool, place) for place in places]
         on_gpu = self._buffers[0][0].device.type == "cuda"
         self._layers = PoolLayers(self._buffers) if on_gpu else None
 

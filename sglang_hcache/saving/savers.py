@@ -1,4 +1,4 @@
-"""Savers: put the pages that SGLang inserts in its radix tree into the store, by representation."""
+"""Savers put the pages that SGLang inserts in its radix tree into the store: captured rows, and K and V."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sglang_hcache import windows
 from sglang_hcache.codec import Codec
 from sglang_hcache.device.streams import Event, Stream
-from sglang_hcache.model import Pool
+from sglang_hcache.model import OnePool
 from sglang_hcache.restoring.projector import PoolReader
 from sglang_hcache.saving.copy_out import CopyOut, spread
 from sglang_hcache.saving.open_pages import OpenPages, chunk_rows
@@ -263,22 +263,22 @@ class KVRows:
         self,
         store: ChunkStore,
         copy_out: CopyOut,
-        pool: Pool,
-        layers: range,
+        pool: OnePool,
+        places: range,
         *,
         gathering: Stream,
         current: Stream,
         forward: Stream,
         before: int = 0,
     ) -> None:
-        """layers: of the pool. before: of the store, which the pool's follow.
+        """places: of the layers in the pool. before: how many there are in a record before those of the pool.
 
         gathering: a stream of our own. current: the stream that `gather` is called on. forward: the one that writes
         the pool.
         """
         self._copy_out = copy_out
-        self._pool = PoolReader(pool, layers)
-        self._chunks = chunk_rows(store, range(before + layers.start, before + layers.stop))
+        self._pool = PoolReader(pool, places)
+        self._chunks = chunk_rows(store, range(before + places.start, before + places.stop))
         self._gathering, self._current, self._forward = gathering, current, forward
         self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
 

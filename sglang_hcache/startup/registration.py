@@ -147,7 +147,7 @@ class Registration:
                     raise OSError(f"--{name.replace('_', '-')} changes the model")
             path, revision, cache = self._model.model_path, model.revision, model.download_dir
             parts: list[object] = [checkpoint_identity(path, memo, revision=revision, cache=cache)]
-            if self._stored.formats.drafts:
+            if self._stored.drafts:
                 parts.append(self._draft_on_disk(memo))
             if encoder := getattr(self._model.hf_config, "mm_vision_tower", None):
                 parts.append(self._encoder_on_disk(encoder, memo))
@@ -192,7 +192,7 @@ class Registration:
             ("hidden_layers", self._stored.layout.hidden),
             ("codec", self._config.codec),
         ]
-        if windowed := [*self._stored.formats.windowed]:
+        if windowed := self._stored.windowed:
             parts.append(("windowed_layers", windowed))
         if self._drafts:
             parts.append(("draft_kv", [str(pool.dtype) for pool in self._drafts]))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spec
 
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
-from sglang_hcache.model import AttentionSite, Pool, attention_sites, has_latent, kv_row_bytes, windowed_layers
+from sglang_hcache.model import AttentionSite, LayerGroup, OnePool, Pool, attention_sites, has_latent, layer_groups
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.ranks import all_ranks
 from sglang_hcache.restoring.fast_projector import KernelProjector
@@ -42,11 +43,10 @@ class Formats:
 
     hidden: LayerFormat | None
     obstacle: str  # why there are no hidden states
-    kv: LayerFormat
+    kv: LayerFormat  # of the first group
     kv_bytes_all_ranks: int  # K and V of a token in a layer
     kv_same_on_all_ranks: bool  # MLA's latent is; K and V are of each rank's own heads
-    drafts: tuple[LayerFormat, ...] = ()  # of the layers of a draft model
-    windowed: Mapping[int, LayerFormat] = field(default_factory=dict)  # by layer, in the order of their pool
+    groups: tuple[LayerGroup, ...]  # of all layers, as they lie in a record
 
     @property
     def hidden_is_smaller(self) -> bool:
@@ -62,23 +62,17 @@ class Stored:
     reason: str
 
     def of(self, layer: int) -> LayerFormat:
-        """Those of a draft model come after the model's."""
-        if layer >= self.layout.layers:
-            return self.formats.drafts[layer - self.layout.layers]
-        if layer in self.formats.windowed:
-            return self.formats.windowed[layer]
-        if layer >= self.layout.hidden:
-            return self.formats.kv
-        assert self.formats.hidden is not None
-        return self.formats.hidden
+        """By the layer's number, a draft model's after the model's."""
+        if layer < self.layout.hidden:
+            assert self.formats.hidden is not None
+            return self.formats.hidden
+        (group,) = (group for group in self.formats.groups if layer in group.numbers)
+        return replace(self.formats.kv, row_bytes=group.row_bytes)
 
     @property
     def order(self) -> list[int]:
-        """Layers as they lie in a record: those of a pool together."""
-        layers = range(self.layout.layers + len(self.formats.drafts))
-        others = [layer for layer in layers if layer not in self.formats.windowed]
-        own = self.layout.layers - len(self.formats.windowed)
-        return [*others[:own], *self.formats.windowed, *others[own:]]
+        """Numbers of the layers as they lie in a record."""
+        return [number for group in self.formats.groups for number in group.numbers]
 
     @property
     def row_bytes(self) -> tuple[int, ...]:
@@ -88,15 +82,22 @@ class Stored:
     @property
     def pool_row_bytes(self) -> int:
         """Of a token, in all layers of this rank's pools, a draft model's among them."""
-        formats = self.formats
-        own = self.layout.layers - len(formats.windowed)
-        others = (*formats.windowed.values(), *formats.drafts)
-        return own * formats.kv.row_bytes + sum(layer.row_bytes for layer in others)
+        return sum(len(group.numbers) * group.row_bytes for group in self.formats.groups)
+
+    @property
+    def windowed(self) -> list[int]:
+        """Numbers of the layers whose tokens have slots of their own, as they lie in a record."""
+        return [number for group in self.formats.groups if group.windowed for number in group.numbers]
+
+    @property
+    def drafts(self) -> list[int]:
+        """Numbers of the layers of draft models."""
+        return [number for group in self.formats.groups if group.draft for number in group.numbers]
 
     @property
     def same_on_all_ranks(self) -> bool:
         """As hidden states are."""
-        return self.formats.kv_same_on_all_ranks or not (self.layout.kv or self.formats.drafts)
+        return self.formats.kv_same_on_all_ranks or not (self.layout.kv or self.drafts)
 
     @property
     def name(self) -> str:
@@ -116,15 +117,15 @@ def formats_of(
     *,
     hidden_wanted: bool,
     codec_name: str | None,
-    drafts: Sequence[Pool] = (),
+    drafts: Sequence[OnePool] = (),
 ) -> Formats:
     """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
 
     codec_name: how they are stored, if not as they are. A lossy one has no part in the test. drafts: pools of draft
     models.
     """
-    others = set(range(pool.layer_num)) - set(windowed_layers(pool))
-    kv_bytes, shared = kv_row_bytes(pool, min(others)), all(map(has_latent, (pool, *drafts)))
+    groups = layer_groups(pool, drafts)
+    kv_bytes = groups[0].row_bytes
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         model = model_runner.model_config
@@ -135,18 +136,14 @@ def formats_of(
             hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
         elif projector is not None:
             hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
-    copy = KVProjector(pool, drafts)
-    kv = LayerFormat(kv_bytes, torch.uint8, copy, "copy")
-    of_drafts = [
-        LayerFormat(kv_row_bytes(draft), torch.uint8, copy, "copy")
-        for draft in drafts
-        for _ in range(draft.layer_num)
-    ]
-    windowed = {
-        layer: LayerFormat(kv_row_bytes(pool, layer), torch.uint8, copy, "copy") for layer in windowed_layers(pool)
-    }
-    all_ranks_bytes = kv_bytes * (1 if has_latent(pool) else get_parallel().attn_tp_size)
-    return Formats(hidden, obstacle, kv, all_ranks_bytes, shared, tuple(of_drafts), windowed)
+    return Formats(
+        hidden,
+        obstacle,
+        kv=LayerFormat(kv_bytes, torch.uint8, KVProjector(groups), "copy"),
+        kv_bytes_all_ranks=kv_bytes * (1 if has_latent(pool) else get_parallel().attn_tp_size),
+        kv_same_on_all_ranks=all(map(has_latent, (pool, *drafts))),
+        groups=groups,
+    )
 
 
 def _hidden_projector(
@@ -175,7 +172,7 @@ def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
     """What the self-test, of one short prompt, would not show."""
     obstacles = (
         (has_latent(pool), "the latent of MLA is smaller than hidden states"),
-        (bool(windowed_layers(pool)), "layers with a sliding window have a KV pool of their own"),
+        (isinstance(pool, SWAKVPool), "layers with a sliding window have a KV pool of their own"),
         (
             len(capture.sites) != pool.layer_num,
             f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool",

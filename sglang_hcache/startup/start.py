@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel, get_spec
 
 from sglang_hcache import windows
 from sglang_hcache.config import HCacheConfig, Representation
-from sglang_hcache.model import Pool, Unsupported, check_pool, draft_pools, kv_row_bytes, windowed_layers
+from sglang_hcache.model import OnePool, Pool, Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
 from sglang_hcache.queueing.load_planner import LoadPlanner
@@ -31,7 +32,7 @@ _MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 def supported(
     params: Any, model_config: Any, components: set[Any], forward_tokens: int
-) -> tuple[Pool, tuple[Pool, ...], int]:
+) -> tuple[Pool, tuple[OnePool, ...], int]:
     """KV pools of the model and its drafts, and the pages of a window, if its layers have slots of their own.
 
     params: SGLang's for its radix cache. forward_tokens: of a forward, at most. Raises Unsupported.
@@ -44,7 +45,7 @@ def supported(
     if params.page_size < _MIN_PAGE_TOKENS:
         raise Unsupported(f"--page-size {params.page_size} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
     drafts = draft_pools(params, get_spec(), pool)
-    if not windowed_layers(pool):
+    if not isinstance(pool, SWAKVPool):
         return pool, drafts, 0
     pages, slots = -(-params.swa_retain_window // params.page_size), pool.swa_kv_pool.size
     if slots < (least := windows.least_slots(pages * params.page_size, params.page_size, forward_tokens)):
@@ -60,7 +61,7 @@ def plan(
     runner: Any,
     capture: Capture | None,
     pool: Pool,
-    drafts: Sequence[Pool],
+    drafts: Sequence[OnePool],
     page_tokens: int,
 ) -> tuple[Stored, LoadPlanner | None]:
     """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
@@ -97,24 +98,22 @@ def plan(
     return stored, LoadPlanner(shape, kept.machine, stored.layout, page_tokens, learned=kept.learned)
 
 
-def warm_up(stored: Stored, pool: Pool, drafts: Sequence[Pool], page_tokens: int) -> None:
+def warm_up(stored: Stored, page_tokens: int) -> None:
     """Kernels of a page are compiled before a request waits for them. Leaves the pools as they were."""
-    slots, layout = torch.arange(page_tokens, device=pool.device), stored.layout
-    kinds = {stored.order[0], layout.hidden, *list(stored.formats.windowed)[:1]} - {layout.layers}  # a layer of each
-    firsts = [(layer, pool, layer) for layer in kinds]
-    number = layout.layers
-    for draft in drafts:
-        firsts.append((number, draft, 0))
-        number += draft.layer_num
-    for number, one, layer in firsts:
-        as_it_was = torch.empty(1, page_tokens, kv_row_bytes(one, layer), dtype=torch.uint8, device=pool.device)
-        PoolReader(one, range(layer, layer + 1)).read(slots, as_it_was)
-        way = stored.of(number)
-        rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=pool.device)
-        if way.codec is not None:  # a lossy one has had no part in the self-test
-            way.codec.encode(way.codec.decode(rows)[None], rows[None])
-        way.projector.project(number, rows.view(way.dtype), slots, slots)
-        stored.formats.kv.projector.project(number, as_it_was[0], slots, slots)
+    for group in stored.formats.groups:
+        device = group.pool.device
+        slots = torch.arange(page_tokens, device=device)
+        as_kv = [number for number in group.numbers if number >= stored.layout.hidden]
+        for number in {group.numbers[0], *as_kv[:1]}:  # a layer of each kind
+            place = group.numbers.index(number)
+            as_it_was = torch.empty(1, page_tokens, group.row_bytes, dtype=torch.uint8, device=device)
+            PoolReader(group.pool, range(place, place + 1)).read(slots, as_it_was)
+            way = stored.of(number)
+            rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=device)
+            if way.codec is not None:  # a lossy one has had no part in the self-test
+                way.codec.encode(way.codec.decode(rows)[None], rows[None])
+            way.projector.project(number, rows.view(way.dtype), slots, slots)
+            stored.formats.kv.projector.project(number, as_it_was[0], slots, slots)
 
 
 def supervisor_of(

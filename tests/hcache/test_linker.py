@@ -22,7 +22,7 @@ from sglang_hcache import __version__, linker, ranks, scheduler_hooks
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.device.streams import Event, ImmediateStream, _Passed
 from sglang_hcache.linker import HCacheLinker
-from sglang_hcache.model import OnePool, Pool, kv_buffers
+from sglang_hcache.model import OnePool, Pool, kv_buffers, layer_groups
 from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.restoring.projector import KVProjector
@@ -38,7 +38,10 @@ PAGES = 8  # of the pool
 
 
 def buffers_of(*pools: Pool) -> list[torch.Tensor]:
-    return [buffer for pool in pools for layer in range(pool.layer_num) for buffer in kv_buffers(pool, layer)]
+    groups = [group for pool in pools for group in layer_groups(pool)]
+    return [
+        buffer for group in groups for place in range(len(group.numbers)) for buffer in kv_buffers(group.pool, place)
+    ]
 
 
 @pytest.fixture(params=["K and V", "latent"])
@@ -230,11 +233,11 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
         assert tier.lookup("a", both(range(4))) == [3], "else a bus that seems slow would never be tried"
     assert tier.load("a", both(range(4), (5, 6, 7, 8), (4,)))
     assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
-    for layer in (1, 3):
-        for buffer in kv_buffers(pool, layer):
+    for place in range(2):
+        for buffer in kv_buffers(pool.full_kv_pool, place):
             assert torch.equal(buffer[slots_of(5, 6, 7, 8)], buffer[slots_of(1, 2, 3, 4)])
-    for layer in (0, 2):
-        for buffer in kv_buffers(pool, layer):
+    for place in range(2):
+        for buffer in kv_buffers(pool.swa_kv_pool, place):
             assert torch.equal(buffer[slots_of(4)], buffer[slots_of(1)])
     assert tier.stats()["layers_windowed"] == 2
     mapping = torch.arange(PAGES * PAGE + PAGE, dtype=torch.int32) - 4 * PAGE
@@ -244,8 +247,8 @@ def test_layers_with_slots_of_their_own(make: Callable[..., HCacheLinker], monke
     until(lambda: tier.lookup("b", both(range(4, 6))) == [2])
     assert tier.load("b", both(range(4, 6), (1, 2), (7,)))
     assert tier.finish_layer_wise_loading(tier.start_layer_wise_loading())
-    for layer in (0, 2):
-        for buffer in kv_buffers(pool, layer):
+    for place in range(2):
+        for buffer in kv_buffers(pool.swa_kv_pool, place):
             assert torch.equal(buffer[slots_of(7)], buffer[slots_of(4)])
     tier.close()
 

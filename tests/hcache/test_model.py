@@ -8,7 +8,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from sglang_hcache.model import Unsupported, check_pool, draft_pools, kv_buffers, windowed_layers
+from sglang_hcache.model import LayerGroup, Unsupported, check_pool, draft_pools, layer_groups
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,12 @@ def test_a_pool_of_its_own_for_layers_with_windows() -> None:
     components = {ComponentType.FULL, ComponentType.SWA}
     pool = with_windows([1, 4], [3, 0, 2])
     assert check_pool(pool, components) is pool
-    assert windowed_layers(pool) == [3, 0, 2]
-    assert kv_buffers(pool, 4) == (pool.full_kv_pool.k_buffer[1], pool.full_kv_pool.v_buffer[1])
-    assert kv_buffers(pool, 0) == (pool.swa_kv_pool.k_buffer[1], pool.swa_kv_pool.v_buffer[1])
+    draft = MHATokenToKVPool(64, 16, torch.float32, 3, 4, 2, "cpu", enable_memory_saver=False)
+    full, windowed, drafts = layer_groups(pool, [draft])
+    assert full == LayerGroup(pool.full_kv_pool, (1, 4))
+    assert windowed == LayerGroup(pool.swa_kv_pool, (3, 0, 2), windowed=True)
+    assert drafts == LayerGroup(draft, (5, 6), draft=True)
+    assert [full.row_bytes, drafts.row_bytes] == [2 * 2 * 4 * 4, 2 * 3 * 4 * 4]
     with pytest.raises(Unsupported, match="add --disable-hybrid-swa-memory"):
         check_pool(with_windows([], [0, 1]), components)
 

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_hcache import windows
 from sglang_hcache.codec import PackedCodec
 from sglang_hcache.device.streams import Event, ImmediateStream
+from sglang_hcache.model import layer_groups
 from sglang_hcache.restoring.projector import KVProjector, PoolReader
 from sglang_hcache.saving import savers
 from sglang_hcache.saving.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
@@ -232,7 +233,7 @@ def test_a_page_holds_what_a_draft_model_keeps_of_it(copy_out: CopyOut, pool: MH
     expected = [buffer.clone() for buffer in buffers]
     for buffer in buffers:
         buffer[slots] = 0
-    projector, record = KVProjector(pool, [draft]), store.memory[leased]
+    projector, record = KVProjector(layer_groups(pool, [draft])), store.memory[leased]
     for index in range(draft.layer_num):
         stored = torch.from_numpy(layout.payload(record, len(HIDDEN) + index)).view(PAGE, -1)
         projector.project(pool.layer_num + index, stored, slots, slots)

@@ -35,7 +35,11 @@ class NoProjector:
 def formats(*, hidden: bool = True, kv_bytes: int = SHAPE.kv_bytes) -> Formats:
     of_hidden = LayerFormat(SHAPE.hidden_bytes, torch.bfloat16, NoProjector(), "kernels")
     kv = LayerFormat(kv_bytes, torch.uint8, NoProjector(), "copy")
-    return Formats(of_hidden if hidden else None, "" if hidden else "the self-test failed", kv, kv_bytes, False)
+    of_model: Any = SimpleNamespace(
+        numbers=tuple(range(SHAPE.layers)), row_bytes=kv_bytes, windowed=False, draft=False
+    )
+    obstacle = "" if hidden else "the self-test failed"
+    return Formats(of_hidden if hidden else None, obstacle, kv, kv_bytes, False, (of_model,))
 
 
 def planned(folder: Path, machine: Machine, **options: Any) -> Stored:

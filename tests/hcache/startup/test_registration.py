@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
 from sglang_hcache.startup import registration
 from sglang_hcache.startup.registration import Registration, warn_of_limits_that_do_not_hold
-from sglang_hcache.startup.representation import Formats, Stored
+from sglang_hcache.startup.representation import Formats, LayerFormat, Stored
 from tests.hcache.conftest import until
 from tests.prefetch.clients import PATIENCE_S, hello
 
@@ -119,8 +120,11 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             hicache_write_policy="write_through",
         )
         vars(parallel).update(vars(place or placed()))
-        kv: Any = SimpleNamespace(row_bytes=25, projector_name="copy")
-        formats = Formats(None, "", kv, 64, kv_same_on_all_ranks=latent, drafts=(kv,) if draft else ())
+        kv = LayerFormat(25, torch.uint8, Mock(), "copy")
+        groups: Any = [SimpleNamespace(numbers=(0, 1), row_bytes=25, windowed=False, draft=False)]
+        if draft:
+            groups.append(SimpleNamespace(numbers=(2,), row_bytes=25, windowed=False, draft=True))
+        formats = Formats(None, "", kv, 64, kv_same_on_all_ranks=latent, groups=groups)
         stored = Stored(Layout(0, 0, 2), formats, "")
         spec = {**SPECULATION, "speculative_draft_model_path": str(draft), **arguments}
         monkeypatch.setattr(registration, "get_spec", lambda: SimpleNamespace(**spec))

@@ -6,6 +6,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.codec import DecodingProjector, LossyCodec
+from sglang_hcache.model import layer_groups
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.restoring.projector import KVProjector
 from sglang_hcache.startup.representation import Formats, LayerFormat, Stored
@@ -46,9 +47,10 @@ def test_a_codec_encodes_and_decodes_before_a_forward_waits_for_it() -> None:
     before = [buffer.clone() for buffer in (*pool.k_buffer, *pool.v_buffer)]
     codec, projector = Codec(), Projector(pool)
     hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), "", codec)
-    kv = LayerFormat(KV_BYTES, torch.uint8, KVProjector(pool), "copy")
-    stored = Stored(Layout(0, LAYERS, 0), Formats(hidden, "", kv, KV_BYTES, kv_same_on_all_ranks=False), "")
-    warm_up(stored, pool, (), PAGE)
+    groups = layer_groups(pool)
+    kv = LayerFormat(KV_BYTES, torch.uint8, KVProjector(groups), "copy")
+    formats = Formats(hidden, "", kv, KV_BYTES, kv_same_on_all_ranks=False, groups=groups)
+    warm_up(Stored(Layout(0, LAYERS, 0), formats, ""), PAGE)
     assert codec.encoded_shapes == [(1, PAGE, WIDTH)]
     assert projector.projected == [(PAGE, WIDTH)]
     for was, buffer in zip(before, (*pool.k_buffer, *pool.v_buffer), strict=True):
