@@ -29,13 +29,16 @@ from sglang_hcache.queueing.admission import Admission
 from sglang_hcache.queueing.forward_timer import ForwardTimer
 from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
-from sglang_hcache.ranks import rank_name
+from sglang_hcache.queueing.shared_loads import SharedLoads
+from sglang_hcache.ranks import of_first_rank, rank_name
 from sglang_hcache.restoring.layer_events import LayerEvents
 from sglang_hcache.restoring.restore import Load, Restorer
 from sglang_hcache.saving.savers import NoSaver, Restored, Saver
 from sglang_hcache.startup.registration import Registration
 from sglang_hcache.startup.start import hold_rule, plan, reads_at_once, supervisor_of, supported, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
+
+_LEAST_SHARED_TOKENS = 512  # without a planner: so many take about as long to restore as a forward
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +140,21 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             in_whole=self._window_pages > 0,
         )
         self._loads = Loads(self.layer_done_counter, self._page_tokens, self._planner, self.prefetch_queue.forget)
+        self._shared = SharedLoads(of_first_rank(self._least_shared_pages()))
         scheduler_hooks.linker = self
         others_wait_for_us = bool(get_parallel().attn_dp_enabled)
-        scheduler_hooks.admission = Admission(self, self.prefetch_queue, others_wait_for_us=others_wait_for_us)
+        scheduler_hooks.admission = Admission(
+            self, self.prefetch_queue, self._shared, others_wait_for_us=others_wait_for_us
+        )
         self._log_start()
+
+    def _least_shared_pages(self) -> int:
+        """None where what is loaded may lack windowed layers, or SGLang makes no prefill for some steps after one."""
+        if self._window_pages or get_schedule().prefill_decode_interval:
+            return 0
+        if self._planner is None:
+            return -(-_LEAST_SHARED_TOKENS // self._page_tokens)
+        return self._planner.least_shared_pages()
 
     # ---- ahead of scheduling ----
 
@@ -186,14 +200,17 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     # ---- lookup and load ----
 
-    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> Sequence[int]:
+        """A range is of all lengths up to one, and a hook of ours takes it for that."""
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
-        pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages)
+        least_pages = self._shared.least(rid, transfers[0].keys)
+        pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages, least_pages=least_pages)
         if not (self._window_pages and pages):
-            return [pages] if self._alone and pages else list(range(1, pages + 1))
+            return range(1, pages + 1)
         chunks = self.prefetch_queue.leased(rid, keys)
         found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
-        return windows.up_to(found, pages) or found[: self.prefetch_queue.tries_bus(rid)]
+        ends = windows.up_to(found, pages) or (found[:1] if self.prefetch_queue.tries_bus(rid) else [])
+        return ends[-1:] if self._alone else ends
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers
@@ -355,6 +372,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "page_bytes": self._store.layout.record_bytes,
             "loads_refused": self._loads_refused,
             **self._loads.stats(),
+            "loads_shared": self._shared.requests,
             "prefetcher_restarts": self._supervisor.restarts,
             **self.prefetch_queue.stats(),
             **(self._planner.stats() if self._planner is not None else {}),

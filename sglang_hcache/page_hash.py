@@ -24,12 +24,21 @@ def page_hash(token_ids: Any, prior_digest: bytes | None, page_size: int | None 
     tokens = np.asarray(raw[:count], dtype=np.int64)
     if getattr(token_ids, "is_bigram", False):
         tokens = np.stack((tokens, np.asarray(raw[1 : count + 1], dtype=np.int64)), axis=1)
+    narrow, has_wide = tokens.astype("<u4"), tokens > np.iinfo(np.uint32).max  # at once: a page takes little else
+    any_wide = bool(has_wide.any())
+
+    def chain(prior: bytes, page: slice) -> bytes:
+        wide = any_wide and bool(has_wide[page].any())
+        digest = hashlib.sha256(prior)
+        digest.update(b"\xff" + tokens[page].tobytes() if wide else narrow[page].data)
+        return digest.digest()
+
     digest = prior_digest or b""
     if page_size is None:
-        return _chain(digest, tokens).hex()
+        return chain(digest, slice(None)).hex()
     digests = []
     for start in range(0, len(tokens), page_size):
-        digest = _chain(digest, tokens[start : start + page_size])
+        digest = chain(digest, slice(start, start + page_size))
         digests.append(digest.hex())
     return digests
 
@@ -46,9 +55,3 @@ def namespace_seed(extra_key: str | None, cache_salt: str | None) -> bytes | Non
             encoded = part.encode()
             digest.update(b"\x01" + len(encoded).to_bytes(8, "little") + encoded)
     return digest.digest()
-
-
-def _chain(prior: bytes, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> bytes:
-    wide = bool((tokens > np.iinfo(np.uint32).max).any())
-    body = b"\xff" + tokens.tobytes() if wide else tokens.astype("<u4").tobytes()
-    return hashlib.sha256(prior + body).digest()

@@ -24,6 +24,7 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
 _BATCH = "sglang.srt.managers.schedule_batch"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
@@ -37,6 +38,8 @@ _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCache
 CALLED = (  # by our hooks, and not meant for others
     f"{_BATCH}.Req._compute_max_prefix_len",
     f"{_SCHEDULER}.init_req_max_new_tokens",
+    f"{_CACHE}._all_reduce_attn_groups",
+    f"{_CACHE}.checkpoint",
     f"{_CACHE}.get_last_hash_value",
     f"{_TREE}.get_prefix_hash_values",
     f"{_SESSION}.borrowed_slot",
@@ -78,6 +81,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         (f"{_BATCH}.Req.__init__", hooks.after_request_made, after),
         (f"{_BATCH}.release_req", hooks.before_release_req, before),
         (f"{_WRAPPER}.match", hooks.around_match, around),
+        (f"{_WRAPPER}._sync_restorable_prefix", hooks.around_sync, around),
         (f"{_WRAPPER}.release_request", hooks.before_release_request, before),
         (f"{_WRAPPER}._offload_node", hooks.before_offload_node, before),
         (f"{_CACHE}.check_hicache_events", hooks.around_check_events, around),
@@ -85,6 +89,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         (f"{_SCHEDULER}.load_lora_adapter", hooks.around_load_adapter, around),
         (f"{_SCHEDULER}._add_request_to_queue", hooks.after_request_queued, after),
         (f"{_SCHEDULER}._get_new_batch_prefill_raw", hooks.around_new_batch, around),
+        (f"{_ADDER}.add_one_req", hooks.around_add, around),
         (f"{_SCHEDULER}.emit_metrics_constants", hooks.after_metrics_constants, after),
         (
             f"{_COMPONENTS}.request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks",

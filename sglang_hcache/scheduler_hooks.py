@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,15 @@ def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any,
     return original(wrapper, key if len(key) <= usable else key[:usable], req, result)
 
 
+def around_sync(original: Callable[..., int], wrapper: Any, lengths: Sequence[int], **others: Any) -> int:
+    """SGLang has ranks intersect sets of lengths, element by element; of ranges, their ends are enough."""
+    if not isinstance(lengths, range):
+        return original(wrapper, lengths, **others)
+    common = torch.tensor([lengths.stop - 1], dtype=torch.int)
+    wrapper.cache._all_reduce_attn_groups(common, torch.distributed.ReduceOp.MIN)
+    return int(common)
+
+
 def before_offload_node(wrapper: Any, node_id: Any, _transfers: object) -> None:
     if linker is not None:
         before = wrapper.cache.tree_core.get_prefix_hash_values(node_id)
@@ -173,6 +182,11 @@ def around_broadcast(
 def around_new_batch(original: Callable[..., Any], scheduler: Any, *, running_batch: Any, **others: Any) -> Any:
     make = partial(original, scheduler, running_batch=running_batch, **others)
     return make() if admission is None else admission.make_batch(make, scheduler, running_batch)
+
+
+def around_add(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    add = partial(original, adder, req, *args, **kwargs)
+    return add() if admission is None else admission.add(add, adder, req)
 
 
 def before_memory_released(_manager: object, _request: object) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:
@@ -31,10 +32,13 @@ class Admit:
 class Admission:
     """One a scheduler process; called in each of the scheduler's steps."""
 
-    def __init__(self, linker: HCacheLinker, prefetches: PrefetchQueue, *, others_wait_for_us: bool) -> None:
+    def __init__(
+        self, linker: HCacheLinker, prefetches: PrefetchQueue, shared: SharedLoads, *, others_wait_for_us: bool
+    ) -> None:
         """others_wait_for_us: schedulers with requests of their own take each step together with this one."""
         self._linker = linker
         self._prefetches = prefetches
+        self._shared = shared
         self._others_wait_for_us = others_wait_for_us
         self._head_starts = HeadStarts()
         self._to_begin: list[HeadStart] = []  # in this step
@@ -97,6 +101,7 @@ class Admission:
         running_batch: with the last batch, too, which is not in the scheduler's own yet.
         """
         self._linker.renew_store()
+        self._shared.publish(scheduler.tree_cache)
         self._begin_head_starts(scheduler)
         before, held = scheduler.waiting_queue, set(self._prefetches.held)
         self._idle, looked, self._looked = False, self._looked, False
@@ -123,15 +128,22 @@ class Admission:
             self._scheduled(scheduler, batch.reqs)
         return result
 
+    def add(self, add: Callable[[], Any], adder: Any, req: Any) -> Any:
+        """Of a batch that is being made."""
+        return self._shared.add(add, adder, req)
+
     def released(self, rid: str) -> None:
         """SGLang is done with a request, or it was aborted."""
+        self._shared.forget(rid)
         self._head_starts.aborted(rid)
         self._linker.forget_request(rid)
 
     def _scheduled(self, scheduler: Any, reqs: list[Any]) -> None:
         self._head_starts.scheduled(reqs)
         self._linker.scheduled([req.rid for req in reqs])
-        for req in reqs:  # SGLang leaves a hit there that the last lookup did not find again
+        for req in reqs:
+            self._shared.forget(req.rid)
+            # SGLang leaves a hit there that the last lookup did not find again.
             scheduler.tree_cache.linker.hit_markers.pop(req.rid, None)
 
     def _begin_head_starts(self, scheduler: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,14 @@ class LoadPlanner:
         in_vain_s = self.read_s(begun_pages) if begun_pages else 0.0
         plan = plan_head_start(self._now(), self._layout, hit, in_vain_s=in_vain_s)
         return 0 if plan is None else plan.pages
+
+    def least_shared_pages(self) -> int:
+        """So many take as long to restore as a forward of a token, which is what it costs to wait for another's."""
+        costs, layout = self._calibrated, self._layout
+        copy_s = self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
+        make_s = self._per_token(costs.projection_s_per_token, costs.scatter_s_per_token)
+        forward_s = layout.layers * float(costs.layer_s(1.0, 0.0)) + costs.head_s
+        return max(1, math.ceil(forward_s / (self._page_tokens * max(copy_s, make_s))))
 
     def tries_drives(self) -> bool:
         """Ask once for a hit that does not wait for all reads: whether to time some all the same."""

@@ -265,10 +265,10 @@ class PrefetchQueue:
                     self._meter.end(rid)
                     self._store.cut(rid)  # what is missing was not worth waiting for
 
-    def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0) -> int:
+    def ready(self, rid: str, keys: Sequence[bytes], *, queued_pages: int = 0, least_pages: int = 0) -> int:
         """How many leading pages of `keys` to load, all in memory, and `leased` until `forget`.
 
-        queued_pages: of loads that the bus carries first.
+        queued_pages: of loads that the bus carries first. least_pages: to be loaded, be it worth it or not.
         """
         if not (found := len(self.leased(rid, keys))) and self._worth_asking_again(rid, keys[0]):
             self.lookups_not_ahead += 1
@@ -283,14 +283,14 @@ class PrefetchQueue:
         request.looked_up, request.found, request.planned = len(keys), found, None
         if not found or self._planner is None:
             return found
-        least_pages = self._planner.least_pages(found, again=request.counted)
-        request.counted, request.tries_bus = True, least_pages > 0
+        to_try = self._planner.least_pages(found, again=request.counted)
+        request.counted, request.tries_bus = True, to_try > 0
         request.planned = self._planner.pages(
             found,
             self._prompt(request, keys),
             missing_pages=len(keys) - found,
             queued_pages=queued_pages,
-            least_pages=least_pages,
+            least_pages=max(to_try, min(least_pages, found)),
         )
         return request.planned
 

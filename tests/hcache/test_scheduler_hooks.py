@@ -12,6 +12,7 @@ import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ReqKvInfo
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.streaming_session import SessionSlot, StreamingSession
 
@@ -20,6 +21,7 @@ from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.queueing import admission
 from sglang_hcache.queueing.admission import Admission, missing_pages
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
 
 PROMPT = Prompt(1, 0)
@@ -124,7 +126,7 @@ class Scheduler:
 
 
 def admission_of(tier: Any, *, others_wait_for_us: bool = False) -> Admission:
-    return Admission(tier, tier, others_wait_for_us=others_wait_for_us)
+    return Admission(tier, tier, SharedLoads(0), others_wait_for_us=others_wait_for_us)
 
 
 @pytest.fixture
@@ -246,6 +248,24 @@ def test_it_does_not_wait_while_other_schedulers_wait_for_it(tier: Tier, monkeyp
     monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier, others_wait_for_us=True))
     Scheduler("h1").step()
     assert tier.waited == 0
+
+
+@pytest.mark.parametrize(("others", "common"), [(7, 3), (2, 2), (0, 0)])
+def test_ranks_agree_on_the_shortest_of_what_each_can_load(others: int, common: int) -> None:
+    """As SGLang's own intersection says, which windowed layers need."""
+
+    def all_reduce(tensor: torch.Tensor, op: object) -> None:
+        assert op == torch.distributed.ReduceOp.MIN
+        if len(tensor) == 1:
+            tensor.clamp_(max=others)
+        else:
+            tensor[others + 1 :] = 0
+
+    wrapper: Any = SimpleNamespace(cache=SimpleNamespace(_all_reduce_attn_groups=all_reduce))
+    own = UnifiedCacheLinkerWrapper._sync_restorable_prefix
+    for lengths in (range(1, 4), [1, 2, 3]):
+        found = scheduler_hooks.around_sync(own, wrapper, lengths, num_pages=9, device_hit_pages=0)
+        assert found == common
 
 
 def test_a_batch_that_has_just_been_prefilled_is_something_to_do(tier: Tier) -> None:

@@ -14,6 +14,7 @@ from sglang_hcache.queueing import admission
 from sglang_hcache.queueing.admission import Admission, Admit
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.shared_loads import SharedLoads
 
 START = HeadStart("a", "a head start", pages=2, tokens=8)
 
@@ -158,7 +159,7 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, first_rank: bool
 ) -> None:
     tier: Any = Tier()
-    steps, req = Admission(tier, tier, others_wait_for_us=False), request()
+    steps, req = Admission(tier, tier, SharedLoads(0), others_wait_for_us=False), request()
     monkeypatch.setattr(admission, "missing_pages", lambda _tree, _req: ([b"key"], Prompt(1, 0)))
     queue = scheduler(req)
     queue.chunked_req = None
