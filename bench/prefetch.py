@@ -34,7 +34,7 @@ from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.remote import RemoteClient
-from sglang_hcache.prefetch.supervisor import LocalSupervisor
+from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor
 from sglang_hcache.storage.direct import refusal
 from sglang_hcache.storage.layout import ROOT, ChunkLayout
 from sglang_hcache.storage.region import Region
@@ -133,11 +133,10 @@ def measure_remote(folder: Path, pages: int, rounds: int, messages: int) -> dict
     )
     command = [*hcache, "prefetcher", "--dir", str(folder / "store"), "--listen", address]
     prefetcher = subprocess.Popen([*command, "--keys", str(folder / "keys")])
-    news = os.eventfd(0, os.EFD_NONBLOCK)
     greeting = hello(int(pages * 2.5) * LAYOUT.record_bytes)
     try:
         clients = [
-            RemoteClient(address, greeting, news=news, timeout_s=20, keys=folder / "keys" / name)
+            RemoteSupervisor(address, str(folder / "keys" / name), lambda: greeting).open(20)
             for name in ("one", "other")
         ]
         fill(clients[0], pages)
@@ -151,7 +150,6 @@ def measure_remote(folder: Path, pages: int, rounds: int, messages: int) -> dict
     finally:
         prefetcher.terminate()
         prefetcher.wait()
-        os.close(news)
     return {
         "gb_s": pages * LAYOUT.record_bytes / statistics.median(total for total, _ in times[1:]) / 1e9,
         "first_chunk_ms": 1000 * statistics.median(first for _, first in times[1:]),

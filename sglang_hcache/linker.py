@@ -389,7 +389,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def _attach(self, store: Client) -> None:
         """Save to, and restore from, this store, in the place of the former one."""
         self._store = store
-        self._registration.welcomed(store.welcome)
+        self._registration.welcomed(store.connection.welcome)
         self._saver, self._restorer = self._attachment.attach(store, saves=self._registration.saves)
 
     def _log_start(self) -> None:

@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
+from sglang_hcache.prefetch.connection import Connection, Unavailable
 from sglang_hcache.storage.arena import rows
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.layout import Record
@@ -38,81 +38,82 @@ class _Wanted:
         return self.told
 
 
-class PrefetchClient:
-    """A ChunkStore in the memory of another process on this host, for as long as that process lives.
+class StoreClient:
+    """The session behind a ChunkStore, with a prefetcher on this host or another; the store starts and closes it.
 
-    `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone. Raises Unavailable
-    where there is no prefetcher that serves `hello` within `timeout_s`, or `go_on` says not to wait any more;
-    `waiting`: as for Connection.
+    `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone.
     """
 
-    def __init__(
-        self,
-        address: str,
-        hello: m.Hello,
-        *,
-        news: int,
-        timeout_s: float,
-        go_on: Callable[[], bool] = lambda: True,
-        waiting: Callable[[int], None] = lambda pages: None,
-    ) -> None:
-        self.layout = hello.layout
+    def __init__(self, connection: Connection, news: int) -> None:
+        self.connection = connection
+        self.layout = connection.hello.layout
         self._news = news
+        self._figures: Stats = {}  # as the prefetcher has told them last
+
+    @property
+    def alive(self) -> bool:
+        return self.connection.alive
+
+    @property
+    def why_ended(self) -> str:
+        return self.connection.why_ended
+
+    @property
+    def lost(self) -> bool:
+        return self.connection.lost
+
+    @property
+    def prefetcher_pid(self) -> int:
+        """On its own host."""
+        return self.connection.welcome.pid
+
+    def flush(self, timeout_s: float) -> bool:
+        try:
+            return self.connection.ask(m.Flush(), m.Flushed, timeout_s).complete
+        except Unavailable:
+            return False
+
+    def give_up(self, why: str) -> None:
+        """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
+        self.connection.give_up(why)
+
+    def _ask_figures(self) -> str:
+        """How the prefetcher is. Figures that it does not send in time keep their last values."""
+        try:
+            self._figures = self.connection.ask(m.Stats(), m.Figures, ASK_S).figures
+        except Unavailable as error:
+            return f"gone: {error}"
+        return "ok"
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._news, 1)
+
+
+class PrefetchClient(StoreClient):
+    """A ChunkStore in the memory of another process on this host, for as long as that process lives.
+
+    Raises Unavailable where that memory cannot be shared.
+    """
+
+    def __init__(self, connection: Connection, *, news: int) -> None:
+        super().__init__(connection, news)
+        welcome = connection.welcome
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._grant = self._asked_for = hello.grant
+        self._grant = self._asked_for = connection.hello.grant
         self._granted: deque[int] = deque()
         self._held = 0  # granted slots, and those that are being filled
         self._share = sys.maxsize  # of these, once others want some, too
         self._wanted: dict[str, _Wanted] = {}  # by owner: what these are called is nothing to the prefetcher
         self._asked: dict[int, _Wanted] = {}  # the same, by number
         self._reserve_failed = 0
-        self._figures: Stats = {}
-        self._connection = Connection(
-            address,
-            hello,
-            receive=self._receive,
-            ended=self._ended,
-            timeout_s=timeout_s,
-            go_on=go_on,
-            waiting=waiting,
-        )
-        welcome = self.welcome
         try:
             region = Region.attach(welcome.region, welcome.slots * self.layout.record_bytes)
         except OSError as error:
-            self._connection.start()
-            self._connection.close()
             raise Unavailable(f"its memory cannot be shared: {error}") from None
         region.close()
         self.memory: Record = rows(region.memory, welcome.slots, self.layout.record_bytes)
-        self._connection.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._connection.alive
-
-    @property
-    def why_ended(self) -> str:
-        return self._connection.why_ended
-
-    @property
-    def hangs(self) -> bool:
-        """Whether the store ended because its prefetcher runs but does not answer."""
-        return self._connection.ending is Ending.SILENT
-
-    @property
-    def lost(self) -> bool:
-        """Whether the store ended while it was still needed."""
-        return not self.alive and self._connection.ending is not Ending.GIVEN_UP
-
-    @property
-    def welcome(self) -> m.Welcome:
-        return self._connection.welcome
-
-    @property
-    def prefetcher_pid(self) -> int:
-        return self.welcome.pid
+        connection.start(self._receive, self._ended)
 
     def reserve(self) -> int | None:
         with self._lock:
@@ -122,7 +123,7 @@ class PrefetchClient:
             if wanted < max(1, self._grant // 2):
                 return slot
             self._asked_for += wanted
-        self._connection.send(m.Want(slots=wanted))
+        self.connection.send(m.Want(slots=wanted))
         return slot
 
     def abandon(self, slot: int) -> None:
@@ -134,12 +135,12 @@ class PrefetchClient:
     def commit(self, key: bytes, slot: int, parent: bytes) -> None:
         with self._lock:
             self._held -= 1
-            self._connection.send(m.Commit(pages=[m.Page(key, parent, slot)]))
+            self.connection.send(m.Commit(pages=[m.Page(key, parent, slot)]))
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of the pages the prefetcher has in memory or on file; none where it does not answer."""
         try:
-            return self._connection.ask(m.Lookup(keys=list(keys)), m.Found, ASK_S).present
+            return self.connection.ask(m.Lookup(keys=list(keys)), m.Found, ASK_S).present
         except Unavailable:
             return [False] * len(keys)
 
@@ -158,7 +159,7 @@ class PrefetchClient:
         )
         with self._lock:
             former = self._wanted.get(owner)
-            wanted = self._wanted[owner] = _Wanted(self._connection.send(message), done=not self.alive)
+            wanted = self._wanted[owner] = _Wanted(self.connection.send(message), done=not self.alive)
             self._asked[wanted.number] = wanted
             if former is not None:  # only now: what is in both stays in place
                 self._release(former)
@@ -184,49 +185,29 @@ class PrefetchClient:
     def cut(self, owner: str) -> None:
         with self._lock:
             if wanted := self._wanted.get(owner):
-                self._connection.send(m.Cancel(prefetch=wanted.number))
+                self.connection.send(m.Cancel(prefetch=wanted.number))
 
     def release(self, owner: str) -> None:
         with self._lock:
             if wanted := self._wanted.pop(owner, None):
                 self._release(wanted)
 
-    def flush(self, timeout_s: float) -> bool:
-        try:
-            return self._connection.ask(m.Flush(), m.Flushed, timeout_s).complete
-        except Unavailable:
-            return False
-
     def drop_host(self) -> None:
-        self._connection.send(m.DropHost())
+        self.connection.send(m.DropHost())
 
     def stats(self) -> Stats:
-        """Figures that the prefetcher does not send in time keep their last values."""
         with self._lock:
-            stats: Stats = {"prefetcher": "ok" if self.alive else f"gone: {self.why_ended}"}
-            stats["reserve_failed"] = self._reserve_failed
-            stats["pages_granted"] = len(self._granted)
-        try:
-            self._figures = self._connection.ask(m.Stats(), m.Figures, ASK_S).figures
-        except Unavailable as error:
-            stats["prefetcher"] = f"gone: {error}"
+            stats: Stats = {"reserve_failed": self._reserve_failed, "pages_granted": len(self._granted)}
+        stats["prefetcher"] = self._ask_figures()
         return (self._figures if self.alive else {}) | stats
 
     def wait_until_settled(self) -> None:
         """Until the system's memory has been taken for all of `memory`, or no more of it is."""
-        wait_until_taken(self.welcome.region, self.memory.nbytes)
-
-    def give_up(self, why: str) -> None:
-        """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
-        self._connection.give_up(why)
-
-    def kill_prefetcher(self) -> None:
-        """Before `close`."""
-        self._connection.kill()
+        wait_until_taken(self.connection.welcome.region, self.memory.nbytes)
 
     def close(self) -> None:
         """Say goodbye to the prefetcher. Nobody may read or write the memory any more."""
-        self._connection.close()
+        self.connection.close()
         self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
     def _give_back(self) -> None:
@@ -234,11 +215,11 @@ class PrefetchClient:
         slots = [self._granted.pop() for _ in range(min(len(self._granted), self._held - self._share))]
         self._held -= len(slots)
         for first in range(0, len(slots), m.MAX_KEYS):
-            self._connection.send(m.GiveBack(slots=slots[first : first + m.MAX_KEYS]))
+            self.connection.send(m.GiveBack(slots=slots[first : first + m.MAX_KEYS]))
 
     def _release(self, wanted: _Wanted) -> None:
         self._asked.pop(wanted.number, None)
-        self._connection.send(m.Release(prefetch=wanted.number))
+        self.connection.send(m.Release(prefetch=wanted.number))
 
     def _progress(self, owner: str) -> Progress:
         wanted = self._wanted.get(owner)
@@ -263,11 +244,11 @@ class PrefetchClient:
                 wanted.ended_at = time.monotonic() if message.done else 0.0
                 self._changed.notify_all()
                 if message.done:
-                    os.eventfd_write(self._news, 1)
+                    self._ring()
 
     def _ended(self) -> None:
         with self._lock:
             for wanted in self._wanted.values():
                 wanted.done = True
             self._changed.notify_all()
-        os.eventfd_write(self._news, 1)
+        self._ring()

@@ -25,6 +25,7 @@ LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet
 FAREWELL_S = 1.0  # for the answer to a goodbye
 WAITING_S = 10.0  # between two log lines that it is not ready
 LINGER_MS = 200  # for a goodbye
+MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
 HUNG_S = 10.0  # waited for an answer so long, it is given up; the end of its process is seen at once
 
@@ -53,10 +54,10 @@ class Ending(Enum):
 
 
 class Connection:
-    """An open session. `receive` is called on its thread with what is no answer to `ask`; `ended` once, at its end.
+    """An open session, with a prefetcher that has taken `hello`; its thread runs from `start` on.
 
-    To another host (`hello.pid` is 0), messages carry records of at most `record_bytes`, and `keys` says with which
-    keys it is spoken to; without, only where it needs none.
+    `keys`: the folder with this client's keys, None on this host, and where the prefetcher listens on loopback
+    without. To another host (`hello.pid` is 0) messages carry records.
 
     Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello`, or that says within
     `timeout_s` that it will, or `go_on` says that it is not waited for any more. `waiting` is called, each time it
@@ -68,17 +69,16 @@ class Connection:
         address: str,
         hello: m.Hello,
         *,
-        receive: Callable[[m.FromServer, Sequence[memoryview]], None],
-        ended: Callable[[], None],
         timeout_s: float,
-        record_bytes: int = 0,
         keys: Path | None = None,
         go_on: Callable[[], bool] = lambda: True,
         waiting: Callable[[int], None] = lambda pages: None,
     ) -> None:
+        self.hello = hello
         self._remote = hello.pid == 0
-        self._receive = receive
-        self._ended = ended
+        largest_frame = hello.layout.record_bytes + MARGIN_BYTES if self._remote else 0
+        self._receive: Callable[[m.FromServer, Sequence[memoryview]], None] = lambda message, payload: None
+        self._ended: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._asked: set[int] = set()
@@ -93,7 +93,7 @@ class Connection:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.LINGER, LINGER_MS)
-        set_limits(self._socket, remote=self._remote, from_client=zmq.SNDHWM, largest_frame=record_bytes)
+        set_limits(self._socket, remote=self._remote, from_client=zmq.SNDHWM, largest_frame=largest_frame)
         try:
             self._connect(address, keys)
             self.welcome = self._introduce(hello, timeout_s, go_on, waiting)
@@ -107,8 +107,22 @@ class Connection:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="hcache-prefetch", daemon=True)
 
-    def start(self) -> None:
-        """Begin to receive; what has arrived since the welcome comes first."""
+    @property
+    def lost(self) -> bool:
+        """Whether it ended while it was still needed."""
+        return not self.alive and self.ending is not Ending.GIVEN_UP
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it ended because the prefetcher runs but does not answer."""
+        return self.ending is Ending.SILENT
+
+    def start(self, receive: Callable[[m.FromServer, Sequence[memoryview]], None], ended: Callable[[], None]) -> None:
+        """Begin to receive; what has arrived since the welcome comes first.
+
+        `receive` is called on the session's thread with what is no answer to `ask`; `ended` once, at its end.
+        """
+        self._receive, self._ended = receive, ended
         self._thread.start()
 
     def send(self, message: m.Message, payload: Payload = ()) -> int:
@@ -139,15 +153,16 @@ class Connection:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        """Say goodbye. What the session held must not be used any more."""
+        """Say goodbye, started or not. What the session held must not be used any more."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
             self._changed.notify_all()
             os.eventfd_write(self._wake, 1)
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._thread.ident is None:
+            self._thread.start()
+        self._thread.join()
         if not self._remote:
             os.close(self._pidfd)
         os.close(self._wake)

@@ -9,25 +9,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.client import ASK_S, NOTHING_YET
-from sglang_hcache.prefetch.connection import Connection, Ending, Unavailable
+from sglang_hcache.prefetch.client import ASK_S, NOTHING_YET, StoreClient
+from sglang_hcache.prefetch.connection import Connection, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.index_check import Entry
-from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
+from sglang_hcache.storage.layout import ChunkDamaged, Record, read_header, verify
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 
 READ_S = 30.0  # the longest a page is waited for
@@ -37,7 +34,6 @@ AGAIN_S = 30.0  # a page that has not come is not asked for again for so long: t
 LOOK_S = 0.1  # between two looks whether somebody still needs it
 POLL_S = 0.5
 CLOSE_FLUSH_S = 5.0
-MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
 SOMEWHERE = Entry("", 0)  # the prefetcher knows where
 
 # What is said of files, and of the prefetcher, is known there.
@@ -65,19 +61,10 @@ class _Read:
 class RemoteFiles:
     """The prefetcher as a store's files: `locate`, `read` and `write` are questions to it. Any thread may ask."""
 
-    def __init__(
-        self,
-        address: str,
-        hello: m.Hello,
-        *,
-        timeout_s: float,
-        keys: Path | None,
-        gone: Callable[[], None],
-        go_on: Callable[[], bool],
-        waiting: Callable[[int], None],
-    ) -> None:
-        self._fingerprint = hello.fingerprint
-        self._layout = hello.layout
+    def __init__(self, connection: Connection, gone: Callable[[], None]) -> None:
+        self._connection = connection
+        self._fingerprint = connection.hello.fingerprint
+        self._layout = connection.hello.layout
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._reads: dict[int, _Read] = {}  # by number of the message that asks for it
@@ -86,23 +73,12 @@ class RemoteFiles:
         self.is_awaited: Callable[[bytes], bool] = lambda key: True  # whether somebody needs what is being read
         self._gone = gone
         self.damaged = 0
-        self.connection = Connection(
-            address,
-            hello,
-            receive=self._receive,
-            ended=self._ended,
-            timeout_s=timeout_s,
-            record_bytes=self._layout.record_bytes + MARGIN_BYTES,
-            keys=keys,
-            go_on=go_on,
-            waiting=waiting,
-        )
-        self.connection.start()
-        self.connection.send(m.Credit(pages=READ_THREADS))
+        connection.start(self._receive, self._ended)
+        connection.send(m.Credit(pages=READ_THREADS))
 
     @property
     def healthy(self) -> bool:
-        return self.connection.alive
+        return self._connection.alive
 
     def locate(self, keys: Sequence[bytes]) -> dict[bytes, Entry]:
         now, late = time.monotonic(), self._late
@@ -110,7 +86,7 @@ class RemoteFiles:
         if not wanted:
             return {}
         try:
-            present = self.connection.ask(m.Lookup(keys=wanted), m.Found, ASK_S).present
+            present = self._connection.ask(m.Lookup(keys=wanted), m.Found, ASK_S).present
         except Unavailable:
             return {}
         return {key: SOMEWHERE for key, there in zip(wanted, present, strict=False) if there}
@@ -119,7 +95,7 @@ class RemoteFiles:
         """Fetch the page into `out`; False where it cannot be had, or is not what was stored."""
         asked_at = time.monotonic()
         with self._lock:
-            number = self.connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0))
+            number = self._connection.send(m.Prefetch(keys=[key], priority=0, page_priority=0))
             read = self._reads[number] = _Read()
         while not self._over(read):
             waited_s = time.monotonic() - asked_at
@@ -132,14 +108,14 @@ class RemoteFiles:
                 self._takes_s = max(now - asked_at, 0.9 * self._takes_s)
             elif now > asked_at + LATE_S:
                 self._late = {key: until for key, until in self._late.items() if until > now} | {key: now + AGAIN_S}
-        self.connection.send(m.Release(prefetch=number))
+        self._connection.send(m.Release(prefetch=number))
         if read.frame is None:
             return False
         data = np.frombuffer(read.frame, np.uint8)
         fits = data.shape == out.shape
         if fits:
             out[:] = data
-        self.connection.send(m.Credit(pages=1))
+        self._connection.send(m.Credit(pages=1))
         try:
             if not fits:
                 raise ChunkDamaged(f"it has {len(data)} bytes")
@@ -152,7 +128,7 @@ class RemoteFiles:
     def _over(self, read: _Read) -> bool:
         """Whether it has come to its end, at once or in a while."""
         with self._lock:
-            return self._changed.wait_for(lambda: read.ended or not self.connection.alive, LOOK_S)
+            return self._changed.wait_for(lambda: read.ended or not self._connection.alive, LOOK_S)
 
     def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> bool:
         """Send sealed records; once this returns their memory can be used again, as the prefetcher verifies them."""
@@ -161,10 +137,10 @@ class RemoteFiles:
             frame = zmq.Frame(record.data, track=True, copy=False)
             trackers.append(frame.tracker)
             parent = read_header(record, self._layout).parent
-            self.connection.send(m.Commit(pages=[m.Page(key, parent, 0)]), [frame])
+            self._connection.send(m.Commit(pages=[m.Page(key, parent, 0)]), [frame])
             del frame  # ZeroMQ is done with the memory when nobody refers to it
         for tracker in trackers:
-            while self.connection.alive and not tracker.done:
+            while self._connection.alive and not tracker.done:
                 with contextlib.suppress(zmq.NotDone):
                     tracker.wait(POLL_S)
         return all(tracker.done for tracker in trackers)
@@ -177,7 +153,7 @@ class RemoteFiles:
         return False
 
     def close(self) -> None:
-        self.connection.close()
+        self._connection.close()
 
     def _receive(self, message: m.FromServer, payload: Sequence[memoryview]) -> None:
         if not isinstance(message, m.Ready):
@@ -189,7 +165,7 @@ class RemoteFiles:
                 read.ended = True
                 self._changed.notify_all()
         if read is None and payload:
-            self.connection.send(m.Credit(pages=len(payload)))
+            self._connection.send(m.Credit(pages=len(payload)))
 
     def _ended(self) -> None:
         with self._lock:
@@ -197,41 +173,24 @@ class RemoteFiles:
         self._gone()
 
 
-class RemoteClient:
+class RemoteClient(StoreClient):
     """A ChunkStore in this process, with a prefetcher on another host behind it, for as long as that answers.
 
-    `hello`: its `pid` is set to 0, and `host_bytes` bounds the arena of this process. `keys`: the folder with this
-    client's keys, None where the prefetcher listens on loopback without. `news`, `waiting`: as for PrefetchClient.
-    Raises Unavailable where no prefetcher takes `hello` within `timeout_s`, or `go_on` says not to wait any more;
-    ValueError for bad values.
+    The `host_bytes` of the session's hello bound the arena of this process. Raises ValueError for bad values.
     """
 
-    def __init__(
-        self,
-        address: str,
-        hello: m.Hello,
-        *,
-        news: int,
-        timeout_s: float,
-        keys: Path | None = None,
-        go_on: Callable[[], bool] = lambda: True,
-        waiting: Callable[[int], None] = lambda pages: None,
-    ) -> None:
-        hello = msgspec.structs.replace(hello, pid=0, grant=0)
-        layout = hello.layout
-        self._news = news
+    def __init__(self, connection: Connection, *, news: int) -> None:
+        super().__init__(connection, news)
+        hello, layout = connection.hello, self.layout
         self._tickets = itertools.count(1)
         self._pending: dict[str, int] = {}  # owner → ticket of a prefetch that has not been looked up yet
         self._closed = False
-        self._figures: Stats = {}
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         slots = max(1, hello.host_bytes // layout.record_bytes)
         self._region = mmap.mmap(-1, slots * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._files = RemoteFiles(
-            address, hello, timeout_s=timeout_s, keys=keys, gone=self._ring, go_on=go_on, waiting=waiting
-        )
+        self._files = RemoteFiles(connection, self._ring)
         self._store = LocalStore(
             layout,
             hello.fingerprint,
@@ -244,32 +203,6 @@ class RemoteClient:
         self._files.is_awaited = self._store.is_awaited
         self._worker = threading.Thread(target=self._work, name="hcache-remote", daemon=True)
         self._worker.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._files.connection.alive
-
-    @property
-    def why_ended(self) -> str:
-        return self._files.connection.why_ended
-
-    @property
-    def lost(self) -> bool:
-        """Whether it is gone although its user had use for it."""
-        return not self.alive and self._files.connection.ending is not Ending.GIVEN_UP
-
-    @property
-    def prefetcher_pid(self) -> int:
-        """On its own host."""
-        return self.welcome.pid
-
-    @property
-    def welcome(self) -> m.Welcome:
-        return self._files.connection.welcome
-
-    @property
-    def layout(self) -> ChunkLayout:
-        return self._store.layout
 
     @property
     def memory(self) -> Record:
@@ -343,32 +276,18 @@ class RemoteClient:
 
     def flush(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        if not self._store.flush(timeout_s):
-            return False
-        try:
-            return self._files.connection.ask(m.Flush(), m.Flushed, max(0.0, deadline - time.monotonic())).complete
-        except Unavailable:
-            return False
+        return self._store.flush(timeout_s) and super().flush(max(0.0, deadline - time.monotonic()))
 
     def drop_host(self) -> None:
         """Of this process alone: the prefetcher's memory serves others."""
         self._store.drop_host()
 
     def stats(self) -> Stats:
-        """What the prefetcher does not say in time, or any more, is as it said last."""
         stats = self._store.stats() | {"pages_damaged_on_the_way": self._files.damaged}
-        stats["prefetcher"] = "ok" if self.alive else f"gone: {self.why_ended}"
-        try:
-            self._figures = self._files.connection.ask(m.Stats(), m.Figures, ASK_S).figures
-        except Unavailable as error:
-            stats["prefetcher"] = f"gone: {error}"
+        stats["prefetcher"] = self._ask_figures()
         known = {name: self._figures[name] for name in FIGURES_OF_PREFETCHER if name in self._figures}
         both = {name: _number(stats, name) + _number(self._figures, name) for name in COUNTED_BY_BOTH}
         return self._figures | stats | known | both
-
-    def give_up(self, why: str) -> None:
-        """Behave as if the prefetcher were gone; the memory stays as it is until `close`."""
-        self._files.connection.give_up(why)
 
     def close(self) -> None:
         if self._closed:
@@ -389,9 +308,6 @@ class RemoteClient:
     def _progressed(self, owner: str) -> None:
         if self.progress(owner).done:
             self._ring()
-
-    def _ring(self) -> None:
-        os.eventfd_write(self._news, 1)
 
 
 def _number(stats: Stats, name: str) -> int:

@@ -12,13 +12,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import msgspec
 import zmq
 
 from sglang_hcache.prefetch.client import PrefetchClient
-from sglang_hcache.prefetch.connection import Hopeless, Unavailable
+from sglang_hcache.prefetch.connection import Connection, Hopeless, Unavailable
 from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_named, is_running, name_for
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.no_store import NoStore
@@ -71,6 +73,8 @@ class SessionSupervisor(ABC, Generic[Client]):
     perhaps more than once, before a store is closed: by the thread that looks for stores, except at start and end.
     """
 
+    _client: type[Client]
+
     def __init__(
         self,
         hello: Callable[[], Hello],
@@ -115,7 +119,7 @@ class SessionSupervisor(ABC, Generic[Client]):
         pause = BACK_OFF_S[0]
         while True:
             try:
-                return self._connect(max(POLL_S, deadline - time.monotonic()), waiting)
+                return self._use(self._connect(max(POLL_S, deadline - time.monotonic()), waiting))
             except Unavailable as error:
                 hopeless = isinstance(error, Hopeless) or time.monotonic() + pause > deadline
                 if hopeless or self._closed.wait(pause):
@@ -160,8 +164,15 @@ class SessionSupervisor(ABC, Generic[Client]):
         self.stop_replacing()
 
     @abstractmethod
-    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> Client:
+    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> Connection:
         """One attempt. Raises Unavailable."""
+
+    def _use(self, connection: Connection) -> Client:
+        try:
+            return self._client(connection, news=self.news)
+        except BaseException:
+            connection.close()
+            raise
 
     @abstractmethod
     def _may_answer(self) -> bool:
@@ -217,6 +228,8 @@ class SessionSupervisor(ABC, Generic[Client]):
 class LocalSupervisor(SessionSupervisor[PrefetchClient]):
     """With the prefetcher on this host; it is started where none runs."""
 
+    _client = PrefetchClient
+
     def __init__(
         self,
         directories: tuple[str, ...],
@@ -230,18 +243,17 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         super().__init__(hello, opened=opened, closing=closing)
         self._name = name_for(directories)
         self._endpoint: Endpoint = endpoint_named(self._name)
-        self._config = ServerConfig(
-            self._endpoint.address, directories, quota_bytes, read_bytes_per_s=read_bytes_per_s
+        self._config_at = partial(
+            ServerConfig, directories=directories, quota_bytes=quota_bytes, read_bytes_per_s=read_bytes_per_s
         )
 
-    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> PrefetchClient:
+    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> Connection:
         self._endpoint = endpoint_named(self._name)  # anew: at logout its folder may have gone
         if not is_running(self._endpoint) and not self._returns():
             self._launch()
-        return PrefetchClient(
+        return Connection(
             self._endpoint.address,
             self._hello(),
-            news=self.news,
             timeout_s=timeout_s,
             go_on=lambda: is_running(self._endpoint) and not self._closed.is_set(),
             waiting=waiting,
@@ -252,9 +264,9 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
 
     def _give_up(self, gone: PrefetchClient) -> None:
         """Only what still holds the endpoint's lock, and does not answer, is killed."""
-        if gone.hangs and is_running(self._endpoint):
+        if gone.connection.hangs and is_running(self._endpoint):
             log.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
-            gone.kill_prefetcher()
+            gone.connection.kill()
 
     def _returns(self) -> bool:
         """Whether one that was run by hand has been started again, once that has been waited for."""
@@ -274,7 +286,7 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         return True
 
     def _launch(self) -> None:
-        config = json.dumps(dataclasses.asdict(self._config) | {"address": self._endpoint.address})
+        config = json.dumps(dataclasses.asdict(self._config_at(self._endpoint.address)))
         launcher = [sys.executable, "-S", "-P", str(_LAUNCHER), str(os.getppid())]
         command = [*launcher, sys.executable, "-P", "-m", "sglang_hcache.prefetch", config]
         try:
@@ -293,6 +305,8 @@ class RemoteSupervisor(SessionSupervisor[RemoteClient]):
     `keys`: the folder of this client.
     """
 
+    _client = RemoteClient
+
     def __init__(
         self,
         address: str,
@@ -306,13 +320,11 @@ class RemoteSupervisor(SessionSupervisor[RemoteClient]):
         self._address = address
         self._keys = Path(keys) if keys else None
 
-    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> RemoteClient:
-        patience = min(timeout_s, REMOTE_OPEN_S)
-        return RemoteClient(
+    def _connect(self, timeout_s: float, waiting: Callable[[int], None]) -> Connection:
+        return Connection(
             self._address,
-            self._hello(),
-            news=self.news,
-            timeout_s=patience,
+            msgspec.structs.replace(self._hello(), pid=0, grant=0),  # it needs no slots there
+            timeout_s=min(timeout_s, REMOTE_OPEN_S),
             keys=self._keys,
             go_on=lambda: not self._closed.is_set(),
             waiting=waiting,

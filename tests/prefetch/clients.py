@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.prefetch.connection import Connection
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
@@ -41,6 +42,15 @@ def hello(**changes: Any) -> Hello:
 
 def supervisor_of(directory: Path, **changes: Any) -> LocalSupervisor:
     return LocalSupervisor((str(directory),), None, lambda: hello(**changes))
+
+
+def client_of(address: str, greeting: Hello, *, news: int = -1, **options: Any) -> PrefetchClient:
+    return PrefetchClient(connection_to(address, greeting, **options), news=news)
+
+
+def connection_to(address: str, greeting: Hello, *, timeout_s: float = PATIENCE_S, **options: Any) -> Connection:
+    """As a supervisor makes it."""
+    return Connection(address, greeting, timeout_s=timeout_s, **options)
 
 
 def parent_of(page: int) -> bytes:

@@ -24,7 +24,7 @@ def test_a_prefetcher_that_hangs_costs_little_and_is_as_it_was(join: Join, monke
     assert before["pages_written"] == 5
     assert before["prefetcher_version"] == __version__
     waits: list[float] = []
-    ask = client._connection.ask
+    ask = client.connection.ask
 
     def asked(message: m.Stats, kind: type[m.Figures], timeout_s: float) -> m.Figures:
         waits.append(timeout_s)
@@ -34,7 +34,7 @@ def test_a_prefetcher_that_hangs_costs_little_and_is_as_it_was(join: Join, monke
     try:
         with monkeypatch.context() as patch:
             patch.setattr(client_module, "ASK_S", ASK_S)
-            patch.setattr(client._connection, "ask", asked)
+            patch.setattr(client.connection, "ask", asked)
             hung = client.stats()
     finally:
         os.kill(client.prefetcher_pid, signal.SIGCONT)

@@ -32,7 +32,7 @@ from sglang_hcache.prefetch.remote import RemoteClient
 from sglang_hcache.prefetch.supervisor import RemoteSupervisor
 from sglang_hcache.storage.contract import AGEING, as_priority
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, seal
-from tests.prefetch.clients import PATIENCE_S, REPOSITORY, line_of, reserved, tell, until
+from tests.prefetch.clients import PATIENCE_S, REPOSITORY, client_of, connection_to, line_of, reserved, tell, until
 from tests.prefetch.raw import Raw
 from tests.storage.pages import FINGERPRINT, LAYOUT, fill, holds, key_of, keys_of
 
@@ -65,7 +65,11 @@ class Prefetcher:
 
     def remote(self, name: str = "a", layout: ChunkLayout = LAYOUT, slots: int = SLOTS) -> RemoteClient:
         keys = self.keys / name if self.secure else None
-        return RemoteClient(self.address, hello(0, layout, slots), news=self.news, timeout_s=PATIENCE_S, keys=keys)
+        return RemoteClient(connection_to(self.address, hello(0, layout, slots), keys=keys), news=self.news)
+
+    def joined(self, greeting: m.Hello | None = None) -> PrefetchClient:
+        """On its own host."""
+        return client_of(self.local, greeting or hello(os.getpid()), news=self.news)
 
     def log(self) -> str:
         return self.log_path.read_text()
@@ -93,7 +97,7 @@ def hello(pid: int = 0, layout: ChunkLayout = LAYOUT, slots: int = SLOTS) -> m.H
         page_tokens=layout.page_tokens,
         layer_bytes=list(layout.layer_bytes),
         host_bytes=slots * layout.record_bytes,
-        grant=16,
+        grant=16 if pid else 0,
     )
 
 
@@ -149,8 +153,8 @@ def test_memory_of_pages_that_nobody_can_ask_for_again_is_given_back(prefetcher:
     """What is on no file is one process's alone; a prefetcher that was started by hand keeps the rest."""
     for number in range(3):
         own = structs.replace(hello(os.getpid()), fingerprint=b"%016d" % number, on_file=False)
-        PrefetchClient(prefetcher.local, own, news=prefetcher.news, timeout_s=PATIENCE_S).close()
-    PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=PATIENCE_S).close()
+        prefetcher.joined(own).close()
+    prefetcher.joined().close()
     with Raw(prefetcher.directory) as raw:
 
         def left() -> list[object]:
@@ -204,7 +208,7 @@ def test_started_by_hand_it_keeps_its_memory_for_the_next_client(prefetcher: Pre
     client = prefetcher.remote()
     assert client.prefetcher_pid == pid
     assert fetch(client, range(25)) == 20
-    figures = client._files.connection.ask(m.Stats(), m.Figures, PATIENCE_S).figures
+    figures = client.connection.ask(m.Stats(), m.Figures, PATIENCE_S).figures
     assert (figures["hits_file"], figures["hits_host"]) == (0, 20)
     client.close()
 
@@ -214,7 +218,7 @@ def test_pages_are_shared_by_remote_and_local_clients(prefetcher: Prefetcher) ->
     save(a, range(20))
     assert b.contains(keys_of([0, 19, 20])) == [True, True, False]
     assert fetch(b, range(25)) == 20
-    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=PATIENCE_S)
+    local = prefetcher.joined()
     assert fetch(local, range(25)) == 20
     save(local, range(20, 30))
     b.drop_host()
@@ -238,7 +242,7 @@ def test_what_the_prefetcher_counts_of_files_is_what_its_clients_report(
 ) -> None:
     """And what each of the two counts by itself is added up."""
     client = prefetcher.remote()
-    ask = client._files.connection.ask
+    ask = client.connection.ask
     counted = {"pages_evicted": 7, "pages_write_failed": 3, "pages_damaged_on_the_way": 2, "pages_dropped": 4}
 
     def asked(message: m.Stats, kind: type[m.Figures], timeout_s: float) -> m.Figures:
@@ -247,7 +251,7 @@ def test_what_the_prefetcher_counts_of_files_is_what_its_clients_report(
 
     stats = client.stats()
     assert [stats[name] for name in counted] == [0, 0, 0, 0]
-    monkeypatch.setattr(client._files.connection, "ask", asked)
+    monkeypatch.setattr(client.connection, "ask", asked)
     client._files.damaged = 1
     monkeypatch.setattr(client._store._writer, "failed", 10)
     stats = client.stats()
@@ -268,14 +272,7 @@ def test_only_those_with_a_key_get_in(prefetcher: Prefetcher, tmp_path: Path) ->
 
         before = count()
         with pytest.raises(Unavailable):
-            RemoteClient(
-                prefetcher.address,
-                hello(),
-                news=prefetcher.news,
-                timeout_s=PATIENCE_S,
-                keys=keys,
-                go_on=lambda: count() == before,
-            )
+            connection_to(prefetcher.address, hello(), keys=keys, go_on=lambda: count() == before)
         assert count() != before
 
     turned_away(None, "refused_no_handshake")
@@ -382,7 +379,7 @@ def test_payload_that_does_not_fit_is_refused(open_prefetcher: Prefetcher) -> No
 
 def test_pages_for_other_hosts_are_read_in_turn_with_those_for_this_one(start: Start) -> None:
     prefetcher = start(secure=False, role="read_in_turn", read_bytes_per_s=1)
-    local = PrefetchClient(prefetcher.local, hello(os.getpid()), news=prefetcher.news, timeout_s=PATIENCE_S)
+    local = prefetcher.joined()
     save(local, range(30))
     local.drop_host()
     assert local.stats()["pages_host"] == 0
@@ -485,7 +482,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_drive_that_hangs_there_blocks_no_reads_from_others(clock: Clock) -> None:
     there, news = HungDrive(range(8)), os.eventfd(0, os.EFD_NONBLOCK)
-    client = RemoteClient(there.address, hello(), news=news, timeout_s=PATIENCE_S)
+    client = RemoteClient(connection_to(there.address, hello()), news=news)
     client.prefetch("hangs", keys_of(range(8)))
     assert until(lambda: len(there.asked) == 8)
     client.cut("hangs")
@@ -511,7 +508,7 @@ def test_on_a_slow_link_pages_come_though_nobody_waits_for_them_any_more(
 ) -> None:
     monkeypatch.setattr(remote, "LATE_S", 0.1)
     there, news = HungDrive(range(0)), os.eventfd(0, os.EFD_NONBLOCK)
-    client = RemoteClient(there.address, hello(), news=news, timeout_s=PATIENCE_S)
+    client = RemoteClient(connection_to(there.address, hello()), news=news)
     there.reads.clear()
     client.prefetch("first", keys_of([0]))
     assert until(lambda: len(there.asked) == 1)
@@ -535,7 +532,7 @@ def test_on_a_slow_link_pages_come_though_nobody_waits_for_them_any_more(
 
 def test_a_page_that_is_waited_for_may_take_its_time(clock: Clock) -> None:
     there, news = HungDrive(range(1)), os.eventfd(0, os.EFD_NONBLOCK)
-    client = RemoteClient(there.address, hello(), news=news, timeout_s=PATIENCE_S)
+    client = RemoteClient(connection_to(there.address, hello()), news=news)
     client.prefetch("first", keys_of([0]))
     assert until(lambda: bool(there.asked))
     client.prefetch("second", keys_of([0]))

@@ -362,7 +362,7 @@ def test_who_waits_for_a_slow_disk_keeps_nobody_from_joining(directory: Path, jo
     client = join()
     assert client.prefetcher_pid == process.pid
     save(client, range(20))
-    asked = [client._connection.send(m.Flush()) for _ in range(8)]
+    asked = [client.connection.send(m.Flush()) for _ in range(8)]
     assert all(asked)
     join(fingerprint=OTHER_FINGERPRINT)
     assert figures(client)["pages_file"] == 0

@@ -53,7 +53,7 @@ def test_a_defect_in_the_sessions_thread_ends_the_session(
     def fail(*_: object) -> None:
         raise LookupError("a defect")
 
-    monkeypatch.setattr(client._connection, "_receive", fail)
+    monkeypatch.setattr(client.connection, "_receive", fail)
     client.prefetch("a", keys_of(range(3)))
     assert until(lambda: not client.alive)
     assert client.wait("a", PATIENCE_S).done
@@ -68,7 +68,7 @@ def test_a_session_that_is_left_amid_its_messages_ends_with_a_goodbye(join: Join
     for _ in range(8):
         client = join()
         for _ in range(50):
-            client._connection.send(m.Lookup(keys=keys_of(range(20))))
+            client.connection.send(m.Lookup(keys=keys_of(range(20))))
         time.sleep(pause_s)
         client.give_up("the weights were changed")
         time.sleep(0.02)
@@ -83,20 +83,20 @@ def test_more_messages_than_fit_into_the_queues_cost_no_time(join: Join, monkeyp
     save(client, range(5))
     assert client.flush(PATIENCE_S)
     for _ in range(5000):
-        client._connection.send(m.Cancel(prefetch=1 << 40))  # not answered
+        client.connection.send(m.Cancel(prefetch=1 << 40))  # not answered
     assert fetched(client, range(5)) == 5
 
 
 def test_a_closed_session_kills_nobody(join: Join) -> None:
     """The number of its descriptor may be that of another process by now."""
     client = join()
-    number = client._connection._pidfd
+    number = client.connection._pidfd
     client.close()
     command = [sys.executable, "-c", "print(input())"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         watched = os.pidfd_open(other.pid)
         os.dup2(watched, number)
-        client.kill_prefetcher()
+        client.connection.kill()
         assert other.communicate("alive\n", PATIENCE_S)[0] == "alive\n"
     for fd in {watched, number}:
         os.close(fd)

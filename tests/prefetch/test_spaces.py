@@ -39,7 +39,7 @@ from sglang_hcache.storage.layout import ChunkLayout
 from sglang_hcache.storage.region import Region
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.store import LocalStore
-from tests.prefetch.clients import PATIENCE_S, SLOTS, figures, hello, until
+from tests.prefetch.clients import PATIENCE_S, SLOTS, client_of, figures, hello, until
 from tests.storage.pages import (
     FINGERPRINT,
     LAYOUT,
@@ -306,7 +306,7 @@ def test_whoever_needs_the_memory_of_another_waits_until_that_is_written(
     server = Server(ServerConfig(address, (str(tmp_path),)))
     thread = threading.Thread(target=server.run)
     thread.start()
-    PrefetchClient(address, hello(), news=news, timeout_s=PATIENCE_S).close()
+    client_of(address, hello(), news=news).close()
     former = server._spaces._promised[FINGERPRINT]
     assert until(lambda: former.taken == former.size)
     monkeypatch.setattr(spaces, "available_bytes", lambda: 0)
@@ -319,7 +319,7 @@ def test_whoever_needs_the_memory_of_another_waits_until_that_is_written(
 
     with caplog.at_level(logging.INFO):
         asked = hello(fingerprint=OTHER_FINGERPRINT)
-        client = PrefetchClient(address, asked, news=news, timeout_s=1.0, waiting=waiting)
+        client = client_of(address, asked, news=news, timeout_s=1.0, waiting=waiting)
     assert told[:5] == [7] * 5
     assert "7 pages must be written first" in caplog.text
     client.close()
@@ -361,7 +361,7 @@ def supervisor(tmp_path: Path) -> Iterator[LocalSupervisor]:
     thread = threading.Thread(target=server.run)
     thread.start()
     supervisor = LocalSupervisor((str(tmp_path),), None, lambda: hello(fingerprint=OTHER_FINGERPRINT))
-    PrefetchClient(endpoint.address, hello(), news=supervisor.news, timeout_s=PATIENCE_S).close()
+    client_of(endpoint.address, hello(), news=supervisor.news).close()
     former = server._spaces._promised[FINGERPRINT]
     assert until(lambda: former.taken == former.size)
     yield supervisor
@@ -490,7 +490,7 @@ def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
 
     news = os.eventfd(0)
     with serving(tmp_path) as server:
-        ask = partial(PrefetchClient, server.config.address, news=news, timeout_s=PATIENCE_S)
+        ask = partial(client_of, server.config.address, news=news)
         before = len(list(files.iterdir()))
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
@@ -517,7 +517,7 @@ def test_a_client_that_gives_up_waiting_leaves_no_session(
     go_on, news = threading.Event(), os.eventfd(0)
     monkeypatch.setattr(spaces, "LocalStore", hanging(go_on))
     with serving(tmp_path) as server:
-        ask = partial(PrefetchClient, server.config.address, hello(), news=news, timeout_s=PATIENCE_S)
+        ask = partial(client_of, server.config.address, hello(), news=news)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.connect(server.config.address)
             socket.send(m.encode(hello()))
@@ -551,7 +551,7 @@ def test_a_client_that_gives_up_leaves_no_session_however_late_that_is_read(
         assert go_on.wait(PATIENCE_S)
 
     with serving(tmp_path) as server:
-        ask = partial(PrefetchClient, server.config.address, news=news, timeout_s=PATIENCE_S)
+        ask = partial(client_of, server.config.address, news=news)
         first = ask(hello())
         if not welcomed:
             server._later(hang)

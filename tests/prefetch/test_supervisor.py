@@ -29,10 +29,12 @@ from sglang_hcache.prefetch.launcher import memory_policy
 from sglang_hcache.prefetch.messages import FromServer
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
+from sglang_hcache.storage.region import Region
 from tests.prefetch.clients import (
     PATIENCE_S,
     assert_nothing_held,
     child,
+    client_of,
     fetched,
     figures,
     hello,
@@ -68,7 +70,7 @@ def replaced(supervisor: LocalSupervisor) -> PrefetchClient:
 
 def try_hello(directory: Path, **changes: Any) -> None:
     address = endpoint_for([str(directory)]).address
-    PrefetchClient(address, hello(**changes), news=-1, timeout_s=PATIENCE_S).close()
+    client_of(address, hello(**changes)).close()
 
 
 def kill(client: PrefetchClient, number: int = signal.SIGKILL) -> None:
@@ -295,6 +297,25 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     next_one = replaced(supervisor)
     assert next_one.alive
     next_one.close()
+    supervisor.close()
+
+
+def test_a_client_that_cannot_share_the_memory_leaves_no_session(
+    directory: Path, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher, tries = join(), list[int]()
+    supervisor = supervisor_of(directory)
+
+    def refused(*_: object) -> Region:
+        tries.append(figures(watcher)["prefetcher_clients"])
+        raise OSError("it has no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Region, "attach", refused)
+        with pytest.raises(Unavailable, match="its memory cannot be shared: it has no memory"):
+            supervisor.open(0.0)
+    assert tries == [2]
+    assert until(lambda: figures(watcher)["prefetcher_clients"] == 1), "its goodbye came without a start"
     supervisor.close()
 
 
@@ -528,7 +549,7 @@ def test_a_search_is_ended_at_once(directory: Path, join: Join, monkeypatch: pyt
     asked, said = threading.Event(), list[str]()
     answer = Connection._answer_to_hello
 
-    def unanswered(*arguments: Any) -> PrefetchClient:
+    def unanswered(*arguments: Any) -> Connection:
         stop(client)
         return connect(*arguments)
 

@@ -7,10 +7,20 @@ from pathlib import Path
 import pytest
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.client import PrefetchClient
 from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.endpoint import endpoint_for
-from tests.prefetch.clients import PATIENCE_S, child, fetched, figures, hello, line_of, save, supervisor_of, until
+from tests.prefetch.clients import (
+    PATIENCE_S,
+    child,
+    client_of,
+    fetched,
+    figures,
+    hello,
+    line_of,
+    save,
+    supervisor_of,
+    until,
+)
 from tests.prefetch.conftest import Join
 from tests.storage.pages import OTHER_FINGERPRINT
 
@@ -24,7 +34,7 @@ def test_a_prefetcher_of_another_version_is_named(directory: Path, monkeypatch: 
     monkeypatch.setattr(m, "PREFIX", b"HC" + bytes((m.VERSION, 0)))
     said = rf"another protocol \(version {m.VERSION - 1}, this is version {m.VERSION}\): update both sides"
     with pytest.raises(Unavailable, match=said):
-        PrefetchClient(address, hello(), news=-1, timeout_s=PATIENCE_S)
+        client_of(address, hello())
     server.communicate("\n", timeout=PATIENCE_S)
 
 

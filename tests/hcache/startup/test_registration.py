@@ -459,15 +459,16 @@ def test_limits_that_lose_to_those_of_a_running_prefetcher(tmp_path: Path, caplo
     supervisor = LocalSupervisor(mine.directories, None, hello, read_bytes_per_s=2e9)
     store = supervisor.open()
     try:
-        warn_of_limits_that_do_not_hold(mine, store.welcome)
+        welcome = store.connection.welcome
+        warn_of_limits_that_do_not_hold(mine, welcome)
         size, rate = (record.getMessage() for record in caplog.records)
         assert size.startswith("hcache: --hcache-dir-size 5 is not in force")
         assert size.endswith("with the default")
         assert rate.startswith("hcache: --hcache-read-limit 3 is not in force")
         assert rate.endswith("with 2")
         caplog.clear()
-        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9), store.welcome)
-        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories), store.welcome)
+        warn_of_limits_that_do_not_hold(replace(mine, directory_bytes=None, read_bytes_per_s=2e9), welcome)
+        warn_of_limits_that_do_not_hold(HCacheConfig(mine.directories), welcome)
         assert not caplog.records
     finally:
         store.close()
