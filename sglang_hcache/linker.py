@@ -7,7 +7,6 @@ import os
 import select
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing.admission import Admission
 from sglang_hcache.queueing.forward_timer import ForwardTimer
-from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.load_planner import Planner, Prompt, RestoreAll
 from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.ranks import of_first_rank, rank_name
@@ -37,8 +36,6 @@ from sglang_hcache.saving.savers import NoSaver, Restored, Saver
 from sglang_hcache.startup.registration import Registration
 from sglang_hcache.startup.start import hold_rule, plan, reads_at_once, supervisor_of, supported, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
-
-_LEAST_SHARED_TOKENS = 512  # without a planner: so many take about as long to restore as a forward
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +66,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._pool, self._drafts, self._window_pages = supported(
                 params, scheduler_hooks.runner.model_config, components, scheduler_hooks.most_rows_of_a_forward()
             )
-            self._stored, self._planner = plan(
+            self._stored, planner = plan(
                 self._config,
                 scheduler_hooks.runner,
                 scheduler_hooks.capture,
@@ -79,6 +76,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             )
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
+        self._planner: Planner = planner or RestoreAll(self._page_tokens)
         self.pools: dict[PoolName, object] = {PoolName.KV: self._pool}
         if self._window_pages:
             self.pools[PoolName.SWA] = self._pool.swa_kv_pool
@@ -144,7 +142,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         scheduler_hooks.linker = self
         others_wait_for_us = bool(get_parallel().attn_dp_enabled)
         scheduler_hooks.admission = Admission(
-            self, self.prefetch_queue, self._shared, others_wait_for_us=others_wait_for_us
+            self,
+            self.prefetch_queue,
+            self._shared,
+            others_wait_for_us=others_wait_for_us,
+            drafts=bool(self._drafts),
         )
         self._log_start()
 
@@ -152,8 +154,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """None where what is loaded may lack windowed layers, or SGLang makes no prefill for some steps after one."""
         if self._window_pages or get_schedule().prefill_decode_interval:
             return 0
-        if self._planner is None:
-            return -(-_LEAST_SHARED_TOKENS // self._page_tokens)
         return self._planner.least_shared_pages()
 
     # ---- ahead of scheduling ----
@@ -166,8 +166,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         """
         if rid in self._loads:
             self._loads.end_landed(wait=True)
-        if self._drafts:  # they keep the token after it of each: a beginning's last one would have another
-            prompt = replace(prompt, divisible=False)
         self.prefetch_queue.queued(rid, keys, prompt, saved=self._saving.pop(rid, None))
 
     def wait_for_news(self, timeout_s: float) -> None:
@@ -375,7 +373,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             "loads_shared": self._shared.requests,
             "prefetcher_restarts": self._supervisor.restarts,
             **self.prefetch_queue.stats(),
-            **(self._planner.stats() if self._planner is not None else {}),
+            **self._planner.stats(),
             **self._saver.stats(),
             **self._store.stats(),
         }

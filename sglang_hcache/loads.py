@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from sglang_hcache.device.streams import Stream
 from sglang_hcache.metrics import Durations
-from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.queueing.load_planner import Planner
 from sglang_hcache.restoring.layer_events import LayerEvents
 from sglang_hcache.restoring.restore import Load, Restorer
 
@@ -23,7 +23,7 @@ class Loads:
     """
 
     def __init__(
-        self, events: LayerEvents, page_tokens: int, planner: LoadPlanner | None, release: Callable[[str], None]
+        self, events: LayerEvents, page_tokens: int, planner: Planner, release: Callable[[str], None]
     ) -> None:
         self._events = events
         self._page_tokens = page_tokens
@@ -100,10 +100,8 @@ class Loads:
             index, loads = self._landing.popleft()
             seconds = self._events.synchronize(index)
             self._end(loads)
-            if seconds is None:
-                continue
-            self.durations.append(seconds)
-            if self._planner is not None:
+            if seconds is not None:
+                self.durations.append(seconds)
                 self._planner.restored(self._tokens_of(loads), seconds)
 
     def all_landed(self) -> bool:

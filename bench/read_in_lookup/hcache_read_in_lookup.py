@@ -9,5 +9,5 @@ def register() -> None:
     if "sglang.srt.managers.scheduler" in sys.modules:
         from sglang_hcache.queueing import prefetch_queue
 
-        prefetch_queue.PrefetchQueue.queued = lambda *_: None  # type: ignore[method-assign]
+        prefetch_queue.PrefetchQueue.queued = lambda *_, **__: None  # type: ignore[method-assign]
         prefetch_queue.LOOKUP_WAIT_S = 60.0

@@ -33,13 +33,23 @@ class Admission:
     """One a scheduler process; called in each of the scheduler's steps."""
 
     def __init__(
-        self, linker: HCacheLinker, prefetches: PrefetchQueue, shared: SharedLoads, *, others_wait_for_us: bool
+        self,
+        linker: HCacheLinker,
+        prefetches: PrefetchQueue,
+        shared: SharedLoads,
+        *,
+        others_wait_for_us: bool,
+        drafts: bool,
     ) -> None:
-        """others_wait_for_us: schedulers with requests of their own take each step together with this one."""
+        """others_wait_for_us: schedulers with requests of their own take each step together with this one.
+
+        drafts: there is a draft model, whose pools are stored, too.
+        """
         self._linker = linker
         self._prefetches = prefetches
         self._shared = shared
         self._others_wait_for_us = others_wait_for_us
+        self._drafts = drafts
         self._head_starts = HeadStarts()
         self._to_begin: list[HeadStart] = []  # in this step
         self._idle = False  # in the last step there was nothing to do but to wait for pages
@@ -80,7 +90,8 @@ class Admission:
         """
         keys, prompt = missing_pages(scheduler.tree_cache, req)
         if keys:
-            self._linker.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req)))
+            whole = divisible(scheduler, req, drafts=self._drafts)
+            self._linker.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req), divisible=whole))
             if self._held_meanwhile is not None and req.rid in self._prefetches.held:
                 self._held_meanwhile.append(scheduler.waiting_queue.pop())
 
@@ -177,11 +188,10 @@ def missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
     tokens = req.origin_input_ids + req.output_ids
     if tree_cache.session.will_lend_record(req):
         return [], Prompt(len(tokens), 0)
-    key, match, keys = _behind_device(tree_cache, req, tokens, usable_tokens(req, len(tokens)))
+    match, keys = _behind_device(tree_cache, req, tokens, usable_tokens(req, len(tokens)))
     on_device = match.device_prefix_len
     covered = on_device + len(keys) * tree_cache.page_size
-    whole = divisible(req) and not key.is_bigram  # of a beginning the last page would miss the token after it
-    return keys, Prompt(max(1, len(tokens) - covered), on_device, divisible=whole)
+    return keys, Prompt(max(1, len(tokens) - covered), on_device)
 
 
 def computed_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], bytes, int]:
@@ -191,7 +201,7 @@ def computed_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], bytes, int]:
     """
     tokens = req.origin_input_ids + req.output_ids
     usable = min(usable_tokens(req, len(tokens)), req.kv.kv_committed_len)
-    _, match, keys = _behind_device(tree_cache, req, tokens, usable)
+    match, keys = _behind_device(tree_cache, req, tokens, usable)
     on_device = match.device_prefix_len
     inserted = min(len(keys), max(0, req.kv.cache_protected_len - on_device) // tree_cache.page_size)
     before = tree_cache.get_last_hash_value(match.last_device_node) if on_device else None
@@ -199,12 +209,12 @@ def computed_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], bytes, int]:
     return keys[inserted:], parent, on_device + inserted * tree_cache.page_size
 
 
-def _behind_device(tree_cache: Any, req: Any, tokens: Any, usable: int) -> tuple[Any, Any, list[bytes]]:
-    """The first tokens' key in the radix tree, what that has of it on the device, and keys of the pages behind."""
+def _behind_device(tree_cache: Any, req: Any, tokens: Any, usable: int) -> tuple[Any, list[bytes]]:
+    """What the radix tree has of the first tokens on the device, and keys of the pages behind."""
     from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
     from sglang.srt.mem_cache.common import _req_radix_key
 
     key, _ = _req_radix_key(tree_cache, req, tokens, usable).maybe_to_bigram_view(tree_cache.tree_core.is_eagle)
     match = tree_cache.match_prefix(MatchPrefixParams(key=key))
     names = tree_cache.linker._tail_hashes(key, match, match.device_prefix_len)
-    return key, match, [bytes.fromhex(name) for name in names]
+    return match, [bytes.fromhex(name) for name in names]

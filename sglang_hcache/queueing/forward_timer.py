@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sglang_hcache.device.streams import Event, Stream
-from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.queueing.load_planner import Planner
 
 _MOST_UNREAD = 16  # forwards whose end has not been looked at
 
@@ -27,7 +27,7 @@ class _Ended(NamedTuple):
 class ForwardTimer:
     """Tells a planner how long prefills take; for the scheduler's thread, which never waits."""
 
-    def __init__(self, planner: LoadPlanner | None, stream: Stream) -> None:
+    def __init__(self, planner: Planner, stream: Stream) -> None:
         self._planner = planner
         self._stream = stream
         self._begun: _Begun | None = None
@@ -38,13 +38,13 @@ class ForwardTimer:
         self._begun = None
         tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
         known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
-        if self._planner is not None and known:
+        if known and not self._planner.restores_all:
             self._begun = _Begun(tokens, contexts, alone, self._stream.record(timed=True))
 
     def end(self) -> None:
         if self._begun is not None:
             self._ended.append(_Ended(self._begun, self._stream.record(timed=True)))
-        while self._planner is not None and self._ended and self._ended[0].at.query():
+        while self._ended and self._ended[0].at.query():
             begun, at = self._ended.popleft()
             seconds = begun.at.elapsed_time(at) / 1000
             self._planner.prefilled(begun.tokens, begun.contexts, seconds, alone=begun.alone)

@@ -21,10 +21,15 @@ class HeadStart:
     tokens: int  # of its prompt, up to the end of these pages
 
 
-def divisible(req: Any) -> bool:
-    """Whether the tokens of a request say all that there is to know of its beginning."""
+def divisible(scheduler: Any, req: Any, *, drafts: bool) -> bool:
+    """Whether a request for its first tokens alone would end, with a token, and leave behind what it would itself.
+
+    drafts: there is a draft model; it keeps the token after it of each, and a beginning's last one has another.
+    """
     return (
-        req.multimodal_inputs is None
+        scheduler.is_generation
+        and not (drafts or scheduler.tree_cache.tree_core.is_eagle)
+        and req.multimodal_inputs is None
         and req.input_embeds is None
         and req.token_type_ids is None
         and req.session is None
@@ -40,9 +45,9 @@ class HeadStarts:
         self._aborted: set[str] = set()
 
     def begin(self, scheduler: Any, start: HeadStart) -> Any | None:
-        """The request that is to be queued; None where the one it is for is gone, or wants no token."""
+        """The request that is to be queued; None where the one it is for is gone."""
         req = next((req for req in scheduler.waiting_queue if req.rid == start.rid), None)
-        if req is None or not scheduler.is_generation:
+        if req is None:
             return None
         head = self._heads[start.rid] = _head_of(scheduler, req, start)
         return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from sglang_hcache.planner.timeline import Hit, Layout
 
 _REFRESH_S = 0.1  # rates are made into costs anew at most so often
 _FASTER = 1.5  # than believed: more than the noise of forwards, whose faster half would make prefill seem faster
+_LEAST_SHARED_TOKENS = 512  # where nothing is measured: so many take about as long to restore as a forward
 _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
 
 
@@ -31,6 +33,8 @@ class Prompt:
 
 class LoadPlanner:
     """One a scheduler process. Plans are this rank's own; SGLang restores what all ranks agree to."""
+
+    restores_all = False
 
     def __init__(
         self,
@@ -222,3 +226,53 @@ class LoadPlanner:
             self._costs, self._costs_at = costs_of(self._shape, machine), time.monotonic()
             self._learned(machine)
         return self._costs
+
+
+class RestoreAll:
+    """In the place of a planner, where there is none: all of a hit is worth any wait, and nothing is learned."""
+
+    restores_all = True
+
+    def __init__(self, page_tokens: int) -> None:
+        self._page_tokens = page_tokens
+
+    def least_shared_pages(self) -> int:
+        return -(-_LEAST_SHARED_TOKENS // self._page_tokens)
+
+    def pages(self, host_pages: int, *_: object, **__: object) -> int:
+        return host_pages
+
+    def least_pages(self, *_: object, **__: object) -> int:
+        return 0  # all are, in any case
+
+    def served(self, *_: object, **__: object) -> None: ...
+
+    def worth_waiting_for(self, host_pages: int, lower_pages: int, *_: object, **__: object) -> int:
+        return host_pages + lower_pages
+
+    def head_start(self, *_: object, **__: object) -> int:
+        return 0
+
+    def tries_drives(self) -> bool:
+        return False
+
+    def read_s(self, _pages: int) -> float:
+        return 0.0
+
+    def pages_read_within(self, _seconds: float) -> int:
+        return sys.maxsize
+
+    def pass_s(self, *_: object, **__: object) -> float:
+        return 0.0
+
+    def prefilled(self, *_: object, **__: object) -> None: ...
+
+    def restored(self, *_: object, **__: object) -> None: ...
+
+    def read(self, *_: object, **__: object) -> None: ...
+
+    def stats(self) -> dict[str, float | int]:
+        return {}
+
+
+Planner = LoadPlanner | RestoreAll

@@ -6,14 +6,16 @@ However many requests wait, and whatever pages they share: a slow drive is what 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.queueing.load_planner import Planner
 from sglang_hcache.storage.contract import ChunkStore
 
 MEASURED_PAGES = 4  # fewer say little about the drives
 MEASURED_S = 0.25  # while some are waited for all the time, what came is told so often
+LONGEST_TRIAL_S = 60.0
 
 
 @dataclass
@@ -26,7 +28,7 @@ class _Reading:
 
 
 class ReadMeter:
-    """Of the owners of a store's prefetches that are waited for."""
+    """Of the owners of a store's prefetches that are waited for, and of trials, which nobody waits for."""
 
     def __init__(self, store: ChunkStore, reads_at_once: int) -> None:
         self._store = store
@@ -36,6 +38,8 @@ class ReadMeter:
         self._came: set[bytes] = set()
         self._busy_s = 0.0  # in which these came
         self._busy_until = 0.0  # that is counted; monotonic
+        self.trial = f"trial {uuid.uuid4()}"  # an owner beside requests, whose ids their senders may choose
+        self._trial_until: float | None = None  # monotonic; one at a time
 
     def begin(
         self, owner: str, keys: Sequence[bytes], *, asked_at: float, waits_until: float, none_there: bool = False
@@ -50,8 +54,29 @@ class ReadMeter:
     def end(self, owner: str) -> None:
         self._readings.pop(owner, None)
 
-    def look(self, planner: LoadPlanner, leaving: Collection[str] = ()) -> None:
+    def try_reading(self, keys: Sequence[bytes]) -> None:
+        """Time what is being read for one that waits no more, the first of `keys`: that goes on in any case."""
+        if self._trial_until is not None:
+            return
+        keys = keys[: max(self._reads_at_once, MEASURED_PAGES)]
+        self._store.prefetch(self.trial, keys)
+        now = time.monotonic()
+        self._trial_until = now + LONGEST_TRIAL_S
+        self.begin(self.trial, keys, asked_at=now, waits_until=self._trial_until, none_there=True)
+
+    def end_trial(self) -> None:
+        self._trial_until = None
+        self.end(self.trial)
+        self._store.release(self.trial)
+
+    def look(self, planner: Planner, leaving: Collection[str] = ()) -> None:
         """Tell the planner, if there is enough to tell. `leaving`: owners that will not be waited for any more."""
+        self._tell(planner, leaving)
+        until = self._trial_until
+        if until is not None and (time.monotonic() > until or self._store.progress(self.trial).done):
+            self.end_trial()
+
+    def _tell(self, planner: Planner, leaving: Collection[str]) -> None:
         now, spans = time.monotonic(), list[tuple[float, float]]()
         reads = goes_on = late = False  # for any of them; for any that stays; any that had to go without
         for owner, reading in self._readings.items():

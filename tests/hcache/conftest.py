@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_hcache.queueing import load_planner, prefetch_queue, read_meter
+from sglang_hcache.queueing import load_planner, prefetch_queue, read_meter, request, step_waits, wait_plan
 from sglang_hcache.storage import fetch
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.fetch import Fetch
@@ -78,7 +78,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Of the queue, of its planner, and of the store's times."""
     clock = Clock()
-    for module in (prefetch_queue, load_planner, read_meter, fetch):
+    for module in (prefetch_queue, request, wait_plan, step_waits, load_planner, read_meter, fetch):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(stores, "Fetch", lambda *what: replace(Fetch(*what), began_at=clock.monotonic()))
     return clock

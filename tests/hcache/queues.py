@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+
 import pytest
 
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
-from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.queueing.load_planner import LoadPlanner, Prompt, RestoreAll
 from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.storage.contract import ChunkStore
 from tests.hcache.conftest import until
 from tests.storage.pages import LAYOUT
 
@@ -19,6 +23,15 @@ def planner(ssd_bytes_per_s: float, bus_bytes_per_s: float = 1e10) -> LoadPlanne
     shape = ModelShape("m", 4, 512, 8, 8, 64, 1408, 32000)
     machine = Machine("m", 1e11, 1e11, 1e11, 1e11, bus_bytes_per_s, ssd_bytes_per_s=ssd_bytes_per_s)
     return LoadPlanner(shape, machine, Layout(0, 4, 0), LAYOUT.page_tokens)
+
+
+def unplanned(store: ChunkStore, rule: HoldRule, *, alone: bool) -> PrefetchQueue:
+    return PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=alone, planner=RestoreAll(LAYOUT.page_tokens))
+
+
+def ask(requests: PrefetchQueue, rid: str, keys: Sequence[bytes], *, saved: threading.Event | None = None) -> None:
+    """For a prompt that ends with a page behind these, which are its first."""
+    requests.queued(rid, keys, Prompt(LAYOUT.page_tokens, 0), saved=saved)
 
 
 def timed(believes: LoadPlanner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -13,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_hcache import __version__, linker, ranks, scheduler_hooks
 from sglang_hcache.config import HCacheConfig
@@ -24,6 +27,7 @@ from sglang_hcache.device.streams import Event, ImmediateStream, _Passed
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.model import OnePool, Pool, kv_buffers, layer_groups
 from sglang_hcache.prefetch.client import PrefetchClient
+from sglang_hcache.queueing import admission
 from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.restoring.projector import KVProjector
 from sglang_hcache.saving.copy_out import InlineCopyOut
@@ -161,6 +165,7 @@ def test_what_was_promised_is_loaded(stored: HCacheLinker, pool: Pool) -> None:
     stats = stored.stats()
     assert (stats["tokens_restored"], stats["loads_accepted"], stats["pages_leased"]) == (2 * PAGE, 1, 0)
     assert stats["version"] == stats["prefetcher_version"] == __version__
+    assert not {"plans", "pages_left_to_prefill", "slower_bus"} & stats.keys(), "nothing is planned"
 
 
 def test_pools_of_draft_models_are_saved_and_restored_too(make: Callable[..., HCacheLinker], pool: Pool) -> None:
@@ -187,7 +192,11 @@ def test_beside_a_draft_model_no_prompt_is_begun_ahead(
     draft = MHATokenToKVPool(PAGES * PAGE, PAGE, torch.float32, 1, 8, 1, "cpu", enable_memory_saver=False)
     tier, asked = make(drafts=[draft] * layers), list[Prompt]()
     monkeypatch.setattr(tier.prefetch_queue, "queued", lambda _rid, _keys, prompt, **_: asked.append(prompt))
-    tier.queued("a", [key_of(0)], Prompt(PAGE, 0, divisible=True))
+    monkeypatch.setattr(admission, "missing_pages", lambda *_: ([key_of(0)], Prompt(PAGE, 0)))
+    tree = SimpleNamespace(tree_core=SimpleNamespace(is_eagle=False))
+    scheduler = SimpleNamespace(tree_cache=tree, is_generation=True, enable_priority_scheduling=False)
+    assert scheduler_hooks.admission is not None
+    scheduler_hooks.admission.queued(scheduler, Req("a", "", array("q", [1]), SamplingParams()))
     assert asked == [Prompt(PAGE, 0, divisible=not layers)]
     tier.close()
 

@@ -89,7 +89,7 @@ class Tier:
 class Scheduler:
     """Runs all it sees but the first one, and queues `late` on its way, as SGLang does with grammars."""
 
-    enable_priority_scheduling = schedule_low_priority_values_first = False
+    is_generation = enable_priority_scheduling = schedule_low_priority_values_first = False
 
     def __init__(self, *rids: str) -> None:
         self.waiting_queue: list[Any] = []
@@ -126,7 +126,7 @@ class Scheduler:
 
 
 def admission_of(tier: Any, *, others_wait_for_us: bool = False) -> Admission:
-    return Admission(tier, tier, SharedLoads(0), others_wait_for_us=others_wait_for_us)
+    return Admission(tier, tier, SharedLoads(0), others_wait_for_us=others_wait_for_us, drafts=False)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_hcache.queueing.forward_timer import ForwardTimer
+from sglang_hcache.queueing.load_planner import RestoreAll
 
 
 class Device:
@@ -30,7 +31,7 @@ def batch(*tokens: int, extend: bool = True) -> Any:
 
 def test_a_planner_is_told_of_prefills_once_the_device_is_done_with_them() -> None:
     told = list[tuple[Any, ...]]()
-    planner: Any = SimpleNamespace(prefilled=lambda *of, alone: told.append((*of, alone)))
+    planner: Any = SimpleNamespace(restores_all=False, prefilled=lambda *of, alone: told.append((*of, alone)))
     device: Any = Device()
     timer = ForwardTimer(planner, device)
     for one, alone in ((batch(3, 4), True), (batch(1, extend=False), True), (batch(5), False)):
@@ -48,7 +49,7 @@ def test_a_planner_is_told_of_prefills_once_the_device_is_done_with_them() -> No
 
 def test_where_nothing_is_planned_nothing_is_timed() -> None:
     device: Any = Device()
-    timer = ForwardTimer(None, device)
+    timer = ForwardTimer(RestoreAll(16), device)
     timer.begin(batch(3), alone=True)
     timer.end()
     assert device.recorded == 0

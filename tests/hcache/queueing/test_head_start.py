@@ -25,9 +25,12 @@ def request(rid: str = "a", **options: Any) -> Any:
     return req
 
 
-def scheduler(*requests: Any, is_generation: bool = True) -> Any:
+def scheduler(*requests: Any, is_generation: bool = True, is_eagle: bool = False) -> Any:
     return SimpleNamespace(
-        waiting_queue=list(requests), is_generation=is_generation, init_req_max_new_tokens=lambda _req: None
+        waiting_queue=list(requests),
+        is_generation=is_generation,
+        tree_cache=SimpleNamespace(tree_core=SimpleNamespace(is_eagle=is_eagle)),
+        init_req_max_new_tokens=lambda _req: None,
     )
 
 
@@ -48,10 +51,9 @@ def test_it_is_the_beginning_of_the_same_prompt_in_the_same_namespace() -> None:
     assert req.sampling_params.max_new_tokens == 50
 
 
-def test_who_is_gone_or_wants_no_tokens_gets_none() -> None:
+def test_who_is_gone_gets_none() -> None:
     starts = HeadStarts()
     assert starts.begin(scheduler(request("b")), START) is None
-    assert starts.begin(scheduler(request(), is_generation=False), START) is None
     assert list(starts.over()) == []
 
 
@@ -68,10 +70,19 @@ def test_who_is_gone_or_wants_no_tokens_gets_none() -> None:
 )
 def test_only_tokens_are_divisible(more: dict[str, Any]) -> None:
     req = request()
-    assert divisible(req)
+    assert divisible(scheduler(), req, drafts=False)
     for name, value in more.items():
         setattr(req, name, value)
-    assert not divisible(req)
+    assert not divisible(scheduler(), req, drafts=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "drafts"),
+    [({"is_generation": False}, False), ({"is_eagle": True}, False), ({}, True)],
+    ids=["no tokens are wanted", "bigrams", "a draft model"],
+)
+def test_where_no_request_is_divisible(options: dict[str, bool], drafts: bool) -> None:
+    assert not divisible(scheduler(**options), request(), drafts=drafts)
 
 
 def test_it_is_over_when_it_has_its_token_or_is_aborted() -> None:
@@ -159,7 +170,7 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, first_rank: bool
 ) -> None:
     tier: Any = Tier()
-    steps, req = Admission(tier, tier, SharedLoads(0), others_wait_for_us=False), request()
+    steps, req = Admission(tier, tier, SharedLoads(0), others_wait_for_us=False, drafts=False), request()
     monkeypatch.setattr(admission, "missing_pages", lambda _tree, _req: ([b"key"], Prompt(1, 0)))
     queue = scheduler(req)
     queue.chunked_req = None

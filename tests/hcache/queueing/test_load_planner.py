@@ -13,7 +13,7 @@ from sglang_hcache.planner.cost import costs_of
 from sglang_hcache.planner.machine import Machine, machine_of
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
-from sglang_hcache.queueing.load_planner import LoadPlanner, Prompt
+from sglang_hcache.queueing.load_planner import LoadPlanner, Prompt, RestoreAll
 
 PAGE = 64
 SHAPE = ModelShape("m", 8, 1024, 16, 16, 64, 2816, 32000, dtype_bytes=4)
@@ -57,6 +57,21 @@ def test_waiting_behind_others_reads_costs_their_time() -> None:
 def test_loads_that_the_bus_carries_first_count() -> None:
     assert planner().pages(8, PROMPT, queued_pages=64) == 8
     assert planner().pages(8, PROMPT, queued_pages=10_000) == 0
+
+
+def test_to_wait_for_another_load_pays_where_that_takes_longer_than_a_forward() -> None:
+    """Of a token: a quarter of the pages, where they take four times as long."""
+    least = planner().least_shared_pages()
+    costs = costs_of(SHAPE, CPU)
+    page_s = PAGE * 8 * max(costs.hidden_bus_s_per_token, costs.projection_s_per_token)
+    assert (least - 1) * page_s < costs.prefill_s(1) <= least * page_s
+    slower = planner(replace(CPU, bus_bytes_per_s=CPU.bus_bytes_per_s / 100))
+    assert 1 <= slower.least_shared_pages() < least
+    assert RestoreAll(PAGE).least_shared_pages() == 8
+
+
+def test_a_plan_restores_what_others_would_load_however_busy_the_bus_is() -> None:
+    assert planner().pages(8, PROMPT, queued_pages=10_000, least_pages=3) >= 3
 
 
 def test_before_pages_that_are_missing_there_is_time_to_restore_more() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from sglang_hcache.prefetch.no_store import NoStore
-from sglang_hcache.queueing import prefetch_queue
+from sglang_hcache.queueing import prefetch_queue, step_waits
+from sglang_hcache.queueing.load_planner import Planner, RestoreAll
 from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
-from tests.hcache.queues import TIMEOUT, planner, wait_until_admissible
+from tests.hcache.queues import TIMEOUT, ask, planner, unplanned, wait_until_admissible
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, holds, key_of, keys_of, save
 
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("clock")
 
 
 def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
-    requests.queued("a", keys_of(range(10)))
+    requests = unplanned(store, HoldRule(), alone=True)
+    ask(requests, "a", keys_of(range(10)))
     assert "a" in requests.held
     assert requests.admissible() == []
     disk.set()
@@ -42,9 +43,9 @@ def test_never_longer_than_the_timeout(
     store: LocalStore, disk: threading.Event, clock: Clock, monkeypatch: pytest.MonkeyPatch, plans: bool
 ) -> None:
     """But what is being read may be there when it is scheduled: the queue may be long."""
-    believes = planner(ssd_bytes_per_s=1e10) if plans else None
+    believes: Planner = planner(ssd_bytes_per_s=1e10) if plans else RestoreAll(LAYOUT.page_tokens)
     requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True, planner=believes)
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     clock.advance(TIMEOUT.base_s - 0.01)
     assert requests.admissible() == []
     clock.advance(0.02)
@@ -76,7 +77,7 @@ def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_lef
     requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e10))
     rids = {str(first): keys_of(range(first, first + 10)) for first in (0, 10, 20, 30)}
     for rid, keys in rids.items():
-        requests.queued(rid, keys)
+        ask(requests, rid, keys)
     clock.advance(TIMEOUT.base_s + 0.01)
     late = requests.admissible()
     requests.admit(late, still_read=requests.still_read(late))
@@ -96,7 +97,7 @@ def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
         for _ in range(2)
     ]
     for rank, name in zip(ranks, ("first", "other"), strict=True):
-        rank.queued(name, keys_of(range(10)))
+        ask(rank, name, keys_of(range(10)))
         clock.advance(0.02)
     clock.advance(TIMEOUT.base_s - 0.03)
     late = ranks[0].admissible()
@@ -110,14 +111,42 @@ def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
         rank.clear()
 
 
+def test_where_all_is_restored_a_rank_that_has_read_less_reads_on(store: LocalStore, disk: threading.Event) -> None:
+    """The one that decides has all."""
+    requests = unplanned(store, HoldRule(), alone=False)
+    ask(requests, "a", keys_of(range(10)))
+    requests.admit(["a"])
+    disk.set()
+    assert store.wait("a", PATIENCE_S).done
+    assert requests.ready("a", keys_of(range(10))) == 10
+    requests.clear()
+
+
+@pytest.mark.parametrize("aborted", [True, False])
+def test_a_hold_is_as_long_as_the_request_was_held_however_that_ends(
+    store: LocalStore, clock: Clock, aborted: bool
+) -> None:
+    requests = unplanned(store, HoldRule(), alone=False)
+    ask(requests, "a", keys_of(range(10)))
+    clock.advance(0.25)
+    if not aborted:
+        requests.admit(["a"])
+        clock.advance(1.0)
+    requests.forget("a")
+    requests.forget("a")
+    assert list(requests.holds) == [pytest.approx(0.25)]
+    assert requests.stats()["requests_held_s"] == 0.25
+    assert requests.stats()["requests_held_now"] == 0
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
     store: LocalStore, disk: threading.Event, alone: bool
 ) -> None:
     save(store, range(20, 25))
-    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=alone)
-    requests.queued("memory", keys_of(range(20, 25)))
-    requests.queued("file", keys_of(range(10)))
+    requests = unplanned(store, HoldRule(PrefetchPolicy.BEST_EFFORT), alone=alone)
+    ask(requests, "memory", keys_of(range(20, 25)))
+    ask(requests, "file", keys_of(range(10)))
     assert [*requests.held] == (["file"] if alone else ["memory", "file"])
     assert requests.admissible() == [*requests.held], "in the next step"
     requests.admit(["memory", "file"])
@@ -132,9 +161,9 @@ def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
 def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
     store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = PrefetchQueue(store, HoldRule(PrefetchPolicy.BEST_EFFORT), LAYOUT.page_tokens, alone=True)
+    requests = unplanned(store, HoldRule(PrefetchPolicy.BEST_EFFORT), alone=True)
     monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
     assert requests.admissible() == []
     clock.advance(0.02)
@@ -144,9 +173,9 @@ def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
 
 def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: threading.Event) -> None:
     save(store, range(20, 25))
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
-    requests.queued("memory", keys_of(range(20, 25)))
-    requests.queued("nowhere", keys_of(range(90, 95)))
+    requests = unplanned(store, HoldRule(), alone=True)
+    ask(requests, "memory", keys_of(range(20, 25)))
+    ask(requests, "nowhere", keys_of(range(90, 95)))
     assert not requests.held
     assert requests.ready("memory", keys_of(range(20, 25))) == 5
     assert requests.ready("nowhere", keys_of(range(90, 95))) == 0
@@ -159,8 +188,8 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_when_it_is_
 ) -> None:
     """This one need not know when that is: who decides has waited for it."""
     saved = threading.Event()
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
-    requests.queued("a", keys_of(range(20, 25)), saved=saved)
+    requests = unplanned(store, HoldRule(), alone=False)
+    ask(requests, "a", keys_of(range(20, 25)), saved=saved)
     assert requests.admissible() == []
     save(store, range(20, 25))
     if decides:
@@ -173,8 +202,8 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_when_it_is_
 
 
 def test_what_is_never_saved_is_not_waited_for_longer_than_the_timeout(store: LocalStore, clock: Clock) -> None:
-    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True)
-    requests.queued("a", keys_of(range(20, 25)), saved=threading.Event())
+    requests = unplanned(store, TIMEOUT, alone=True)
+    ask(requests, "a", keys_of(range(20, 25)), saved=threading.Event())
     clock.advance(TIMEOUT.base_s)
     assert requests.admissible() == []
     clock.advance(0.01)
@@ -206,9 +235,9 @@ def test_of_many_requests_at_once_one_is_waited_for_in_vain(
         return store.progress(owner)
 
     monkeypatch.setattr(store, "wait", in_vain)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = unplanned(store, HoldRule(), alone=True)
     for number in range(50):
-        requests.queued(str(number), keys_of(range(10)))
+        ask(requests, str(number), keys_of(range(10)))
     assert waits == ["0"]
     assert len(requests.held) == 50
     requests.clear()
@@ -217,9 +246,9 @@ def test_of_many_requests_at_once_one_is_waited_for_in_vain(
 def test_that_pages_must_be_read_holds_no_other_request(store: LocalStore, waits: list[str]) -> None:
     """It is known at once, and no wait in vain."""
     save(store, range(20, 25))
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = unplanned(store, HoldRule(), alone=True)
     for rid, pages in (("drive", range(10)), ("memory", range(20, 25)), ("nowhere", range(90, 95))):
-        requests.queued(rid, keys_of(pages))
+        ask(requests, rid, keys_of(pages))
     assert waits == ["drive", "memory", "nowhere"]
     assert list(requests.held) == ["drive"]
     requests.clear()
@@ -229,7 +258,7 @@ def test_answers_to_many_requests_at_once_take_little_of_a_step(
     store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many come in time."""
-    waits, step_s, answer_s = list[str](), prefetch_queue.STEP_WAIT_S, 0.003
+    waits, step_s, answer_s = list[str](), step_waits.STEP_WAIT_S, 0.003
 
     def answered(owner: str, timeout_s: float, *, until_known: bool) -> Progress:
         waits.append(owner)
@@ -237,11 +266,11 @@ def test_answers_to_many_requests_at_once_take_little_of_a_step(
         return Progress((), timeout_s >= answer_s, known=timeout_s >= answer_s)
 
     monkeypatch.setattr(store, "wait", answered)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
+    requests = unplanned(store, HoldRule(), alone=True)
     for first in (0, 100):
         began_s = clock.monotonic()
         for number in range(first, first + 100):
-            requests.queued(str(number), keys_of(range(90, 95)))
+            ask(requests, str(number), keys_of(range(90, 95)))
         assert clock.monotonic() - began_s == pytest.approx(step_s)
         clock.advance(1.0)
         requests.new_step()
@@ -265,7 +294,7 @@ def test_a_request_costs_the_same_however_many_are_queued(store: LocalStore, pag
         requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10))
         Counted.uses = 0
         for number in range(count):
-            requests.queued(Counted(number), keys_of(pages))
+            ask(requests, Counted(number), keys_of(pages))
         requests.admissible()
         counted = Counted.uses
         requests.clear()
@@ -278,7 +307,7 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
     store: LocalStore, disk: threading.Event, waits: list[str]
 ) -> None:
     """Those that ask without a wait find their pages at the next lookup."""
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
+    requests = unplanned(store, HoldRule(), alone=False)
     rids = list(map(str, range(5)))
     assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [0] * len(rids)
     assert waits == ["0"]
@@ -291,8 +320,8 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
 
 
 def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
-    requests.queued("nowhere", keys_of(range(90, 95)))
+    requests = unplanned(store, HoldRule(), alone=False)
+    ask(requests, "nowhere", keys_of(range(90, 95)))
     assert list(requests.held) == ["nowhere"]
     assert requests.admissible() == ["nowhere"]
     requests.clear()
@@ -310,13 +339,13 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
 
     for loser in (0, 1):
         other = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
-        ranks = [PrefetchQueue(mine, HoldRule(), LAYOUT.page_tokens, alone=False) for mine in (store, store)]
-        ranks[loser] = PrefetchQueue(other, HoldRule(), LAYOUT.page_tokens, alone=False)
+        ranks = [unplanned(mine, HoldRule(), alone=False) for mine in (store, store)]
+        ranks[loser] = unplanned(other, HoldRule(), alone=False)
         for rank in ranks:
-            rank.queued("before", keys_of(range(10)))
+            ask(rank, "before", keys_of(range(10)))
         ranks[loser].clear()
         for rank in ranks:
-            rank.queued("behind", keys_of(range(10)))
+            ask(rank, "behind", keys_of(range(10)))
         assert list(ranks[0].held) == list(ranks[1].held) == ["before", "behind"]
         if loser == 0:
             assert step() == ["before", "behind"], "there is nothing to wait for"
@@ -335,8 +364,8 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
 
 def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
-    requests.queued("a", keys_of(range(4, 10)))
+    requests = unplanned(store, HoldRule(), alone=True)
+    ask(requests, "a", keys_of(range(4, 10)))
     assert store.wait("a", PATIENCE_S).done
     assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
     assert requests.stats()["lookups_not_ahead"] == 0
@@ -353,8 +382,8 @@ def test_what_was_not_found_is_asked_for_more_and_more_rarely(
 ) -> None:
     """Policies that sort by prefix look up all that wait, in every step."""
     disk.set()
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True)
-    requests.queued("a", keys_of(range(90, 95)))
+    requests = unplanned(store, HoldRule(), alone=True)
+    ask(requests, "a", keys_of(range(90, 95)))
     asked_at = []
     for step in range(1, 2001):
         clock.advance(0.01)
@@ -371,20 +400,18 @@ def test_what_was_not_found_is_asked_for_more_and_more_rarely(
 
 def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False)
-    requests.queued("hcache-synthetic", keys_of(range(5)))
+    requests = unplanned(store, HoldRule(), alone=False)
+    ask(requests, "hcache-synthetic", keys_of(range(5)))
     wait_until_admissible(requests, "hcache-synthetic")
     slots = requests.ready("hcache-synthetic", keys_of(range(5)))
-    store.prefetch(requests._trial, [key_of(7)])
+    store.prefetch(requests._meter.trial, [key_of(7)])
     assert int(str(store.stats()["pages_leased"])) >= slots == 5
     requests.clear()
 
 
 def test_nothing_is_held_while_there_is_no_store() -> None:
-    requests = PrefetchQueue(
-        NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), LAYOUT.page_tokens, alone=True
-    )
-    requests.queued("a", keys_of(range(3)))
+    requests = unplanned(NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), alone=True)
+    ask(requests, "a", keys_of(range(3)))
     assert not requests.held
     assert requests.ready("a", keys_of(range(3))) == 0
     requests.forget("a")

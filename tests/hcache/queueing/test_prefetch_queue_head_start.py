@@ -11,7 +11,7 @@ import pytest
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing import prefetch_queue
 from sglang_hcache.queueing.head_start import HeadStart
-from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.load_planner import Prompt, RestoreAll
 from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
@@ -88,7 +88,7 @@ def test_what_of_its_beginning_is_in_memory_is_restored(store: LocalStore) -> No
     [
         (LONG, False, {}),
         (Prompt(1, 0), True, {}),
-        (LONG, True, {"planner": None}),
+        (LONG, True, {"planner": RestoreAll(LAYOUT.page_tokens)}),
         (LONG, True, {"rule": HoldRule(PrefetchPolicy.BEST_EFFORT)}),
         (LONG, True, {"planner": planner(ssd_bytes_per_s=1e10)}),
         (LONG, True, {"planner": planner(ssd_bytes_per_s=1e3)}),

@@ -17,7 +17,7 @@ from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 from sglang_hcache.storage.stripe import Files, Place
 from tests.hcache.conftest import Clock, until
-from tests.hcache.queues import TIMEOUT, planner, timed, wait_until_admissible
+from tests.hcache.queues import TIMEOUT, ask, planner, timed, wait_until_admissible
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, key_of, keys_of, save
 
@@ -47,7 +47,7 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
 
 def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> None:
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e3))
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     assert requests.admissible() == ["a"]
     requests.admit(["a"])
     assert store.progress("a").done, "the rest is not read"
@@ -61,13 +61,13 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
         assert believes.stats()["slower_ssd"] == 1.0
-        requests.queued("a", keys_of(range(10)))
+        ask(requests, "a", keys_of(range(10)))
         assert requests.admissible() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
     clock.advance(0.1)
     disk.set()
-    assert store.wait(requests._trial, PATIENCE_S).done
+    assert store.wait(requests._meter.trial, PATIENCE_S).done
     assert requests.admissible() == []
     assert float(str(believes.stats()["slower_ssd"])) < 0.1
     assert store.stats()["pages_leased"] == 0
@@ -75,7 +75,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(
 
 def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threading.Event) -> None:
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e10))
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     assert requests.admissible() == []
     disk.set()
     wait_until_admissible(requests, "a")
@@ -89,7 +89,7 @@ def test_reads_are_timed_however_late_their_end_is_seen(
     believes = planner(ssd_bytes_per_s=1e10)
     told = timed(believes, monkeypatch)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     clock.advance(0.1)
     disk.set()
     assert store.wait("a", PATIENCE_S).done
@@ -124,7 +124,7 @@ def test_a_trial_takes_as_long_as_its_reads(
     for _ in range(PROBE_EVERY):
         store.drop_host()
         disk.clear()
-        requests.queued("a", keys_of(range(pages)))
+        ask(requests, "a", keys_of(range(pages)))
         for _ in range(at_once):
             assert begun.acquire(timeout=PATIENCE_S)
         assert requests.admissible() == ["a"]
@@ -143,7 +143,7 @@ def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event
     believes = planner(ssd_bytes_per_s=1e3)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
     for _ in range(PROBE_EVERY):
-        requests.queued("a", keys_of(range(30)))
+        ask(requests, "a", keys_of(range(30)))
         assert requests.admissible() == ["a"]
         requests.admit(["a"])
         requests.forget("a")
@@ -167,8 +167,8 @@ def test_the_shortest_is_read_first(
     store.drop_host()
     monkeypatch.setattr(Fetches, "take_read", recorded)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
-    requests.queued("long", keys_of(range(20)))
-    requests.queued("short", keys_of([20, 21]))
+    ask(requests, "long", keys_of(range(20)))
+    ask(requests, "short", keys_of([20, 21]))
     disk.set()
     assert store.wait("long", PATIENCE_S).done
     assert store.wait("short", PATIENCE_S).done
@@ -179,12 +179,12 @@ def test_the_shortest_is_read_first(
 
 def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, disk: threading.Event) -> None:
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
-    requests.queued("alone", keys_of(range(5)))
+    ask(requests, "alone", keys_of(range(5)))
     assert requests.admissible() == ["alone"], "the drive is not worth it"
     requests.admit(["alone"])
     requests.forget("alone")
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
-    requests.queued("behind", keys_of(range(5)))
+    ask(requests, "behind", keys_of(range(5)))
     assert requests.admissible() == ["before"]
     assert requests.admissible() == ["before"]
     requests.clear()
@@ -201,7 +201,7 @@ def test_who_comes_first_by_priority_waits_for_nobody(store: LocalStore, disk: t
 def test_so_it_does_where_what_is_before_it_was_not_held(store: LocalStore, disk: threading.Event) -> None:
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e5))
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
-    requests.queued("behind", keys_of(range(5)))
+    ask(requests, "behind", keys_of(range(5)))
     assert requests.admissible() == []
     assert list(requests.held) == ["behind"]
     requests.clear()
@@ -213,7 +213,7 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
     """It would be let go, as if all of its pages were on a drive that is not worth it."""
     save(store, range(20, 30))
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
-    requests.queued("a", keys_of(range(20, 30)))
+    ask(requests, "a", keys_of(range(20, 30)))
     with monkeypatch.context() as unanswered:
         unanswered.setattr(store, "progress", lambda owner: Progress((), False, known=False))
         assert requests.admissible() == []
@@ -228,7 +228,7 @@ def test_what_is_never_known_to_be_in_memory_is_taken_to_be_on_drives(
     """Where the prefetcher hangs, or other requests occupy all of its memory."""
     monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
     assert requests.admissible() == []
     clock.advance(0.02)
@@ -251,7 +251,7 @@ def test_what_can_be_loaded_in_whole_only_is_waited_for_if_most_is_worth_it(
     first = keys_of(range(6))
     monkeypatch.setattr(Place, "read", lambda *args: (args[1] in first or rest.wait(PATIENCE_S)) and read(*args))
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans, in_whole=in_whole)
-    requests.queued("a", keys_of(range(10)))
+    ask(requests, "a", keys_of(range(10)))
     until(lambda: len(store.progress("a").slots) == len(first))
     assert requests.admissible() == ([] if waits else ["a"])
     rest.set()
@@ -287,7 +287,7 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     requests.admit(["nowhere"])
 
     def behind(rid: str, first: int) -> int:
-        requests.queued(rid, keys_of(range(first, first + 10)))
+        ask(requests, rid, keys_of(range(first, first + 10)))
         assert requests.admissible() == []
         return queued[-1]
 
@@ -322,7 +322,7 @@ def test_what_cannot_be_read_in_time_is_not_waited_for(
     requests = PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=False, planner=plans)
     requests.queued("before", keys_of([90]), Prompt(new_tokens=tokens_before, device_tokens=0))
     for rid, first in (("first", 0), ("second", 10), ("third", 20)):
-        requests.queued(rid, keys_of(range(first, first + 10)))
+        ask(requests, rid, keys_of(range(first, first + 10)))
         assert store.progress(rid).known
     assert requests.admissible() == ["before"]
     enough = [request.wait.enough for request in requests._requests.values() if request.wait is not None]
@@ -336,8 +336,8 @@ def test_a_slow_drive_is_noticed_where_several_wait_for_it(
     """It is what makes them wait together."""
     believes = planner(ssd_bytes_per_s=1e10)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
-    requests.queued("a", keys_of(range(5)))
-    requests.queued("b", keys_of(range(5, 10)))
+    ask(requests, "a", keys_of(range(5)))
+    ask(requests, "b", keys_of(range(5, 10)))
     assert requests.admissible() == []
     clock.advance(0.1)
     disk.set()
@@ -354,7 +354,7 @@ def test_a_drive_that_hangs_is_not_waited_for_again_and_again(store: LocalStore,
     requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=believes)
     waits = []
     for _ in range(4):
-        requests.queued("a", keys_of(range(10)))
+        ask(requests, "a", keys_of(range(10)))
         waits.append(requests.admissible() == [])
         clock.advance(TIMEOUT.base_s + 0.01)
         assert requests.admissible() == ["a"]
@@ -390,7 +390,7 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     disk.set()
     believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
     requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
-    requests.queued("a", keys_of(range(12)))
+    ask(requests, "a", keys_of(range(12)))
     store.wait("a", PATIENCE_S)
     for _ in range(3):
         assert requests.ready("a", keys_of(range(12))) == 0, "to restore them is not worth it"
@@ -401,7 +401,7 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     stats = requests.stats()
     assert (stats["tokens_looked_up"], stats["tokens_found"]) == (12 * LAYOUT.page_tokens, 10 * LAYOUT.page_tokens)
     assert (believes.stats()["plans"], believes.stats()["pages_left_to_prefill"]) == (1, 10)
-    requests.queued("never looked up", keys_of(range(12)))
+    ask(requests, "never looked up", keys_of(range(12)))
     requests.forget("never looked up")
     assert requests.stats()["tokens_looked_up"] == stats["tokens_looked_up"]
 
@@ -417,14 +417,14 @@ def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_l
     )
     restored = []
     for number in range(PROBE_EVERY):
-        requests.queued(str(number), keys)
+        ask(requests, str(number), keys)
         store.wait(str(number), PATIENCE_S)
         restored.append({requests.ready(str(number), keys) for _ in range(3 * PROBE_EVERY)})
         assert requests.tries_bus(str(number)) == (number == PROBE_EVERY - 1)
         requests.forget(str(number))
     assert restored == [{0}] * (PROBE_EVERY - 1) + [{PROBE_PAGES}]
     for rid in ("a", "b"):
-        requests.queued(rid, keys)
+        ask(requests, rid, keys)
         store.wait(rid, PATIENCE_S)
         assert requests.ready(rid, keys) == PROBE_PAGES
     believes.restored(1024, 1e3)

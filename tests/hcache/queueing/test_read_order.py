@@ -69,7 +69,7 @@ class Prefetcher:
                 files=self._drive,
                 lease_limit=1.0,
             )
-        planner: Any = SimpleNamespace(read_s=lambda pages: pages * PAGE_S)
+        planner: Any = SimpleNamespace(read_s=lambda pages: pages * PAGE_S, restores_all=False)
         rule = HoldRule(PrefetchPolicy.WAIT_COMPLETE)
         self._queue = PrefetchQueue(self._store, rule, LAYOUT.page_tokens, alone=False, planner=planner)
         self._owners: dict[bytes, int] = {}

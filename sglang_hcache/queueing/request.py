@@ -1,0 +1,63 @@
+"""A queued request: what was asked of the store for it, how far that has come, and what it waits for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from sglang_hcache.queueing.load_planner import Prompt
+
+RETRY_S = 0.5  # a lookup that found nothing may be tried again after this, and after half of the time waited
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a held request waits for; planned when it is first looked at."""
+
+    enough: int  # pages
+    pass_s: float  # of the engine, from then on
+    tries: bool  # to see how fast drives are: what is being read when it waits no more is timed
+
+
+class HeadStartOf(Enum):
+    """A held request has one at most."""
+
+    NOT_THOUGHT_OF = auto()
+    UNDER_WAY = auto()
+    NO_MORE = auto()
+
+
+@dataclass
+class Request:
+    keys: tuple[bytes, ...]
+    place: dict[bytes, int]  # of each key in `keys`
+    prompt: Prompt
+    arrived_at: float  # by the clock that is the same for all who share a prefetcher
+    asked_at: float  # monotonic
+    waits_until: float  # monotonic; reading goes on as long as the request is queued
+    late: bool = False  # its time was up when it was admissible, on the rank that decides
+    saved: threading.Event | None = None  # retracted: when its pages are there; to be asked for again by then
+    there: int = 0  # pages, when it was last looked at
+    wait: Wait | None = None
+    head_start: HeadStartOf = HeadStartOf.NOT_THOUGHT_OF
+    looked_up: int = 0  # pages, by the last lookup
+    found: int = 0  # of these
+    planned: int = 0  # of these, to be restored
+    counted: bool = False  # as a plan that could use host memory
+    tries_bus: bool = False
+
+    def prompt_before(self, keys: Sequence[bytes], page_tokens: int) -> Prompt:
+        """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""
+        covered = self.prompt.device_tokens + len(self.keys) * page_tokens
+        return replace(self.prompt, device_tokens=max(0, covered - len(keys) * page_tokens))
+
+    def worth_asking_again(self, first: bytes) -> bool:
+        """For pages from `first` on, of which none is there: the more rarely, the longer it has been waiting.
+
+        Where requests are sorted by what they find, each of a long queue is looked up in every step.
+        """
+        waiting_s = time.time() - self.arrived_at
+        return first not in self.place or time.monotonic() - self.asked_at > max(RETRY_S, waiting_s / 2)
