@@ -69,7 +69,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._stored, planner = plan(
                 self._config,
                 scheduler_hooks.runner,
-                scheduler_hooks.capture,
+                scheduler_hooks.capture or scheduler_hooks.why_not_captured,
                 self._pool,
                 self._drafts,
                 self._page_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,75 +9,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_hcache import metrics
-from sglang_hcache.config import HCacheConfig, Representation
-from sglang_hcache.model import attention_sites
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.queueing.admission import Admission, usable_tokens
-from sglang_hcache.ranks import all_ranks
-from sglang_hcache.saving.capture import Capture, capture_bytes
-from sglang_hcache.startup.representation import why_never_hidden
+from sglang_hcache.saving.capture import Capture
+from sglang_hcache.startup.capture_choice import capture_of
 from sglang_hcache.storage.layout import ROOT
 
 if TYPE_CHECKING:
     from sglang_hcache.linker import HCacheLinker
 
-_MOST_OF_POOL = 0.2  # of the KV pool's memory, for capture
-
-logger = logging.getLogger(__name__)
-
 # A scheduler process has one target model and, once that is loaded, one linker.
 runner: Any = None
 capture: Capture | None = None
+why_not_captured = ""
 linker: HCacheLinker | None = None
 admission: Admission | None = None
 
 
 def after_load_model(_result: None, model_runner: Any) -> None:
     """Hooks must be on the model before CUDA graphs are captured, and the staging buffer before memory is sized."""
-    global runner, capture
+    global runner, capture, why_not_captured
     if model_runner.is_draft_worker:
         return
     runner = model_runner
     extra = model_runner.server_args.unified_cache_external_linker_config["linker_extra_config"]
     wanted = HCacheConfig.from_linker_extra(extra).representation
-    sites = attention_sites(model_runner.model)
-    width = model_runner.model_config.hidden_size
-    if wanted == Representation.KV or not sites:
-        return
-    if wanted != Representation.HIDDEN and (not _smaller(width, sites) or why_never_hidden(model_runner, sites)):
-        return
-    rows, dtype = most_rows_of_a_forward(), model_runner.model_config.dtype
-    leaves_room = _leaves_room(capture_bytes(len(sites), rows=rows, width=width, dtype=dtype))
-    if wanted == Representation.HIDDEN or leaves_room:
-        capture = Capture(sites, rows=rows, width=width, dtype=dtype, device=model_runner.device)
-
-
-def _leaves_room(needed: int) -> bool:
-    """Whether the KV pool, which SGLang sizes next, loses little to so many bytes; on all ranks."""
-    if not torch.cuda.is_available():
-        return True
-    from sglang.srt.runtime_context import get_schedule
-
-    torch.cuda.empty_cache()  # what loading has left there
-    free, total = torch.cuda.mem_get_info()
-    for_pool = free - total * (1 - get_schedule().mem_fraction_static)
-    fits = needed <= _MOST_OF_POOL * for_pool
-    if not fits:
-        logger.warning(
-            "hcache: capturing hidden states takes %.1f GB of the %.1f GB that there are for the KV pool: with "
-            "--hcache-representation auto, K and V are stored. A smaller --chunked-prefill-size makes it less.",
-            needed / 1e9,
-            max(0, for_pool) / 1e9,
-        )
-    return all_ranks(fits)
-
-
-def _smaller(width: int, sites: list[Any]) -> bool:
-    """Whether hidden states have fewer elements than the K and V of all ranks. Pools of 8 bits may still say no."""
-    from sglang.srt.runtime_context import get_parallel
-
-    attention = sites[0].attention
-    kv_width = attention.tp_k_head_num * attention.qk_head_dim + attention.tp_v_head_num * attention.v_head_dim
-    return bool(width < kv_width * get_parallel().attn_tp_size)
+    capture, why_not_captured = capture_of(model_runner, wanted, most_rows_of_a_forward())
 
 
 def most_rows_of_a_forward() -> int:

@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spe
 
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
-from sglang_hcache.model import AttentionSite, LayerGroup, OnePool, Pool, attention_sites, has_latent, layer_groups
+from sglang_hcache.model import AttentionSite, LayerGroup, OnePool, Pool, has_latent, layer_groups
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.ranks import all_ranks
 from sglang_hcache.restoring.fast_projector import KernelProjector
@@ -111,7 +111,7 @@ class Stored:
 
 def formats_of(
     model_runner: Any,
-    capture: Capture | None,
+    capture: Capture | str,
     pool: Pool,
     page_tokens: int,
     *,
@@ -121,8 +121,8 @@ def formats_of(
 ) -> Formats:
     """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
 
-    codec_name: how they are stored, if not as they are. A lossy one has no part in the test. drafts: pools of draft
-    models.
+    capture: or why there is none. codec_name: how they are stored, if not as they are. A lossy one has no part in the
+    test. drafts: pools of draft models.
     """
     groups = layer_groups(pool, drafts)
     kv_bytes = groups[0].row_bytes
@@ -148,17 +148,15 @@ def formats_of(
 
 def _hidden_projector(
     runner: Any,
-    capture: Capture | None,
+    capture: Capture | str,
     pool: Pool,
     page_tokens: int,
     codec: Codec | None,
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
-    if capture is None:
-        never = why_never_hidden(runner, attention_sites(runner.model))
-        others = "larger than K and V, capturing them takes too much memory, or attention modules cannot be replayed"
-        return None, never or f"hidden states are {others}"
-    if obstacle := _obstacle(runner, capture, pool):
+    if isinstance(capture, str):
+        return None, capture
+    if obstacle := _obstacle(capture, pool):
         return None, obstacle
     deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
     for projector in _candidates(capture.sites, pool, deterministic=deterministic):
@@ -168,7 +166,7 @@ def _hidden_projector(
     return None, f"the self-test failed ({verdict})"
 
 
-def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
+def _obstacle(capture: Capture, pool: Pool) -> str | None:
     """What the self-test, of one short prompt, would not show."""
     obstacles = (
         (has_latent(pool), "the latent of MLA is smaller than hidden states"),
@@ -178,7 +176,7 @@ def _obstacle(runner: Any, capture: Capture, pool: Pool) -> str | None:
             f"{len(capture.sites)} attention modules for {pool.layer_num} layers of the KV pool",
         ),
     )
-    return next((why for holds, why in obstacles if holds), why_never_hidden(runner, capture.sites))
+    return next((why for holds, why in obstacles if holds), None)
 
 
 def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:

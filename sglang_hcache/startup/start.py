@@ -59,12 +59,15 @@ def supported(
 def plan(
     config: HCacheConfig,
     runner: Any,
-    capture: Capture | None,
+    capture: Capture | str,
     pool: Pool,
     drafts: Sequence[OnePool],
     page_tokens: int,
 ) -> tuple[Stored, LoadPlanner | None]:
-    """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike."""
+    """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike.
+
+    capture: or why there is none.
+    """
     hidden_wanted = config.representation != Representation.KV
     formats = formats_of(
         runner,

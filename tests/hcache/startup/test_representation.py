@@ -10,14 +10,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from sglang.srt import runtime_context
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache import ranks, scheduler_hooks
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.startup import representation, selftest, synthetic_forward
+from sglang_hcache.startup import capture_choice, representation, selftest, synthetic_forward
 from sglang_hcache.startup.representation import Formats, formats_of
 
 PAGE, WIDTH, HEADS, HEAD = 16, 8, 2, 32
@@ -98,7 +97,11 @@ CAPTURED = 9 * 4 * PAGE // 4 * WIDTH * 4  # bytes: staging and outbox of one lay
         ("auto", {}, True),
         ("auto", {"lora": True}, False),
         ("auto", {"mrope": True}, False),
-        ("hidden", {"lora": True}, True),
+        ("auto", {"width": 2 * HEADS * HEAD}, False),
+        ("auto", {"width": 2 * HEADS * HEAD, "ranks": 2}, True),
+        ("hidden", {"width": 2 * HEADS * HEAD}, True),
+        ("hidden", {"opaque": True}, False),
+        ("hidden", {"lora": True}, False),
         ("auto", {"algorithm": "EAGLE"}, True),
         ("auto", {"ranks": 2}, True),
         ("auto", {"ranks": 2, "algorithm": "EAGLE"}, False),
@@ -114,31 +117,34 @@ CAPTURED = 9 * 4 * PAGE // 4 * WIDTH * 4  # bytes: staging and outbox of one lay
 def test_what_can_never_be_stored_is_not_captured(
     wanted: str, changes: dict[str, Any], captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor what would leave a small KV pool. `hidden` is refused later, and told why."""
+    """Nor what would leave a small KV pool. `hidden` is refused later, with the reason."""
     monkeypatch.setattr(representation, "get_lora", lambda: SimpleNamespace(enable_lora=changes.get("lora", False)))
     monkeypatch.setattr(
         representation, "get_spec", lambda: SimpleNamespace(speculative_algorithm=changes.get("algorithm"))
     )
-    monkeypatch.setattr(representation, "get_parallel", lambda: SimpleNamespace(attn_tp_size=changes.get("ranks", 1)))
+    for where in (representation, capture_choice):
+        monkeypatch.setattr(where, "get_parallel", lambda: SimpleNamespace(attn_tp_size=changes.get("ranks", 1)))
     if "free" in changes:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (changes["free"], 10 * GB))
-        monkeypatch.setattr(runtime_context, "get_schedule", lambda: SimpleNamespace(mem_fraction_static=0.8))
-        monkeypatch.setattr(scheduler_hooks, "all_ranks", bool)
+        monkeypatch.setattr(capture_choice, "get_schedule", lambda: SimpleNamespace(mem_fraction_static=0.8))
+        monkeypatch.setattr(capture_choice, "all_ranks", bool)
     module = Attention()
     if "norm" in changes:
         module.k_norm = torch.nn.LayerNorm(changes["norm"])
-    attention: Any = SimpleNamespace(layer_id=0, qk_head_dim=HEAD)
+    attention: Any = SimpleNamespace(
+        layer_id=0, qk_head_dim=HEAD, v_head_dim=HEAD, tp_k_head_num=HEADS, tp_v_head_num=HEADS
+    )
     sites = [AttentionSite(module, attention, inspect.signature(module.forward))]
-    monkeypatch.setattr(scheduler_hooks, "attention_sites", lambda _model: sites)
-    monkeypatch.setattr(scheduler_hooks, "_smaller", lambda _width, _sites: True)
+    monkeypatch.setattr(capture_choice, "attention_sites", lambda _model: [] if changes.get("opaque") else sites)
+    monkeypatch.setattr(capture_choice, "Capture", Mock())
     monkeypatch.setattr(scheduler_hooks, "most_rows_of_a_forward", lambda: 4 * PAGE)
-    monkeypatch.setattr(scheduler_hooks, "Capture", Mock())
-    for name in ("runner", "capture"):
+    for name in ("runner", "capture", "why_not_captured"):
         monkeypatch.setattr(scheduler_hooks, name, None)
     linker = HCacheConfig(("/nowhere",), representation=wanted).to_linker_config()
-    model = SimpleNamespace(hidden_size=WIDTH, dtype=torch.float32, model_is_mrope=changes.get("mrope", False))
+    width, mrope = changes.get("width", WIDTH), changes.get("mrope", False)
+    model = SimpleNamespace(hidden_size=width, dtype=torch.float32, model_is_mrope=mrope)
     runner: Any = SimpleNamespace(
         is_draft_worker=False,
         server_args=SimpleNamespace(unified_cache_external_linker_config=linker),
@@ -148,6 +154,7 @@ def test_what_can_never_be_stored_is_not_captured(
     )
     scheduler_hooks.after_load_model(None, runner)
     assert (scheduler_hooks.capture is not None) is captured
+    assert (scheduler_hooks.why_not_captured == "") is captured
 
 
 def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +170,11 @@ def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: p
     _, together = rotary(positions, keys.clone(), keys.clone())
     _, alone = rotary(positions[:64], keys[:64].clone(), keys[:64].clone())
     assert not torch.allclose(together[:64], alone)
-    found, _ = formats(monkeypatch, Attention(rotary))
-    assert found.hidden is None
-    assert "LongRoPE" in found.obstacle
+    formats(monkeypatch, Attention())  # sets the scene
+    module = Attention(rotary)
+    site = AttentionSite(module, SimpleNamespace(layer_id=0), inspect.signature(module.forward))
+    runner = SimpleNamespace(model_config=SimpleNamespace(model_is_mrope=False))
+    assert "LongRoPE" in str(representation.why_never_hidden(runner, [site]))
 
 
 def test_positions_that_a_model_shifts_in_place_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:

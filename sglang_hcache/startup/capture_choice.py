@@ -1,0 +1,64 @@
+"""Whether hidden states of a model are captured: decided when it is loaded, before SGLang sizes its KV pool."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel, get_schedule
+
+from sglang_hcache.config import Representation
+from sglang_hcache.model import AttentionSite, attention_sites
+from sglang_hcache.ranks import all_ranks
+from sglang_hcache.saving.capture import Capture, capture_bytes
+from sglang_hcache.startup.representation import why_never_hidden
+
+_MOST_OF_POOL = 0.2  # of the KV pool's memory, for capture
+
+logger = logging.getLogger(__name__)
+
+
+def capture_of(runner: Any, wanted: str, rows: int) -> tuple[Capture | None, str]:
+    """On all ranks alike; or why none is made.
+
+    wanted: one of `config.REPRESENTATION_CHOICES`; by itself, what takes little memory and can be of use. rows: of a
+    forward, at most.
+    """
+    if wanted == Representation.KV:
+        return None, "K and V are wanted"
+    sites = attention_sites(runner.model)
+    if not sites:
+        return None, "its attention modules cannot be called with hidden states and positions alone"
+    width, dtype = runner.model_config.hidden_size, runner.model_config.dtype
+    if why := why_never_hidden(runner, sites):
+        return None, why
+    if wanted != Representation.HIDDEN:
+        if why := _why_not_smaller(width, sites):
+            return None, why
+        if why := _why_no_room(capture_bytes(len(sites), rows=rows, width=width, dtype=dtype)):
+            return None, why
+    return Capture(sites, rows=rows, width=width, dtype=dtype, device=runner.device), ""
+
+
+def _why_not_smaller(width: int, sites: Sequence[AttentionSite]) -> str | None:
+    """Than the K and V of all ranks. In pools of 8 bits these may be smaller still: that is found out later."""
+    attention = sites[0].attention
+    kv_width = attention.tp_k_head_num * attention.qk_head_dim + attention.tp_v_head_num * attention.v_head_dim
+    kv_width *= get_parallel().attn_tp_size
+    return None if width < kv_width else f"{width} values a token and layer as hidden states, {kv_width} as K and V"
+
+
+def _why_no_room(needed: int) -> str | None:
+    """The KV pool, which SGLang sizes next, must lose little to so many bytes, on all ranks."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()  # what loading has left there
+    free, total = torch.cuda.mem_get_info()
+    for_pool = max(0, free - total * (1 - get_schedule().mem_fraction_static))
+    fits = needed <= _MOST_OF_POOL * for_pool
+    why = f"capturing hidden states takes {needed / 1e9:.1f} GB of the {for_pool / 1e9:.1f} GB for the KV pool"
+    if not fits:
+        logger.warning("hcache: %s, so K and V are stored. A smaller --chunked-prefill-size makes it less.", why)
+    return None if all_ranks(fits) else why
