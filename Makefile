@@ -15,10 +15,11 @@ FLIPS        ?= 10000
 IO_ERRORS    ?= 20000
 MINUTES      ?= 20
 BENCH_ARGS   ?=
+E2E_ALONE    := $(patsubst %,tests/e2e/test_%.py,architectures identity launch programs shared_loads vision)
 KERNEL_TESTS := rows packing quantize project_kv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types imports unit e2e faults ranks rehearse fuzz soak bench gpu format clean
+.PHONY: help setup demo test check lint types imports unit e2e unit-and-e2e-alone e2e-shared e2e-alone faults ranks rehearse fuzz soak bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +37,11 @@ demo: setup ## run the main job on the real server and print what was restored
 
 test: check ## lint, types, import contracts and all tests, the real server included
 	@echo "Tests with and without a server, side by side: about half an hour. Each says how it went when it has ended."
-	@$(MAKE) --jobs 2 --output-sync unit e2e
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync unit-and-e2e-alone e2e-shared
+
+unit-and-e2e-alone:
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory e2e-alone
 
 check: lint types imports ## what needs no test run
 
@@ -56,8 +61,13 @@ unit: setup ## tests without a server
 	$(BIN)/python -m pytest tests/triton_kernels
 
 # Tests that look at the clock, which are those without a server, have the right of way.
-e2e: setup ## tests against the real server
-	nice $(BIN)/python -m pytest tests/e2e --durations=15
+e2e: e2e-shared e2e-alone ## tests against the real server
+
+e2e-shared: setup
+	nice $(BIN)/python -m pytest tests/e2e --durations=15 $(E2E_ALONE:%=--ignore %)
+
+e2e-alone: setup
+	nice $(BIN)/python -m pytest --durations=15 $(E2E_ALONE)
 
 faults: setup ## the full counts: kills of writer, prefetcher and clients, flipped bits, failing transfers, damaged files
 	HCACHE_FAULT_ROUNDS=$(FAULT_ROUNDS) HCACHE_FLIPS=$(FLIPS) HCACHE_IO_ERRORS=$(IO_ERRORS) $(BIN)/python -m pytest tests/storage
@@ -79,6 +89,7 @@ soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk st
 
 bench: setup ## all benches that need no GPU; almost two hours, on a quiet machine (BENCH_ARGS=--save keeps their figures)
 	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.together --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.replay --modes none,auto --rounds 3 --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.prefetch --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.storage --json $(BENCH_ARGS)
