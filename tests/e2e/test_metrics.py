@@ -6,6 +6,8 @@ import re
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from bench.harness import Server, random_prompt
 from sglang_hcache import __version__
 from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
@@ -35,6 +37,7 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
         def figures_agree() -> bool:
             numbers = numbers_of(server.tier_state())
             del numbers["prefetcher_pid"], numbers["prefetcher_uptime_s"]  # no figure, and one that grows
+            del numbers["requests_held_s"]  # of a histogram
             found = scraped(server)
             return {stat: found[NAMES[stat]][1] for stat in numbers} == numbers
 
@@ -44,6 +47,7 @@ def test_metrics_are_those_of_server_info(workshop: Workshop, fresh_store: Path)
         assert found["hcache_looked_up_tokens_total"][1] > 4 * restored
         assert found["hcache_load_seconds_count"][1] == server.tier_state()["loads_accepted"] == 1
         assert found["hcache_held_seconds_count"][1] == server.tier_state()["requests_held"]
+        assert found["hcache_held_seconds_sum"][1] == pytest.approx(server.tier_state()["requests_held_s"], abs=0.001)
         labels, value = found["hcache_info"]
         assert value == 1
         assert f'version="{__version__}"' in labels
