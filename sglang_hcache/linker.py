@@ -151,8 +151,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._log_start()
 
     def _least_shared_pages(self) -> int:
-        """None where what is loaded may lack windowed layers, or SGLang makes no prefill for some steps after one."""
-        if self._window_pages or get_schedule().prefill_decode_interval:
+        """None where what is loaded may lack windowed layers, or SGLang makes no prefill for some steps after one.
+
+        Nor beside draft models, with whose keys it has not been tested.
+        """
+        if self._window_pages or self._drafts or get_schedule().prefill_decode_interval:
             return 0
         return self._planner.least_shared_pages()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import sys
 import time
@@ -16,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 
-from bench.harness import Answer, Launcher, ModelSpec, Request, Server, launch, make_model, random_prompt
+from bench.harness import Answer, Launcher, ModelSpec, Server, launch, make_model, random_prompt
 from sglang_hcache.cli.inspect import inspect
 from tests.e2e.preloaded import READ_AT_IMPORT, Preloaded
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs
@@ -178,25 +176,6 @@ def only_on_disk(server: Server) -> None:
     """Wait until everything is written, then empty device and host memory."""
     wait_until(lambda: server.tier_state()["pages_dirty"] == 0, 30)
     server.flush_cache()
-
-
-def tell(server: Server, path: str, **body: object) -> None:
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    assert connection.getresponse().status == 200
-    connection.close()
-
-
-def sent_together(server: Server, requests: Sequence[Request]) -> list[Answer]:
-    """Requests whose pages are on disk only: they are scheduled in the same step."""
-    held = server.tier_state()["requests_held"] + len(requests)
-    with ThreadPoolExecutor(len(requests)) as pool:
-        tell(server, "/pause_generation", mode="in_place")
-        answers = [pool.submit(server.send, request) for request in requests]
-        wait_until(lambda: server.tier_state()["requests_held"] == held, 60)
-        wait_until(lambda: server.tier_state()["requests_held_now"] == 0, 60)
-        tell(server, "/continue_generation")
-    return [answer.result() for answer in answers]
 
 
 def pages_in(store: Path) -> int:

@@ -15,15 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bench.harness import Answer, Request, Server, random_prompt
-from tests.e2e.conftest import (
-    Workshop,
-    nothing_is_held,
-    only_on_disk,
-    started_together,
-    tell,
-    told_by_all,
-    wait_until,
-)
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, told_by_all, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
 
 PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
@@ -75,6 +67,13 @@ class Victim:
 
 def post(connection: http.client.HTTPConnection, path: str, body: dict[str, object]) -> None:
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+
+
+def tell(server: Server, path: str, **body: object) -> None:
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    post(connection, path, body)
+    assert connection.getresponse().status == 200
+    connection.close()
 
 
 def abort_at_every_stage(server: Server, attempt: int) -> None:
