@@ -13,7 +13,7 @@ from tests.e2e.scenarios import LLAMA, PAGE, SERVER_ARGS, assert_equal, tail_log
 
 TOGETHER, PREFIX = 6, 20 * PAGE
 ARGS = (*SERVER_ARGS, "--max-total-tokens", "12288", "--chunked-prefill-size", "1024")
-READ_S = 4.0  # of the prefix: requests that come meanwhile are scheduled together
+READ_S = 8.0  # of the prefix: requests that come meanwhile are scheduled together
 SLOW = ("--hcache-read-limit", str(PREFIX * LLAMA.hidden_size * LLAMA.layers * 4 / READ_S / 1e9))
 WAYS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "overlap": ((), {}),
