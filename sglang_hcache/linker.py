@@ -57,7 +57,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         forward_stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._config = HCacheConfig.from_linker_extra(extra_config)
-        self._server_args = server_args
         self.forward_stream = forward_stream
         self._overlaps = not get_schedule().disable_overlap_schedule
         self._alone = get_parallel().attn_tp_size == 1

@@ -45,7 +45,6 @@ class KernelProjector:
         if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
             raise ValueError("no device for Triton")
         self._modules = [_Module(site) for site in sites]
-        self._pool = pool
         self._keys, self._values = (
             [buffer.view(pool.dtype) for buffer in buffers] for buffers in (pool.k_buffer, pool.v_buffer)
         )
