@@ -93,11 +93,13 @@ class PrefetchQueue:
         self.holds = Durations()
         self._meter = ReadMeter(store, reads_at_once)
         self._waits = StepWaits()
+        self._ahead = Ahead()
 
     def attach(self, store: ChunkStore) -> None:
         """The store has been replaced: what was asked of the former one is void, and not waited for."""
         self._store = store
         self._meter = ReadMeter(store, self._reads_at_once)
+        self._ahead = Ahead()
         self._requests.clear()
 
     def new_step(self) -> None:
@@ -132,7 +134,8 @@ class PrefetchQueue:
         """Held requests that need not wait any longer; `idle`: the engine has nothing to do but to wait for them."""
         now = time.monotonic()
         free = [rid for rid in self._held if rid not in self._requests]
-        ahead = Ahead()
+        ahead = self._ahead
+        ahead.new_step()
         for rid, request in sorted(self._requests.items(), key=lambda item: item[1].prompt.turn):
             held = rid in self._held
             has_enough = held and self._has_enough(rid, request, ahead, idle=idle and not free)

@@ -11,12 +11,24 @@ from sglang_hcache.queueing.request import Request, Wait
 
 
 class Ahead:
-    """What is done for the requests before one, which are added in that order."""
+    """What is done for the requests before one, which are added in that order, anew in each step.
+
+    Pages that they await are counted as they change from step to step: of a long queue they are many.
+    """
 
     def __init__(self) -> None:
         self.pass_s = 0.0  # of the engine
-        self._awaited: set[bytes] = set()
-        self._added: list[Request] = []
+        self._added: list[Request] = []  # in this step, and not counted yet
+        # By identity, with the first page that is counted as awaited: in this step, and by now only in a former one.
+        self._counted: dict[int, tuple[Request, int]] = {}
+        self._counted_before: dict[int, tuple[Request, int]] = {}
+        self._awaited: dict[bytes, int] = {}  # page → by how many of these
+
+    def new_step(self) -> None:
+        self.pass_s = 0.0
+        self._added.clear()
+        self._counted_before |= self._counted
+        self._counted.clear()
 
     def add(self, request: Request, *, held: bool) -> None:
         if request.wait is not None:
@@ -27,10 +39,30 @@ class Ahead:
     def pages_read_before(self, keys: Sequence[bytes]) -> int:
         """Those that are awaited, and are not among `keys` themselves."""
         for request in self._added:
-            assert request.wait is not None
-            self._awaited.update(request.keys[request.there : request.wait.enough])
+            enough = _enough(request)
+            first = min(request.there, enough)
+            _, first_before = self._counted_before.pop(id(request), (request, enough))
+            self._count(request.keys[first:first_before], 1)
+            self._count(request.keys[first_before:first], -1)
+            self._counted[id(request)] = request, first
         self._added.clear()
+        for request, first in self._counted_before.values():
+            self._count(request.keys[first : _enough(request)], -1)
+        self._counted_before.clear()
         return len(self._awaited) - sum(map(self._awaited.__contains__, keys))
+
+    def _count(self, keys: Sequence[bytes], step: int) -> None:
+        for key in keys:
+            count = self._awaited.get(key, 0) + step
+            if count:
+                self._awaited[key] = count
+            else:
+                del self._awaited[key]
+
+
+def _enough(request: Request) -> int:
+    assert request.wait is not None
+    return request.wait.enough
 
 
 def plan_wait(planner: Planner, request: Request, ahead: Ahead, *, done: bool, in_whole: bool) -> Wait:
