@@ -16,7 +16,7 @@ import pytest
 
 from bench.harness import Answer, Launcher, ModelSpec, Server, launch, make_model, random_prompt
 from sglang_hcache.cli.inspect import inspect
-from tests.e2e.preloaded import READ_AT_IMPORT, Preloaded
+from tests.e2e.preloaded import NOT_READ_AT_IMPORT, Preloaded
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs
 
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
@@ -77,14 +77,16 @@ class Workshop:
 @pytest.fixture(scope="session", autouse=True)
 def servers_start_sooner() -> Iterator[None]:
     """Their launchers are forks of one process, where that makes no difference."""
-    with pytest.MonkeyPatch.context() as patch, Preloaded() as preloaded:
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("PYTHONPATH", str(Path(__file__).parent / "seldom_collected"), prepend=os.pathsep)
+        preloaded = stack.enter_context(Preloaded())
 
         def launch_sooner(server: Server, log: int) -> Launcher:
             command, usual = server.command(), [sys.executable, "-m", "sglang.launch_server"]
-            if READ_AT_IMPORT & server.env.keys() or command[: len(usual)] != usual:
-                return launch(server, log)
-            return preloaded.launch(command[len(usual) :], server.environment(), log)
+            if command[: len(usual)] == usual and server.env.keys() <= NOT_READ_AT_IMPORT:
+                return preloaded.launch(command[len(usual) :], server.environment(), log)
+            return launch(server, log)
 
         patch.setattr(Server, "launch", launch_sooner)
         yield
