@@ -23,8 +23,8 @@ Client = PrefetchClient | RemoteClient
 class Attachment:
     """Of one store at a time. `opened` and `closing` may be called from another thread, all else by the scheduler's.
 
-    capture: what a saver's hidden states come from, if any do. rows_of_a_forward: the most that one writes. engine:
-    whether the GPU's copy engine may copy pages. overlaps: forwards run on `forward_stream`, else on the scheduler's.
+    capture: what a saver's hidden states come from, if any do. rows_of_a_forward: the most that one writes.
+    copy_engine: whether the GPU's may copy pages. overlaps: forwards run on `forward_stream`, or on the scheduler's.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Attachment:
         *,
         capture: Capture | None,
         rows_of_a_forward: int,
-        engine: bool,
+        copy_engine: bool,
         overlaps: bool,
     ) -> None:
         self._stored = stored
@@ -44,7 +44,7 @@ class Attachment:
         self._forward_stream = forward_stream
         self._capture = capture
         self._rows_of_a_forward = rows_of_a_forward
-        self._engine = engine
+        self._copy_engine = copy_engine
         self._overlaps = overlaps
         self._device = device
         # Of an urgency that SGLang has no streams of: torch gives out each stream many times over.
@@ -106,7 +106,7 @@ class Attachment:
             self._forward_stream,
             self._events,
             pinned=self._pinned[store].pinned,
-            engine=self._engine,
+            engine=self._copy_engine,
         )
 
     def _no_saver(self) -> NoSaver:

@@ -26,7 +26,7 @@ from sglang_hcache.prefetch.connection import Unavailable
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing.admission import Admission
 from sglang_hcache.queueing.forward_timer import ForwardTimer
-from sglang_hcache.queueing.load_planner import Planner, Prompt, RestoreAll
+from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.ranks import of_first_rank, rank_name
@@ -34,7 +34,7 @@ from sglang_hcache.restoring.layer_events import LayerEvents
 from sglang_hcache.restoring.restore import Load, Restorer
 from sglang_hcache.saving.savers import NoSaver, Restored, Saver
 from sglang_hcache.startup.registration import Registration
-from sglang_hcache.startup.start import hold_rule, plan, reads_at_once, supervisor_of, supported, warm_up
+from sglang_hcache.startup.start import hold_rule, plan, reads_at_once, supervisor_of, supported_pools, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
 
 logger = logging.getLogger(__name__)
@@ -60,50 +60,40 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self.forward_stream = forward_stream
         self._overlaps = not get_schedule().disable_overlap_schedule
         self._alone = get_parallel().attn_tp_size == 1
-        self._page_tokens: int = params.page_size
+        runner, rows_of_a_forward = scheduler_hooks.runner, scheduler_hooks.most_rows_of_a_forward()
         try:
-            self._pool, self._drafts, self._window_pages = supported(
-                params, scheduler_hooks.runner.model_config, components, scheduler_hooks.most_rows_of_a_forward()
-            )
-            self._stored, planner = plan(
-                self._config,
-                scheduler_hooks.runner,
-                scheduler_hooks.capture or scheduler_hooks.why_not_captured,
-                self._pool,
-                self._drafts,
-                self._page_tokens,
-            )
+            self._pools = pools = supported_pools(params, runner.model_config, components, rows_of_a_forward)
+            capture = scheduler_hooks.capture or scheduler_hooks.why_not_captured
+            self._stored, self._planner = plan(self._config, runner, capture, pools)
         except Unsupported as error:
             raise RuntimeError(f"--hicache-backend hcache cannot serve this model: {error}") from None
-        self._planner: Planner = planner or RestoreAll(self._page_tokens)
-        self.pools: dict[PoolName, object] = {PoolName.KV: self._pool}
-        if self._window_pages:
-            self.pools[PoolName.SWA] = self._pool.swa_kv_pool
-        self.layer_done_counter = LayerEvents(current_stream(str(self._pool.device)), self._pool.layer_num)
+        self._page_tokens, self._window_pages = pools.page_tokens, pools.window_pages
+        self.pools: dict[PoolName, object] = {PoolName.KV: pools.model}
+        if pools.window_pages:
+            self.pools[PoolName.SWA] = pools.model.swa_kv_pool
+        self.layer_done_counter = LayerEvents(current_stream(pools.device), pools.model.layer_num)
         self._completed_offloads = 0
         self._offload_follows = ROOT
         self._saving: dict[str, threading.Event] = {}  # by request: retracted, but not queued again yet
-        self._restored = Restored(most=2 * self._pool.size // self._page_tokens)
+        self._restored = Restored(most=2 * pools.model.size // pools.page_tokens)
         self._loads_refused = 0
         self._attachment = Attachment(
             self._stored,
-            str(self._pool.device),
+            pools.device,
             self.layer_done_counter,
             forward_stream,
             capture=scheduler_hooks.capture,
-            rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
-            engine=self._config.copy_engine,
+            rows_of_a_forward=rows_of_a_forward,
+            copy_engine=self._config.copy_engine,
             overlaps=self._overlaps,
         )
         self._registration = Registration(
             self._config,
             server_args,
-            scheduler_hooks.runner.model_config,
-            self._pool,
+            runner.model_config,
+            pools,
             self._stored,
-            drafts=self._drafts,
-            page_tokens=self._page_tokens,
-            rows_of_a_forward=scheduler_hooks.most_rows_of_a_forward(),
+            rows_of_a_forward=rows_of_a_forward,
         )
         self.adapters = Adapters(self._config.checkpoints, get_model().download_dir)
         self.adapters.loaded_at_start(get_lora().lora_paths or ())
@@ -123,21 +113,21 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._store: Client | NoStore = store
         if not isinstance(store, NoStore):
             self._attach(store)
-        warm_up(self._stored, self._page_tokens)
+        warm_up(self._stored, pools.page_tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what was computed so far ran on a stream that SGLang's forwards do not use
-        self._forwards = ForwardTimer(self._planner, current_stream(str(self._pool.device)))
+        self._forwards = ForwardTimer(self._planner, current_stream(pools.device))
         self.prefetch_queue = PrefetchQueue(
             store,
             hold_rule(self._config),
-            self._page_tokens,
+            pools.page_tokens,
             alone=self._alone,
             planner=self._planner,
             reads_at_once=reads_at_once(self._config),
-            in_whole=self._window_pages > 0,
+            in_whole=pools.window_pages > 0,
         )
-        self._loads = Loads(self.layer_done_counter, self._page_tokens, self._planner, self.prefetch_queue.forget)
-        self._shared = SharedLoads(of_first_rank(self._least_shared_pages()))
+        self._loads = Loads(self.layer_done_counter, pools.page_tokens, self._planner, self.prefetch_queue.forget)
+        self._shared = SharedLoads(of_first_rank(self._least_shared_pages()), self.prefetch_queue.put_off)
         scheduler_hooks.linker = self
         others_wait_for_us = bool(get_parallel().attn_dp_enabled)
         scheduler_hooks.admission = Admission(
@@ -145,16 +135,18 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.prefetch_queue,
             self._shared,
             others_wait_for_us=others_wait_for_us,
-            drafts=bool(self._drafts),
+            drafts=bool(pools.drafts),
         )
         self._log_start()
 
     def _least_shared_pages(self) -> int:
-        """None where what is loaded may lack windowed layers, or SGLang makes no prefill for some steps after one.
+        """None where what is loaded may lack windowed layers, or SGLang may let the next batch of prefills wait.
 
-        Nor beside draft models, with whose keys it has not been tested.
+        For some steps, or until there is room for several requests.
         """
-        if self._window_pages or self._drafts or get_schedule().prefill_decode_interval:
+        schedule = get_schedule()
+        delays = schedule.prefill_decode_interval or schedule.enable_prefill_delayer
+        if self._window_pages or delays or (schedule.min_free_slots_delay or 0) > 1:
             return 0
         return self._planner.least_shared_pages()
 
@@ -201,12 +193,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     # ---- lookup and load ----
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> Sequence[int]:
-        """A range is of all lengths up to one, and a hook of ours takes it for that."""
+        """A range is of all lengths up to one, and a hook of ours takes it for that: on all ranks, or on none."""
         keys = [bytes.fromhex(key) for key in transfers[0].keys]
         least_pages = self._shared.least(rid, transfers[0].keys)
         pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages, least_pages=least_pages)
-        if not (self._window_pages and pages):
+        if not self._window_pages:
             return range(1, pages + 1)
+        if not pages:
+            return []
         chunks = self.prefetch_queue.leased(rid, keys)
         found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
         ends = windows.up_to(found, pages) or (found[:1] if self.prefetch_queue.tries_bus(rid) else [])
@@ -238,7 +232,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         """Does not wait: whatever uses these slots from now on does so in a forward, behind their loads."""
         forward = self.forward_stream if self._overlaps else None
-        return self._loads.finish(counter_index, current_stream(str(self._pool.device), forward))
+        return self._loads.finish(counter_index, current_stream(self._pools.device, forward))
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued; on the CPU its loads are done, on a GPU it may wait for them."""
@@ -289,7 +283,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         window_slots = None
         if self._window_pages:
             windowed = slots[len(slots) - windowed_tokens // self._page_tokens * self._page_tokens :]
-            window_slots = self._pool.translate_loc_from_full_to_swa(windowed).to(torch.int64)
+            window_slots = self._pools.model.translate_loc_from_full_to_swa(windowed).to(torch.int64)
         self._save(keys, parent, slots, window_slots)
         self._saving[rid] = self._saver.saved()
 
@@ -397,7 +391,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         logger.info(
             "hcache: storing %s%s (%s); host tier %d pages of %d tokens; files %s; version %s",
             ", ".join(f"{kind} of layers {first}-{last}" for kind, first, last in self._stored.layout.ranges()),
-            f", kv of {len(self._stored.drafts)} draft layer(s)" if self._drafts else "",
+            f", kv of {len(self._stored.drafts)} draft layer(s)" if self._stored.drafts else "",
             self._stored.reason,
             len(self._store.memory),
             self._page_tokens,

@@ -17,6 +17,21 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 OnePool: TypeAlias = MHATokenToKVPool | MLATokenToKVPool
 Pool: TypeAlias = OnePool | SWAKVPool  # the last has two: layers with a sliding window are in one of their own
 
+
+@dataclass(frozen=True)
+class Pools:
+    """The KV pools of this process."""
+
+    model: Pool
+    drafts: tuple[OnePool, ...]  # of draft models: a token has the same slot there
+    page_tokens: int
+    window_pages: int = 0  # that hold a window, where its layers have slots of their own
+
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+
 _DRAFTING = (None, "EAGLE", "EAGLE3", "STANDALONE")  # as SGLang names them in the end; NEXTN is its EAGLE
 _REPLAYED = {"hidden_states", "positions", "forward_batch"}
 

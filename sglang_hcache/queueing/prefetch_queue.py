@@ -224,6 +224,11 @@ class PrefetchQueue:
         )
         return request.planned
 
+    def put_off(self, rid: str) -> None:
+        """It is not loaded now, and by the next lookup it may all be on the device: this one counts for nothing."""
+        if (request := self._requests.get(rid)) is not None:
+            request.looked_up = request.found = request.planned = 0
+
     def tries_bus(self, rid: str) -> bool:
         """Whether what `ready` said is to be loaded to see how fast that is, be it worth it or not."""
         request = self._requests.get(rid)

@@ -16,9 +16,13 @@ from typing import Any
 class SharedLoads:
     """One a scheduler process."""
 
-    def __init__(self, least_pages: int) -> None:
-        """least_pages: in common, for which a batch is closed; the same on all ranks. 0: none is."""
+    def __init__(self, least_pages: int, put_off: Callable[[str], None] = lambda rid: None) -> None:
+        """least_pages: in common, for which a batch is closed; the same on all ranks. 0: none is.
+
+        put_off: is told of a request that will be looked up again.
+        """
         self._least_pages = least_pages
+        self._put_off = put_off
         self._loading = set[str]()  # names of pages that the batch loads which is being made
         self._loads: list[tuple[Any, int]] = []  # its requests that load; where in the prompt that ends
         self._left_out = set[str]()  # requests that have waited for another
@@ -50,6 +54,7 @@ class SharedLoads:
         if self._waits(req.rid, hit.tail_hashes) and not adder.preempt_list:
             del linker.hit_markers[req.rid]
             self._left_out.add(req.rid)
+            self._put_off(req.rid)
             self.requests += 1
             return AddReqResult.OTHER
         result = add()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from sglang.srt.utils.hf_transformers.mistral_utils import is_mistral_model
 
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.flags import GB
-from sglang_hcache.model import Pool
+from sglang_hcache.model import Pools
 from sglang_hcache.prefetch.host_memory import available_bytes, total_bytes
 from sglang_hcache.prefetch.messages import Hello, Welcome
 from sglang_hcache.ranks import (
@@ -62,20 +61,18 @@ class Registration:
         config: HCacheConfig,
         server_args: Any,
         model_config: Any,
-        pool: Pool,
+        pools: Pools,
         stored: Stored,
         *,
-        drafts: Sequence[Pool],
-        page_tokens: int,
         rows_of_a_forward: int,
     ) -> None:
         self._config = config
         self._server_args = server_args
         self._model = model_config
-        self._pool = pool
+        self._pools = pools
         self._stored = stored
-        self._drafts = drafts
         self._rows_of_a_forward = rows_of_a_forward
+        page_tokens = pools.page_tokens
         self._layout = ChunkLayout(page_tokens, tuple(page_tokens * row_bytes for row_bytes in stored.row_bytes))
         self._host_share, self._host_bytes = self._wanted_host_memory()
         scales = server_args.quantization_param_path
@@ -184,7 +181,7 @@ class Registration:
             ("loading", (get_model().load_format, _parser(self._model), str(self._model.model_impl))),
             ("override", self._server_args.json_model_override_args),
             ("dtype", str(self._model.dtype)),
-            ("kv_dtype", str(self._pool.dtype)),
+            ("kv_dtype", str(self._pools.model.dtype)),
             ("kv_scales", self._scales),
             ("quantization", self._model.quantization),
             ("page_size", self._layout.page_tokens),
@@ -194,8 +191,8 @@ class Registration:
         ]
         if windowed := self._stored.windowed:
             parts.append(("windowed_layers", windowed))
-        if self._drafts:
-            parts.append(("draft_kv", [str(pool.dtype) for pool in self._drafts]))
+        if self._pools.drafts:
+            parts.append(("draft_kv", [str(pool.dtype) for pool in self._pools.drafts]))
         parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
         parts += [(name, value) for name in _COMPUTING_BY_ENVIRONMENT if (value := os.environ.get(name))]
         if not self._stored.same_on_all_ranks:
@@ -213,7 +210,7 @@ class Registration:
         if memory.hicache_size > 0:
             return 0.0, int(memory.hicache_size * GB)
         ratio: float = memory.hicache_ratio
-        tokens = self._pool.size + self._pool.page_size  # buffers may be larger, by addresses without memory
+        tokens = self._pools.model.size + self._layout.page_tokens  # buffers may have addresses without memory, too
         wanted = int(ratio * tokens * self._stored.pool_row_bytes)
         if (fraction := memory.hicache_host_memory_fraction) is not None:  # nobody has asked for a size or a ratio
             if self._config.prefetcher is not None:

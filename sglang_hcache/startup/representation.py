@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spe
 
 from sglang_hcache.codec import Codec, DecodingProjector, make_codec
 from sglang_hcache.config import Representation
-from sglang_hcache.model import AttentionSite, LayerGroup, OnePool, Pool, has_latent, layer_groups
+from sglang_hcache.model import AttentionSite, LayerGroup, Pool, Pools, has_latent, layer_groups
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.ranks import all_ranks
 from sglang_hcache.restoring.fast_projector import KernelProjector
@@ -112,25 +112,23 @@ class Stored:
 def formats_of(
     model_runner: Any,
     capture: Capture | str,
-    pool: Pool,
-    page_tokens: int,
+    pools: Pools,
     *,
     hidden_wanted: bool,
     codec_name: str | None,
-    drafts: Sequence[OnePool] = (),
 ) -> Formats:
     """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
 
     capture: or why there is none. codec_name: how they are stored, if not as they are. A lossy one has no part in the
-    test. drafts: pools of draft models.
+    test.
     """
-    groups = layer_groups(pool, drafts)
+    groups = layer_groups(pools.model, pools.drafts)
     kv_bytes = groups[0].row_bytes
     hidden, obstacle = None, "K and V are wanted"
     if hidden_wanted:
         model = model_runner.model_config
         codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
-        projector, obstacle = _hidden_projector(model_runner, capture, pool, page_tokens, codec)
+        projector, obstacle = _hidden_projector(model_runner, capture, pools, codec)
         if projector is not None and codec is not None:
             name = f"{projector.name}, from {codec.name}"
             hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
@@ -140,8 +138,8 @@ def formats_of(
         hidden,
         obstacle,
         kv=LayerFormat(kv_bytes, torch.uint8, KVProjector(groups), "copy"),
-        kv_bytes_all_ranks=kv_bytes * (1 if has_latent(pool) else get_parallel().attn_tp_size),
-        kv_same_on_all_ranks=all(map(has_latent, (pool, *drafts))),
+        kv_bytes_all_ranks=kv_bytes * (1 if has_latent(pools.model) else get_parallel().attn_tp_size),
+        kv_same_on_all_ranks=all(map(has_latent, (pools.model, *pools.drafts))),
         groups=groups,
     )
 
@@ -149,18 +147,17 @@ def formats_of(
 def _hidden_projector(
     runner: Any,
     capture: Capture | str,
-    pool: Pool,
-    page_tokens: int,
+    pools: Pools,
     codec: Codec | None,
 ) -> tuple[KernelProjector | ReplayProjector | None, str]:
     """The fastest projector that the self-test has just passed; else why hidden states cannot be restored here."""
     if isinstance(capture, str):
         return None, capture
-    if obstacle := _obstacle(capture, pool):
+    if obstacle := _obstacle(capture, pools.model):
         return None, obstacle
     deterministic = get_exec().deterministic.enable_deterministic_inference  # which --rl-on-policy-target sets, too
-    for projector in _candidates(capture.sites, pool, deterministic=deterministic):
-        passed, verdict = _try(projector, runner, capture, pool, page_tokens, codec)
+    for projector in _candidates(capture.sites, pools.model, deterministic=deterministic):
+        passed, verdict = _try(projector, runner, capture, pools, codec)
         if all_ranks(passed):
             return projector, ""
     return None, f"the self-test failed ({verdict})"
@@ -206,13 +203,12 @@ def _try(
     projector: KernelProjector | ReplayProjector,
     runner: Any,
     capture: Capture,
-    pool: Pool,
-    page_tokens: int,
+    pools: Pools,
     codec: Codec | None,
 ) -> tuple[bool, str]:
     """Whether it passes the self-test on this rank, and why; other ranks may see it otherwise."""
     try:
-        result = run_self_test(runner, capture, projector, pool, page_tokens, codec)
+        result = run_self_test(runner, capture, projector, pools.model, pools.page_tokens, codec)
     except Exception as error:  # of the model's own code, as a rule: the tier can do without
         logger.warning("hcache: self-test of hidden states by %s FAILED", projector.name, exc_info=True)
         return False, type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from sglang.srt.runtime_context import get_memory, get_parallel, get_spec
 
 from sglang_hcache import windows
 from sglang_hcache.config import HCacheConfig, Representation
-from sglang_hcache.model import OnePool, Pool, Unsupported, check_pool, draft_pools
+from sglang_hcache.model import Pools, Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
-from sglang_hcache.queueing.load_planner import LoadPlanner
+from sglang_hcache.queueing.load_planner import LoadPlanner, Planner, RestoreAll
 from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy
 from sglang_hcache.ranks import taking_turns
 from sglang_hcache.restoring.projector import PoolReader
@@ -30,10 +30,8 @@ from sglang_hcache.storage.store import READ_THREADS
 _MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 
-def supported(
-    params: Any, model_config: Any, components: set[Any], forward_tokens: int
-) -> tuple[Pool, tuple[OnePool, ...], int]:
-    """KV pools of the model and its drafts, and the pages of a window, if its layers have slots of their own.
+def supported_pools(params: Any, model_config: Any, components: set[Any], forward_tokens: int) -> Pools:
+    """If the tier can serve the model.
 
     params: SGLang's for its radix cache. forward_tokens: of a forward, at most. Raises Unsupported.
     """
@@ -46,46 +44,31 @@ def supported(
         raise Unsupported(f"--page-size {params.page_size} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
     drafts = draft_pools(params, get_spec(), pool)
     if not isinstance(pool, SWAKVPool):
-        return pool, drafts, 0
+        return Pools(pool, drafts, params.page_size)
     pages, slots = -(-params.swa_retain_window // params.page_size), pool.swa_kv_pool.size
     if slots < (least := windows.least_slots(pages * params.page_size, params.page_size, forward_tokens)):
         raise Unsupported(
             f"the KV pool of its sliding windows has {slots} tokens, and with less than {least} a hit may never be "
             "scheduled; raise --swa-full-tokens-ratio, or add --disable-hybrid-swa-memory"
         )
-    return pool, drafts, pages
+    return Pools(pool, drafts, params.page_size, pages)
 
 
-def plan(
-    config: HCacheConfig,
-    runner: Any,
-    capture: Capture | str,
-    pool: Pool,
-    drafts: Sequence[OnePool],
-    page_tokens: int,
-) -> tuple[Stored, LoadPlanner | None]:
+def plan(config: HCacheConfig, runner: Any, capture: Capture | str, pools: Pools) -> tuple[Stored, Planner]:
     """What is stored, and how much of it is restored. Raises Unsupported; runs the model, on all ranks alike.
 
     capture: or why there is none.
     """
     hidden_wanted = config.representation != Representation.KV
-    formats = formats_of(
-        runner,
-        capture,
-        pool,
-        page_tokens,
-        hidden_wanted=hidden_wanted,
-        codec_name=config.codec,
-        drafts=drafts,
-    )
-    stored = choose_by_flag(config.representation, formats, pool.layer_num, codec=config.codec)
+    formats = formats_of(runner, capture, pools, hidden_wanted=hidden_wanted, codec_name=config.codec)
+    layers, page_tokens = pools.model.layer_num, pools.page_tokens
+    stored = choose_by_flag(config.representation, formats, layers, codec=config.codec)
     if config.plan != "auto":
-        return stored, None
-    device = str(pool.device)
+        return stored, RestoreAll(page_tokens)
     with taking_turns(Path(config.directories[0]) / CALIBRATION):  # so that all replicas store the same
-        rates = calibrate(config, runner, formats, page_tokens=page_tokens, layers=pool.layer_num, device=device)
+        rates = calibrate(config, runner, formats, page_tokens=page_tokens, layers=layers, device=pools.device)
         if rates is None:
-            return stored, None
+            return stored, RestoreAll(page_tokens)
         shape, kept = rates
         # Hosts with a common prefetcher share pages, but do not hear of each other: all store what is smaller.
         if config.representation == "auto" and formats.hidden is not None and config.prefetcher is None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 
-from bench.harness import Answer, Launcher, ModelSpec, Server, launch, make_model, random_prompt
+from bench.harness import Answer, Launcher, ModelSpec, Request, Server, launch, make_model, random_prompt
 from sglang_hcache.cli.inspect import inspect
 from tests.e2e.preloaded import NOT_READ_AT_IMPORT, Preloaded
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs
@@ -160,6 +160,18 @@ def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.1)
+
+
+def sent_together(server: Server, requests: Sequence[Request], *, busy_tokens: int) -> list[Answer]:
+    """Answers to requests that are all there when the next batch is made.
+
+    busy_tokens: of another prompt, many prefill chunks long, which leaves no room in a batch meanwhile.
+    """
+    saved = server.tier_state()["pages_saved"]
+    with ThreadPoolExecutor(1 + len(requests)) as pool:
+        pool.submit(server.generate, random_prompt(busy_tokens, seed=1000), 1)
+        wait_until(lambda: server.tier_state()["pages_saved"] > saved, 60)
+        return list(pool.map(server.send, requests))
 
 
 def update_weights(server: Server, model: Path) -> None:

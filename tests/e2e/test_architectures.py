@@ -84,13 +84,17 @@ def test_restores(architecture: str, workshop: Workshop, tmp_path: Path) -> None
     assert control.logprob > 5 * FLOAT32_TOLERANCE, "the model's output does not depend on its prefix"
 
 
-def test_of_windowed_layers_the_ends_are_restored(workshop: Workshop, fresh_store: Path) -> None:
+@pytest.mark.parametrize(("parallelism", "env"), [((), {}), (TWO_RANKS, ONE_CORE_EACH)], ids=["one rank", "two"])
+def test_of_windowed_layers_the_ends_are_restored(
+    parallelism: tuple[str, ...], env: dict[str, str], workshop: Workshop, fresh_store: Path
+) -> None:
     """With slots of their own: inside an answer longer than the window (200 tokens) there is nothing left of them.
 
     The model has GQA, and a mixture of experts.
     """
     spec, window, args = ModelSpec("mellum"), 200, (*ARGS, "--max-total-tokens", "4096")
-    with started_together(workshop.stock(spec, args), workshop.tiered(fresh_store, spec, args)) as servers:
+    tiered = workshop.tiered(fresh_store, spec, (*args, *parallelism), env=env)
+    with started_together(workshop.stock(spec, args), tiered) as servers:
         conversations = told_by_all(SCENARIOS["eight_conversations"], *servers)
         long_answers = told_by_all(lambda server: long_answer(server, window + 2 * PAGE), *servers)
         state = servers[1].tier_state()

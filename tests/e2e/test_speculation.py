@@ -15,14 +15,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.harness import Answer, ModelSpec, Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, told_by_all
+from tests.e2e.conftest import (
+    Workshop,
+    only_on_disk,
+    sent_together,
+    started_together,
+    told_by_all,
+)
 from tests.e2e.scenarios import (
     LLAMA,
+    PAGE,
     SCENARIOS,
     SERVER_ARGS,
     TIER,
     assert_equal,
     evict_everything,
+    tail_logprobs,
     whole_pages,
 )
 
@@ -141,6 +149,23 @@ def test_outputs_equal_those_of_a_plain_server(
     state = server.tier_state()
     assert (state["representation"], state["layers_draft"]) == ("hidden", DRAFT_LAYERS[algorithm])
     assert state["loads_failed"] == state["pages_leased"] == state["tokens_not_captured"] == 0
+    assert "leak" not in server.log_text()
+
+
+@pytest.mark.parametrize("algorithm", DRAFT_LAYERS)
+def test_what_requests_have_in_common_is_loaded_once(algorithm: str, speculating: Speculating) -> None:
+    """But for the last page, where keys are of a token and the next, as an EAGLE's."""
+    server, prefix = speculating.servers[algorithm], random_prompt(10 * PAGE, seed=400)
+    requests = [tail_logprobs(prefix + random_prompt(50, seed=401 + i)) for i in range(3)]
+    wanted = [server.send(request) for request in requests]
+    only_on_disk(server)
+    before = server.tier_state()
+    assert_equal(sent_together(server, requests, busy_tokens=2560), wanted)
+    after = server.tier_state()
+    of_each = 0 if algorithm == "STANDALONE" else PAGE
+    assert after["tokens_restored"] - before["tokens_restored"] == len(prefix) + 2 * of_each
+    assert after["loads_shared"] - before["loads_shared"] == 1
+    assert after["loads_failed"] == after["pages_leased"] == 0
     assert "leak" not in server.log_text()
 
 

@@ -403,6 +403,11 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     assert (believes.stats()["plans"], believes.stats()["pages_left_to_prefill"]) == (1, 10)
     ask(requests, "never looked up", keys_of(range(12)))
     requests.forget("never looked up")
+    ask(requests, "left out", keys_of(range(12)))
+    requests.ready("left out", keys_of(range(12)))
+    requests.put_off("left out")
+    requests.forget("left out")
+    assert believes.stats()["plans"] == 1
     assert requests.stats()["tokens_looked_up"] == stats["tokens_looked_up"]
 
 

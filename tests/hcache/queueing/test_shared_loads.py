@@ -20,7 +20,8 @@ class Batches:
     """SGLang making batches; `refuses`: loads."""
 
     def __init__(self) -> None:
-        self.shared = SharedLoads(LEAST)
+        self.put_off = list[str]()
+        self.shared = SharedLoads(LEAST, self.put_off.append)
         self.refuses = False
         self.linker = SimpleNamespace(hit_markers=dict[str, Any](), private_load_indices=dict[str, Any]())
         self.tree = Mock(linker=self.linker)
@@ -61,6 +62,7 @@ def test_the_second_of_two_waits_for_what_the_first_loads(batches: Batches) -> N
     assert batches.add(request("first"))
     assert not batches.add(request("second", origin_input_ids=[]), (*PREFIX, "abcd"))
     assert batches.shared.requests == 1
+    assert batches.put_off == ["second"]
     assert batches.published() == [("first", len(PREFIX) * PAGE + 1)]
     assert batches.published() == [], "once"
     assert batches.add(request("second"), ("abcd",), on_device=len(PREFIX) * PAGE)

@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import derive_attention_ranks
 
 from sglang_hcache import ranks
 from sglang_hcache.config import HCacheConfig
+from sglang_hcache.model import Pools
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor
@@ -97,7 +98,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_parallel", lambda: parallel)
     monkeypatch.setattr(registration, "get_schedule", lambda: SimpleNamespace(max_running_requests=8))
-    pool: Any = SimpleNamespace(dtype=torch.float32, layer_num=2, size=32, page_size=8)
+    pool: Any = SimpleNamespace(dtype=torch.float32, layer_num=2, size=32)
 
     def said(
         model: Path | str,
@@ -120,6 +121,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             hicache_write_policy="write_through",
         )
         vars(parallel).update(vars(place or placed()))
+        draft_pool: Any = SimpleNamespace(dtype=draft_dtype)
         kv = LayerFormat(25, torch.uint8, Mock(), "copy")
         groups: Any = [SimpleNamespace(numbers=(0, 1), row_bytes=25, windowed=False, draft=False)]
         if draft:
@@ -140,11 +142,9 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
                 hf_config=SimpleNamespace(mm_vision_tower=encoder),
                 **{name: arguments.get(name, "auto") for name in ("model_config_parser", "model_impl")},
             ),
-            pool,
+            Pools(pool, (draft_pool,) if draft else (), page_tokens=8),
             stored,
-            drafts=[SimpleNamespace(dtype=draft_dtype)] if draft else [],
-            page_tokens=64,
-            rows_of_a_forward=512,
+            rows_of_a_forward=64,
         ).hello()
 
     return said

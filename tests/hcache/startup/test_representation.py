@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache import ranks, scheduler_hooks
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.model import AttentionSite
+from sglang_hcache.model import AttentionSite, Pools
 from sglang_hcache.startup import capture_choice, representation, selftest, synthetic_forward
 from sglang_hcache.startup.representation import Formats, formats_of
 
@@ -60,7 +60,7 @@ def formats(
         req_to_token_pool=set(),
         token_to_kv_pool_allocator=SimpleNamespace(size=4 * PAGE, clear=lambda: None),
     )
-    return formats_of(runner, capture, pool, PAGE, hidden_wanted=True, codec_name=None), capture
+    return formats_of(runner, capture, Pools(pool, (), PAGE), hidden_wanted=True, codec_name=None), capture
 
 
 def test_a_model_whose_replay_raises_is_served_as_k_and_v(
