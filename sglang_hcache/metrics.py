@@ -46,7 +46,7 @@ METRICS = tuple(
         ("loads_accepted", "hcache_loads_accepted_total", _C, "Loads accepted: one per request that is restored"),
         ("loads_refused", "hcache_loads_refused_total", _C, "Loads refused because their lease had ended: prefilled"),
         ("loads_failed", "hcache_loads_failed_total", _C, "Loads that failed: SGLang aborted their requests"),
-        ("loads_shared", "hcache_loads_shared_total", _C, "Requests that waited for another's load of the same"),
+        ("loads_shared", "hcache_loads_shared_total", _C, "Batches closed for a request to wait for a load in them"),
         ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue to wait for pages"),
         ("requests_held_now", "hcache_held_requests", _G, "Requests held now"),
         ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held up to their timeout"),
