@@ -78,8 +78,23 @@ def three_conversations(server: Server) -> list[Answer]:
         return [answer for answers in pool.map(converse, range(3)) for answer in answers]
 
 
+def forks(server: Server) -> list[Answer]:
+    """Three at once of an evicted prefix; of one that is too short to wait for, each loads a copy."""
+    answers = list[Answer]()
+    for seed, tokens in ((300, 640), (310, 384)):
+        prefix = random_prompt(tokens, seed=seed)
+        server.generate(prefix, 1)
+        server.generate(random_prompt(1400, seed=seed + 1), 1)
+        requests = [tail_logprobs(prefix + random_prompt(40 + i, seed=seed + 2 + i)) for i in range(3)]
+        with ThreadPoolExecutor(4) as pool:
+            pool.submit(server.generate, random_prompt(1200, seed=seed + 6), 1)  # all are there when it is over
+            time.sleep(0.5)
+            answers += pool.map(server.send, requests)
+    return answers
+
+
 def all_of_it(server: Server) -> list[Answer]:
-    return [*an_evicted_prefix(server), *three_conversations(server)]
+    return [*an_evicted_prefix(server), *three_conversations(server), *forks(server)]
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class Way:
     log_lacks: tuple[str, ...] = ()
     spec: ModelSpec = PLAIN
     restores: bool = True
+    shares: bool = True  # loads, for requests that begin alike
     control: bool = False  # answers must differ
     asks: Asks = all_of_it
     like: tuple[str, ...] = ()  # flags of the server whose answers must be the same; none: that has no tier
@@ -103,18 +119,19 @@ WAYS = {
     "kernel": Way((*HIDDEN, "--hcache-copier", "kernel"), log_has=("storing hidden",), log_lacks=(ENGINE,)),
     "unregistered": Way(HIDDEN, "late unregistered", ("cannot register",), (ENGINE,)),
     "kv": Way(KV, log_has=("storing kv", ENGINE)),
-    "default": Way(TIER, log_has=("calibrated",), restores=False),
+    "default": Way(TIER, log_has=("calibrated",), restores=False, shares=False),
     "packed": Way(
         (*HIDDEN, "--hcache-codec", "packed"),
         spec=replace(PLAIN, dtype="bfloat16"),  # in which prefilling in other pieces gives other answers
         asks=an_evicted_prefix,
+        shares=False,
         like=HIDDEN,
     ),
     "replay": Way(HIDDEN, log_has=("by replay of K and V passed",), spec=replace(PLAIN, architecture="stablelm")),
     "qwen3": Way(HIDDEN, log_has=("by kernels passed",), spec=replace(PLAIN, architecture="qwen3", kv_heads=4)),
     "latent": Way(KV, spec=replace(PLAIN, architecture="deepseek_v2")),
-    "windows": Way(KV, spec=replace(PLAIN, architecture="mellum")),
-    "control": Way(HIDDEN, "late unordered", log_has=("storing hidden",), control=True),
+    "windows": Way(KV, spec=replace(PLAIN, architecture="mellum"), shares=False),
+    "control": Way(HIDDEN, "late unordered", log_has=("storing hidden",), shares=False, control=True),
 }
 
 
@@ -144,15 +161,16 @@ class Rehearsal:
     @functools.cache  # noqa: B019
     def _reference(self, spec: ModelSpec, asks: Asks, flags: tuple[str, ...]) -> list[Answer]:
         name = f"{'tier' if flags else 'no-tier'}-{spec.architecture}-{spec.dtype}"
-        return self._answers(name, spec, asks, flags)
+        return self._answers(name, spec, asks, flags)[0]
 
     def _answers(
         self, name: str, spec: ModelSpec, asks: Asks, flags: tuple[str, ...], device: str = "late"
-    ) -> list[Answer]:
+    ) -> tuple[list[Answer], int]:
+        """And how often requests have waited for another one's load."""
         if flags:
             flags = (*flags, "--hcache-dir", str(self._folder / f"store-{name}"))
         with EmulatedServer(device, self._model(spec), (*SERVER_ARGS, *flags), log=self._log(name)) as server:
-            return asks(server)
+            return asks(server), server.tier_state()["loads_shared"] if flags else 0
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
@@ -164,7 +182,7 @@ class Rehearsal:
         """Prints how it went."""
         wanted, began = self._reference(way.spec, way.asks, way.like), time.monotonic()
         try:
-            found = self._answers(name, way.spec, way.asks, way.flags, way.device)
+            found, shared = self._answers(name, way.spec, way.asks, way.flags, way.device)
         except (ServerDied, RequestFailed) as error:
             print(f"{name:14} FAILED: {error}", flush=True)
             return False
@@ -177,6 +195,8 @@ class Rehearsal:
             wrong.append("answers are equal" if way.control else "answers differ")
         if way.restores and not restored:
             wrong.append("nothing was restored")
+        if way.shares and not shared:
+            wrong.append("no load was shared")
         took = f"{time.monotonic() - began:.0f} s"
         print(
             f"{name:14} {equal} of {len(found)} answers equal, {restored} tokens restored, {took}", *wrong, flush=True
