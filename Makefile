@@ -57,7 +57,7 @@ imports: setup
 
 unit: export OMP_NUM_THREADS = 1
 unit: setup ## tests without a server
-	$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/triton_kernels
+	$(BIN)/python -m pytest tests --durations=15 --ignore tests/e2e --ignore tests/triton_kernels
 	$(BIN)/python -m pytest tests/triton_kernels
 
 # Tests that look at the clock, which are those without a server, have the right of way.

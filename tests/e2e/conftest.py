@@ -14,7 +14,17 @@ from typing import TypeVar
 
 import pytest
 
-from bench.harness import Answer, Launcher, ModelSpec, Request, Server, launch, make_model, random_prompt
+from bench.harness import (
+    Answer,
+    Launcher,
+    ModelSpec,
+    Request,
+    Server,
+    launch,
+    make_model,
+    on_accelerator,
+    random_prompt,
+)
 from sglang_hcache.cli.inspect import inspect
 from tests.e2e.preloaded import NOT_READ_AT_IMPORT, Preloaded
 from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs
@@ -76,7 +86,10 @@ class Workshop:
 
 @pytest.fixture(scope="session", autouse=True)
 def servers_start_sooner() -> Iterator[None]:
-    """Their launchers are forks of one process, where that makes no difference."""
+    """Their processes are forks of one, where that makes no difference, as it may with a GPU's driver."""
+    if on_accelerator():
+        yield
+        return
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("PYTHONPATH", str(Path(__file__).parent / "seldom_collected"), prepend=os.pathsep)
