@@ -36,7 +36,7 @@ demo: setup ## run the main job on the real server and print what was restored
 	$(BIN)/python -m bench.demo
 
 test: check ## lint, types, import contracts and all tests, the real server included
-	@echo "Tests with and without a server, side by side: half an hour to an hour. Each says how it went when it has ended."
+	@echo "Tests with and without a server, side by side: about half an hour. Each says how it went when it has ended."
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync unit-and-e2e-alone e2e-shared
 
 unit-and-e2e-alone:
