@@ -26,7 +26,7 @@ class SharedLoads:
         self._loading = set[str]()  # names of pages that the batch loads which is being made
         self._loads: list[tuple[Any, int]] = []  # its requests that load; where in the prompt that ends
         self._left_out = set[str]()  # requests that have waited for another
-        self.requests = 0  # that had a load in common with another's
+        self.requests = 0  # that were left out: one for each batch that was closed
 
     def publish(self, tree_cache: Any) -> None:
         """A batch is about to be made: put what the last one loads into the tree, as SGLang does with a chunk.

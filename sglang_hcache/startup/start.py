@@ -31,7 +31,7 @@ _MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 
 def supported_pools(params: Any, model_config: Any, components: set[Any], forward_tokens: int) -> Pools:
-    """If the tier can serve the model.
+    """Of a model that the tier can serve, and of its drafts.
 
     params: SGLang's for its radix cache. forward_tokens: of a forward, at most. Raises Unsupported.
     """
