@@ -10,8 +10,8 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,23 @@ class Client:
 
     def send(self, request: Request) -> Answer:
         """One request by the native `/generate` endpoint."""
+        return self.begin(request)()
+
+    def begin(self, request: Request) -> Callable[[], Answer]:
+        """Sends a request, and returns what waits for its answer; times are as they were read then."""
         began = time.monotonic()
         events = self._post("/generate", _generate_body(request), True, ANSWER_WAIT_S)
-        ttft_s, last = 0.0, None
-        for event in events:
-            ttft_s = ttft_s or time.monotonic() - began
-            last = event
-        if last is None or "error" in last:
-            raise RequestFailed(f"/generate answered {last}")
-        return _native_answer(last, ttft_s, time.monotonic() - began)
+
+        def finish() -> Answer:
+            ttft_s, last = 0.0, None
+            for event in events:
+                ttft_s = ttft_s or time.monotonic() - began
+                last = event
+            if last is None or "error" in last:
+                raise RequestFailed(f"/generate answered {last}")
+            return _native_answer(last, ttft_s, time.monotonic() - began)
+
+        return finish
 
     def chat(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int) -> Answer:
         """One streamed request by `/v1/chat/completions`, as a chat application sends it."""
@@ -121,6 +129,10 @@ class Client:
         for event in events:
             answer.take(event, time.monotonic() - began)
         return answer.finish(time.monotonic() - began)
+
+    def model_info(self) -> dict[str, Any]:
+        """What the HTTP server knows by itself, whatever schedulers do."""
+        return self._get("/model_info")
 
     def server_info(self) -> dict[str, Any]:
         """Resolved settings, and per scheduler `internal_states` with the pool's capacity and use."""
@@ -164,24 +176,23 @@ class Client:
         answer: dict[str, Any] = json.loads(body)
         return answer
 
-    @contextmanager
-    def _connection(self, timeout_s: float) -> Iterator[http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        try:
-            yield connection
-        finally:
-            connection.close()
+    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
 
     def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> tuple[int, bytes]:
-        with self._connection(timeout_s) as connection:
+        with closing(self._connect(timeout_s)) as connection:
             connection.request(method, path, body)
             response = connection.getresponse()
             return response.status, response.read()
 
     def _post(self, path: str, body: dict[str, Any], stream: bool, timeout_s: float) -> Iterator[dict[str, Any]]:
-        """The answer's events as they arrive; one event where it is not streamed."""
-        with self._connection(timeout_s) as connection:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        """Sends now, and returns the answer's events as they arrive; one event where it is not streamed."""
+        connection = self._connect(timeout_s)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return self._events(connection, path, stream)
+
+    def _events(self, connection: http.client.HTTPConnection, path: str, stream: bool) -> Iterator[dict[str, Any]]:
+        with closing(connection):
             response = connection.getresponse()
             if response.status != 200:
                 reason = response.read().decode(errors="replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,23 +169,46 @@ def told_by_all(ask: Callable[[Server], Told], *servers: Server) -> list[Told]:
         return list(pool.map(ask, servers))
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float, *, look_every_s: float = 0.1) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.1)
+        time.sleep(look_every_s)
 
 
 def sent_together(server: Server, requests: Sequence[Request], *, busy_tokens: int) -> list[Answer]:
-    """Answers to requests that are all there when the next batch is made.
+    """Answers to requests that a scheduler finds all at once, and while it has no room for them.
 
-    busy_tokens: of another prompt, many prefill chunks long, which leaves no room in a batch meanwhile.
+    busy_tokens: of another prompt, which takes the room for many chunks, in which what the others want is read.
     """
-    saved = server.tier_state()["pages_saved"]
-    with ThreadPoolExecutor(1 + len(requests)) as pool:
-        pool.submit(server.generate, random_prompt(busy_tokens, seed=1000), 1)
-        wait_until(lambda: server.tier_state()["pages_saved"] > saved, 60)
-        return list(pool.map(server.send, requests))
+    prefilled = server.log_text().count("Prefill batch")
+    busy = server.begin(Request(random_prompt(busy_tokens, seed=1000), 1))
+    wait_until(lambda: server.log_text().count("Prefill batch") > prefilled, 60, look_every_s=0.001)
+    with stopped(server.pids("sglang::scheduler")):
+        answers = [begin(server, request) for request in requests]
+    busy()
+    return [answer() for answer in answers]
+
+
+def begin(server: Server, request: Request) -> Callable[[], Answer]:
+    """What waits for the answer, when the request has come as far as it can without a scheduler."""
+    answer = server.begin(request)
+    for _ in range(5):  # turns of the HTTP server's event loop
+        server.model_info()
+    return answer
+
+
+@contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    """As by Ctrl-Z."""
+    assert pids, "there are none"
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def update_weights(server: Server, model: Path) -> None:
