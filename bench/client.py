@@ -21,6 +21,7 @@ from bench.models import FIRST_PLAIN_ID
 ANSWER_WAIT_S = 300.0
 UPDATE_WAIT_S = 120.0  # of weights
 IDLE_WAIT_S = 30.0
+FIGURES_WAIT_S = 30.0
 
 
 class RequestFailed(RuntimeError):
@@ -140,8 +141,16 @@ class Client:
 
     def tier_state(self, rank: int = 0) -> dict[str, Any]:
         """A rank's tier's own account of itself."""
-        state: dict[str, Any] = self.server_info()["internal_states"][rank]["hcache"]
-        return state
+        return self.tier_states()[rank]
+
+    def tier_states(self) -> list[dict[str, Any]]:
+        """Of all ranks; asked again while figures are former ones, as a slow prefetcher has not told them in time."""
+        deadline = time.monotonic() + FIGURES_WAIT_S
+        while True:
+            states = [state["hcache"] for state in self.server_info()["internal_states"]]
+            late = any("no answer in" in state["prefetcher"] for state in states)
+            if not late or time.monotonic() > deadline:
+                return states
 
     def flush_cache(self) -> None:
         """Empties SGLang's radix tree once the server is idle."""

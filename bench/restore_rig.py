@@ -210,8 +210,8 @@ class Rig:
     def _sample(self, load: Load, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows, positions and slots of a few of the load's pages, read in the arena."""
         stored = self._pages.layers[layer]
-        picked = self._random.permutation(len(load.chunks))[:CHECKED_PAGES].tolist()
-        chunks = [load.chunks[index] for index in picked]
+        picked = self._random.permutation(len(load.store_slots))[:CHECKED_PAGES].tolist()
+        chunks = [load.store_slots[index] for index in picked]
         payload = self._pages.memory[chunks, stored.offset : stored.offset + stored.page_bytes]
         rows = payload.view(stored.dtype).view(len(picked) * PAGE_TOKENS, -1).to(DEVICE)
         positions = torch.from_numpy(self._pages.positions[chunks].astype(np.int64)).flatten().to(DEVICE)

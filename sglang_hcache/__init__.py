@@ -12,6 +12,6 @@ TESTED_SGLANG = ">=0.5.23,<0.5.24"
 
 def server_kwargs(**kwargs: Any) -> dict[str, Any]:
     """Keyword arguments that switch the tier on; see `sglang_hcache.flags.server_kwargs`."""
-    from sglang_hcache.flags import server_kwargs as translate
+    from sglang_hcache import flags
 
-    return translate(**kwargs)
+    return flags.server_kwargs(**kwargs)

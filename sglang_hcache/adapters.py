@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_hcache.ranks import if_all_alike, of_first_rank, of_nodes_first_rank
-from sglang_hcache.startup.fingerprint import checkpoint_identity
+from sglang_hcache.startup.fingerprint import adapter_identity
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Adapters:
     """Of a scheduler process. All ranks call each method but `name_by_content` in the same step."""
 
     def __init__(self, memo: Path, cache: str | None) -> None:
-        """memo: as for `checkpoint_identity`. cache: where SGLang keeps what it has loaded from a hub."""
+        """memo: as for `adapter_identity`. cache: where SGLang keeps what it has loaded from a hub."""
         self._memo = memo
         self._cache = cache
         self._contents: dict[str, str] = {}  # by SGLang's id
@@ -52,7 +52,7 @@ class Adapters:
 
     def _on_disk(self, path: str) -> str | None:
         try:
-            return checkpoint_identity(path, self._memo, cache=self._cache)
+            return adapter_identity(path, self._memo, cache=self._cache)
         except OSError as error:
             logger.info("hcache: the adapter %s cannot be identified (%s)", path, error)
             return None

@@ -57,7 +57,7 @@ class Attachment:
         """Takes a second for ten gigabytes: not on the scheduler's thread, once requests are served."""
         if torch.cuda.is_available():
             if isinstance(store, PrefetchClient):
-                store.wait_until_settled()  # else the driver takes the memory, page by page
+                store.wait_until_memory_taken()  # else the driver takes the memory, page by page
             torch.cuda.set_device(self._gpu)  # another thread's is the first one, whatever this rank's is
         self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
 
@@ -69,7 +69,7 @@ class Attachment:
 
     def attach(self, store: Client, *, saves: bool) -> tuple[Saver, Restorer]:
         """To a store that has been opened. saves: False where another rank saves the same pages."""
-        return self._saver(store) if saves else self._no_saver(), self._restorer(store)
+        return self._make_saver(store) if saves else self._make_no_saver(), self._make_restorer(store)
 
     def detach(self) -> NoSaver:
         """Nothing that is captured from now on goes anywhere."""
@@ -77,19 +77,19 @@ class Attachment:
             self._capture.sink = None
         return NoSaver()
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Return once all that was to be saved has left the device."""
         self._copy_out.drain()
 
     def close(self) -> None:
         self._copy_out.close()
 
-    def _restorer(self, store: Client) -> Restorer:
-        record, stored = store.layout, self._stored
+    def _make_restorer(self, store: Client) -> Restorer:
+        layout, stored = store.layout, self._stored
         layers = {
             number: StoredLayer(
-                record.layer_offset(place),
-                record.layer_bytes[place],
+                layout.layer_offset(place),
+                layout.layer_bytes[place],
                 stored.of(number).dtype,
                 stored.of(number).projector,
                 windowed=number in stored.windowed,
@@ -99,22 +99,22 @@ class Attachment:
         return restorer_for(
             HostPages(
                 torch.from_numpy(store.memory),
-                positions(store.memory, record),
+                positions(store.memory, layout),
                 [layers[number] for number in range(len(layers))],
             ),
             self._device,
             self._forward_stream,
             self._events,
             pinned=self._pinned[store].pinned,
-            engine=self._copy_engine,
+            copy_engine=self._copy_engine,
         )
 
-    def _no_saver(self) -> NoSaver:
+    def _make_no_saver(self) -> NoSaver:
         if self._capture is not None:
             self._capture.keep(0, self._stored.of(0).codec)
         return NoSaver()
 
-    def _saver(self, store: Client) -> PageSaver:
+    def _make_saver(self, store: Client) -> PageSaver:
         stored, capture = self._stored, self._capture
         hidden, codec = stored.layout.hidden, stored.of(0).codec
         kv, windowed = self._kv_rows(store)

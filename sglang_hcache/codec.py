@@ -40,7 +40,7 @@ class Codec(Protocol):
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
         """uint8 `[n, row_bytes]` → `[n, width]`."""
 
-    def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def decodable(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which of the n tokens can be decoded in all layers, of `[layers, n, row_bytes]`."""
 
 
@@ -77,7 +77,7 @@ class PackedCodec:
         unpack_rows(rows, values)
         return values
 
-    def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def decodable(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
         fits: NDArray[np.bool_] = (rows[:, :, fits_at(self._width)] == 0).all(axis=0)
         return fits
 
@@ -108,7 +108,7 @@ class LossyCodec:
         dequantize_rows(rows, values, self._code)
         return values
 
-    def encoded(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def decodable(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
         return np.ones(rows.shape[1], np.bool_)
 
 

@@ -72,8 +72,8 @@ class HCacheConfig:
     prefetch_timeout_per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]
 
     @property
-    def checkpoints(self) -> Path:
-        """A file: what weight files contain, so that the next start does not read them again."""
+    def checkpoint_memo(self) -> Path:
+        """The file of what weight files contain, so that the next start does not read them again."""
         return Path(self.directories[0]) / "checkpoints.json"
 
     @property
@@ -91,7 +91,7 @@ class HCacheConfig:
 
     @classmethod
     def from_linker_extra(cls, extra: dict[str, Any]) -> HCacheConfig:
-        """Inverse of `to_linker_config`, after a trip through JSON."""
+        """From the `linker_extra_config` that `to_linker_config` makes, after a trip through JSON."""
         return cls(**{**extra, "directories": tuple(extra["directories"])})
 
 

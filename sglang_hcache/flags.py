@@ -27,6 +27,7 @@ from sglang_hcache.config import (
     Representation,
     default_directory,
     directories_of,
+    names_our_linker,
 )
 from sglang_hcache.prefetch.host_memory import total_bytes
 from sglang_hcache.storage.files import make_private
@@ -69,6 +70,8 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "dwdp_size": (1, "ranks that fetch each other's experts are not supported yet", "drop it"),
     "elastic_ep_backend": (None, "ranks that come and go are not supported yet", "drop it"),
     "enable_return_routed_experts": (False, "nobody knows which experts restored tokens went through", "drop one"),
+    "enable_nvidia_megakernel": (False, "its decoding calls none of the modules that are captured", "drop it"),
+    "enable_amd_monokernel": (False, "its decoding calls none of the modules that are captured", "drop it"),
     "kv_canary": ("none", "restored slots have no canary of their own", "drop it"),
     "enable_unified_memory": (False, "slots of a unified pool move while the tier fills them", "drop it"),
     "use_ray": (False, "Ray's workers load no plugins of SGLang", "drop it"),
@@ -78,6 +81,9 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
 }
 
 _DRAFTING = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")  # a chain of drafts, by a draft model
+
+
+_NO_RADIX_CACHE = "requires the default UnifiedRadixCache"  # what SGLang says of an external linker without one
 
 
 class FlagError(ValueError):
@@ -180,6 +186,23 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     return original(cls, args)
 
 
+def resolve(original: Callable[..., Any], server_args: Any) -> Any:
+    """AROUND hook of `ServerArgs.resolve_once`, where SGLang may decide against a radix cache by itself.
+
+    Raises `FlagError` then: what SGLang says of it names a flag that nobody has given.
+    """
+    try:
+        return original(server_args)
+    except ValueError as error:
+        if _NO_RADIX_CACHE in str(error) and names_our_linker(server_args.unified_cache_external_linker_config):
+            raise FlagError(
+                "--hicache-backend hcache needs a radix cache, without which SGLang serves this model with these "
+                "flags: drop it, or what switches the radix cache off, such as --enable-deterministic-inference with "
+                "--attention-backend flashinfer"
+            ) from None
+        raise
+
+
 def server_kwargs(**kwargs: Any) -> dict[str, Any]:
     """Keyword arguments for `sglang.ServerArgs`, `Engine` or `Runtime` with the tier switched on.
 
@@ -223,8 +246,8 @@ def translate(values: MutableMapping[str, Any]) -> None:
         raise FlagError("--hcache-codec is for hidden states: drop it, or --hcache-representation kv")
     if codec is not None:
         representation = str(Representation.HIDDEN)
-    directory_bytes = _gigabytes("--hcache-dir-size", ours["hcache_dir_size"], "gigabytes")
-    read_bytes_per_s = _gigabytes("--hcache-read-limit", ours["hcache_read_limit"], "gigabytes a second")
+    directory_bytes = _bytes_of("--hcache-dir-size", ours["hcache_dir_size"], "gigabytes")
+    read_bytes_per_s = _bytes_of("--hcache-read-limit", ours["hcache_read_limit"], "gigabytes a second")
     prefetcher, keys = ours["hcache_prefetcher"], ours["hcache_keys"]
     _refuse_conflicts(values)
     _check_host_size(values)
@@ -263,7 +286,7 @@ def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
 
 
 def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, object]) -> None:
-    """Of another host, with keys that are there; what is about files here contradicts it."""
+    """Refuse an address that is none, keys that are no directory, and flags about files of this host."""
     if address is None:
         if keys is not None:
             raise FlagError("--hcache-keys does nothing without --hcache-prefetcher: add that, or drop this")
@@ -289,13 +312,13 @@ def _is_tcp(address: str) -> bool:
         return False
 
 
-def _gigabytes(flag: str, value: object, unit: str) -> float | None:
-    """In bytes."""
-    if value is None:
+def _bytes_of(flag: str, gigabytes: object, unit: str) -> float | None:
+    """Of a flag in gigabytes; None where it is not given."""
+    if gigabytes is None:
         return None
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise FlagError(f"{flag} {value!r} is not a positive number of {unit}: give one, such as 500, or drop it")
-    return value * GB
+    if not isinstance(gigabytes, int | float) or not 0 < gigabytes < math.inf:
+        raise FlagError(f"{flag} {gigabytes!r} is not a positive number of {unit}: give one, such as 500, or drop it")
+    return gigabytes * GB
 
 
 def _prefetch_timeout(flag: object) -> tuple[float, float]:

@@ -32,7 +32,7 @@ from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.ranks import of_first_rank, rank_name
 from sglang_hcache.restoring.layer_events import LayerEvents
 from sglang_hcache.restoring.restore import Load, Restorer
-from sglang_hcache.saving.savers import NoSaver, Restored, Saver
+from sglang_hcache.saving.savers import NoSaver, RestoredKeys, Saver
 from sglang_hcache.startup.registration import Registration
 from sglang_hcache.startup.start import hold_rule, plan, reads_at_once, supervisor_of, supported_pools, warm_up
 from sglang_hcache.storage.layout import ROOT, positions
@@ -75,7 +75,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._completed_offloads = 0
         self._offload_follows = ROOT
         self._saving: dict[str, threading.Event] = {}  # by request: retracted, but not queued again yet
-        self._restored = Restored(most=2 * pools.model.size // pools.page_tokens)
+        self._restored = RestoredKeys(most=2 * pools.model.size // pools.page_tokens)
         self._loads_refused = 0
         self._attachment = Attachment(
             self._stored,
@@ -95,7 +95,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._stored,
             rows_of_a_forward=rows_of_a_forward,
         )
-        self.adapters = Adapters(self._config.checkpoints, get_model().download_dir)
+        self.adapters = Adapters(self._config.checkpoint_memo, get_model().download_dir)
         self.adapters.loaded_at_start(get_lora().lora_paths or ())
         try:
             self._supervisor = supervisor_of(
@@ -129,20 +129,20 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._loads = Loads(self.layer_done_counter, pools.page_tokens, self._planner, self.prefetch_queue.forget)
         self._shared = SharedLoads(of_first_rank(self._least_shared_pages()), self.prefetch_queue.put_off)
         scheduler_hooks.linker = self
-        others_wait_for_us = bool(get_parallel().attn_dp_enabled)
         scheduler_hooks.admission = Admission(
             self,
             self.prefetch_queue,
             self._shared,
-            others_wait_for_us=others_wait_for_us,
+            others_wait_for_us=bool(get_parallel().attn_dp_enabled),
             drafts=bool(pools.drafts),
         )
         self._log_start()
 
     def _least_shared_pages(self) -> int:
-        """None where what is loaded may lack windowed layers, or SGLang may let the next batch of prefills wait.
+        """Of which a batch is closed: 0 where none may be.
 
-        For some steps, or until there is room for several requests.
+        What is loaded may lack windowed layers then, or SGLang may delay the next batch of prefills: for some steps,
+        or until there is room for several requests.
         """
         schedule = get_schedule()
         delays = schedule.prefill_decode_interval or schedule.enable_prefill_delayer
@@ -177,7 +177,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if not self._renewing and not self._loads:
             self._renewing = True
             self._leave_store()
-        if store := self._supervisor.taken():
+        if store := self._supervisor.take_next():
             self._renewing = False
             self._attach(store)
             self.prefetch_queue.attach(store)
@@ -201,23 +201,23 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             return range(1, pages + 1)
         if not pages:
             return []
-        chunks = self.prefetch_queue.leased(rid, keys)
-        found = windows.ends(positions(self._store.memory, self._store.layout), chunks, self._window_pages)
+        store_slots = self.prefetch_queue.leased(rid, keys)
+        found = windows.ends(positions(self._store.memory, self._store.layout), store_slots, self._window_pages)
         ends = windows.up_to(found, pages) or (found[:1] if self.prefetch_queue.tries_bus(rid) else [])
         return ends[-1:] if self._alone else ends
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers
         keys = [bytes.fromhex(key) for key in transfer.keys]
-        chunks = self.prefetch_queue.leased(rid, keys)
-        if len(chunks) < len(keys):
+        store_slots = self.prefetch_queue.leased(rid, keys)
+        if len(store_slots) < len(keys):
             self._loads_refused += 1
             self.forget_request(rid)
             return False
         self._saver.discard(transfer.device_indices)
         self._restored.add(keys)
         window_slots = of_window[0].device_indices if of_window else None
-        self._loads.queue(Load(rid, tuple(chunks), transfer.device_indices, window_slots))
+        self._loads.queue(Load(rid, tuple(store_slots), transfer.device_indices, window_slots))
         return True
 
     def start_layer_wise_loading(self) -> int:
@@ -314,14 +314,14 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._completed_offloads = 0
         self._store.drop_host()
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Return once nothing is copied from the KV pool, or to it, on behalf of what has run so far."""
         self._loads.end_landed(wait=True)
-        self._attachment.settle()
+        self._attachment.drain()
 
     def _forget_all(self) -> None:
         """What the store has promised, and what is on its way into it. Loads under way come to their end."""
-        self._loads.drop_queued()
+        self._loads.wait_and_drop_queued()
         self._restored.clear()
         self.prefetch_queue.clear()
         self._saver.clear()

@@ -30,7 +30,7 @@ class Loads:
         self._planner = planner
         self._release = release
         self._queued: list[Load] = []
-        self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they land
+        self._started: dict[int, tuple[list[Load], bool]] = {}  # by batch; whether they were issued without an error
         self._landing: deque[tuple[int, list[Load]]] = deque()  # by batch; SGLang does not ask for these any more
         self._accepted = self._failed = self._tokens_restored = 0
         self.durations = Durations()  # of batches
@@ -46,7 +46,7 @@ class Loads:
     @property
     def queued_pages(self) -> int:
         """That the bus carries for the next forward, as far as its requests are known; others are there before it."""
-        return sum(len(load.chunks) for load in self._queued)
+        return sum(len(load.store_slots) for load in self._queued)
 
     def queue(self, load: Load) -> None:
         self._queued.append(load)
@@ -66,25 +66,25 @@ class Loads:
         loads, self._queued = self._queued, []
         try:
             assert restorer is not None, "what is promised is in a store"
-            index, landed = restorer.run(loads), True
+            index, issued = restorer.run(loads), True
         except Exception:
             # SGLang aborts the requests of a failed load; the server must live on for all others.
             logger.exception("hcache: restoring failed; %d request(s) will be aborted by SGLang", len(loads))
-            index, landed = self._events.new_batch(), False
+            index, issued = self._events.new_batch(), False
             self._failed += len(loads)
-        self._started[index] = loads, landed
+        self._started[index] = loads, issued
         return index
 
     def finish(self, index: int, reader: Stream) -> bool:
         """Whether batch `index` is restored for all that `reader` does from now on; nothing waits for it here."""
         if index not in self._started:
             return self._drop_what_was_never_started()
-        loads, landed = self._started.pop(index)
+        loads, issued = self._started.pop(index)
         self._events.follow(index, reader)
-        self._tokens_restored += self._tokens_of(loads) * landed
+        self._tokens_restored += self._tokens_of(loads) * issued
         self._landing.append((index, loads))
         self.end_landed()
-        return landed
+        return issued
 
     def _drop_what_was_never_started(self) -> bool:
         """A forward has run without these loads: SGLang aborts their requests, and frees the slots they are for."""
@@ -108,8 +108,8 @@ class Loads:
         """Whether no started batch still writes to the pool."""
         return all(map(self._events.is_restored, [*self._started, *(index for index, _ in self._landing)]))
 
-    def drop_queued(self) -> None:
-        """And wait until all others have landed."""
+    def wait_and_drop_queued(self) -> None:
+        """Wait until all that was started has landed, then forget what is queued."""
         for index in self._started:
             self._events.synchronize(index)
         self.end_landed(wait=True)
@@ -136,4 +136,4 @@ class Loads:
                 self._release(load.rid)
 
     def _tokens_of(self, loads: Sequence[Load]) -> int:
-        return sum(len(load.chunks) for load in loads) * self._page_tokens
+        return sum(len(load.store_slots) for load in loads) * self._page_tokens

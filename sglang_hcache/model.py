@@ -81,7 +81,8 @@ def attention_sites(model: torch.nn.Module) -> list[AttentionSite]:
         if not owned:
             continue
         signature = inspect.signature(module.forward)
-        required = {name for name, p in signature.parameters.items() if p.default is p.empty and p.kind <= 1}
+        given = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = {name for name, p in signature.parameters.items() if p.default is p.empty and p.kind in given}
         if len(owned) != 1 or "hidden_states" not in signature.parameters or required - _REPLAYED:
             return []
         sites.append(AttentionSite(module, owned[0], signature))
@@ -130,7 +131,12 @@ def draft_pools(params: Any, spec: Any, pool: Pool) -> tuple[OnePool, ...]:
 
 
 def _of_a_kind_we_know(pool: Any) -> OnePool:
-    if type(pool) is MHATokenToKVPool and not (pool.is_quantized_kv_cache or pool.use_hnd):
+    if type(pool) is MHATokenToKVPool:
+        if pool.is_quantized_kv_cache:
+            raise Unsupported("a KV pool of this quantisation is not supported yet; drop --kv-cache-dtype")
+        if pool.kv_cache_layout != "nhd":
+            what_to_do = "unset SGLANG_USE_HND_KVCACHE and SGLANG_AITER_KV_CACHE_LAYOUT"
+            raise Unsupported(f"the KV pool's layout {pool.kv_cache_layout} is not supported; {what_to_do}")
         return pool
     if type(pool) is MLATokenToKVPool and not pool.use_dsa:
         return pool

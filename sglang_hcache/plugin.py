@@ -56,6 +56,7 @@ def register() -> None:
     """Entry point of group `sglang.srt.plugins`."""
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", flags.add_cli_args, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", flags.from_cli_args, HookType.AROUND)
+    HookRegistry.register(f"{_SERVER_ARGS}.resolve_once", flags.resolve, HookType.AROUND)
     if engine_module := sys.modules.get(_ENGINE_MODULE):
         engine = engine_module.Engine
         engine.server_args_class = flags.EngineArguments(engine.server_args_class)

@@ -148,7 +148,7 @@ def around_add(original: Callable[..., Any], adder: Any, req: Any, *args: Any, *
 def before_memory_released(_manager: object, _request: object) -> None:
     """SGLang takes the KV pool's memory away, and flushes its cache only afterwards."""
     if linker is not None:
-        linker.settle()
+        linker.drain()
 
 
 def after_weights_changed(_result: object, _updater: object, *_args: object, **_kwargs: object) -> None:

@@ -136,7 +136,7 @@ class Arena:
         self._dirty += backing is Backing.DIRTY
         self._used_at[slot] = next(self._clock)
         if backing is not Backing.DIRTY:
-            self._settle(slot)
+            self._make_evictable(slot)
 
     def parent(self, slot: int) -> bytes:
         """Of the page in a cached slot."""
@@ -156,7 +156,7 @@ class Arena:
             if self._listed[slot]:
                 self._unlist(slot)
         elif was_dirty and not is_dirty and not self._leases[slot]:
-            self._settle(slot)
+            self._make_evictable(slot)
 
     def lease(self, slot: int) -> None:
         assert self._backing[slot] is not None
@@ -177,7 +177,7 @@ class Arena:
             if not self._leases[slot]:
                 self._leased -= 1
                 if self._backing[slot] is not Backing.DIRTY:
-                    self._settle(slot)
+                    self._make_evictable(slot)
 
     def evict_all(self) -> None:
         """Evict everything that can be."""
@@ -273,7 +273,7 @@ class Arena:
             self._queue.discard(slot)
             self._queue.append(slot)
 
-    def _settle(self, slot: int) -> None:
+    def _make_evictable(self, slot: int) -> None:
         """The page can be evicted from now on."""
         self._evictable += 1
         if not self._is_found(slot):

@@ -11,8 +11,8 @@ from sglang_hcache.storage.layout import ChunkLayout, Record
 Stats = dict[str, int | float | str | list[dict[str, int | str]]]
 
 AGEING = 0.5  # waiting requests are read for by ascending read_s + AGEING · arrival_s: none waits for ever
-TURN = 10**13  # more than months of that make
-MOST_TURNS = 10**5
+TURN = 10**13  # of microseconds: outweighs arrivals that are months apart
+MOST_TURNS = 10**5  # either way, so that a priority fits in 64 bits
 
 
 def as_priority(read_s: float = 0.0, *, arrived_at: float = 0.0, turn: int = 0) -> int:

@@ -6,7 +6,7 @@ import logging
 import threading
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Damage:
@@ -34,11 +34,11 @@ class Damage:
                 return
             self._reported.add(file)
             self.files += 1
-        log.warning("hcache: %s is damaged: %s. Further damage in it is counted, not logged.", file, reason)
+        logger.warning("hcache: %s is damaged: %s. Further damage in it is counted, not logged.", file, reason)
 
     def rebuilt(self, index: Path, pages: int) -> None:
         with self._lock:
             self.index_rebuilt += 1
-        log.warning(
+        logger.warning(
             "hcache: %s was missing or damaged and was rebuilt from the segment files: %d pages.", index, pages
         )

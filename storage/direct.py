@@ -19,7 +19,7 @@ from sglang_hcache.storage.layout import ALIGNMENT, Record
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 _Transfer = Callable[[int, list[memoryview], int], int]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def aligned(n_bytes: int) -> Record:
@@ -60,7 +60,7 @@ class DirectIO:
         with self._lock:
             said, self._said = self._said, True
         if not said:
-            log.warning(
+            logger.warning(
                 "hcache: files in %s go through the page cache, which costs memory and speed: %s.",
                 self._directory,
                 reason,

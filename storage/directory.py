@@ -43,7 +43,7 @@ LOCK_WAIT_S = 30.0
 IDLE_S = 300.0  # without a write, until others may evict what lies in the segments that were written
 WRITES_IN_FLIGHT = 4
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ class Directory:
             opened.callback(self._index.close)
             self._segments = Segments(folder, layout.record_bytes, self._at_most())
             opened.callback(self._segments.close)
-            write_about(folder, layout, contents.about)
+            try:
+                write_about(folder, layout, contents.about)
+            except OSError as error:  # on a full disk, which is about to be shrunk
+                logger.info("hcache: it is not noted what the pages in %s are of (%s)", folder, error)
             self._evictor = Evictor(path, self._index, self._segments, quota, siblings) if quota is not None else None
             self._recover()
             self._opened = opened.pop_all()
@@ -266,7 +269,7 @@ class Directory:
                     reader.read(slot, record)
                     header = read_header(record, self._layout)
                 except ChunkDamaged as damaged:
-                    log.debug("record %d of %s is not listed: %s", slot, name, damaged)
+                    logger.debug("record %d of %s is not listed: %s", slot, name, damaged)
                     continue
                 if header.fingerprint == self._fingerprint:
                     found[header.key] = Entry(name, slot, header.parent[:PARENT_BYTES], 0, last_use)

@@ -21,7 +21,7 @@ from sglang_hcache.storage.eviction import Ints, Keep, choose
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, evicting, is_busy
 from sglang_hcache.storage.segments import Segments
-from sglang_hcache.storage.sweep import sweep
+from sglang_hcache.storage.sweep import size_described, sweep
 from sglang_hcache.storage.table import Places, Table
 from sglang_hcache.storage.tree import folder_of, is_segment_name, segment_file
 
@@ -30,7 +30,7 @@ TURN_S = 60.0  # waited for others of this process that choose, too; one of them
 
 _turn = threading.Lock()
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Evictor:
@@ -83,9 +83,9 @@ class Evictor:
                         return
                     self._free(excess)
         except TimeoutError:
-            log.info("hcache: another process has been evicting in %s for long.", self._path)
+            logger.info("hcache: another process has been evicting in %s for long.", self._path)
         else:
-            log.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
+            logger.warning("hcache: %s takes more than its quota, and other processes use it.", self._path)
 
     def _free(self, wanted: int, reuse: Segments | None = None, keep: Keep = list) -> None:
         """Free so many bytes.
@@ -95,6 +95,9 @@ class Evictor:
         """
         others = self._siblings()
         own = Table.read(self._index)
+        for fingerprint in own.fingerprints:
+            if fingerprint not in own.sizes and (size := size_described(folder_of(self._path, fingerprint))):
+                own.sizes[fingerprint] = size
         if self._unaccounted(own) >= wanted // 2:
             wanted -= self._sweep(reuse)
         if wanted <= 0:
@@ -105,9 +108,9 @@ class Evictor:
         try:
             count += drop(others if others and elsewhere else [], elsewhere)
         except lmdb.Error as error:  # pages without their parents, which go as orphans
-            log.info("hcache: pages elsewhere that follow on evicted ones stay for now: %s", error)
+            logger.info("hcache: pages elsewhere that follow on evicted ones stay for now: %s", error)
         self._quota.evicted += count
-        log.debug("%s: %d pages evicted", self._path, count)
+        logger.debug("%s: %d pages evicted", self._path, count)
         self._sweep(reuse)
 
     def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Keep) -> list[Places]:
@@ -119,7 +122,7 @@ class Evictor:
         try:
             tables = None if others is None else [Table.read(index) for index in others]
         except lmdb.Error as error:  # its volume's to tell; this one can do without
-            log.info("hcache: evicting in %s without a look at other directories: %s", self._path, error)
+            logger.info("hcache: evicting in %s without a look at other directories: %s", self._path, error)
         table = Table.join([own, *(tables or [])])
         forest = table.forest
         if tables is None:

@@ -53,10 +53,14 @@ def sync_directory(path: Path) -> None:
 
 
 def is_still(path: Path, fd: int) -> bool:
-    """Whether an open file is what lies there now."""
+    """Whether an open file is what lies there now. Raises OSError where that cannot be seen."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
+        there = path.stat()
     except FileNotFoundError:
+        return False
+    try:
+        return os.path.samestat(there, os.fstat(fd))
+    except OSError:  # its file system is gone, and another one lies there
         return False
 
 

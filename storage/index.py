@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from sglang_hcache.storage.index_check import ENTRY, ENTRY_VERSION, FINGERPRINT_BYTES, Entry, decode, encode
 from sglang_hcache.storage.index_file import unseal
+from sglang_hcache.storage.layout import KEY_BYTES
 
 MAP_BYTES = 8 << 30  # address space, not memory: room for tens of millions of pages
 MAX_READERS = 512  # read transactions at once, in all processes
-NAME_BYTES = FINGERPRINT_BYTES + 32
+NAME_BYTES = FINGERPRINT_BYTES + KEY_BYTES
 AT_ONCE = 1 << 14  # entries that are objects of Python at a time, where all are read
 
 NAME = np.dtype([("fingerprint", ">u8", 2), ("key", ">u8"), ("rest", "V24")])

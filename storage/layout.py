@@ -39,6 +39,11 @@ _FIXED = struct.Struct("<8sII16s32s32sI4x")
 Record = npt.NDArray[np.uint8]
 
 
+def unseal(record: Record) -> None:
+    """No header is found in it any more."""
+    record[: len(_MAGIC)] = 0
+
+
 class ChunkDamaged(Exception):
     """A record is not, or not any more, what was written."""
 

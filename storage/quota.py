@@ -43,7 +43,7 @@ class Quota:
         self._sharers = sharers
         self._path = path
 
-    def settle(self, *, full: bool) -> None:
+    def find_limit(self, *, full: bool) -> None:
         """Find the limit, before the directory is opened; one that was wanted is lowered where the disk was `full`.
 
         Raises OSError, ENOSPC where there is no room for a few pages.
@@ -96,7 +96,7 @@ def bytes_on_disk(path: Path) -> int:
 
 
 def folders_in(path: Path) -> list[Path]:
-    """None where there is no such directory."""
+    """Of a directory; empty where there is no such directory."""
     try:
         return [Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:

@@ -22,7 +22,7 @@ _MADV_COLLAPSE = 25  # since Linux 6.1; needs no huge pages to be reserved or en
 _MAP_FIXED = 0x10
 _MAP_FAILED = 2**64 - 1
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Region:
@@ -119,7 +119,7 @@ class Region:
                 _make_contiguous(self._fd, start, step // _HUGE_BYTES)
                 os.posix_fallocate(self._fd, start, step)
         except OSError as error:
-            log.warning(
+            logger.warning(
                 "hcache: the system gives %d bytes of host memory, not %d (%s): whoever uses more may be killed.",
                 self.taken,
                 self.size,

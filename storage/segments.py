@@ -179,6 +179,7 @@ class Segments:
                         if held.end:
                             held.writer.truncate_to(held.end)
                         else:
+                            held.writer.truncate_to(0)  # this process, or another, may have it open, to read
                             held.writer.path.unlink(missing_ok=True)
         finally:
             for held in taken:

@@ -28,7 +28,7 @@ CLOSE_WAIT_S = 5.0  # twice at most: who stops a prefetcher, or a scheduler, giv
 READ_THREADS = 8  # for each volume
 BUG_PAUSE_S = 1.0  # of a thread that failed: it may fail again at once
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class LocalStore:
@@ -88,7 +88,7 @@ class LocalStore:
             self._seal,
             policy=write_policy,
             tick_s=min(1.0, retry_s),
-            settled=self._admit_waiting,
+            evictable=self._admit_waiting,
         )
         self._readers = [
             threading.Thread(target=self._read_forever, args=(volume,), name=f"hcache-read-{i}", daemon=True)
@@ -251,8 +251,8 @@ class LocalStore:
         with self._lock:
             return self._writer.flush(timeout_s)
 
-    def unwritten(self) -> int:
-        """Pages that will be written yet: from now on all that are to be, whatever the policy. Does not block."""
+    def drain(self) -> int:
+        """Have all pages written that may be, whatever the policy; how many still wait for that. Does not block."""
         with self._lock:
             return self._writer.drain()
 
@@ -322,10 +322,10 @@ class LocalStore:
             given_up = self._writer.stop()
             self._fetches.close()
         if not flushed:
-            log.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
+            logger.warning("hcache: %d pages were not written in %g s and are given up.", given_up, CLOSE_WAIT_S)
         ended = _join(threads, CLOSE_WAIT_S)
         if not ended:
-            log.warning("hcache: a drive hangs; its files are left as they are, and tidied up by the next opening.")
+            logger.warning("hcache: a drive hangs; its files are left as they are: the next opening tidies up.")
         return ended
 
     def _seal(self, record: Record, key: bytes, parent: bytes) -> None:
@@ -342,7 +342,7 @@ class LocalStore:
             try:
                 goes_on = self._read_next(volume)
             except Exception:  # a bug of ours must not end the thread: those who wait for pages would hang
-                log.exception("hcache: a reader failed, and goes on.")
+                logger.exception("hcache: a reader failed, and goes on.")
                 time.sleep(BUG_PAUSE_S)
 
     def _read_next(self, volume: Files) -> bool:
@@ -363,7 +363,7 @@ class LocalStore:
         except Exception:
             if read is None:
                 raise
-            log.exception("hcache: a page could not be read.")
+            logger.exception("hcache: a page could not be read.")
         if read is not None:
             self._finish(read, sound=sound)
         return True

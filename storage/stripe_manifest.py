@@ -16,7 +16,7 @@ from sglang_hcache.storage.files import write_atomically
 
 NAME = "stripe.json"
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class _Stripe(msgspec.Struct):
@@ -31,7 +31,8 @@ def write_siblings(path: Path, siblings: Iterable[Path]) -> None:
     try:
         write_atomically(path / NAME, msgspec.json.format(msgspec.json.encode(_Stripe(names))))
     except OSError as error:
-        log.info("hcache: %s cannot be written (%s): `hcache` cannot tell what belongs together", path / NAME, error)
+        note = "hcache: %s cannot be written (%s): `hcache` cannot tell what belongs together"
+        logger.info(note, path / NAME, error)
 
 
 def read_siblings(path: Path) -> list[Path]:

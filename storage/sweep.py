@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sglang_hcache.storage.index import Index, Used
+from sglang_hcache.storage.about import read_about
+from sglang_hcache.storage.index import Index, Size, Used
 from sglang_hcache.storage.quota import census, folders_in
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.segments import Segments
@@ -19,7 +20,7 @@ from sglang_hcache.storage.tree import fingerprint_of, segment_file, segment_fil
 
 AT_ONCE = 256  # segments that are open; the index is read again for the next ones if it has changed
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def sweep(path: Path, index: Index, segments: Segments | None = None, *, unlisted: bool = False) -> int:
@@ -37,8 +38,14 @@ def sweep(path: Path, index: Index, segments: Segments | None = None, *, unliste
             with census(folder):
                 gained += sweep_folder(folder, index, segments if segments and segments.path == folder else None)
         except TimeoutError:
-            log.debug("%s is being opened by another process", folder)
+            logger.debug("%s is being opened by another process", folder)
     return gained
+
+
+def size_described(folder: Path) -> Size | None:
+    """The page size of a fingerprint, where the index does not know it: after damage it may list some pages only."""
+    layout = read_about(folder).layout
+    return None if layout is None else Size(layout.record_bytes, layout.page_tokens)
 
 
 def sweep_folder(folder: Path, index: Index, segments: Segments | None = None, former: Used | None = None) -> int:
@@ -49,6 +56,8 @@ def sweep_folder(folder: Path, index: Index, segments: Segments | None = None, f
     """
     fingerprint = bytes.fromhex(folder.name)
     size = index.marks().get(fingerprint)
+    if size is None and index.used(fingerprint).pages:
+        size = size_described(folder)
     record_bytes = 1 if size is None else size.record_bytes
     used = Used({}) if size is None else index.used(fingerprint, former)
     names = _wasteful(folder, used, record_bytes, held=segments.held() if segments else set())

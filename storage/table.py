@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_hcache.storage.eviction import Floats, Forest, Ints, Mask, Numbers, values
 from sglang_hcache.storage.index import NAME, VALUE, Index, Rows, Size
-from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, Entry, decode
+from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry, decode
 
 _HALVES = np.dtype([("segment", ">u8", 2), ("rest", f"V{VALUE.itemsize - 16}")])  # of a value
 
 Places = list[tuple[bytes, tuple[str, int]]]  # names, and where these pages lie, as `Index.delete_names` takes them
+
+
+def starts_of(keys: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """Of pages' keys, as much as an entry has of its parent's."""
+    return np.frombuffer(b"".join(key[:PARENT_BYTES] for key in keys), ">u8").astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Table:
     names: Rows  # fingerprint and key
     value: Rows  # `segment`, `slot`, `parent`, `hits` and `last_use`
     volume: Numbers  # which of the indexes has it
-    indexes: int
+    index_count: int
     sizes: dict[bytes, Size]  # of the fingerprints that are known to be listed in full
 
     @classmethod
@@ -68,14 +74,14 @@ class Table:
         mask: Mask = np.isin(self.group, [i for i, one in enumerate(self.fingerprints) if one in fingerprints])
         return mask
 
-    def _of_size(self, field: int) -> Ints:
-        sizes = [self.sizes.get(fingerprint, Size(0, 0))[field] for fingerprint in self.fingerprints]
+    def _of_size(self, field: str) -> Ints:
+        sizes = [getattr(self.sizes.get(fingerprint, Size(0, 0)), field) for fingerprint in self.fingerprints]
         return np.array([*sizes, 0], np.int64)[self.group]
 
     @cached_property
     def record_bytes(self) -> Ints:
         """0 where it is not known."""
-        return self._of_size(0)
+        return self._of_size("record_bytes")
 
     @cached_property
     def forest(self) -> Forest:
@@ -84,15 +90,14 @@ class Table:
 
     def worth(self, now: float, forest: Forest | None = None, keep: Iterable[bytes] = ()) -> Floats:
         """Value per byte of each page, as in eviction.py. `keep`: keys of pages that must stay."""
-        starts = np.frombuffer(b"".join(key[:8] for key in keep), ">u8").astype(np.uint64)
         return values(
             self.forest if forest is None else forest,
-            tokens=self._of_size(1),
+            tokens=self._of_size("page_tokens"),
             record_bytes=self.record_bytes,
             hits=self.value["hits"].astype(np.int64),
             last_use=self.value["last_use"].astype(np.int64),
             now=now,
-            keep=np.isin(self.names["key"].astype(np.uint64), starts),
+            keep=np.isin(self.names["key"].astype(np.uint64), starts_of(keep)),
         )
 
     def segment(self, page: int) -> tuple[bytes, str]:
@@ -122,7 +127,7 @@ class Table:
 
     def places(self, chosen: Mask) -> list[Places]:
         """Of each index those of the chosen pages that it has."""
-        of_index = (np.flatnonzero(chosen & (self.volume == index)) for index in range(self.indexes))
+        of_index = (np.flatnonzero(chosen & (self.volume == index)) for index in range(self.index_count))
         return [[(name, entry.place) for name, entry in self._entries(pages)] for pages in of_index]
 
     def _entries(self, pages: Iterable[int]) -> Iterator[tuple[bytes, Entry]]:

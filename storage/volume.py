@@ -26,7 +26,7 @@ from sglang_hcache.storage.stripe_manifest import write_siblings
 UNREADABLE_S = 600.0  # a record that the disk could not read is not tried again; a page may be stored anew meanwhile
 SLOW_S = 2.0  # a call that takes longer may hang: who evicts elsewhere then leaves this directory's index alone
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space there",
@@ -196,7 +196,7 @@ class Volume:
             return False
         self._failure, self._full = None, False
         self._note_siblings()
-        log.info("hcache: %s works again; pages are written to it.", self.path)
+        logger.info("hcache: %s works again; pages are written to it.", self.path)
         return True
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class Volume:
         try:
             directory.close()
         except (OSError, lmdb.Error) as error:
-            log.warning(
+            logger.warning(
                 "hcache: %s could not be tidied up on closing; the next opening does it. (%s)", self.path, error
             )
 
@@ -217,19 +217,19 @@ class Volume:
         if directory is None:
             directory = self._directory = self._open()
         else:
-            self._settle()
+            self._find_limit()
             directory.recover()
         directory.probe()
 
     def _open(self) -> Directory:
-        self._settle()
+        self._find_limit()
         siblings = self._sibling_indexes
         return Directory(self.path, self._contents, damage=self.damage, quota=self.quota, siblings=siblings)
 
-    def _settle(self) -> None:
+    def _find_limit(self) -> None:
         if self.quota is not None:
             make_private(self.path)
-            self.quota.settle(full=self._full)
+            self.quota.find_limit(full=self._full)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -266,7 +266,7 @@ class Volume:
             changed, self._failure = self._failure != reason, reason
             self._full |= _is(error, errno.ENOSPC)
         if changed:
-            log.warning(
+            logger.warning(
                 "hcache: %s cannot be used: %s. Pages stay in host memory or go elsewhere; trying again every %g s.",
                 self.path,
                 reason,

@@ -27,7 +27,7 @@ BATCHES_DIRTY = 4  # of each volume that may wait in any case
 TOUCH_EVERY_S = 5.0
 MOST_TOUCHED = 1 << 18  # pages whose use a volume has still to note: one that hangs notes none
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Seal = Callable[[Record, bytes, bytes], None]  # record, key, parent
 
@@ -52,7 +52,7 @@ class _VolumeQueue:
 class Writer:
     """A thread for each volume, and the queue of pages it writes. `lock` guards everything but the writing itself.
 
-    `seal` completes a record before it is written; `settled` is called, without the lock, once pages can be evicted.
+    `seal` completes a record before it is written; `evictable` is called, without the lock, once pages are.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Writer:
         *,
         policy: WritePolicy,
         tick_s: float,
-        settled: Callable[[], None],
+        evictable: Callable[[], None],
     ) -> None:
         self._arena = arena
         self._files = files
@@ -73,7 +73,7 @@ class Writer:
         self._seal = seal
         self._policy = policy
         self._tick_s = tick_s
-        self._settled = settled
+        self._evictable = evictable
         self._at_once: int = max(1, min(BATCH_PAGES, BATCH_BYTES // arena.memory.shape[1]))
         self._by_volume = {volume: _VolumeQueue(threading.Condition(lock)) for volume in files.volumes}
         self._backlog = deque[tuple[int, bytes]]()  # slot, key; to be written when slots get short
@@ -245,7 +245,7 @@ class Writer:
             try:
                 goes_on = self._write_next(volume, todo)
             except Exception:  # a bug of ours must not end the thread: nothing would be written any more
-                log.exception("hcache: a writer failed, and goes on.")
+                logger.exception("hcache: a writer failed, and goes on.")
                 time.sleep(self._tick_s)
         self._touch(volume, todo, now=True)
         volume.close()
@@ -263,7 +263,7 @@ class Writer:
             self._begin_batch(todo)
         if todo.batch:
             self._write(volume, todo)
-        self._settled()
+        self._evictable()
         self._touch(volume, todo)
         if volume.retry():
             self._requeue()
@@ -280,7 +280,7 @@ class Writer:
                 self._seal(memory[slot], key, self._arena.parent(slot))
             written = volume.write([(key, memory[slot]) for slot, key in pages.items()], partial(self._kept, todo))
         except Exception:  # a bug of ours must not end the thread: memory would fill with pages that wait for it
-            log.exception("hcache: %d pages could not be written.", len(pages))
+            logger.exception("hcache: %d pages could not be written.", len(pages))
             written, otherwise = False, self._give_up
         with self._lock:
             todo.batch, todo.former = {}, batch

@@ -86,13 +86,13 @@ def span(text: str) -> int:
     return int(match[1]) * _SPANS[match[2]]
 
 
-def human(count: float) -> str:
+def human(n_bytes: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import lmdb
 import numpy as np
-import numpy.typing as npt
 
 from sglang_hcache.cli.common import (
     CommandFailed,
@@ -40,10 +39,9 @@ from sglang_hcache.storage.directory import open_shared, seal_if_last
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.index_check import PARENT_BYTES
 from sglang_hcache.storage.quota import bytes_below, bytes_on_disk, evicting
 from sglang_hcache.storage.sweep import sweep
-from sglang_hcache.storage.table import Table
+from sglang_hcache.storage.table import Table, starts_of
 from sglang_hcache.storage.tree import segment_files
 
 T = TypeVar("T")
@@ -298,14 +296,10 @@ def _of_prompt(table: Table, prompt: Prompt, leaving: Mask, with_shared: bool) -
             raise CommandFailed(f"--tokens needs more than {size.page_tokens} tokens, which a page has")
         mine = np.flatnonzero(table.group == group)
         key, parent = (part[mine].astype(np.uint64) for part in (table.names["key"], table.value["parent"]))
-        for keys in map(_starts, prompt.keys(size.page_tokens)):
+        for keys in map(starts_of, prompt.keys(size.page_tokens)):
             leading[mine] |= np.isin(key, keys)
             after[mine] |= np.isin(parent, keys[-1:])
     gone = table.forest.with_all_after(leading | after if with_shared else after)
     others = ~(leading | gone | leaving)
     shared = leading & ~gone & (table.forest.largest_below(others.astype(np.float64)) > 0)
     return gone | leading & ~shared, shared
-
-
-def _starts(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    return np.frombuffer(b"".join(key[:PARENT_BYTES] for key in keys), ">u8").astype(np.uint64)

@@ -33,7 +33,7 @@ FAILED = 3
 DEFECT = 70  # sysexits.h: EX_SOFTWARE
 INTERRUPTED = 130  # as a shell has it
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {explain(error)}", file=sys.stderr)
         return FAILED
     except Exception:  # Python's own status for it, 1, means something else to the commands
-        log.exception("%s: this is a defect of sglang-hcache; please report it.", name)
+        logger.exception("%s: this is a defect of sglang-hcache; please report it.", name)
         return DEFECT
 
 

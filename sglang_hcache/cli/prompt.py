@@ -73,10 +73,10 @@ def prompt_of(arguments: argparse.Namespace) -> Prompt | None:
 
 def _content_of(adapter: str) -> str:
     """As `adapters` names it in the keys of pages."""
-    from sglang_hcache.startup.fingerprint import checkpoint_identity
+    from sglang_hcache.startup.fingerprint import adapter_identity
 
     try:
-        return checkpoint_identity(adapter, None)
+        return adapter_identity(adapter, None)
     except OSError as error:
         raise CommandFailed(f"--lora {adapter}: {error}") from error
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_hcache.cli.common import (
     CommandFailed,
@@ -26,9 +26,8 @@ from sglang_hcache.cli.common import (
     print_json,
     require_siblings,
 )
-
-if TYPE_CHECKING:
-    from sglang_hcache.prefetch.endpoint import Endpoint
+from sglang_hcache.prefetch import messages as m
+from sglang_hcache.prefetch.endpoint import Endpoint, endpoint_named, is_running, name_for, running
 
 ANSWER_S = 5.0
 LOOK_S = 0.1  # between two looks whether it has ended, or has written everything
@@ -58,8 +57,6 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sglang_hcache.prefetch.endpoint import name_for, running
-
     require_siblings(arguments.dir)  # a part of them is another prefetcher's
     name = name_for([str(path) for path in arguments.dir])
     report: dict[str, Any] = {"running": bool(served := running(name))}
@@ -84,8 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _look_elsewhere(name: str, arguments: argparse.Namespace) -> None:
     """Where none is found. Raises CommandFailed, unless nothing is what was waited for."""
-    from sglang_hcache.prefetch.endpoint import endpoint_named
-
     directories: Sequence[Path] = arguments.dir
     none = f"no prefetcher runs for {', '.join(map(str, directories))} (it would be at {endpoint_named(name).socket})"
     for path in directories:
@@ -99,8 +94,6 @@ def _look_elsewhere(name: str, arguments: argparse.Namespace) -> None:
 
 def _wait(name: str, arguments: argparse.Namespace) -> bool:
     """Whether one still runs when there is nothing to wait for any more. Raises CommandFailed."""
-    from sglang_hcache.prefetch.endpoint import running
-
     deadline = time.monotonic() + arguments.timeout
     while served := running(name):
         why = "a prefetcher still runs" if arguments.wait_ended else next(filter(None, map(_unwritten, served)), "")
@@ -124,9 +117,6 @@ def _unwritten(endpoint: Endpoint) -> str:
 def _ask(endpoint: Endpoint) -> dict[str, Any]:
     """What it says of itself. Raises CommandFailed."""
     import zmq
-
-    from sglang_hcache.prefetch import messages as m
-    from sglang_hcache.prefetch.endpoint import is_running
 
     deadline = time.monotonic() + ANSWER_S
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:

@@ -103,7 +103,7 @@ class RateTracker:
             attention_flop_per_s=at.attention_flop_per_s / factor(Resource.PREFILL),
         )
 
-    def least_pages(self, host_pages: int, *, again: bool = False) -> int:
+    def trial_pages(self, host_pages: int, *, again: bool = False) -> int:
         """To restore in any case, lest a bus that seems too slow is never measured again. `again`: as in `due`."""
         return min(PROBE_PAGES, host_pages) if self.due(Resource.BUS, again=again) else 0
 

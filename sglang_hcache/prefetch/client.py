@@ -22,7 +22,7 @@ ASK_S = 0.5  # a question on the scheduler's thread may not cost more
 
 
 @dataclass(eq=False)
-class _Wanted:
+class _Prefetch:
     number: int  # of the message that asks for it; 0 where nobody is asked
     slots: list[int] = field(default_factory=list)
     known: bool = False
@@ -100,12 +100,12 @@ class PrefetchClient(StoreClient):
         welcome = connection.welcome
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._grant = self._asked_for = connection.hello.grant
+        self._grant = self._slots_asked_for = connection.hello.grant
         self._granted: deque[int] = deque()
         self._held = 0  # granted slots, and those that are being filled
         self._share = sys.maxsize  # of these, once others want some, too
-        self._wanted: dict[str, _Wanted] = {}  # by owner: what these are called is nothing to the prefetcher
-        self._asked: dict[int, _Wanted] = {}  # the same, by number
+        self._by_owner: dict[str, _Prefetch] = {}  # by owner: what these are called is nothing to the prefetcher
+        self._by_number: dict[int, _Prefetch] = {}  # the same, by number
         self._reserve_failed = 0
         try:
             region = Region.attach(welcome.region, welcome.slots * self.layout.record_bytes)
@@ -119,10 +119,10 @@ class PrefetchClient(StoreClient):
         with self._lock:
             slot = self._granted.popleft() if self._granted and self.alive else None
             self._reserve_failed += slot is None
-            wanted = self._grant - len(self._granted) - self._asked_for
+            wanted = self._grant - len(self._granted) - self._slots_asked_for
             if wanted < max(1, self._grant // 2):
                 return slot
-            self._asked_for += wanted
+            self._slots_asked_for += wanted
         self.connection.send(m.Want(slots=wanted))
         return slot
 
@@ -158,9 +158,9 @@ class PrefetchClient(StoreClient):
             page_priority=page_priority,
         )
         with self._lock:
-            former = self._wanted.get(owner)
-            wanted = self._wanted[owner] = _Wanted(self.connection.send(message), done=not self.alive)
-            self._asked[wanted.number] = wanted
+            former = self._by_owner.get(owner)
+            prefetch = self._by_owner[owner] = _Prefetch(self.connection.send(message), done=not self.alive)
+            self._by_number[prefetch.number] = prefetch
             if former is not None:  # only now: what is in both stays in place
                 self._release(former)
 
@@ -179,18 +179,18 @@ class PrefetchClient(StoreClient):
 
     def took_s(self, owner: str) -> float:
         with self._lock:
-            wanted = self._wanted.get(owner)
-            return max(0.0, wanted.ended_at - wanted.began_at) if wanted else 0.0
+            prefetch = self._by_owner.get(owner)
+            return max(0.0, prefetch.ended_at - prefetch.began_at) if prefetch else 0.0
 
     def cut(self, owner: str) -> None:
         with self._lock:
-            if wanted := self._wanted.get(owner):
-                self.connection.send(m.Cancel(prefetch=wanted.number))
+            if prefetch := self._by_owner.get(owner):
+                self.connection.send(m.Cancel(prefetch=prefetch.number))
 
     def release(self, owner: str) -> None:
         with self._lock:
-            if wanted := self._wanted.pop(owner, None):
-                self._release(wanted)
+            if prefetch := self._by_owner.pop(owner, None):
+                self._release(prefetch)
 
     def drop_host(self) -> None:
         self.connection.send(m.DropHost())
@@ -201,7 +201,7 @@ class PrefetchClient(StoreClient):
         stats["prefetcher"] = self._ask_figures()
         return (self._figures if self.alive else {}) | stats
 
-    def wait_until_settled(self) -> None:
+    def wait_until_memory_taken(self) -> None:
         """Until the system's memory has been taken for all of `memory`, or no more of it is."""
         wait_until_taken(self.connection.welcome.region, self.memory.nbytes)
 
@@ -217,38 +217,38 @@ class PrefetchClient(StoreClient):
         for first in range(0, len(slots), m.MAX_KEYS):
             self.connection.send(m.GiveBack(slots=slots[first : first + m.MAX_KEYS]))
 
-    def _release(self, wanted: _Wanted) -> None:
-        self._asked.pop(wanted.number, None)
-        self.connection.send(m.Release(prefetch=wanted.number))
+    def _release(self, prefetch: _Prefetch) -> None:
+        self._by_number.pop(prefetch.number, None)
+        self.connection.send(m.Release(prefetch=prefetch.number))
 
     def _progress(self, owner: str) -> Progress:
-        wanted = self._wanted.get(owner)
-        return wanted.progress() if wanted else Progress((), True)
+        prefetch = self._by_owner.get(owner)
+        return prefetch.progress() if prefetch else Progress((), True)
 
     def _receive(self, message: m.FromServer, _: Sequence[memoryview]) -> None:
         with self._lock:
             if isinstance(message, m.Granted):
                 self._granted.extend(message.slots)
                 self._held += len(message.slots)
-                self._asked_for -= len(message.slots)
+                self._slots_asked_for -= len(message.slots)
             elif isinstance(message, m.Share):
                 self._share = message.slots
                 self._give_back()
             elif isinstance(message, m.Ready):
-                if (wanted := self._asked.get(message.answers)) is None:
+                if (prefetch := self._by_number.get(message.answers)) is None:
                     return
-                assert message.first == len(wanted.slots), "pages are announced in order"
-                wanted.slots.extend(message.slots)
-                wanted.known = True
-                wanted.done = message.done
-                wanted.ended_at = time.monotonic() if message.done else 0.0
+                assert message.first == len(prefetch.slots), "pages are announced in order"
+                prefetch.slots.extend(message.slots)
+                prefetch.known = True
+                prefetch.done = message.done
+                prefetch.ended_at = time.monotonic() if message.done else 0.0
                 self._changed.notify_all()
                 if message.done:
                     self._ring()
 
     def _ended(self) -> None:
         with self._lock:
-            for wanted in self._wanted.values():
-                wanted.done = True
+            for prefetch in self._by_owner.values():
+                prefetch.done = True
             self._changed.notify_all()
         self._ring()

@@ -23,13 +23,13 @@ from sglang_hcache.prefetch.sockets import set_limits
 
 LOOK_S = 0.1  # between two looks whether a prefetcher that has not answered yet is still there
 FAREWELL_S = 1.0  # for the answer to a goodbye
-WAITING_S = 10.0  # between two log lines that it is not ready
+LOG_EVERY_S = 10.0  # between two log lines that it is not ready
 LINGER_MS = 200  # for a goodbye
 MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
 HUNG_S = 10.0  # waited for an answer so long, it is given up; the end of its process is seen at once
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Payload = Sequence[zmq.Frame]
 Answer = TypeVar("Answer", bound=m.Message)
@@ -179,10 +179,10 @@ class Connection:
         self._socket.send(m.encode(hello))
         said_at = 0.0
         while isinstance(answer := self._answer_to_hello(timeout_s, go_on), m.Waiting):
-            if time.monotonic() > said_at + WAITING_S:
+            if time.monotonic() > said_at + LOG_EVERY_S:
                 said_at = time.monotonic()
                 first = f"{answer.pages} pages must be written first" if answer.pages else "it opens its directories"
-                log.info("hcache: the prefetcher is not ready yet: %s.", first)
+                logger.info("hcache: the prefetcher is not ready yet: %s.", first)
             waiting(answer.pages)
         if not isinstance(answer, m.Welcome):
             raise Unavailable(answer.text if isinstance(answer, m.Refused) else f"unexpected answer {answer!r}")
@@ -218,7 +218,7 @@ class Connection:
             try:
                 self._talk()
             except Exception:
-                log.exception("hcache: a session with the prefetcher failed.")
+                logger.exception("hcache: a session with the prefetcher failed.")
                 self._end(Ending.FAILED, "a defect: see the log")
             self._say_goodbye()
         finally:
@@ -279,7 +279,7 @@ class Connection:
                 self._end(Ending.REFUSED, f"it sent what cannot be read: {error}")
                 return
             if isinstance(message, m.Refused):
-                log.warning("hcache: the prefetcher refused a message: %s (%s)", message.text, message.reason)
+                logger.warning("hcache: the prefetcher refused a message: %s (%s)", message.text, message.reason)
                 if message.fatal:
                     self._end(Ending.REFUSED, message.text)
             elif isinstance(message, m.Found | m.Flushed | m.Figures):

@@ -15,9 +15,9 @@ from sglang_hcache.prefetch import messages
 from sglang_hcache.storage.files import is_still, try_lock
 
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
-RETURN_S = 60.0  # for one that was run by hand, since `touch`, which is twice as often: systemd starts it again
+RETURN_S = 60.0  # one that was run by hand is waited for, since its last `touch`: systemd starts it again
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ class InstanceLock:
         try:
             os.utime(self._endpoint.socket)
         except FileNotFoundError:
-            log.warning("hcache: %s was removed: the next server starts another prefetcher.", self._endpoint.socket)
+            socket = self._endpoint.socket
+            logger.warning("hcache: %s was removed: the next server starts another prefetcher.", socket)
             self._endpoint.lock.unlink(missing_ok=True)
 
     def release(self) -> None:

@@ -26,7 +26,7 @@ from sglang_hcache.storage.files import make_private
 SERVER, CLIENT, CLIENTS = "server", "client", "clients"
 _NO_NAMES = (CLIENTS, f"{SERVER}.key", f"{SERVER}.key_secret", "", ".", "..")  # of clients' folders
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Pair = tuple[bytes, bytes]  # public and secret key, Z85
 
@@ -79,7 +79,7 @@ def is_authorized(directory: Path, public: bytes) -> bool:
             if _load_public(path) == public:
                 return True
         except KeyFileError as error:
-            log.error("hcache: one client less is let in: %s", error)
+            logger.error("hcache: one client less is let in: %s", error)
     return False
 
 

@@ -28,7 +28,7 @@ ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect; one a conte
 ZAP_DOMAIN = b"hcache"
 AGAIN_S = 60.0  # between two log lines on what is refused for one reason: a liveness probe comes every few seconds
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Frames = Sequence[bytes | zmq.Frame]
 
@@ -176,7 +176,7 @@ class Authenticator:
         now = time.monotonic()
         if now - self._logged_at.get(reason, -AGAIN_S) >= AGAIN_S:
             self._logged_at[reason] = now
-            log.warning("hcache: %s (%d so far).", what, self._refused[reason])
+            logger.warning("hcache: %s (%d so far).", what, self._refused[reason])
 
     def close(self, listener: Listener) -> None:
         listener.socket.disable_monitor()

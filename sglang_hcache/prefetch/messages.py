@@ -12,18 +12,17 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from sglang_hcache.storage import contract
-from sglang_hcache.storage.layout import ChunkLayout
+from sglang_hcache.storage.layout import FINGERPRINT_BYTES, KEY_BYTES, ChunkLayout
 
 VERSION = 5
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
 
-Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=MAX_KEYS)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Slots = Annotated[list[Count], msgspec.Meta(max_length=MAX_KEYS)]
-Parameter = dict[str, str]
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, kw_only=True):
@@ -41,14 +40,14 @@ class Hello(Message):
 
     pid: Count  # of a process on this host whose death ends the session; 0 from another host
     name: Annotated[str, msgspec.Meta(max_length=256)]  # for logs
-    fingerprint: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    fingerprint: Annotated[bytes, msgspec.Meta(min_length=FINGERPRINT_BYTES, max_length=FINGERPRINT_BYTES)]
     page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     layer_bytes: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=4096)]
     host_bytes: Count  # of host memory for these pages, if nobody else uses them
     grant: Count  # slots the client wants to have ready for new pages, and asks for now; 0: it saves none
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
-    about: Annotated[Parameter, msgspec.Meta(max_length=32)] = {}
+    about: Annotated[dict[str, str], msgspec.Meta(max_length=32)] = {}
     host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # at most, of what is free; 0: all of it
 
     @property

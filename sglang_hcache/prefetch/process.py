@@ -24,7 +24,7 @@ from sglang_hcache.prefetch.server import Server, ServerConfig
 from sglang_hcache.storage.files import make_private
 from sglang_hcache.version import VERSION
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FAILED = 1
 SWITCH_S = 0.0005  # a lookup in the index may wait for other threads so long; Python's 5 ms make seconds of many
@@ -46,15 +46,15 @@ def serve(config: ServerConfig) -> int:
 
 
 def _serve(config: ServerConfig) -> int:
-    settle()
+    raise_process_limits()
     try:
         lock = _lock(config)
     except OSError as error:
-        log.error("hcache: no prefetcher can run: %s", error)
+        logger.error("hcache: no prefetcher can run: %s", error)
         return FAILED
     if lock is None:
         level = logging.INFO if config.ends_when_unused else logging.ERROR
-        log.log(level, "hcache: another prefetcher serves %s", ", ".join(config.directories))
+        logger.log(level, "hcache: another prefetcher serves %s", ", ".join(config.directories))
         return 0 if config.ends_when_unused else FAILED
     try:
         with logging_to(Path(config.directories[0]) / LOG_NAME):
@@ -72,7 +72,7 @@ def _lock(config: ServerConfig) -> InstanceLock | None:
             return None
         if not said:
             said = True
-            log.error(
+            logger.error(
                 "hcache: a prefetcher that a server started serves %s, with that server's limits: waiting until it "
                 "ends. Stop all servers of these directories, and start them once this one serves.",
                 ", ".join(config.directories),
@@ -81,7 +81,7 @@ def _lock(config: ServerConfig) -> InstanceLock | None:
     return lock
 
 
-def settle() -> None:
+def raise_process_limits() -> None:
     """What a process with many threads and files needs: each directory has up to 450 open, for each model."""
     sys.setswitchinterval(SWITCH_S)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -100,18 +100,18 @@ def _run(config: ServerConfig, lock: InstanceLock) -> int:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, stop)
         where = " ".join(filter(None, (config.address, config.listen)))
-        log.info("hcache: serving %s at %s; version %s", ", ".join(config.directories), where, VERSION)
+        logger.info("hcache: serving %s at %s; version %s", ", ".join(config.directories), where, VERSION)
         notify("READY=1")
         with _kept_fresh(lock):
             server.run()
-        log.info("hcache: the prefetcher has ended")
+        logger.info("hcache: the prefetcher has ended")
         notify("STOPPING=1")
     except (OSError, ValueError, zmq.ZMQError) as error:
         lock.returns = False  # it would fail again
-        log.error("hcache: no prefetcher can serve %s: %s", config.listen or config.address, error)
+        logger.error("hcache: no prefetcher can serve %s: %s", config.listen or config.address, error)
         return FAILED
     except Exception:
-        log.exception("hcache: the prefetcher failed.")
+        logger.exception("hcache: the prefetcher failed.")
         return FAILED
     return 0
 

@@ -28,14 +28,15 @@ from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.version import VERSION
 
 TICK_MS = 200  # grants that memory could not give at once are tried again so often
-SOON_MS = 5  # while records are on their way, or pages being written for those who wait for that
+SOON_MS = 5  # while records are on their way, pages being written for those who wait for that, or a session ends
+LAST_WORDS_S = 0.2  # after the end of a client's process: what it has sent before that may still be on its way
 WAITING_S = 1.0  # between two messages to a client whose pages cannot be served yet
 TAKE_S = 0.01  # spent on messages before progress is announced again; a prefetch of 2,000 pages takes about 5 ms
 EXPIRE_S = 10.0  # a client that is not heard of: it says something every second. On another host its session ends
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Server:
             self._progressed,
         )
         self._numbers = itertools.count(1)
-        self._greeted: set[Peer] = set()  # whose space is still being opened
-        self._told_at = 0.0  # when they were told
+        self._unwelcomed: set[Peer] = set()  # have said hello; their space is being opened
+        self._told_at = 0.0  # when they were last told so; monotonic
         self._by_peer: dict[Peer, Session] = {}
         self._by_number: dict[int, Session] = {}
         self._by_pidfd: dict[int, Session] = {}
@@ -106,7 +107,7 @@ class Server:
     def run(self) -> None:
         try:
             while not self._stopping and not self._unused():
-                soon = self._partings or any(session.flushes for session in self._by_number.values())
+                soon = self._partings or any(one.flushes or one.has_ended for one in self._by_number.values())
                 events = self._poller.poll(SOON_MS if soon else TICK_MS)
                 # Ended processes first: a goodbye read before would close, or hand on, a descriptor named here.
                 for ready, _ in sorted(events, key=lambda event: not isinstance(event[0], int)):
@@ -136,9 +137,14 @@ class Server:
         if ready == self._wake:
             os.eventfd_read(self._wake)
         elif isinstance(ready, int):
-            self._end(self._by_pidfd[ready], "its process has ended")
+            self._ended(self._by_pidfd[ready])
         elif listener := self._listeners.attend(ready):
             self._receive(listener)
+
+    def _ended(self, session: Session) -> None:
+        """Its process has; what that has sent is still received, for `LAST_WORDS_S`."""
+        session.ended_at = time.monotonic()
+        self._poller.unregister(session.pidfd)
 
     def _receive(self, listener: Listener) -> None:
         until = time.monotonic() + TAKE_S
@@ -162,14 +168,14 @@ class Server:
             self._reply(peer, session, m.Refused(reason=refusal.reason, text=str(refusal), fatal=refusal.fatal))
         except Exception:  # a bug of ours costs this message, not everybody's prefetcher
             self.refused["failed"] += 1
-            log.exception("hcache: a message could not be handled.")
+            logger.exception("hcache: a message could not be handled.")
             self._reply(peer, session, m.Refused(reason="failed", text="see the prefetcher's log", fatal=False))
 
     def _dispatch(
         self, peer: Peer, session: Session | None, message: m.FromClient, payload: Sequence[memoryview]
     ) -> None:
         if isinstance(message, m.Hello):
-            if session is not None or peer in self._greeted:
+            if session is not None or peer in self._unwelcomed:
                 raise Refusal("out_of_order", "there is a session already")
             self._hello(peer, message)
             return
@@ -177,7 +183,7 @@ class Server:
             self._reply(peer, None, self._overviewed())
             return
         if isinstance(message, m.Bye) and not message.session:
-            self._greeted.discard(peer)
+            self._unwelcomed.discard(peer)
             if session is not None:
                 self._end(session, "it has not waited for its welcome")
             return
@@ -235,14 +241,14 @@ class Server:
             self._grant(session)
             self._answer_flushes(session)
             session.send_kept()
-        if self._greeted and time.monotonic() >= self._told_at + WAITING_S:
+        if self._unwelcomed and time.monotonic() >= self._told_at + WAITING_S:
             self._told_at = time.monotonic()
             waiting = m.encode(m.Waiting(pages=self._spaces.unwritten))
-            for peer in self._greeted:
+            for peer in self._unwelcomed:
                 peer.put([waiting])
 
     def _answer_flushes(self, session: Session) -> None:
-        complete = bool(session.flushes) and not session.space.store.unwritten()
+        complete = bool(session.flushes) and not session.space.store.drain()
         while session.flushes and (complete or session.flushes[0][1] < time.monotonic()):
             self._send(session, m.Flushed(answers=session.flushes.popleft()[0], complete=complete))
 
@@ -260,13 +266,13 @@ class Server:
         except (OSError, OverflowError) as error:
             raise Refusal("bad_hello", f"process {hello.pid} cannot be watched: {error}", fatal=True) from None
         self._served += 1
-        if not self._greeted:
+        if not self._unwelcomed:
             self._told_at = time.monotonic()
-        self._greeted.add(peer)
+        self._unwelcomed.add(peer)
 
         def opened(space: Space | str) -> None:
-            waits = peer in self._greeted
-            self._greeted.discard(peer)
+            waits = peer in self._unwelcomed
+            self._unwelcomed.discard(peer)
             if waits and isinstance(space, Space):
                 self._welcome(peer, hello, space, pidfd)
                 return
@@ -415,7 +421,7 @@ class Server:
         put = Put.FULL if session.outbox else session.peer.put(frames)
         if put is Put.FULL and not session.keep(frames) and not session.broken:
             session.broken = True
-            log.warning("hcache: %s does not take its messages: session closed.", session.name)
+            logger.warning("hcache: %s does not take its messages: session closed.", session.name)
         return put is not Put.GONE
 
     def _reply(self, peer: Peer, session: Session | None, message: m.Message) -> None:
@@ -428,10 +434,13 @@ class Server:
 
     def _expire(self) -> None:
         self._partings = [parting for parting in self._partings if not parting.end()]
-        long_ago = time.monotonic() - EXPIRE_S
+        now = time.monotonic()
+        long_ago = now - EXPIRE_S
         for session in list(self._by_number.values()):
-            if session.remote and session.heard_at < long_ago:
-                log.info("hcache: %s has not been heard of for %g s: session closed.", session.name, EXPIRE_S)
+            if session.has_ended and max(session.ended_at, session.heard_at) < now - LAST_WORDS_S:
+                self._end(session, "its process has ended")
+            elif session.remote and session.heard_at < long_ago:
+                logger.info("hcache: %s has not been heard of for %g s: session closed.", session.name, EXPIRE_S)
                 self._end(session, "it was not heard of")
 
     def _close_unused(self) -> None:
@@ -441,21 +450,22 @@ class Server:
         """
         for space in self._spaces.unused():
             ends = self.config.ends_when_unused or not space.made_for.on_file
-            if not space.store.unwritten() and ends:
+            if not space.store.drain() and ends:
                 self._spaces.close(space)
 
     def _end(self, session: Session, why: str) -> None:
-        log.debug("hcache: %s ends: %s", session.name, why)
+        logger.debug("hcache: %s ends: %s", session.name, why)
         if session.pidfd >= 0:
-            self._poller.unregister(session.pidfd)
+            if not session.has_ended:
+                self._poller.unregister(session.pidfd)
             del self._by_pidfd[session.pidfd]
         del self._by_peer[session.peer], self._by_number[session.number]
         self._partings += session.end()
         if session.saves:
             self._share_out(session.space)
-        unwritten = 0 if session.space.sessions else session.space.store.unwritten()
+        unwritten = 0 if session.space.sessions else session.space.store.drain()
         if unwritten:
-            log.info("hcache: the last client of its pages has gone; %d of them are still to be written.", unwritten)
+            logger.info("hcache: the last client of its pages has gone; %d are still to be written.", unwritten)
 
     def _close(self) -> None:
         """What sessions have leased stays as it is: their clients may be restoring from it."""

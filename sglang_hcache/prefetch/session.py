@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ class Session:
     hello: Hello
     space: Space
     pidfd: int  # -1 for a client on another host
-    heard_at: float
+    heard_at: float  # monotonic
+    ended_at: float = math.inf  # its process; monotonic
     received: int = 0  # seq of the last message from it
     credit: int = 0  # pages that a client on another host can take
     broken: bool = False
@@ -67,6 +69,10 @@ class Session:
     @property
     def name(self) -> str:
         return f"{self.hello.name} (session {self.number})"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ended_at < math.inf
 
     @property
     def remote(self) -> bool:

@@ -21,7 +21,7 @@ LOOK_S = 0.2  # between two looks whether all of a store is written
 LOOKS = 4  # at most, at how much memory is free, while promised memory is being taken
 MOST_BY_DEFAULT = 0.8  # of what is free goes to one arena whose size nobody has asked for
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Opened = Callable[["Space | str"], None]  # a space, or why there is none
 
@@ -106,7 +106,7 @@ class Spaces:
         except (OSError, ValueError) as error:
             opened(f"its pages cannot be served: {error}")
         except Exception as error:
-            log.exception("hcache: a client's pages cannot be served.")
+            logger.exception("hcache: a client's pages cannot be served.")
             opened(f"its pages cannot be served: {error!r}")
         else:
             if space is not None:
@@ -119,7 +119,7 @@ class Spaces:
     @property
     def unwritten(self) -> int:
         """Pages that those that are being closed have still to write."""
-        return sum(space.store.unwritten() for space in self._closing.values())
+        return sum(space.store.drain() for space in self._closing.values())
 
     def unused(self) -> list[Space]:
         """The open ones without a session."""
@@ -177,7 +177,7 @@ class Spaces:
         most = promise.size + max(0, self._left()) // record_bytes * record_bytes
         size = min(wanted, most)
         if size < wanted:
-            log.warning("hcache: %s asks for %d bytes of host memory and gets %d.", hello.name, wanted, size)
+            logger.warning("hcache: %s asks for %d bytes of host memory and gets %d.", hello.name, wanted, size)
         if size != promise.size:
             space.resize(size)
             promise.size = size
@@ -232,7 +232,7 @@ class Spaces:
     def _in_the_way(self, size: int) -> list[Space]:
         """What must be closed for so much memory: of those that nobody uses, whatever is written soonest."""
         left, found = self._left(), []
-        for space in sorted(self.unused(), key=lambda space: space.store.unwritten()):
+        for space in sorted(self.unused(), key=lambda space: space.store.drain()):
             if left >= size:
                 break
             left += self._promised[space.fingerprint].size
@@ -259,7 +259,7 @@ class Spaces:
         except (OSError, ValueError, MemoryError) as error:
             result = f"its pages cannot be served: {error}"
         except Exception as error:
-            log.exception("hcache: a client's pages cannot be served.")
+            logger.exception("hcache: a client's pages cannot be served.")
             result = f"its pages cannot be served: {error!r}"
         if isinstance(result, Space) and self._hurry.is_set():  # nobody comes for it any more
             self._close(result, free=True)
@@ -293,10 +293,10 @@ class Spaces:
             if space.store.close() and free:
                 space.region.free()  # else a write that hangs would store zeros, if it ever went on
         except Exception:
-            log.exception("hcache: pages were not closed properly; the next opening tidies up.")
+            logger.exception("hcache: pages were not closed properly; the next opening tidies up.")
 
     def _unmake(self, space: Space) -> None:
-        while space.store.unwritten() and not self._hurry.wait(LOOK_S):
+        while space.store.drain() and not self._hurry.wait(LOOK_S):
             pass
         self._close(space, free=True)
         self._later(lambda: self._finished(space.fingerprint, None))

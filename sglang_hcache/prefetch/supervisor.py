@@ -38,7 +38,7 @@ _LAUNCHER = Path(__file__).with_name("launcher.py")
 
 Client = TypeVar("Client", PrefetchClient, RemoteClient)
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class _Patience:
@@ -104,7 +104,7 @@ class SessionSupervisor(ABC, Generic[Client]):
         except Unavailable as error:
             if isinstance(error, Hopeless) or not self._may_answer():
                 raise
-            log.warning(
+            logger.warning(
                 "hcache: cannot reach or start a prefetcher (%s): this server starts without the tier.", error
             )
             nothing = NoStore(self._hello().layout, str(error), lost=False)
@@ -124,13 +124,13 @@ class SessionSupervisor(ABC, Generic[Client]):
                 hopeless = isinstance(error, Hopeless) or time.monotonic() + pause > deadline
                 if hopeless or self._closed.wait(pause):
                     raise
-                log.info("hcache: no session with the prefetcher yet: %s", error)
+                logger.info("hcache: no session with the prefetcher yet: %s", error)
                 pause = min(2 * pause, BACK_OFF_S[1])
 
     def replace(self, gone: Client | NoStore) -> None:
         """A store is gone and nobody uses it any more: close it and get another, in the background."""
         what = "the prefetcher is gone" if gone.lost else "the prefetcher's session is over"
-        log.warning("hcache: %s (%s); opening another. Requests go on without it.", what, gone.why_ended)
+        logger.warning("hcache: %s (%s); opening another. Requests go on without it.", what, gone.why_ended)
         self._look_for_another(gone)
 
     def _look_for_another(self, gone: Client | NoStore) -> None:
@@ -139,7 +139,7 @@ class SessionSupervisor(ABC, Generic[Client]):
         self._thread = threading.Thread(target=self._reopen, args=arguments, name="hcache-supervisor", daemon=True)
         self._thread.start()
 
-    def taken(self) -> Client | None:
+    def take_next(self) -> Client | None:
         """The store that follows a replaced one, once."""
         with self._lock:
             store, self._next = self._next, None
@@ -149,7 +149,7 @@ class SessionSupervisor(ABC, Generic[Client]):
         """No store follows the one that was given to `replace`; one that has been found is closed."""
         with self._lock:
             self._unwanted.set()
-        if store := self.taken():
+        if store := self.take_next():
             self.close_store(store)
 
     def close_store(self, store: Client) -> None:
@@ -184,18 +184,20 @@ class SessionSupervisor(ABC, Generic[Client]):
     def _reopen(self, gone: Client | NoStore, unwanted: threading.Event) -> None:
         pause = BACK_OFF_S[0]
         former = None if isinstance(gone, NoStore) else gone
-        while not self._closed.is_set() and not unwanted.is_set():
+        while not self._closed.is_set():
             try:
                 if former is not None:
                     self._give_up(former)
                     self.close_store(former)
                     former = None
+                if unwanted.is_set():
+                    return
                 store = self._open_for_use()
             except Exception as error:
                 if self._closed.is_set():
                     return
                 expected = isinstance(error, Unavailable | OSError | zmq.ZMQError)
-                log.warning(
+                logger.warning(
                     "hcache: cannot reach or start a prefetcher (%s); trying again in %g s",
                     error,
                     pause,
@@ -212,7 +214,7 @@ class SessionSupervisor(ABC, Generic[Client]):
                 return
             self.restarts += gone.lost
             os.eventfd_write(self.news, 1)
-            log.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
+            logger.info("hcache: the prefetcher is back (process %d)", store.prefetcher_pid)
             return
 
     def _open_for_use(self) -> Client:
@@ -265,18 +267,18 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
     def _give_up(self, gone: PrefetchClient) -> None:
         """Only what still holds the endpoint's lock, and does not answer, is killed."""
         if gone.connection.hangs and is_running(self._endpoint):
-            log.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
+            logger.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
             gone.connection.kill()
 
     def _returns(self) -> bool:
         """Whether one that was run by hand has been started again, once that has been waited for."""
         if not (patience_s := self._endpoint.returns_within_s()):
             return False
-        log.warning("hcache: the prefetcher that was run by hand has ended; waiting %.0f s for the next.", patience_s)
+        logger.warning("hcache: the prefetcher run by hand has ended; waiting %.0f s for the next.", patience_s)
         deadline = time.monotonic() + patience_s
         while not is_running(self._endpoint):
             if time.monotonic() > deadline or not self._endpoint.by_hand.exists():
-                log.warning(
+                logger.warning(
                     "hcache: none has been run by hand again: this server starts one, with its own limits and not "
                     "for other hosts. To go back: stop all servers of these directories, run yours, and start them."
                 )

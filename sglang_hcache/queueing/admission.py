@@ -5,20 +5,32 @@ What one rank decides rides on SGLang's own broadcast of requests, and is carrie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
 
-if TYPE_CHECKING:
-    from sglang_hcache.linker import HCacheLinker
-    from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
-
 _IDLE_WAIT_S = 0.005  # with nothing to do but to wait for pages; new requests are looked for as often
+
+
+class Tier(Protocol):
+    """What holds, saves and restores pages; its methods are called by the scheduler's thread."""
+
+    def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt) -> None: ...
+    def retracted(
+        self, rid: str, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, windowed_tokens: int
+    ) -> None: ...
+    def scheduled(self, rids: Sequence[str]) -> None: ...
+    def forget_request(self, rid: str) -> None: ...
+    def renew_store(self) -> None: ...
+    def wait_for_news(self, timeout_s: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Admission:
 
     def __init__(
         self,
-        linker: HCacheLinker,
+        tier: Tier,
         prefetches: PrefetchQueue,
         shared: SharedLoads,
         *,
@@ -45,7 +57,7 @@ class Admission:
 
         drafts: there is a draft model, whose pools are stored, too.
         """
-        self._linker = linker
+        self._tier = tier
         self._prefetches = prefetches
         self._shared = shared
         self._others_wait_for_us = others_wait_for_us
@@ -53,7 +65,7 @@ class Admission:
         self._head_starts = HeadStarts()
         self._to_begin: list[HeadStart] = []  # in this step
         self._idle = False  # in the last step there was nothing to do but to wait for pages
-        self._looked = False  # in this step, who need not wait any more: --scheduler-recv-interval skips steps
+        self._looked = False  # in this step, who need not wait any more: not in each, with --scheduler-recv-interval
         # Requests that were queued, and are held, while a batch is made.
         self._held_meanwhile: list[Any] | None = None
 
@@ -71,7 +83,7 @@ class Admission:
         if recv_reqs is not None:
             if rids := self._prefetches.admissible(idle=self._idle and not recv_reqs):
                 local = [*local, Admit(tuple(rids), self._prefetches.still_read(rids))]
-            if start := self._prefetches.head_start():
+            if start := self._prefetches.take_head_start():
                 local = [*local, start]
         requests = []
         for message in send(recv_reqs, local):
@@ -91,7 +103,7 @@ class Admission:
         keys, prompt = missing_pages(scheduler.tree_cache, req)
         if keys:
             whole = divisible(scheduler, req, drafts=self._drafts)
-            self._linker.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req), divisible=whole))
+            self._tier.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req), divisible=whole))
             if self._held_meanwhile is not None and req.rid in self._prefetches.held:
                 self._held_meanwhile.append(scheduler.waiting_queue.pop())
 
@@ -104,14 +116,14 @@ class Admission:
             last = first + len(keys) * tree_cache.page_size
             slots = tree_cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first:last]
             windowed = max(0, last - max(first, req.kv.max_evicted_seqlen))
-            self._linker.retracted(req.rid, keys, parent, slots, windowed)
+            self._tier.retracted(req.rid, keys, parent, slots, windowed)
 
     def make_batch(self, make: Callable[[], Any], scheduler: Any, running_batch: Any) -> Any:
         """What SGLang makes of the requests that are not held; these stay in the queue, in their place.
 
         running_batch: with the last batch, too, which is not in the scheduler's own yet.
         """
-        self._linker.renew_store()
+        self._tier.renew_store()
         self._shared.publish(scheduler.tree_cache)
         self._begin_head_starts(scheduler)
         before, held = scheduler.waiting_queue, set(self._prefetches.held)
@@ -122,7 +134,7 @@ class Admission:
             if not (busy or self._others_wait_for_us):
                 self._idle = True
                 if looked:
-                    self._linker.wait_for_news(_IDLE_WAIT_S)
+                    self._tier.wait_for_news(_IDLE_WAIT_S)
         self._held_meanwhile = held_meanwhile = list[Any]()
         try:
             result = make()
@@ -147,11 +159,11 @@ class Admission:
         """SGLang is done with a request, or it was aborted."""
         self._shared.forget(rid)
         self._head_starts.aborted(rid)
-        self._linker.forget_request(rid)
+        self._tier.forget_request(rid)
 
     def _scheduled(self, scheduler: Any, reqs: list[Any]) -> None:
         self._head_starts.scheduled(reqs)
-        self._linker.scheduled([req.rid for req in reqs])
+        self._tier.scheduled([req.rid for req in reqs])
         for req in reqs:
             self._shared.forget(req.rid)
             # SGLang leaves a hit there that the last lookup did not find again.

@@ -16,7 +16,7 @@ class HeadStart:
     """Rides on SGLang's own broadcast of requests: all ranks queue the same request in the same step."""
 
     rid: str  # of the held request
-    head: str  # id of the one that is made for it
+    head_rid: str  # id of the one that is made for it
     pages: int  # to prefill, the first of those that the held request waits for
     tokens: int  # of its prompt, up to the end of these pages
 
@@ -33,6 +33,7 @@ def divisible(scheduler: Any, req: Any, *, drafts: bool) -> bool:
         and req.input_embeds is None
         and req.token_type_ids is None
         and req.session is None
+        and req.lora_id is None  # SGLang may unload an adapter that no request of a client uses
         and not req.skip_radix_cache_insert
     )
 
@@ -86,7 +87,7 @@ def _head_of(scheduler: Any, req: Any, start: HeadStart) -> Any:
     sampling = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
     sampling.normalize(None)
     head = Req(
-        rid=start.head,
+        rid=start.head_rid,
         origin_input_text="",
         origin_input_ids=(req.origin_input_ids + req.output_ids)[: start.tokens],
         sampling_params=sampling,
@@ -95,7 +96,7 @@ def _head_of(scheduler: Any, req: Any, start: HeadStart) -> Any:
         routing_key=req.routing_key,
     )
     # As they are by now: SGLang appends the adapter's name to the key.
-    head.extra_key, head.cache_salt, head.lora_id = req.extra_key, req.cache_salt, req.lora_id
+    head.extra_key, head.cache_salt = req.extra_key, req.cache_salt
     head.tokenizer = req.tokenizer
     head.logprob_start_len = -1
     head.finished_output = True  # to nobody

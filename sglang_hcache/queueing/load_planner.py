@@ -16,7 +16,7 @@ from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
 
 _REFRESH_S = 0.1  # rates are made into costs anew at most so often
-_FASTER = 1.5  # than believed: more than the noise of forwards, whose faster half would make prefill seem faster
+_CLEARLY_FASTER = 1.5  # times, than believed, was a forward beside a load that is counted: less may be noise
 _LEAST_SHARED_TOKENS = 512  # where nothing is measured: so many take about as long to restore as a forward
 _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
 
@@ -80,12 +80,12 @@ class LoadPlanner:
         )
         return plan_load(costs, self._layout, hit, least_pages=least_pages).pages
 
-    def least_pages(self, host_pages: int, *, again: bool) -> int:
+    def trial_pages(self, host_pages: int, *, again: bool) -> int:
         """How many of a hit in host memory to restore in any case, to see how fast that is.
 
         again: it was asked for the same hit before.
         """
-        return self._tracker.least_pages(host_pages, again=again)
+        return self._tracker.trial_pages(host_pages, again=again)
 
     def served(self, left_out: int) -> None:
         """A request with a hit in host memory is over, of which so many pages were not restored."""
@@ -168,7 +168,7 @@ class LoadPlanner:
         fixed_s = costs.layers * weights_s + costs.head_s
         took_s = seconds - fixed_s
         believed_s = work_s * self._tracker.factor(Resource.PREFILL)
-        if believed_s >= fixed_s and (alone or took_s < believed_s / _FASTER):
+        if believed_s >= fixed_s and (alone or took_s < believed_s / _CLEARLY_FASTER):
             self._tracker.observe(Resource.PREFILL, work_s, took_s)
 
     def restored(self, tokens: int, seconds: float) -> None:
@@ -242,7 +242,7 @@ class RestoreAll:
     def pages(self, host_pages: int, *_: object, **__: object) -> int:
         return host_pages
 
-    def least_pages(self, *_: object, **__: object) -> int:
+    def trial_pages(self, *_: object, **__: object) -> int:
         return 0  # all are, in any case
 
     def served(self, *_: object, **__: object) -> None: ...

@@ -14,9 +14,9 @@ from sglang_hcache.metrics import Durations
 from sglang_hcache.queueing.head_start import HeadStart
 from sglang_hcache.queueing.load_planner import Planner, Prompt
 from sglang_hcache.queueing.read_meter import ReadMeter
-from sglang_hcache.queueing.request import HeadStartOf, Request
+from sglang_hcache.queueing.request import HeadStartState, Request
 from sglang_hcache.queueing.step_waits import StepWaits
-from sglang_hcache.queueing.wait_plan import Ahead, plan_head_start, plan_wait
+from sglang_hcache.queueing.wait_plan import Ahead, head_start_pages, plan_wait
 from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
@@ -118,7 +118,7 @@ class PrefetchQueue:
             saved = None
         request = self._ask(rid, keys, prompt)
         request.saved = saved
-        if self._alone and saved is None and self._is_there_or_nowhere(rid):
+        if self._alone and saved is None and self._wait_until_known(rid):
             request.there = len(self._store.progress(rid).slots)
             self._plan_wait(request, Ahead(), done=True)
             return
@@ -152,10 +152,10 @@ class PrefetchQueue:
         return free
 
     def still_read(self, rids: Iterable[str]) -> frozenset[str]:
-        """Those of `admissible` of whom more pages may be worth it: it was not asked, or their time was up."""
+        """Of these, those whose pages go on being read: nobody has asked for them, or their time was up too soon."""
         return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
 
-    def head_start(self) -> HeadStart | None:
+    def take_head_start(self) -> HeadStart | None:
         """What the engine, if it is idle, should do for a request that is not admissible yet."""
         start, self._start = self._start, None
         return start
@@ -165,22 +165,22 @@ class PrefetchQueue:
         self.head_starts += 1
         self.pages_ahead += start.pages
         if keys:
-            self._ask(start.head, keys, prompt)
-            self._store.cut(start.head)
+            self._ask(start.head_rid, keys, prompt)
+            self._store.cut(start.head_rid)
         if (request := self._requests.get(start.rid)) is not None:
             keys_behind, behind = request.keys[start.pages :], replace(request.prompt, device_tokens=start.tokens)
             rest = self._ask(start.rid, keys_behind, behind, arrived_at=request.arrived_at)
-            rest.head_start, rest.waits_until = HeadStartOf.UNDER_WAY, rest.asked_at + LONGEST_WAIT_S
+            rest.head_start, rest.waits_until = HeadStartState.UNDER_WAY, rest.asked_at + LONGEST_WAIT_S
             self._measure(start.rid, rest, none_there=True)
         if keys:
-            self._store.wait(start.head, ANSWER_WAIT_S)
+            self._store.wait(start.head_rid, ANSWER_WAIT_S)
 
     def head_start_over(self, rid: str) -> None:
         """On all ranks, any number of times. From now on it is held for its pages, as any other request."""
         request = self._requests.get(rid)
-        if request is None or request.head_start is not HeadStartOf.UNDER_WAY:
+        if request is None or request.head_start is not HeadStartState.UNDER_WAY:
             return
-        request.head_start = HeadStartOf.NO_MORE
+        request.head_start = HeadStartState.NO_MORE
         request.waits_until = time.monotonic() + self._longest_s(len(request.keys))
 
     def admit(self, rids: Iterable[str], *, still_read: Collection[str] = ()) -> None:
@@ -188,7 +188,7 @@ class PrefetchQueue:
         for rid in rids:
             if (request := self._requests.get(rid)) is not None and request.saved is not None:
                 self._ask_again(rid, request)
-                self._is_there_or_nowhere(rid)
+                self._wait_until_known(rid)
             goes_on = rid not in self._requests or rid in still_read or self._reads_on
             if self._end_hold(rid) and not goes_on:
                 self._meter.end(rid)
@@ -213,8 +213,8 @@ class PrefetchQueue:
         request.looked_up, request.found = len(keys), found
         if not found:
             return 0
-        to_try = self._planner.least_pages(found, again=request.counted)
-        request.counted, request.tries_bus = True, to_try > 0
+        to_try = self._planner.trial_pages(found, again=request.planned_before)
+        request.planned_before, request.tries_bus = True, to_try > 0
         request.planned = self._planner.pages(
             found,
             request.prompt_before(keys, self._page_tokens),
@@ -272,8 +272,8 @@ class PrefetchQueue:
             "tokens_found": self.pages_found * self._page_tokens,
         }
 
-    def _is_there_or_nowhere(self, rid: str) -> bool:
-        """All of it, so that no drive has to read for it."""
+    def _wait_until_known(self, rid: str) -> bool:
+        """Wait a moment for the answer; whether all of it is in memory or nowhere, so that no drive reads for it."""
         return self._waits.there_within(self._store, rid, ANSWER_WAIT_S, until_known=True)
 
     def _end_hold(self, rid: str) -> bool:
@@ -287,7 +287,7 @@ class PrefetchQueue:
 
     def _has_enough(self, rid: str, request: Request, ahead: Ahead, *, idle: bool) -> bool:
         """Whether all of its pages are there, or so many that it is not worth waiting for more, or it may not."""
-        if request.head_start is HeadStartOf.UNDER_WAY or self._is_saved_only_now(rid, request):
+        if request.head_start is HeadStartState.UNDER_WAY or self._was_being_saved(rid, request):
             return False
         slots, done, known = self._store.progress(rid)
         known = done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S
@@ -307,11 +307,11 @@ class PrefetchQueue:
 
     def _plan_head_start(self, rid: str, request: Request, ahead: Ahead) -> bool:
         """Whether this one is to be begun in the next step. Each request is thought of once: later there is less."""
-        thought_of = request.head_start is not HeadStartOf.NOT_THOUGHT_OF
+        thought_of = request.head_start is not HeadStartState.NOT_THOUGHT_OF
         if thought_of or self._start is not None or not request.prompt.divisible:
             return False
-        request.head_start = HeadStartOf.NO_MORE
-        pages = plan_head_start(self._planner, request, ahead, reads_at_once=self._reads_at_once)
+        request.head_start = HeadStartState.NO_MORE
+        pages = head_start_pages(self._planner, request, ahead, reads_at_once=self._reads_at_once)
         if pages:
             tokens = request.prompt.device_tokens + pages * self._page_tokens
             self._start = HeadStart(rid, f"{rid} head start {uuid.uuid4()}", pages, tokens)
@@ -340,8 +340,8 @@ class PrefetchQueue:
         )
         return request
 
-    def _is_saved_only_now(self, rid: str, request: Request) -> bool:
-        """Or not even yet: what it was retracted with. It is asked for as soon as it is there."""
+    def _was_being_saved(self, rid: str, request: Request) -> bool:
+        """Whether what it was retracted with is on its way into the store, or was until now: it is asked for."""
         if request.saved is not None and request.saved.is_set():
             self._ask_again(rid, request)
         return request.saved is not None

@@ -22,7 +22,7 @@ class Wait:
     tries: bool  # to see how fast drives are: what is being read when it waits no more is timed
 
 
-class HeadStartOf(Enum):
+class HeadStartState(Enum):
     """A held request has one at most."""
 
     NOT_THOUGHT_OF = auto()
@@ -39,14 +39,14 @@ class Request:
     asked_at: float  # monotonic
     waits_until: float  # monotonic; reading goes on as long as the request is queued
     late: bool = False  # its time was up when it was admissible, on the rank that decides
-    saved: threading.Event | None = None  # retracted: when its pages are there; to be asked for again by then
+    saved: threading.Event | None = None  # set once what it was retracted with is in the store
     there: int = 0  # pages, when it was last looked at
     wait: Wait | None = None
-    head_start: HeadStartOf = HeadStartOf.NOT_THOUGHT_OF
+    head_start: HeadStartState = HeadStartState.NOT_THOUGHT_OF
     looked_up: int = 0  # pages, by the last lookup
     found: int = 0  # of these
     planned: int = 0  # of these, to be restored
-    counted: bool = False  # as a plan that could use host memory
+    planned_before: bool = False  # after a lookup that has found pages: the planner counts a request once
     tries_bus: bool = False
 
     def prompt_before(self, keys: Sequence[bytes], page_tokens: int) -> Prompt:

@@ -92,7 +92,7 @@ def plan_wait(planner: Planner, request: Request, ahead: Ahead, *, done: bool, i
     return Wait(enough, pass_s, tries)
 
 
-def plan_head_start(planner: Planner, request: Request, ahead: Ahead, *, reads_at_once: int) -> int:
+def head_start_pages(planner: Planner, request: Request, ahead: Ahead, *, reads_at_once: int) -> int:
     """How many of its pages an idle engine should prefill while the others are read."""
     missing = len(request.keys) - request.there
     return planner.head_start(

@@ -131,10 +131,10 @@ class EngineElseKernel:
 
 
 def copier_of(
-    pages: HostPages, device: str, stream: Stream, *, engine: bool = True
+    pages: HostPages, device: str, stream: Stream, *, copy_engine: bool = True
 ) -> EngineElseKernel | KernelCopier:
     """The copy engine for large pages, if it may; else the kernel. It has copied one of them."""
-    if engine and min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
+    if copy_engine and min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
         try:
             first = EngineCopier()
             _copy_a_page(first, pages, device, stream)

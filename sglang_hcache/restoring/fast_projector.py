@@ -79,7 +79,7 @@ class _Module:
         self._rotary: Any = getattr(module, "rotary_emb", None)
         plain = isinstance(self._qkv, QKVParallelLinear) and type(self._qkv.quant_method) is UnquantizedLinearMethod
         if not plain or self._qkv.skip_bias_add or self._qkv.weight.dtype not in _KERNEL_DTYPES:
-            raise ValueError("the projection is quantised")
+            raise ValueError("the projection is not a plain fused one in bf16, fp16 or fp32")
         if self._rotary is not None and not _turns_plainly(self._rotary):
             raise ValueError(f"rotary embedding {type(self._rotary).__name__}")
         self._check_norm()

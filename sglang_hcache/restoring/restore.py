@@ -36,10 +36,10 @@ class Staging:
 
 @dataclass(frozen=True)
 class Load:
-    """One request's accepted load: chunk `chunks[i]` goes to the device slots of its page."""
+    """One request's accepted load: the chunk in `store_slots[i]` goes to the device slots of its page."""
 
     rid: str
-    chunks: tuple[int, ...]  # slots in the store's memory, leased by `rid`
+    store_slots: tuple[int, ...]  # leased by `rid`
     device_slots: torch.Tensor  # int64 `[pages × page_tokens]`
     window_slots: torch.Tensor | None = None  # likewise, of its last pages, for windowed layers
 
@@ -99,7 +99,7 @@ class Restorer:
         After an error nothing of the batch is under way any more: what it reads may be given back.
         """
         index = self._events.new_batch()
-        chunks = [chunk for load in loads for chunk in load.chunks]
+        chunks = [chunk for load in loads for chunk in load.store_slots]
         windows = [chunk for load in loads for chunk in self._window(load)]
         try:
             for stream in self._before:
@@ -153,7 +153,7 @@ class Restorer:
         """Its chunks that windowed layers are restored of."""
         if load.window_slots is None:
             return ()
-        return load.chunks[-(len(load.window_slots) // self._pages.page_tokens) :]
+        return load.store_slots[-(len(load.window_slots) // self._pages.page_tokens) :]
 
     def _positions(self, chunks: Sequence[int]) -> torch.Tensor:
         host_positions = self._pages.positions[chunks].astype(np.int64).reshape(-1)
@@ -231,19 +231,19 @@ def restorer_for(
     events: LayerEvents,
     *,
     pinned: bool,
-    engine: bool = True,
+    copy_engine: bool = True,
     copier: Copier | None = None,
 ) -> Restorer:
     """A restorer on streams of its own, behind what SGLang's two streams do now.
 
-    pinned: whether the GPU can read the pages' memory by itself. engine: whether its copy engine may. copier: in the
-    place of the one that fits these.
+    pinned: whether the GPU can read the pages' memory by itself. copy_engine: whether its copy engine may. copier: in
+    the place of the one that fits these.
     """
     copying = new_stream(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
     return Restorer(
         pages,
         device=device,
-        copier=copier or (copier_of(pages, device, copying, engine=engine) if pinned else IndexCopier()),
+        copier=copier or (copier_of(pages, device, copying, copy_engine=copy_engine) if pinned else IndexCopier()),
         copying=copying,
         projecting=new_stream(device, urgency=1),
         before=[current_stream(device), current_stream(device, forward_stream)],

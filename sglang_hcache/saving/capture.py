@@ -97,6 +97,7 @@ class Outbox:
         self._memory = memory
         self._stream = stream
         self._next = 0
+        self._taken = range(0)  # last
         self._away: deque[tuple[range, Event]] = deque()
 
     def take(self, size: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class OpenPages:
         self._store = store
         self._page_tokens = layout.page_tokens
         self._open: dict[int, _OpenPage] = {}
-        self._chunks = chunk_rows(store, range(layers))
+        self._rows = chunk_rows(store, range(layers))
         self._copying = copying
 
     def write(
@@ -64,13 +64,13 @@ class OpenPages:
         """
         kept: list[tuple[int, int, int, int]] = []  # slot, offset in it, first token, tokens
         for start, stop, page, offset in self._runs(slots):
-            if (chunk := self._chunk_for(page, offset)) is not None:
+            if (open_page := self._open_page_for(page, offset)) is not None:
                 count = stop - start
                 if usable is not None and not usable[start:stop].all():
                     count = int(usable[start:stop].argmin())
-                chunk.filled = offset + count
-                kept.append((chunk.slot, offset, start, count))
-        into, into_positions = self._chunks, chunk_positions(self._store.memory, self._store.layout)
+                open_page.filled = offset + count
+                kept.append((open_page.slot, offset, start, count))
+        into, into_positions = self._rows, chunk_positions(self._store.memory, self._store.layout)
         written = sum(count for *_, count in kept)
 
         def copy_run(place: tuple[int, int, int, int]) -> None:
@@ -96,12 +96,12 @@ class OpenPages:
 
     def take(self, page: int) -> int | None:
         """The store's slot with the rows of a device page, the caller's from now on; None if it is not whole."""
-        chunk = self._open.get(page)
-        if chunk is None or chunk.filled < self._page_tokens:
+        open_page = self._open.get(page)
+        if open_page is None or open_page.filled < self._page_tokens:
             self._abandon(page)
             return None
         del self._open[page]
-        return chunk.slot
+        return open_page.slot
 
     def clear(self) -> None:
         for page in list(self._open):
@@ -118,20 +118,20 @@ class OpenPages:
         stops = [*breaks.tolist(), len(slots)]
         yield from zip(starts.tolist(), stops, pages[starts].tolist(), offsets[starts].tolist(), strict=False)
 
-    def _chunk_for(self, page: int, offset: int) -> _OpenPage | None:
-        chunk = self._open.get(page)
+    def _open_page_for(self, page: int, offset: int) -> _OpenPage | None:
+        open_page = self._open.get(page)
         if offset == 0:
-            if chunk is None:
+            if open_page is None:
                 slot = self._store.reserve()
                 if slot is None:
                     return None
-                chunk = self._open[page] = _OpenPage(slot, 0)
-            return chunk
-        if chunk is not None and chunk.filled >= offset:
-            return chunk
+                open_page = self._open[page] = _OpenPage(slot, 0)
+            return open_page
+        if open_page is not None and open_page.filled >= offset:
+            return open_page
         self._abandon(page)
         return None
 
     def _abandon(self, page: int) -> None:
-        if chunk := self._open.pop(page, None):
-            self._store.abandon(chunk.slot)
+        if open_page := self._open.pop(page, None):
+            self._store.abandon(open_page.slot)

@@ -50,7 +50,7 @@ class Saver(Protocol):
     def stats(self) -> dict[str, int]: ...
 
 
-class Restored:
+class RestoredKeys:
     """Keys of pages that came from the store: SGLang offers them to be saved all the same, at the head of a node.
 
     most: of those whose request has ended before that, so many are remembered.
@@ -85,9 +85,9 @@ class NoSaver:
         pass
 
     def saved(self) -> threading.Event:
-        known_elsewhere = threading.Event()
-        known_elsewhere.set()
-        return known_elsewhere
+        saved = threading.Event()
+        saved.set()
+        return saved
 
     def discard(self, slots: torch.Tensor) -> None:
         pass
@@ -150,10 +150,10 @@ class PageSaver:
 
     def _collect(self, slots: NDArray[np.int64], positions: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         assert self._open is not None
-        encoded = self._codec.encoded(rows) if self._codec is not None else None
-        if encoded is not None:
-            self._counts["tokens_not_encoded"] += int(np.count_nonzero(~encoded))
-        written = self._open.write(slots, positions, rows, encoded)
+        decodable = self._codec.decodable(rows) if self._codec is not None else None
+        if decodable is not None:
+            self._counts["tokens_not_encoded"] += int(np.count_nonzero(~decodable))
+        written = self._open.write(slots, positions, rows, decodable)
         self._counts["tokens_captured"] += written
         self._counts["tokens_not_captured"] += len(slots) - written
 
@@ -213,28 +213,28 @@ class PageSaver:
         first_slots: list[int],
         gathered: Sequence[tuple[KVRows, torch.Tensor]] | None,
     ) -> None:
-        chunks = [self._chunk_of(slot // self._page_tokens) for slot in first_slots]
+        store_slots = [self._store_slot_of(slot // self._page_tokens) for slot in first_slots]
         if gathered is None:
-            for chunk in chunks:
-                if chunk is not None:
-                    self._store.abandon(chunk)
-            chunks = [None] * len(keys)
-        whole = [(index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
+            for store_slot in store_slots:
+                if store_slot is not None:
+                    self._store.abandon(store_slot)
+            store_slots = [None] * len(keys)
+        whole = [(index, store_slot) for index, store_slot in enumerate(store_slots) if store_slot is not None]
         windowed_from = len(keys)
         for kv, rows in gathered or ():
             missing = len(keys) - rows.shape[1] // self._page_tokens  # the first ones, of windowed layers
-            kv.write(rows, [(index - missing, chunk) for index, chunk in whole if index >= missing])
+            kv.write(rows, [(index - missing, store_slot) for index, store_slot in whole if index >= missing])
             if kv is self._windowed:
                 windowed_from = missing
         before = [parent, *keys]
-        for index, chunk in whole:
+        for index, store_slot in whole:
             if self._windowed is not None:
-                windows.note(self._positions, chunk, windowed=index >= windowed_from)
-            self._store.commit(keys[index], chunk, before[index])
+                windows.note(self._positions, store_slot, windowed=index >= windowed_from)
+            self._store.commit(keys[index], store_slot, before[index])
         self._counts["pages_saved"] += len(whole)
         self._counts["pages_incomplete"] += len(keys) - len(whole)
 
-    def _chunk_of(self, device_page: int) -> int | None:
+    def _store_slot_of(self, device_page: int) -> int | None:
         return self._store.reserve() if self._open is None else self._open.take(device_page)
 
     def saved(self) -> threading.Event:
@@ -278,9 +278,9 @@ class KVRows:
         """
         self._copy_out = copy_out
         self._pool = PoolReader(pool, places)
-        self._chunks = chunk_rows(store, range(before + places.start, before + places.stop))
+        self._rows = chunk_rows(store, range(before + places.start, before + places.stop))
         self._gathering, self._current, self._forward = gathering, current, forward
-        self.pages_together = max(1, _GATHERED_BYTES // self._chunks[0].nbytes)  # at most, in a `gather`
+        self.pages_together = max(1, _GATHERED_BYTES // self._rows[0].nbytes)  # at most, in a `gather`
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`.
@@ -290,7 +290,7 @@ class KVRows:
         """
         for made_on in (self._current, self._forward):
             self._gathering.wait(made_on.record())
-        _, layers, _, row_bytes = self._chunks.shape
+        _, layers, _, row_bytes = self._rows.shape
         with self._gathering.active():
             found = torch.empty((layers, len(slots), row_bytes), dtype=torch.uint8, device=slots.device)
             self._pool.read(slots, found)
@@ -299,12 +299,12 @@ class KVRows:
         self._forward.wait(gathered)
         return self._copy_out.rows_to_host(found, gathered)
 
-    def write(self, rows: torch.Tensor, places: Sequence[tuple[int, int]]) -> None:
-        """Of what was gathered, by page: the page, and the slot that it goes to."""
-        by_page = rows.numpy().reshape(len(rows), -1, *self._chunks.shape[2:])
+    def write(self, rows: torch.Tensor, targets: Sequence[tuple[int, int]]) -> None:
+        """Copies gathered pages into the store. Each target is a page's place in `rows` and its slot there."""
+        by_page = rows.numpy().reshape(len(rows), -1, *self._rows.shape[2:])
 
-        def copy(place: tuple[int, int]) -> None:
-            page, chunk = place
-            self._chunks[chunk] = by_page[:, page]
+        def copy(target: tuple[int, int]) -> None:
+            page, store_slot = target
+            self._rows[store_slot] = by_page[:, page]
 
-        spread(self._copy_out.copying, copy, places)
+        spread(self._copy_out.copying, copy, targets)

@@ -154,7 +154,7 @@ def _try_restoring(
     positions = np.zeros((pages, page_tokens), np.int32)
     events = LayerEvents(current_stream(device), layers=1)
     host_pages = HostPages(memory, positions, [layer])
-    restorer = restorer_for(host_pages, device, None, events, pinned=pinned.pinned, engine=config.copy_engine)
+    restorer = restorer_for(host_pages, device, None, events, pinned=pinned.pinned, copy_engine=config.copy_engine)
     try:
         copy_s, make_s = restorer.measure(pages, repeats=_REPEATS)
     finally:

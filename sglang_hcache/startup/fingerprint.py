@@ -72,6 +72,19 @@ def checkpoint_identity(
     return digest.hexdigest()
 
 
+def adapter_identity(path: str, memo: Path | None, *, cache: str | None = None) -> str:
+    """As `checkpoint_identity`, of a LoRA adapter.
+
+    Raises OSError, too, where it is for all modules of a model: to which it is applied depends on a server's flags.
+    """
+    for root in _local(path, None, cache):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            modules = dict(json.loads((root / "adapter_config.json").read_bytes())).get("target_modules")
+            if not isinstance(modules, list):
+                raise OSError(f"it does not list its modules: target_modules is {modules!r}")
+    return checkpoint_identity(path, memo, cache=cache)
+
+
 def _digests(weights: Sequence[Path]) -> list[str]:
     size_gb, began = sum(path.stat().st_size for path in weights) / 1e9, time.monotonic()
     logger.info("hcache: reading %.1f GB of weights, to know them again at the next start", size_gb)

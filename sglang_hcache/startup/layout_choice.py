@@ -65,17 +65,15 @@ def choose_by_plan(
         Path(config.directories[0]), shape, page_tokens, hidden_bytes=hidden_bytes, kv_bytes=formats.kv.row_bytes
     )
     plan = plan_save(costs, *hits, layerwise=False, mixed=mixed, in_use=kept.read(), tolerance=_TOLERANCE)
-    layout = of_first_rank(plan.layout)
+    layout, reason = of_first_rank(plan.layout), "restored soonest on this machine"
     if layout.none:
-        stored = choose_by_flag("auto", formats, shape.layers)
+        layout = choose_by_flag("auto", formats, shape.layers).layout
         reason = "the smaller one: restoring is not expected to pay on this machine"
-    else:
-        stored, reason = Stored(layout, formats, ""), "restored soonest on this machine"
     try:
-        kept.write(stored.layout)
+        kept.write(layout)
     except OSError as error:
         logger.info("hcache: the layout cannot be kept (%s)", error)
-    return Stored(stored.layout, formats, reason)
+    return Stored(layout, formats, reason)
 
 
 def _references(machine: Machine, page_tokens: int, most_tokens: int) -> Iterator[Hit]:

@@ -43,6 +43,7 @@ _NOT_WEIGHTS_ALONE = (
 _COMPUTING = (
     *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
     *("flashinfer_mxfp4_moe_precision", "enable_w4a4_mxfp4_megamoe", "speculative_enable_w4a4_mxfp4_megamoe"),
+    *("deepep_dispatcher_output_dtype", "flashinfer_a2a_dispatch_type"),  # of what is sent to experts
     "enable_precise_embedding_interpolation",  # of an image's positions, in its encoder
 )
 _COMPUTING_BY_ENVIRONMENT = (
@@ -54,7 +55,7 @@ _COMPUTING_BY_ENVIRONMENT = (
 
 
 class Registration:
-    """`hello` makes it; it changes with the weights."""
+    """How this rank introduces itself to a prefetcher: whose pages it uses, which change with the weights."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Registration:
     ) -> None:
         self._config = config
         self._server_args = server_args
-        self._model = model_config
+        self._model_config = model_config
         self._pools = pools
         self._stored = stored
         self._rows_of_a_forward = rows_of_a_forward
@@ -79,7 +80,7 @@ class Registration:
         self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
-        self._weights = of_nodes_first_rank(lambda: self._weights_on_disk(config.checkpoints))
+        self._weights = of_nodes_first_rank(lambda: self._weights_on_disk(config.checkpoint_memo))
 
     def welcomed(self, welcome: Welcome) -> None:
         """A session has begun: one rank of a node says what is different from what this server asks for."""
@@ -107,7 +108,7 @@ class Registration:
         sharing = self._ranks_sharing_pages if self._config.prefetcher is None else 1
         return Hello(
             pid=os.getpid(),
-            name=f"{Path(self._model.model_path).name} {rank_name()}",
+            name=f"{Path(self._model_config.model_path).name} {rank_name()}",
             fingerprint=self._fingerprint(),
             page_tokens=self._layout.page_tokens,
             layer_bytes=list(self._layout.layer_bytes),
@@ -117,8 +118,8 @@ class Registration:
             on_file=self._weights is not None,
             write_policy=get_memory().hicache_write_policy,
             about={
-                "model": self._model.model_path,
-                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "model": self._model_config.model_path,
+                "dtype": str(self._model_config.dtype).removeprefix("torch."),
                 "representation": ", ".join(filter(None, (self._stored.name, self._config.codec))),
             },
         )
@@ -142,17 +143,17 @@ class Registration:
             for name in _NOT_WEIGHTS_ALONE:
                 if getattr(self._server_args, name):
                     raise OSError(f"--{name.replace('_', '-')} changes the model")
-            path, revision, cache = self._model.model_path, model.revision, model.download_dir
+            path, revision, cache = self._model_config.model_path, model.revision, model.download_dir
             parts: list[object] = [checkpoint_identity(path, memo, revision=revision, cache=cache)]
             if self._stored.drafts:
                 parts.append(self._draft_on_disk(memo))
-            if encoder := getattr(self._model.hf_config, "mm_vision_tower", None):
+            if encoder := getattr(self._model_config.hf_config, "mm_vision_tower", None):
                 parts.append(self._encoder_on_disk(encoder, memo))
             return repr(parts) if len(parts) > 1 else str(parts[0])
         except (OSError, ValueError) as error:
             logger.warning(
                 "hcache: the weights of %s cannot be identified (%s): pages are kept in host memory only",
-                self._model.model_path,
+                self._model_config.model_path,
                 error,
             )
             return None
@@ -165,25 +166,25 @@ class Registration:
             raise OSError(f"{flag} takes the draft model's from elsewhere")
         path, revision = spec.speculative_draft_model_path, spec.speculative_draft_model_revision
         if path is None:  # layers of the model's own checkpoint
-            path, revision = self._model.model_path, get_model().revision
+            path, revision = self._model_config.model_path, get_model().revision
         weights = checkpoint_identity(path, memo, revision=revision, cache=get_model().download_dir)
         quantized = spec.speculative_draft_model_quantization, spec.speculative_draft_kv_cache_dtype
         return spec.speculative_algorithm, weights, spec.speculative_draft_load_format, quantized
 
     def _encoder_on_disk(self, named: str, memo: Path) -> str:
         """LLaVA's own checkpoints name another one for it, or a folder of theirs. Raises OSError."""
-        inside = Path(self._model.model_path, named)
+        inside = Path(self._model_config.model_path, named)
         return checkpoint_identity(str(inside) if inside.is_dir() else named, memo)
 
     def _fingerprint(self) -> bytes:
         parts: list[tuple[str, object]] = [
             ("model", self._weights or f"{self._this_server}, change {self._weights_changes}"),
-            ("loading", (get_model().load_format, _parser(self._model), str(self._model.model_impl))),
+            ("loading", (get_model().load_format, _parser(self._model_config), str(self._model_config.model_impl))),
             ("override", self._server_args.json_model_override_args),
-            ("dtype", str(self._model.dtype)),
+            ("dtype", str(self._model_config.dtype)),
             ("kv_dtype", str(self._pools.model.dtype)),
             ("kv_scales", self._scales),
-            ("quantization", self._model.quantization),
+            ("quantization", self._model_config.quantization),
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
             ("hidden_layers", self._stored.layout.hidden),

@@ -114,26 +114,23 @@ def formats_of(
     capture: Capture | str,
     pools: Pools,
     *,
-    hidden_wanted: bool,
     codec_name: str | None,
 ) -> Formats:
-    """Runs the self-test of hidden states if they are wanted: before any request, on all ranks alike.
+    """Runs the self-test of hidden states if they are captured: before any request, on all ranks alike.
 
     capture: or why there is none. codec_name: how they are stored, if not as they are. A lossy one has no part in the
     test.
     """
     groups = layer_groups(pools.model, pools.drafts)
     kv_bytes = groups[0].row_bytes
-    hidden, obstacle = None, "K and V are wanted"
-    if hidden_wanted:
-        model = model_runner.model_config
-        codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
-        projector, obstacle = _hidden_projector(model_runner, capture, pools, codec)
-        if projector is not None and codec is not None:
-            name = f"{projector.name}, from {codec.name}"
-            hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
-        elif projector is not None:
-            hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
+    hidden, model = None, model_runner.model_config
+    codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
+    projector, obstacle = _hidden_projector(model_runner, capture, pools, codec)
+    if projector is not None and codec is not None:
+        name = f"{projector.name}, from {codec.name}"
+        hidden = LayerFormat(codec.row_bytes, torch.uint8, DecodingProjector(projector, codec), name, codec)
+    elif projector is not None:
+        hidden = LayerFormat(model.hidden_size * model.dtype.itemsize, model.dtype, projector, projector.name)
     return Formats(
         hidden,
         obstacle,

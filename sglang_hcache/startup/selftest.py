@@ -81,7 +81,7 @@ def run_self_test(
             coded = torch.empty(*rows.shape[:2], codec.row_bytes, dtype=torch.uint8, device=rows.device)
             codec.encode(rows, coded)
             projector = DecodingProjector(projector, codec)
-            kept = torch.from_numpy(codec.encoded(coded.cpu().numpy())).to(rows.device)
+            kept = torch.from_numpy(codec.decodable(coded.cpu().numpy())).to(rows.device)
             not_encoded = 1 - float(kept.float().mean())
             worst = _worst(coded[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
             return SelfTestResult(worst, tolerance, not_encoded)

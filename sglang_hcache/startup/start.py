@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel, get_spec
 
 from sglang_hcache import windows
-from sglang_hcache.config import HCacheConfig, Representation
+from sglang_hcache.config import HCacheConfig
 from sglang_hcache.model import Pools, Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
@@ -59,8 +59,7 @@ def plan(config: HCacheConfig, runner: Any, capture: Capture | str, pools: Pools
 
     capture: or why there is none.
     """
-    hidden_wanted = config.representation != Representation.KV
-    formats = formats_of(runner, capture, pools, hidden_wanted=hidden_wanted, codec_name=config.codec)
+    formats = formats_of(runner, capture, pools, codec_name=config.codec)
     layers, page_tokens = pools.model.layer_num, pools.page_tokens
     stored = choose_by_flag(config.representation, formats, layers, codec=config.codec)
     if config.plan != "auto":

@@ -33,6 +33,9 @@ from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TI
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# For a server whose prefetcher may be slow to say what is in memory, as the machine is.
+PATIENT = {"PYTHONPATH": str(Path(__file__).parent / "patient")}
+
 AnyServer = TypeVar("AnyServer", bound=Server)
 Told = TypeVar("Told")
 Environment = Mapping[str, str]
@@ -193,9 +196,14 @@ def sent_together(server: Server, requests: Sequence[Request], *, busy_tokens: i
 def begin(server: Server, request: Request) -> Callable[[], Answer]:
     """What waits for the answer, when the request has come as far as it can without a scheduler."""
     answer = server.begin(request)
-    for _ in range(5):  # turns of the HTTP server's event loop
-        server.model_info()
+    let_it_come(server)
     return answer
+
+
+def let_it_come(server: Server) -> None:
+    """What has been sent to the HTTP server has passed it after some turns of its event loop."""
+    for _ in range(5):
+        server.model_info()
 
 
 @contextmanager
@@ -219,8 +227,7 @@ def update_weights(server: Server, model: Path) -> None:
 
 def wait_for_stores(server: Server) -> None:
     """Of all ranks, each with one for the weights that it has now."""
-    ranks = len(server.server_info()["internal_states"])
-    wait_until(lambda: all(server.tier_state(rank)["prefetcher"] == "ok" for rank in range(ranks)), 30)
+    wait_until(lambda: all(state["prefetcher"] == "ok" for state in server.tier_states()), 30)
 
 
 def only_on_disk(server: Server) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Answer, ModelSpec, Server, compare, random_prompt
-from tests.e2e.conftest import Workshop, started_together, told_by_all, update_weights
+from tests.e2e.conftest import PATIENT, Workshop, started_together, told_by_all, update_weights
 from tests.e2e.scenarios import (
     FLOAT32_TOLERANCE,
     LLAMA,
@@ -69,13 +69,14 @@ def test_restores(architecture: str, workshop: Workshop, tmp_path: Path) -> None
     changed[5] += 1
     args = (*ARGS, *SCHEDULING.get(architecture, ()))
     of_tier = (*args, *TIER.get(architecture, ()))
-    servers = [workshop.stock(spec, args), workshop.tiered(tmp_path / "store", spec, of_tier)]
+    tiered = workshop.tiered(tmp_path / "store", spec, of_tier, env=PATIENT)
+    servers = [workshop.stock(spec, args), tiered]
     if architecture in BY_KERNELS:
         servers.append(workshop.tiered(tmp_path / "by-kernels", spec, ARGS, env={"TRITON_INTERPRET": "1"}))
-    with started_together(*servers) as (stock, *tiered):
+    with started_together(*servers) as (stock, *with_tier):
         wanted, *restored = told_by_all(restore_once, *servers)
         control = compare(stock.send(tail_logprobs(changed)), wanted[0])
-        states = [server.tier_state() for server in tiered]
+        states = [server.tier_state() for server in with_tier]
     for state, answers in zip(states, restored, strict=True):
         assert state["representation"] == REPRESENTATIONS[architecture], state["representation_reason"]
         assert answers[1].cached_host == whole_pages(PROMPT_TOKENS)

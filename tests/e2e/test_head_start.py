@@ -104,7 +104,7 @@ def test_the_beginning_is_prefilled_and_the_end_restored(started: Started, wante
     log = server.log_text()
     assert_equal(answers, wanted + wanted)
     assert state["head_starts"] == len(PREFIXES)
-    assert state["tokens_ahead"] % PAGE == 0
+    assert state["tokens_ahead"] >= len(PREFIXES) * PAGE
     assert left["head_starts"] == 2 * len(PREFIXES)
     assert after["head_starts"] == 3 * len(PREFIXES)
     assert after["requests_admitted_late"] == after["loads_failed"] == 0

@@ -92,6 +92,7 @@ def engine_options(model: Path, folder: Path) -> dict[str, object]:
         "hicache_backend": "hcache",
         "hcache_dir": str(folder / "store"),
         "hcache_plan": "always",
+        "hicache_storage_prefetch_policy": "wait_complete",
         "hcache_representation": "hidden",  # what `auto` stores depends on what the machine delivers now
     }
 

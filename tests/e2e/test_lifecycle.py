@@ -15,7 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bench.harness import Answer, Request, Server, random_prompt
-from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, started_together, told_by_all, wait_until
+from tests.e2e.conftest import (
+    Workshop,
+    let_it_come,
+    nothing_is_held,
+    only_on_disk,
+    started_together,
+    told_by_all,
+    wait_until,
+)
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
 
 PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
@@ -42,7 +50,7 @@ def server(servers: tuple[Server, ...]) -> Server:
 
 
 class Victim:
-    """A streamed request that is gone before its end."""
+    """A streamed request that is gone before its end, and known to SGLang, which can abort it by its id."""
 
     def __init__(self, server: Server, rid: str, prompt: list[int]) -> None:
         self._connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
@@ -52,6 +60,7 @@ class Victim:
             "/generate",
             {"rid": rid, "input_ids": prompt, "stream": True, "sampling_params": sampling},
         )
+        let_it_come(server)
 
     def first_token(self) -> None:
         assert self._connection.getresponse().readline().startswith(b"data:")

@@ -10,7 +10,7 @@ import pytest
 
 from bench.harness import Answer, Server, random_prompt
 from sglang_hcache.cli.main import main
-from tests.e2e.conftest import Workshop, only_on_disk, started_together
+from tests.e2e.conftest import PATIENT, Workshop, only_on_disk, started_together
 from tests.e2e.scenarios import LLAMA, SERVER_ARGS, assert_equal, evicted_prefix, tail_logprobs, whole_pages
 
 Reference = dict[str, list[Answer]]
@@ -22,13 +22,13 @@ def as_it_comes(store: Path, workshop: Workshop) -> Server:
     """With memory for all pages of the test, and a drive on which reading does not pay."""
     tier = ("--hicache-backend", "hcache", "--hcache-dir", str(store), "--hicache-ratio", "4")
     args = (*SERVER_ARGS, *tier, "--hcache-read-limit", "0.0001")
-    return Server(workshop.model(LLAMA), args, log=workshop.log("planned"))
+    return Server(workshop.model(LLAMA), args, log=workshop.log("planned"), env=PATIENT)
 
 
 def test_two_ranks_store_the_same(workshop: Workshop, fresh_store: Path, reference: Reference) -> None:
     """Each measures its own rates; what is stored of all layers is what the first rank finds best."""
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    args = (*SERVER_ARGS, "--tp", "2")
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **PATIENT}
+    args = (*SERVER_ARGS, "--tp", "2", "--hicache-ratio", "4")
     tier = ("--hicache-backend", "hcache", "--hcache-dir", str(fresh_store))
     server = Server(workshop.model(LLAMA), (*args, *tier), log=workshop.log("planned"), env=env)
     with started_together(server) as (planned,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return parallel
 
 
-def train(folder: Path, weights: bytes, configuration: str = '{"r": 8}') -> Path:
+def train(folder: Path, weights: bytes, configuration: str = '{"target_modules": ["q_proj"]}') -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(configuration)
     (folder / "adapter_model.safetensors").write_bytes(weights)
@@ -73,7 +74,8 @@ def test_an_adapter_is_known_by_its_content(tmp_path: Path) -> None:
 
 def test_one_that_is_trained_again_is_another(tmp_path: Path) -> None:
     keys = set()
-    for weights, configuration in ((b"first", '{"r": 8}'), (b"again", '{"r": 8}'), (b"first", '{"r": 4}')):
+    some, more = (json.dumps({"target_modules": ["q_proj"], "r": rank}) for rank in (4, 8))
+    for weights, configuration in ((b"first", some), (b"again", some), (b"first", more)):
         adapters, (lora_id,) = started(tmp_path, train(tmp_path / "one", weights, configuration))
         keys.add(key(adapters, lora_id))
         assert key(adapters, load(adapters, tmp_path / "one")) in keys
@@ -89,6 +91,16 @@ def test_what_cannot_be_identified_is_never_found_again(tmp_path: Path) -> None:
     assert len({*keys, lora_id}) == 5
     adapters, _ = started(tmp_path)
     assert key(adapters, "0" * 32) == "0" * 32, "as one that came as tensors"
+
+
+def test_one_for_all_modules_is_never_found_again(tmp_path: Path) -> None:
+    """To which it is applied depends on --lora-target-modules, and on the other adapters."""
+    for_all = train(tmp_path / "all", b"weights", '{"target_modules": "all-linear"}')
+    adapters, (lora_id,) = started(tmp_path, for_all)
+    others, (same_id,) = started(tmp_path, for_all)
+    assert lora_id == same_id
+    assert key(adapters, lora_id) != key(others, lora_id)
+    assert key(adapters, loaded := load(adapters, for_all)) == loaded
 
 
 def test_one_that_is_written_while_it_is_loaded_keeps_its_id(tmp_path: Path) -> None:
@@ -130,6 +142,6 @@ def test_ranks_that_have_others_under_its_name_do_not_call_it_by_content(
 
 def test_a_hub_is_looked_for_where_sglang_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     identity = Mock(return_value="content")
-    monkeypatch.setattr(module, "checkpoint_identity", identity)
+    monkeypatch.setattr(module, "adapter_identity", identity)
     Adapters(tmp_path / "memo", "/cache").loaded_at_start([LoRARef("id", "name", "some/adapter")])
     identity.assert_called_once_with("some/adapter", tmp_path / "memo", cache="/cache")

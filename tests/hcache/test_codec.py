@@ -51,7 +51,7 @@ def test_packed_rows_come_back_as_they_were_or_say_that_they_did_not_fit() -> No
     encoded = encoded_by(packed, rows)
     assert encoded.shape == (3, 17, packed.row_bytes)
     assert packed.row_bytes == 0.75 * 2 * 512
-    kept = packed.encoded(encoded.numpy())
+    kept = packed.decodable(encoded.numpy())
     assert np.flatnonzero(~kept).tolist() == [5], "a token goes with any of its layers"
     for layer in range(3):
         back = packed.decode(encoded[layer, kept])
@@ -68,7 +68,7 @@ def rows_for(codec: Codec, tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_part_of_the_rows_is_decoded_by_itself(codec: Codec) -> None:
     encoded = encoded_by(codec, rows_for(codec, 20) * torch.arange(20)[:, None])[0]
-    assert codec.encoded(encoded[None].numpy()).all()
+    assert codec.decodable(encoded[None].numpy()).all()
     assert torch.equal(codec.decode(encoded[5:9]), codec.decode(encoded)[5:9])
     assert torch.equal(codec.decode(encoded)[5:9].mean(1), torch.arange(5, 9))
     assert codec.decode(encoded[:0]).shape == (0, WIDTH)

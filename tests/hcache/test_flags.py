@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from sglang.srt.arg_groups.hicache_hook import handle_hicache
 from sglang.srt.server_args import ServerArgs
 
 from sglang_hcache import flags, server_kwargs
@@ -132,6 +133,8 @@ def test_without_the_backend_nothing_changes() -> None:
         ("enable_prefill_cp", True),
         ("hicache_host_memory_mode", "buffer_only"),
         ("enable_return_routed_experts", True),
+        ("enable_nvidia_megakernel", True),
+        ("enable_amd_monokernel", True),
         ("kv_canary", "log"),
         ("enable_unified_memory", True),
         ("use_ray", True),
@@ -146,6 +149,27 @@ def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object
     assert message.startswith("--" + field.replace("_", "-"))
     assert "; " in message
     assert "\n" not in message
+
+
+def test_a_radix_cache_that_sglang_switches_off(tmp_path: Path) -> None:
+    """By its own message, which it raises once it has resolved all arguments."""
+    ours, others = (
+        ServerArgs(
+            model_path="m",
+            disable_radix_cache=True,
+            enable_unified_cache_external_linker=True,
+            unified_cache_external_linker_backend="dynamic",
+            unified_cache_external_linker_config=config,
+        )
+        for config in (
+            HCacheConfig((str(tmp_path),)).to_linker_config(),
+            {"linker": "Other", "linker_module_path": "other", "linker_extra_config": {}},
+        )
+    )
+    with pytest.raises(FlagError, match=r"^--hicache-backend hcache needs a radix cache, .*: drop it, or"):
+        flags.resolve(handle_hicache, ours)
+    with pytest.raises(ValueError, match=r"^--enable-unified-cache-external-linker requires"):
+        flags.resolve(handle_hicache, others)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,15 @@ def test_a_pool_that_is_not_known_is_refused(component: ComponentType, message: 
         check_pool(None, {ComponentType.FULL, component})
 
 
+def test_a_pool_whose_rows_lie_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = MHATokenToKVPool(64, 16, torch.float32, 2, 4, 1, "cpu", enable_memory_saver=False)
+    assert check_pool(pool, {ComponentType.FULL}) is pool
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    pool = MHATokenToKVPool(64, 16, torch.float32, 2, 4, 1, "cpu", enable_memory_saver=False)
+    with pytest.raises(Unsupported, match="layout hnd is not supported; unset SGLANG_USE_HND_KVCACHE"):
+        check_pool(pool, {ComponentType.FULL})
+
+
 def with_windows(full_layers: list[int], windowed_layers: list[int]) -> SWAKVPool:
     return SWAKVPool(
         64, 32, 16, torch.float32, 2, 4,

@@ -48,9 +48,9 @@ def test_memory_is_released_once_nothing_is_copied(monkeypatch: pytest.MonkeyPat
     scheduler_hooks.before_memory_released(None, None)
     settled = list[str]()
     loads = SimpleNamespace(end_landed=lambda *, wait: settled.append(f"loads, {wait=}"))
-    attachment = SimpleNamespace(settle=lambda: settled.append("saves"))
+    attachment = SimpleNamespace(drain=lambda: settled.append("saves"))
     linker: Any = SimpleNamespace(_loads=loads, _attachment=attachment)
-    linker.settle = partial(HCacheLinker.settle, linker)
+    linker.drain = partial(HCacheLinker.drain, linker)
     monkeypatch.setattr(scheduler_hooks, "linker", linker)
     scheduler_hooks.before_memory_released(None, None)
     assert settled == ["loads, wait=True", "saves"]
@@ -76,7 +76,7 @@ class Tier:
     def admissible(self, *, idle: bool) -> list[str]:
         return []
 
-    def head_start(self) -> None:
+    def take_head_start(self) -> None:
         return None
 
     def renew_store(self) -> None:
@@ -84,6 +84,11 @@ class Tier:
 
     def scheduled(self, _rids: object) -> None:
         pass
+
+
+class Queued:
+    def __init__(self, rid: str) -> None:
+        self.rid = rid
 
 
 class Scheduler:
@@ -102,7 +107,7 @@ class Scheduler:
             self.add(rid)
 
     def add(self, rid: str) -> None:
-        req = SimpleNamespace(rid=rid)
+        req = Queued(rid)
         self.waiting_queue.append(req)
         scheduler_hooks.after_request_queued(None, self, req)
 

@@ -22,7 +22,7 @@ from sglang_hcache.prefetch import process
 from sglang_hcache.prefetch.endpoint import endpoint_for
 from sglang_hcache.prefetch.server import ServerConfig
 from sglang_hcache.storage.fetch import Fetches, Read
-from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.layout import ROOT, Record
 from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
 from sglang_hcache.storage.stripe import Files
@@ -111,6 +111,18 @@ def leave(directory: Path, _: str) -> None:
     raw.close()
 
 
+def commit(directory: Path, pages: str) -> None:
+    """Commit pages 0.., and end at the same moment, without a goodbye."""
+    raw = Raw(directory)
+    raw.open(grant=int(pages))
+    slots = raw.hear(m.Granted).slots
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for key, slot in zip(keys_of(range(int(pages))), slots, strict=True):
+        raw.say(m.Commit(pages=[m.Page(key, ROOT, slot)]))
+    raw.close()
+
+
 def never_read(directory: Path, _: str) -> None:
     """Ask and ask, and say nonsense, without ever reading an answer."""
     raw = Raw(directory)
@@ -138,7 +150,7 @@ def load(directory: Path, seed: str) -> None:
         if not client.alive:
             gone = client
             supervisor.replace(gone)
-            while (taken := supervisor.taken()) is None:
+            while (taken := supervisor.take_next()) is None:
                 time.sleep(0.002)
             client, written = taken, durable
             print("session", client.prefetcher_pid, flush=True)

@@ -20,7 +20,7 @@ import pytest
 
 from sglang_hcache.prefetch import endpoint, process
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
-from sglang_hcache.prefetch.process import settle
+from sglang_hcache.prefetch.process import raise_process_limits
 from sglang_hcache.prefetch.server import ServerConfig
 from tests.prefetch.clients import (
     PATIENCE_S,
@@ -62,7 +62,7 @@ def test_a_prefetcher_may_open_as_many_files_as_the_system_lets_it(join: Join) -
 def test_its_loop_waits_shortly_for_threads_that_compute() -> None:
     interval, limits = sys.getswitchinterval(), resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        settle()
+        raise_process_limits()
         assert sys.getswitchinterval() <= 0.001
     finally:
         sys.setswitchinterval(interval)

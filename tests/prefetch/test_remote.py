@@ -593,7 +593,7 @@ def test_a_server_starts_before_its_prefetcher_and_finds_it_later(start: Start) 
     found: list[RemoteClient] = []
 
     def taken() -> list[RemoteClient]:
-        found.extend(client for client in [early.taken()] if client)
+        found.extend(client for client in [early.take_next()] if client)
         return found
 
     assert until(taken)

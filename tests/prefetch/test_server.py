@@ -291,6 +291,19 @@ def test_a_goodbye_and_the_end_of_its_process_at_once(directory: Path, join: Joi
     assert_nothing_held(client)
 
 
+def test_what_a_client_has_committed_before_its_end_is_kept(directory: Path, join: Join) -> None:
+    client = join()
+    ending = child("commit", directory, 4)
+    assert line_of(ending) == "ready"
+    os.kill(client.prefetcher_pid, signal.SIGSTOP)
+    ending.communicate("go\n", timeout=PATIENCE_S)
+    os.kill(client.prefetcher_pid, signal.SIGCONT)
+    assert until(lambda: figures(client)["prefetcher_clients"] == 1)
+    assert figures(client)["pages_host"] == 4
+    assert figures(client)["messages_refused"] == 0
+    assert_nothing_held(client)
+
+
 def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, join: Join) -> None:
     client = join()
     save(client, range(40))

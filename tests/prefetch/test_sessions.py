@@ -118,7 +118,7 @@ def test_a_prefetcher_that_hung_can_be_replaced_twice(directory: Path, monkeypat
     found: list[PrefetchClient] = []
 
     def taken() -> Any:
-        found.extend(store for store in [supervisor.taken()] if store)
+        found.extend(store for store in [supervisor.take_next()] if store)
         return found
 
     assert until(taken)

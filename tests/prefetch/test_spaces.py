@@ -109,7 +109,7 @@ def test_a_space_that_nobody_uses_gets_the_next_clients_size_and_policy(
     assert len(kept.store.memory) == slots
     assert served(kept.store, range(min(10, slots))) == list(range(min(10, slots)))
     assert counters(kept.store)["hits_file"] == 0
-    assert until(lambda: not kept.store.unwritten())
+    assert until(lambda: not kept.store.drain())
     before = counters(kept.store)
     assert before["pages_file"] == 10
     save(kept.store, range(20, 24))
@@ -286,7 +286,7 @@ def test_spaces_that_nobody_uses_make_room_for_others(keeper: Keeper, monkeypatc
 
 
 def test_those_that_wait_for_their_disks_hold_up_nobody_else(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: 1)
+    monkeypatch.setattr(LocalStore, "drain", lambda _store: 1)
     for number in range(8):
         keeper.spaces.close(keeper.opened(hello(fingerprint=b"%016d" % number)))
     assert keeper.opened(hello()).store.alive
@@ -297,9 +297,9 @@ def test_whoever_needs_the_memory_of_another_waits_until_that_is_written(
 ) -> None:
     """And is told so: only silence makes it give up."""
     left, news = [7], os.eventfd(0)
-    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
+    monkeypatch.setattr(LocalStore, "drain", lambda _store: left[0])
     monkeypatch.setattr(server_module, "WAITING_S", 0.0)
-    monkeypatch.setattr(connection, "WAITING_S", 0.0)
+    monkeypatch.setattr(connection, "LOG_EVERY_S", 0.0)
     now, told = [1000.0], list[int]()
     monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: now[0]))
     address = f"ipc://{tmp_path}/socket"
@@ -378,7 +378,7 @@ def joined(supervisor: LocalSupervisor) -> PrefetchClient:
     found: list[PrefetchClient] = []
 
     def taken() -> bool:
-        found.extend(store for store in [supervisor.taken()] if store)
+        found.extend(store for store in [supervisor.take_next()] if store)
         return bool(found)
 
     assert until(taken)
@@ -403,7 +403,7 @@ def test_a_server_starts_although_what_is_in_its_way_cannot_be_written(
     supervisor: LocalSupervisor, clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = [7]
-    monkeypatch.setattr(LocalStore, "unwritten", lambda _store: left[0])
+    monkeypatch.setattr(LocalStore, "drain", lambda _store: left[0])
     free, available = available_bytes, [0]
     monkeypatch.setattr(spaces, "available_bytes", lambda: available[0])
     began = clock()
@@ -457,7 +457,7 @@ def test_what_is_asked_for_as_the_prefetcher_ends_is_not_opened_or_closed_again(
     if not begun:  # it waits for memory
         in_the_way = keeper.opened(hello())
         assert is_taken(in_the_way)
-        monkeypatch.setattr(LocalStore, "unwritten", lambda _store: 1)
+        monkeypatch.setattr(LocalStore, "drain", lambda _store: 1)
         monkeypatch.setattr(spaces, "available_bytes", lambda: 0)
 
     def make(*arguments: Any, **options: Any) -> LocalStore:
@@ -497,7 +497,7 @@ def test_a_client_for_whose_pages_no_thread_can_be_had_is_refused(
             with pytest.raises(Unavailable, match="can't start new thread"):
                 ask(hello())
         assert until(lambda: len(list(files.iterdir())) <= before), "its process is not watched any more"
-        assert not server._greeted
+        assert not server._unwelcomed
         go_on = threading.Event()
         monkeypatch.setattr(spaces, "LocalStore", hanging(go_on))
         with ThreadPoolExecutor(1) as pool:
@@ -521,11 +521,11 @@ def test_a_client_that_gives_up_waiting_leaves_no_session(
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.connect(server.config.address)
             socket.send(m.encode(hello()))
-            assert until(lambda: bool(server._greeted))
-            (peer,) = server._greeted
+            assert until(lambda: bool(server._unwelcomed))
+            (peer,) = server._unwelcomed
             if not killed:
                 socket.send(m.encode(m.Bye()))
-                assert until(lambda: not server._greeted)
+                assert until(lambda: not server._unwelcomed)
 
         def has_left() -> bool:
             puts = queue.SimpleQueue[Put]()
@@ -536,7 +536,7 @@ def test_a_client_that_gives_up_waiting_leaves_no_session(
         go_on.set()
         client = ask()
         assert figures(client)["prefetcher_clients"] == 1
-        assert not server._greeted
+        assert not server._unwelcomed
         client.close()
     os.close(news)
 
@@ -571,7 +571,7 @@ def test_memory_of_a_closed_space_is_given_back_at_once(keeper: Keeper) -> None:
     space = keeper.opened(hello())
     save(space.store, range(10))
     memory = space.store.memory
-    assert until(lambda: space.store.unwritten() == 0)
+    assert until(lambda: space.store.drain() == 0)
     keeper.spaces.close(space)
     assert keeper.opened(hello()) is not space
     assert not memory.any(), "although somebody still refers to it"

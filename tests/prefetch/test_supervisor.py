@@ -60,7 +60,7 @@ def replaced(supervisor: LocalSupervisor) -> PrefetchClient:
     found: list[PrefetchClient] = []
 
     def taken() -> bool:
-        if (store := supervisor.taken()) is not None:
+        if (store := supervisor.take_next()) is not None:
             found.append(store)
         return bool(found)
 
@@ -274,6 +274,18 @@ def test_what_fails_unexpectedly_is_tried_again(directory: Path, monkeypatch: py
     supervisor.close()
 
 
+def test_what_is_gone_is_closed_though_no_other_is_wanted(directory: Path) -> None:
+    supervisor = supervisor_of(directory)
+    client = supervisor.open()
+    client.give_up("the weights were changed")
+    unwanted = threading.Event()
+    unwanted.set()
+    supervisor._reopen(client, unwanted)
+    assert client.memory.size == 0
+    assert until(lambda: not prefetchers(directory))
+    supervisor.close()
+
+
 @pytest.mark.parametrize("found", [False, True])
 def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool) -> None:
     """Its session would be for what the client was before."""
@@ -291,7 +303,7 @@ def test_a_replacement_that_is_not_wanted_any_more(directory: Path, found: bool)
     search.join(PATIENCE_S)
     assert not search.is_alive(), "else it may yet start a prefetcher"
     assert until(lambda: figures(other)["prefetcher_clients"] == 1), "no session is left behind"
-    assert supervisor.taken() is None
+    assert supervisor.take_next() is None
     assert until(lambda: len(prefetchers(directory)) == 1), "what was started beside it sees that it is not needed"
     supervisor.replace(other)
     next_one = replaced(supervisor)
@@ -340,7 +352,6 @@ def test_a_prefetcher_that_hangs_is_given_up_killed_and_replaced(
         patch.setattr(client_module, "ASK_S", ASK_S)
         assert client.contains(keys_of(range(3))) == [False] * 3
         assert client.alive
-        assert ASK_S < 1, "a scheduler does not wait for it"
     hang(client, monkeypatch)
     hung = psutil.Process(client.prefetcher_pid)
     supervisor.replace(client)

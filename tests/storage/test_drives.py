@@ -121,12 +121,12 @@ def test_a_drive_whose_writes_hang_does_not_keep_others_from_being_written(
     a, b = store._volumes
 
     def only_a_lags() -> bool:
-        store.unwritten()  # has the backlog written
+        store.drain()
         with store._lock:
             return not (store._writer._backlog or store._writer._by_volume[b].waiting)
 
     assert until(only_a_lags)
-    stuck = store.unwritten()
+    stuck = store.drain()
     assert stuck == counters(store)["pages_dirty"] <= SHARE
     assert (a.pages, b.pages) == (0, 600 - stuck)
     hang.end()

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -235,6 +236,28 @@ def test_files_that_no_index_lists_go_first(tmp_path: Path) -> None:
     store.close()
 
 
+def test_pages_of_others_stay_where_the_index_was_damaged(tmp_path: Path) -> None:
+    """Nobody knows any more whether it lists all of theirs; those that it lists are evicted by their value."""
+    others, ours = range(40), range(1000, 1080)
+    other = open_store(tmp_path, fingerprint=OTHER_FINGERPRINT)
+    save_prefix(other, others)
+    other.close()
+    name, index = OTHER_FINGERPRINT + key_of(39), tmp_path / "index" / "data.mdb"
+    index.write_bytes(re.sub(re.escape(name) + b".", name + b"?", index.read_bytes(), flags=re.DOTALL))
+    store = open_store(tmp_path, quota_bytes=QUOTA)
+    for start in range(ours[0], ours[-1], 20):
+        save_prefix(store, range(start, start + 20))
+    left = on_file(store, ours)
+    assert bytes_on_disk(tmp_path) <= QUOTA
+    store.close()
+    other = open_store(tmp_path, fingerprint=OTHER_FINGERPRINT)
+    left += on_file(other, others)
+    assert len(left) > 80
+    assert served(other, others) == [page for page in left if page in others] != []
+    assert counters(other)["pages_damaged"] == 0
+    other.close()
+
+
 def test_a_striped_prefix_is_one_prefix(tmp_path: Path) -> None:
     directories = [tmp_path / "a", tmp_path / "b"]
     store = open_store(*directories, quota_bytes=QUOTA // 2)
@@ -358,7 +381,7 @@ def test_others_can_live_on_the_disk(
     disk.others = others * 10**9
     disk.put_in(monkeypatch, keep_bytes=10 * 10**9)
     quota = Quota(tmp_path, None, 4096, sharers)
-    quota.settle(full=False)
+    quota.find_limit(full=False)
     assert quota.limit == pytest.approx(limit * 10**9 / sharers, rel=0.01)
 
 

@@ -124,7 +124,7 @@ def test_large_pages_are_for_the_engine(driver: None, stream: Stream, monkeypatc
     assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), KernelCopier)
     monkeypatch.setattr(copiers, "ENGINE_PAGE_BYTES", PAGE_BYTES)
     assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream()), EngineElseKernel)
-    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream(), engine=False), KernelCopier)
+    assert isinstance(copier_of(host_pages(), "cpu", ImmediateStream(), copy_engine=False), KernelCopier)
 
 
 def test_an_engine_that_refuses_a_later_call_is_not_asked_again(

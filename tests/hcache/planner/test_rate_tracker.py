@@ -91,7 +91,7 @@ def test_ten_times_wrong_is_right_within_20_loads(wrong: dict[str, float], gpu: 
         for _ in range(LOADS):
             hit = some_hit(chance)
             believed = costs_of(LLAMA_2_7B, follower.machine())
-            plan = plan_load(believed, layout, hit, least_pages=follower.least_pages(hit.host_pages))
+            plan = plan_load(believed, layout, hit, least_pages=follower.trial_pages(hit.host_pages))
             server.load(follower, layout, hit, plan.pages)
             if plan.pages <= hit.host_pages and follower.due(Resource.SSD):
                 server.read(follower, layout, PROBE_PAGES * hit.page_tokens)
@@ -147,7 +147,7 @@ def test_what_cannot_be_a_time_is_ignored() -> None:
 def test_a_load_whose_projection_was_slower_has_tried_host_memory() -> None:
     follower = RateTracker(machine_of("A100-80"))
     for _ in range(3 * PROBE_EVERY):
-        assert follower.least_pages(50) == 0
+        assert follower.trial_pages(50) == 0
         follower.observe(Resource.PROJECTION, 1.0, 1.0)
 
 
@@ -155,12 +155,12 @@ def test_a_tier_is_tried_after_some_plans_without_a_load() -> None:
     follower = RateTracker(machine_of("A100-80"))
     for _ in range(PROBE_EVERY - 1):
         follower.observe(Resource.BUS, 1.0, 1.0)
-        assert follower.least_pages(50) == 0
+        assert follower.trial_pages(50) == 0
         assert not follower.due(Resource.SSD)
     assert follower.due(Resource.SSD)
     follower.observe(Resource.SSD, 1.0, 1.0)
     assert not follower.due(Resource.SSD)
-    asked = [follower.least_pages(50) for _ in range(PROBE_EVERY)]
+    asked = [follower.trial_pages(50) for _ in range(PROBE_EVERY)]
     assert asked[0] == 0
     assert asked[-1] == PROBE_PAGES
-    assert follower.least_pages(2) == 2
+    assert follower.trial_pages(2) == 2

@@ -35,12 +35,12 @@ def scheduler(*requests: Any, is_generation: bool = True, is_eagle: bool = False
 
 
 def test_it_is_the_beginning_of_the_same_prompt_in_the_same_namespace() -> None:
-    req = request(lora_id="adapter", extra_key="key", cache_salt="salt", priority=3, return_logprob=True, stream=True)
+    req = request(extra_key="key", cache_salt="salt", priority=3, return_logprob=True, stream=True)
     req.output_ids.extend([100, 101])  # it was retracted
     head = HeadStarts().begin(scheduler(request("b"), req), HeadStart("a", "head", 5, 21))
     assert head is not None
     assert list(head.origin_input_ids) == [*range(20), 100]
-    assert (head.extra_key, head.cache_salt, head.lora_id) == (req.extra_key, "salt", "adapter")
+    assert (head.extra_key, head.cache_salt) == ("key", "salt")
     assert (head.priority, head.arrival_processed_tokens) == (3, 77)
     assert (head.sampling_params.max_new_tokens, head.stream, head.return_logprob) == (1, False, False)
     assert head.sampling_params.stop_strs == []
@@ -146,7 +146,7 @@ class Tier:
         self.idle.append(idle)
         return []
 
-    def head_start(self) -> HeadStart | None:
+    def take_head_start(self) -> HeadStart | None:
         return START if self.idle[-1] and not self.begun else None
 
     def begin_head_start(self, start: HeadStart, keys: list[bytes], prompt: Prompt) -> None:

@@ -34,7 +34,7 @@ def evenly_matched(store: LocalStore, **options: Any) -> PrefetchQueue:
 
 def head_start_of(requests: PrefetchQueue, *, idle: bool = True) -> HeadStart | None:
     requests.admissible(idle=idle)
-    return requests.head_start()
+    return requests.take_head_start()
 
 
 def test_an_idle_engine_begins_while_the_drive_reads_the_end(store: LocalStore, disk: threading.Event) -> None:
@@ -42,21 +42,21 @@ def test_an_idle_engine_begins_while_the_drive_reads_the_end(store: LocalStore, 
     requests.queued("a", keys_of(range(10)), LONG)
     start = head_start_of(requests)
     assert start is not None
-    assert start.rid == "a" != start.head
+    assert start.rid == "a" != start.head_rid
     assert 3 <= start.pages <= 7
     assert start.tokens == start.pages * LAYOUT.page_tokens
-    assert requests.head_start() is None
+    assert requests.take_head_start() is None
     head, rest = keys_of(range(start.pages)), keys_of(range(start.pages, 10))
     requests.begin_head_start(start, head, Prompt(1, 0))
-    assert requests.ready(start.head, head) == 0, "none of it is in memory, and none is waited for"
-    requests.forget(start.head)
+    assert requests.ready(start.head_rid, head) == 0, "none of it is in memory, and none is waited for"
+    requests.forget(start.head_rid)
     disk.set()
     assert store.wait("a", PATIENCE_S).slots, "the end of it is read"
     assert requests.admissible(idle=True) == []
     assert list(requests.held) == ["a"], "as long as its beginning is not there"
     requests.head_start_over("a")
     assert requests.admissible(idle=True) == ["a"]
-    assert requests.head_start() is None, "a request has one"
+    assert requests.take_head_start() is None, "a request has one"
     requests.admit(["a"])
     assert requests.ready("a", rest) == len(rest)
     slots = requests.leased("a", rest)
@@ -79,7 +79,7 @@ def test_what_of_its_beginning_is_in_memory_is_restored(store: LocalStore) -> No
     assert start is not None
     assert start.pages > 3 + 2
     requests.begin_head_start(start, keys[: start.pages], Prompt(1, 0))
-    assert requests.ready(start.head, keys[: start.pages]) == 3
+    assert requests.ready(start.head_rid, keys[: start.pages]) == 3
     requests.clear()
 
 
@@ -111,7 +111,7 @@ def test_one_head_start_at_a_time_and_one_a_request(store: LocalStore) -> None:
     assert first.rid == "a"
     requests.begin_head_start(first, keys_of(range(first.pages)), Prompt(1, 0))
     requests.admissible(idle=False)
-    assert requests.head_start() is None, "it is at work"
+    assert requests.take_head_start() is None, "it is at work"
     requests.head_start_over("a")
     second = head_start_of(requests)
     assert second is not None

@@ -176,7 +176,7 @@ def some_loads(seed: int, pages: int) -> list[Load]:
 def expect(pool: Pool, pages: HostPages, loads: list[Load]) -> tuple[torch.Tensor, torch.Tensor]:
     rows, positions = torch.full_like(pool.rows, -1.0), torch.full_like(pool.positions, -1)
     for load in loads:
-        for index, chunk in enumerate(load.chunks):
+        for index, chunk in enumerate(load.store_slots):
             slots = load.device_slots[index * PAGE : (index + 1) * PAGE]
             for layer, stored in enumerate(pages.layers):
                 payload = pages.memory[chunk, stored.offset : stored.offset + stored.page_bytes].clone()
@@ -219,7 +219,7 @@ def test_of_windowed_layers_only_the_last_pages_are_restored(half_rows: int, tog
     )  # fmt: skip
     loads = some_loads(seed=3, pages=9)
     in_windows = [
-        Load(load.rid, load.chunks[-2:], torch.arange(first, first + 2 * PAGE))
+        Load(load.rid, load.store_slots[-2:], torch.arange(first, first + 2 * PAGE))
         for load, first in zip(loads, (20 * PAGE, 4 * PAGE), strict=True)
     ]
     restorer.run(

@@ -21,7 +21,7 @@ from sglang_hcache.restoring.projector import KVProjector, PoolReader
 from sglang_hcache.saving import savers
 from sglang_hcache.saving.copy_out import CopyOut, InlineCopyOut, StreamCopyOut
 from sglang_hcache.saving.open_pages import chunk_rows
-from sglang_hcache.saving.savers import KVRows, PageSaver, Restored
+from sglang_hcache.saving.savers import KVRows, PageSaver, RestoredKeys
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import PAGE, slots_of
@@ -283,7 +283,7 @@ def test_windowed_layers_are_saved_of_the_last_pages(
 
 
 def test_pages_that_were_restored_are_known_once_and_from_the_first_on() -> None:
-    restored = Restored(most=3)
+    restored = RestoredKeys(most=3)
     restored.add(KEYS)
     assert restored.take_leading([KEYS[0], b"new", KEYS[1]]) == 1
     assert restored.take_leading(KEYS) == 0, "the first one may have been evicted since, and be new"

@@ -60,7 +60,7 @@ def formats(
         req_to_token_pool=set(),
         token_to_kv_pool_allocator=SimpleNamespace(size=4 * PAGE, clear=lambda: None),
     )
-    return formats_of(runner, capture, Pools(pool, (), PAGE), hidden_wanted=True, codec_name=None), capture
+    return formats_of(runner, capture, Pools(pool, (), PAGE), codec_name=None), capture
 
 
 def test_a_model_whose_replay_raises_is_served_as_k_and_v(
