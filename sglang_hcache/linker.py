@@ -27,6 +27,7 @@ from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing.admission import Admission
 from sglang_hcache.queueing.forward_timer import ForwardTimer
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.page_names import KeysOf
 from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.ranks import of_first_rank, rank_name
@@ -139,10 +140,10 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._log_start()
 
     def _least_shared_pages(self) -> int:
-        """Of which a batch is closed: 0 where none may be.
+        """What requests must have in common for a batch to be closed; 0: none is.
 
-        What is loaded may lack windowed layers then, or SGLang may delay the next batch of prefills: for some steps,
-        or until there is room for several requests.
+        That is so where what is loaded may lack windowed layers, or SGLang may delay the next batch of prefills: for
+        some steps, or until there is room for several requests.
         """
         schedule = get_schedule()
         delays = schedule.prefill_decode_interval or schedule.enable_prefill_delayer
@@ -194,7 +195,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> Sequence[int]:
         """A range is of all lengths up to one, and a hook of ours takes it for that: on all ranks, or on none."""
-        keys = [bytes.fromhex(key) for key in transfers[0].keys]
+        keys = KeysOf(transfers[0].keys)
         least_pages = self._shared.least(rid, transfers[0].keys)
         pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages, least_pages=least_pages)
         if not self._window_pages:
@@ -208,7 +209,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers
-        keys = [bytes.fromhex(key) for key in transfer.keys]
+        keys = KeysOf(transfer.keys)
         store_slots = self.prefetch_queue.leased(rid, keys)
         if len(store_slots) < len(keys):
             self._loads_refused += 1

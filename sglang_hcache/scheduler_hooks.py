@@ -11,6 +11,7 @@ import torch
 from sglang_hcache import metrics
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.queueing.admission import Admission, usable_tokens
+from sglang_hcache.queueing.page_names import Names
 from sglang_hcache.saving.capture import Capture
 from sglang_hcache.startup.capture_choice import capture_of
 from sglang_hcache.storage.layout import ROOT
@@ -74,7 +75,19 @@ def before_release_request(_wrapper: object, rid: str) -> None:
 def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any, result: Any) -> Any:
     """Where requests are sorted by what they find, SGLang looks up all of a prompt, be it usable or not."""
     usable = max(0, usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids)) - key.is_bigram)
-    return original(wrapper, key if len(key) <= usable else key[:usable], req, result)
+    match = partial(original, wrapper, key if len(key) <= usable else key[:usable], req, result)
+    if admission is None:
+        return match()
+    with admission.names.of(req):
+        return match()
+
+
+def around_names(original: Callable[..., Names], wrapper: Any, key: Any, result: Any, on_device: int) -> Names:
+    """Where it is called for a request that waits, pages are hashed once."""
+    hash_pages = partial(original, wrapper, key, result, on_device)
+    if admission is None:
+        return hash_pages()
+    return admission.names.behind(on_device, len(key), wrapper.cache.page_size, hash_pages)
 
 
 def around_sync(original: Callable[..., int], wrapper: Any, lengths: Sequence[int], **others: Any) -> int:

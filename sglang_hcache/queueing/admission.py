@@ -13,6 +13,7 @@ import torch
 
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.page_names import PageNames
 from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
@@ -63,6 +64,7 @@ class Admission:
         self._others_wait_for_us = others_wait_for_us
         self._drafts = drafts
         self._head_starts = HeadStarts()
+        self.names = PageNames()
         self._to_begin: list[HeadStart] = []  # in this step
         self._idle = False  # in the last step there was nothing to do but to wait for pages
         self._looked = False  # in this step, who need not wait any more: not in each, with --scheduler-recv-interval
@@ -166,6 +168,7 @@ class Admission:
         self._tier.scheduled([req.rid for req in reqs])
         for req in reqs:
             self._shared.forget(req.rid)
+            self.names.forget(req)
             # SGLang leaves a hit there that the last lookup did not find again.
             scheduler.tree_cache.linker.hit_markers.pop(req.rid, None)
 
