@@ -106,7 +106,7 @@ class Client:
         return self.begin(request)()
 
     def begin(self, request: Request) -> Callable[[], Answer]:
-        """Sends a request, and returns what waits for its answer; times are as they were read then."""
+        """Sends a request, and returns a function that waits for the answer; it measures times as it reads."""
         began = time.monotonic()
         events = self._post("/generate", _generate_body(request), True, ANSWER_WAIT_S)
 
@@ -144,7 +144,7 @@ class Client:
         return self.tier_states()[rank]
 
     def tier_states(self) -> list[dict[str, Any]]:
-        """Of all ranks; asked again while figures are former ones, as a slow prefetcher has not told them in time."""
+        """`tier_state` of all ranks; asks again while figures are old, as a slow prefetcher has not sent new ones."""
         deadline = time.monotonic() + FIGURES_WAIT_S
         while True:
             states = [state["hcache"] for state in self.server_info()["internal_states"]]

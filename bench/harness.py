@@ -84,7 +84,7 @@ def on_accelerator() -> bool:
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:
-    """The order of a round: a machine is faster, or slower, for who comes first, and by whom it was used before.
+    """The order of a round: how fast a run is may depend on whether it comes first, and on which run came before it.
 
     In as many rounds as there are names each comes first once, and after each other once if the number is even
     (Williams' design).

@@ -78,7 +78,7 @@ class Measured:
 
 
 def median_s(answers: Sequence[Answer]) -> float:
-    """Of the times to the first token, in seconds."""
+    """Median time to the first token, in seconds."""
     return statistics.median(answer.ttft_s for answer in answers)
 
 

@@ -1,7 +1,7 @@
-"""LoRA adapters by content, of which SGLang's id of one says nothing: that is made of name and path, or at random.
+"""LoRA adapters, identified by content: SGLang makes an adapter's id from its name and path, or at random.
 
-SGLang appends the id to the keys of pages. With the content in its place, pages of an adapter are found again after a
-restart, and after it was loaded again, under any name; and those of one that was trained again in its place are not.
+SGLang appends the id to the keys of pages. With a digest of the content in its place, an adapter's pages are found
+again after a restart or a reload, under any name; pages of an adapter that was retrained in the same place are not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Adapters:
-    """Of a scheduler process. All ranks call each method but `name_by_content` in the same step."""
+    """The adapters of one scheduler process. All ranks call each method but `name_by_content` in the same step."""
 
     def __init__(self, memo: Path, cache: str | None) -> None:
         """memo: as for `adapter_identity`. cache: where SGLang keeps what it has loaded from a hub."""
@@ -28,16 +28,16 @@ class Adapters:
         self._contents: dict[str, str] = {}  # by SGLang's id
 
     def loaded_at_start(self, adapters: Iterable[Any]) -> None:
-        """SGLang makes their ids of name and path; what cannot be identified gets one that is never used again."""
+        """Adapters given at start: one that cannot be identified gets an identity that is never used again."""
         for adapter in adapters:
             self._contents[adapter.lora_id] = self._content(adapter.lora_path) or of_first_rank(uuid.uuid4().hex)
 
     def load(self, load: Callable[[], Any], request: Any) -> Any:
-        """SGLang's loading of one while it serves, with an id at random: it stays, where the content is unknown."""
-        before = self._content(request.lora_path)  # nothing of a hub's, which is fetched first
+        """Run SGLang's `load` of an adapter while it serves; if its content is unknown, SGLang's random id stays."""
+        before = self._content(request.lora_path)  # None if `load` has to download it first
         result = load()
         after = self._content(request.lora_path)
-        if after is not None and before in (None, after):  # else it was written meanwhile
+        if after is not None and before in (None, after):  # else its files changed while they were loaded
             self._contents[request.lora_id] = after
         return result
 

@@ -1,4 +1,4 @@
-"""What a scheduler makes of a store: memory that its GPU reads, what saves to it, and what restores from it."""
+"""What a scheduler attaches to a store: pinning of its memory, a saver and a restorer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Client = PrefetchClient | RemoteClient
 
 
 class Attachment:
-    """Of one store at a time. `opened` and `closing` may be called from another thread, all else by the scheduler's.
+    """Attaches to one store at a time. Any thread may call `opened` and `closing`; the rest is for the scheduler's.
 
-    capture: what a saver's hidden states come from, if any do. rows_of_a_forward: the most that one writes.
-    copy_engine: whether the GPU's may copy pages. overlaps: forwards run on `forward_stream`, or on the scheduler's.
+    capture: where a saver's hidden states come from, if any. rows_of_a_forward: the most rows that a forward writes.
+    copy_engine: whether the GPU's copy engine may copy pages. overlaps: whether forwards run on `forward_stream`;
+    otherwise they run on the scheduler's stream.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class Attachment:
         self._pinned: dict[Client, PinnedMemory] = {}
 
     def opened(self, store: Client) -> None:
-        """Takes a second for ten gigabytes: not on the scheduler's thread, once requests are served."""
+        """Pin the store's memory, a second per ten gigabytes: not on the scheduler's thread once it serves."""
         if torch.cuda.is_available():
             if isinstance(store, PrefetchClient):
-                store.wait_until_memory_taken()  # else the driver takes the memory, page by page
-            torch.cuda.set_device(self._gpu)  # another thread's is the first one, whatever this rank's is
+                store.wait_until_memory_taken()  # else pinning would allocate the memory page by page
+            torch.cuda.set_device(self._gpu)  # a new thread starts with device 0, whatever this rank's is
         self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
 
     def closing(self, store: Client) -> None:
@@ -130,7 +131,7 @@ class Attachment:
         return saver
 
     def _kv_rows(self, store: Client) -> tuple[list[KVRows], KVRows | None]:
-        """Of all layers that are stored as K and V; windowed ones apart."""
+        """A `KVRows` for each pool with layers stored as K and V; that of windowed layers is returned apart."""
         current = current_stream(self._device)
         forward = current_stream(self._device, self._forward_stream) if self._overlaps else current
         found, windowed, before = list[KVRows](), None, 0

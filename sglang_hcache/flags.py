@@ -286,7 +286,7 @@ def _refuse_conflicts(values: MutableMapping[str, Any]) -> None:
 
 
 def _check_prefetcher(address: str | None, keys: str | None, local: dict[str, object]) -> None:
-    """Refuse an address that is none, keys that are no directory, and flags about files of this host."""
+    """Refuse a malformed address, keys that are not a directory, and flags about files on this host."""
     if address is None:
         if keys is not None:
             raise FlagError("--hcache-keys does nothing without --hcache-prefetcher: add that, or drop this")
@@ -313,7 +313,7 @@ def _is_tcp(address: str) -> bool:
 
 
 def _bytes_of(flag: str, gigabytes: object, unit: str) -> float | None:
-    """Of a flag in gigabytes; None where it is not given."""
+    """The bytes of a flag given in gigabytes; None where it is not given. Raises `FlagError`."""
     if gigabytes is None:
         return None
     if not isinstance(gigabytes, int | float) or not 0 < gigabytes < math.inf:

@@ -1,4 +1,4 @@
-"""Images, and what else is not text, by all that their encoder gets: SGLang's hash is of one tensor alone."""
+"""Images and other non-text input, identified by all that their encoder gets: SGLang hashes one tensor only."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 
 
 def after_inputs(inputs: Any, *_args: object, **_kwargs: object) -> None:
-    """SGLang is about to put numbers made of an image's hash in the place of its tokens.
+    """Make the identity of each item from all of its tensors, before SGLang derives the item's token ids from it.
 
-    Where a processor makes more of it than the tensor that is hashed, as crops beside an image that is shrunk, these
-    are made of all; also in SGLang's own tree, and its cache of embeddings.
+    A processor may make more of an image than the tensor that SGLang hashes, such as crops beside a shrunk image. The
+    new identity also holds in SGLang's own tree and in its cache of embeddings.
     """
     changed = False
     for item in inputs.mm_items:

@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyped here
-    """One a scheduler process. SGLang calls every method from the scheduler's thread.
+    """One per scheduler process. SGLang calls every method from the scheduler's thread.
 
-    `lookup` leases what it promises, so that `load` can only accept and all ranks decide alike; what a request
-    leases is given back when its load is done, or when SGLang releases the request.
+    `lookup` leases what it promises, so that `load` accepts on all ranks alike; it refuses only where the lease has
+    been lost since. A request's lease ends when its load is done, or when SGLang releases the request.
     """
 
     def __init__(
@@ -140,9 +140,9 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._log_start()
 
     def _least_shared_pages(self) -> int:
-        """What requests must have in common for a batch to be closed; 0: none is.
+        """How many leading pages requests must have in common for `SharedLoads` to close a batch; 0: it closes none.
 
-        That is so where what is loaded may lack windowed layers, or SGLang may delay the next batch of prefills: for
+        It is 0 where loaded pages may lack windowed layers, or where SGLang may delay the next batch of prefills: for
         some steps, or until there is room for several requests.
         """
         schedule = get_schedule()
@@ -156,15 +156,15 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def queued(self, rid: str, keys: Sequence[bytes], prompt: Prompt) -> None:
         """A request has been queued whose pages `keys` are not on the device.
 
-        Perhaps once more, retracted or preempted while its load lands: what is given back then is not what it asks
-        for now.
+        It may have been queued before, and retracted or preempted while its load was landing. That load is ended
+        first, lest its end give back what the request asks for now.
         """
         if rid in self._loads:
             self._loads.end_landed(wait=True)
         self.prefetch_queue.queued(rid, keys, prompt, saved=self._saving.pop(rid, None))
 
     def wait_for_news(self, timeout_s: float) -> None:
-        """Until a prefetch is done; there is nothing else to do."""
+        """Block until there is news of a prefetch or a store, or the time is up: there is nothing else to do."""
         news = select.poll()  # `select.select` takes no descriptor beyond 1023, of which a server may have more
         news.register(self._supervisor.news, select.POLLIN)
         if news.poll(1000 * timeout_s):
@@ -184,7 +184,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self.prefetch_queue.attach(store)
 
     def _leave_store(self) -> None:
-        """Nothing here looks at its memory any more, as there may be no room for another beside it; get another."""
+        """Drop every use of the store's memory, as a second store may not fit beside it, and have it replaced."""
         self._forget_all()
         self._saver, self._restorer = self._attachment.detach(), None
         gone, self._store = self._store, NoStore(self._store.layout, self._store.why_ended, lost=self._store.lost)
@@ -194,7 +194,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     # ---- lookup and load ----
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> Sequence[int]:
-        """A range is of all lengths up to one, and a hook of ours takes it for that: on all ranks, or on none."""
+        """A range, on all ranks or on none, means every length up to its end: see `scheduler_hooks.around_sync`."""
         keys = KeysOf(transfers[0].keys)
         least_pages = self._shared.least(rid, transfers[0].keys)
         pages = self.prefetch_queue.ready(rid, keys, queued_pages=self._loads.queued_pages, least_pages=least_pages)
@@ -224,10 +224,11 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def start_layer_wise_loading(self) -> int:
         """The index of the batch that is being restored, or -1.
 
-        SGLang sets it in the layer counter where text is generated, but not for embeddings, rewards and classes.
+        SGLang itself sets it in the layer counter for text generation only, not for embedding, reward or
+        classification models.
         """
         index = self._loads.start(self._restorer)
-        self.layer_done_counter.set_consumer(index)  # afterwards: to replay attention may read the pool
+        self.layer_done_counter.set_consumer(index)  # not before: attention replayed to restore may read the pool
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -274,13 +275,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def retracted(
         self, rid: str, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, windowed_tokens: int
     ) -> None:
-        """A request's pages that are not in the radix tree, and are about to be freed; it will be queued again.
+        """Save a request's pages that are not in the radix tree and are about to be freed; it will be queued again.
 
-        windowed_tokens: so many of the last ones have slots in windowed layers, where these have slots of their own.
+        windowed_tokens: how many of the last tokens have slots in windowed layers, where these have their own slots.
         """
-        if rid in self._loads:  # SGLang has not asked yet whether they land: what is computed from them may be wrong
+        if rid in self._loads:  # its load may still turn out to have failed: what was computed from it may be wrong
             return
-        slots = slots.to(torch.int64, copy=True)  # their place is another request's, soon
+        slots = slots.to(torch.int64, copy=True)  # another request will soon use their place in the table
         window_slots = None
         if self._window_pages:
             windowed = slots[len(slots) - windowed_tokens // self._page_tokens * self._page_tokens :]
@@ -291,7 +292,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def _save(
         self, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, window_slots: torch.Tensor | None
     ) -> None:
-        """But for leading pages that have come from the store."""
+        """Save these pages, except leading ones that came from the store."""
         known = self._restored.take_leading(keys)
         if known < len(keys):
             slots = slots[known * self._page_tokens :]
@@ -321,7 +322,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._attachment.drain()
 
     def _forget_all(self) -> None:
-        """What the store has promised, and what is on its way into it. Loads under way come to their end."""
+        """Wait for the loads under way, then give up all leases and whatever is not yet in the store."""
         self._loads.wait_and_drop_queued()
         self._restored.clear()
         self.prefetch_queue.clear()
@@ -332,13 +333,13 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._saver.discard(slots)
 
     def weights_changed(self) -> None:
-        """Weights were replaced in place: nothing stored so far fits them, and nothing from now on outlives us.
+        """Weights were replaced in place: no stored page fits them, and later pages do not outlive this server.
 
-        A store for the new ones comes between two batches, so that one follows however many parts they came in.
+        The store for the new weights is opened between two batches: one store, however many parts they came in.
         """
         self._forget_all()
         self._registration.weights_changed()
-        self._supervisor.stop_replacing()  # what it would find is for the weights before
+        self._supervisor.stop_replacing()  # a store that it opens now is for the former weights
         self._renewing = False
         self._store.give_up("the weights were changed; from now on pages are kept in host memory only")
 

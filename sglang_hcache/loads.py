@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class Loads:
-    """What a request has leased stays leased until its load has landed, has failed, or is cancelled.
+    """Queues, starts and finishes loads. A request's lease lasts until its load has landed, failed or been cancelled.
 
-    release: called with the request's name then. planner: told how long each batch took.
+    release: called with the request's id then. planner: told how long each batch took.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Loads:
 
     @property
     def queued_pages(self) -> int:
-        """That the bus carries for the next forward, as far as its requests are known; others are there before it."""
+        """Pages that the bus must carry for the next forward, as far as known; earlier loads land before these."""
         return sum(len(load.store_slots) for load in self._queued)
 
     def queue(self, load: Load) -> None:
@@ -76,7 +76,7 @@ class Loads:
         return index
 
     def finish(self, index: int, reader: Stream) -> bool:
-        """Whether batch `index` is restored for all that `reader` does from now on; nothing waits for it here."""
+        """Let later work of `reader` run after batch `index`, without waiting here; whether its loads were issued."""
         if index not in self._started:
             return self._drop_what_was_never_started()
         loads, issued = self._started.pop(index)

@@ -194,7 +194,7 @@ class Publisher:
                 histogram.observe(durations.popleft())
 
     def _inform(self, info: dict[str, str]) -> None:
-        """What it is of; once all is known. A prefetcher may be followed by one of another version."""
+        """Set `hcache_info` once all its labels are known. A new prefetcher may change them: the former go to 0."""
         if info == self._informed or len(info) < len(INFO):
             return
         if self._informed:

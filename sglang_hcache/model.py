@@ -110,10 +110,10 @@ def check_pool(pool: Any, components: set[Any]) -> Pool:
 
 
 def draft_pools(params: Any, spec: Any, pool: Pool) -> tuple[OnePool, ...]:
-    """Those of a draft model, if there is one: each token has the same slot as in the model's own pool.
+    """The pools of a draft model, if there is one: each token has the same slot there as in the model's own pool.
 
-    params: SGLang's for its radix cache. spec: its settings of speculative decoding, some of which it chooses by the
-    model. pool: the model's. Raises `Unsupported`.
+    params: SGLang's radix-cache parameters. spec: its settings of speculative decoding, some of which it derives from
+    the model. pool: the model's own. Raises `Unsupported`.
     """
     if (algorithm := spec.speculative_algorithm) not in _DRAFTING:
         why = f"SGLang drafts by {algorithm} for it, which is not supported yet"

@@ -44,7 +44,7 @@ def page_hash(token_ids: Any, prior_digest: bytes | None, page_size: int | None 
 
 
 def namespace_seed(extra_key: str | None, cache_salt: str | None) -> bytes | None:
-    """What stands for the page before the first one of a prompt that is only shared with its like, as in SGLang."""
+    """The digest before a prompt's first page, which keeps namespaces apart as SGLang does; None if it has none."""
     if extra_key is None and cache_salt is None:
         return None
     digest = hashlib.sha256(b"sglang-cache-namespace-v1")

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def ranks_of_a_node() -> int:
-    """Of one replica; several replicas have one node only."""
+    """How many ranks of one replica are on a node; a server with several replicas runs on one node only."""
     parallel = get_parallel()
     return max(1, int(parallel.tp_size) // int(parallel.nnodes))
 
@@ -50,9 +50,9 @@ def rank_name() -> str:
 
 @contextlib.contextmanager
 def taking_turns(folder: Path) -> Iterator[None]:
-    """Replicas and servers that start at the same time do this one after the other, if they name the same folder.
+    """Replicas and servers that name the same folder run the body one after the other, not at the same time.
 
-    A collective. Where there is no locking files, or another hangs, they do it together.
+    A collective. Where files cannot be locked, or the holder of the lock hangs, the body runs without it.
     """
     with contextlib.ExitStack() as stack:
         if get_parallel().tp_rank == 0:

@@ -73,7 +73,7 @@ def before_release_request(_wrapper: object, rid: str) -> None:
 
 
 def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any, result: Any) -> Any:
-    """Where requests are sorted by what they find, SGLang looks up all of a prompt, be it usable or not."""
+    """Look up the usable part of a prompt only: to sort requests by their hits, SGLang looks up all of it."""
     usable = max(0, usable_tokens(req, len(req.origin_input_ids) + len(req.output_ids)) - key.is_bigram)
     match = partial(original, wrapper, key if len(key) <= usable else key[:usable], req, result)
     if admission is None:
@@ -83,7 +83,7 @@ def around_match(original: Callable[..., Any], wrapper: Any, key: Any, req: Any,
 
 
 def around_names(original: Callable[..., Names], wrapper: Any, key: Any, result: Any, on_device: int) -> Names:
-    """Where it is called for a request that waits, pages are hashed once."""
+    """Hash the pages of a waiting request once, instead of at every lookup."""
     hash_pages = partial(original, wrapper, key, result, on_device)
     if admission is None:
         return hash_pages()
@@ -91,7 +91,7 @@ def around_names(original: Callable[..., Names], wrapper: Any, key: Any, result:
 
 
 def around_sync(original: Callable[..., int], wrapper: Any, lengths: Sequence[int], **others: Any) -> int:
-    """SGLang has ranks intersect sets of lengths, element by element; of ranges, their ends are enough."""
+    """SGLang intersects the ranks' sets of lengths element by element; for ranges, the least end is enough."""
     if not isinstance(lengths, range):
         return original(wrapper, lengths, **others)
     common = torch.tensor([lengths.stop - 1], dtype=torch.int)
@@ -106,7 +106,7 @@ def before_offload_node(wrapper: Any, node_id: Any, _transfers: object) -> None:
 
 
 def around_check_events(original: Callable[..., None], cache: Any) -> None:
-    """SGLang has ranks agree in each step on what is offloaded; here that is all it has offered so far, on each."""
+    """Skip the ranks' agreement in each step on what is offloaded: here, that is all that SGLang has offered."""
     wrapper = cache.linker
     if linker is None or wrapper is None:
         original(cache)
@@ -116,9 +116,9 @@ def around_check_events(original: Callable[..., None], cache: Any) -> None:
 
 
 def before_release_req(*, req: Any, tree_cache: Any, **_others: object) -> None:
-    """Memory is short, or the engine pauses: SGLang frees what a running request has computed, and queues it again.
+    """Save what a running request has computed before SGLang frees it, for lack of memory or to pause the engine.
 
-    Or it aborts the request: of that, nothing is kept.
+    SGLang queues the request again. Of a request that it aborts, nothing is kept.
     """
     if admission is not None and req.to_finish is None:
         admission.retracted(tree_cache, req)
@@ -170,7 +170,7 @@ def after_weights_changed(_result: object, _updater: object, *_args: object, **_
 
 
 def after_weights_from_disk(result: tuple[bool, str], _updater: object, *_args: object, **_kwargs: object) -> None:
-    """Where loading fails, SGLang loads again; but by then it takes the new ones for the former ones."""
+    """If loading fails, SGLang means to restore the former weights but reads the new path: they may have changed."""
     succeeded, message = result
     if linker is not None and (succeeded or message.startswith("Failed to update weights")):
         linker.weights_changed()

@@ -18,10 +18,10 @@ Positions = npt.NDArray[np.int32]  # [slots, page_tokens], of a store's pages
 
 
 def least_slots(window_tokens: int, page_tokens: int, forward_tokens: int) -> int:
-    """Slots of such layers with which SGLang admits every hit in the end; with fewer it may wait for ever.
+    """The fewest slots of windowed layers with which SGLang admits every hit in the end, rather than wait for ever.
 
-    It reserves a window for what is restored (as for new tokens and their answer) beside the one that the prefix on
-    the device keeps locked, and what a forward writes beyond a window (`SWAPrefillBudget.check_prefill`).
+    The prefix on the device keeps one window locked; `SWAPrefillBudget.check_prefill` reserves another for what is
+    restored, a third for new tokens and their answer, and what a forward writes beyond a window.
     """
     return 3 * window_tokens + page_tokens + max(0, forward_tokens - window_tokens) + 1
 
@@ -32,9 +32,9 @@ def note(positions: Positions, slot: int, *, windowed: bool) -> None:
 
 
 def ends(positions: Positions, slots: Sequence[int], window_pages: int) -> list[int]:
-    """Where a prefix of the pages in these slots may end: after so many, of which the last have windowed layers.
+    """After how many of these pages a prefix may end: wherever the last `window_pages` have their windowed layers.
 
-    Fewer pages than a window have all: what is before them is in the device pool.
+    Where there are fewer pages than that, all of them must: the rest of the window is in the device pool.
     """
     there = positions[list(slots), 0] != _MISSING
     lengths = np.arange(1, len(there) + 1)
@@ -44,7 +44,7 @@ def ends(positions: Positions, slots: Sequence[int], window_pages: int) -> list[
 
 
 def up_to(found: list[int], pages: int) -> list[int]:
-    """Of the ends that were found those up to so many pages, and the next one where it is nearer than the last."""
+    """The ends up to `pages`, and the next one if that is nearer to `pages` than the last of them."""
     count = bisect_right(found, pages)
     last = found[count - 1] if count else 0
     next_is_nearer = count < len(found) and found[count] - pages < pages - last

@@ -34,14 +34,14 @@ class Arena:
 
     A slot is free, open (whoever reserved it fills it) or cached (it holds a page). A cached slot can be leased,
     by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
-    Whoever uses a page uses all pages before it, so a page goes after those that follow it, and `_queue` has those
-    that no other follows. One that is dirty is as good as gone to the page before it, and so is, from its turn on,
-    one that is leased. Not thread-safe; no call blocks, and all but `resize`, `evict_all` and
-    `check` take microseconds.
+    Using a page means using all pages before it, so a page is evicted after those that follow it: `_queue` holds
+    the listed pages that no listed page follows. Listed are evictable pages, and those leased since, until their turn
+    comes; a page that is not listed, as a dirty one, does not hold back the page before it. Not thread-safe; no call
+    blocks, and all but `resize`, `evict_all` and `check` take microseconds.
 
     `memory`: uint8 [slots or more, record_bytes], rows aligned to pages of memory. `slots`: how many of them are in
-    use. Slots behind these, where there were more, are in no state but for those that are still open, or hold a page
-    that is leased or dirty: such a page cannot be found any more, and is gone once it is neither.
+    use. Slots that `resize` has cut off have no state, except those that are still open or hold a page that is leased
+    or dirty: such a page can no longer be found, and is gone once it is neither.
     """
 
     def __init__(self, slots: int, record_bytes: int, region: mmap.mmap | None = None) -> None:
@@ -214,9 +214,9 @@ class Arena:
         return backing
 
     def backed_by(self, backing: Backing, first: int, end: int) -> list[tuple[int, int, bytes]]:
-        """Of the pages in slots `first` to `end` - 1 that have this behind them: when each came, its slot and key.
+        """The pages in slots `first` to `end` - 1 with this backing: last use, slot and key of each.
 
-        When is a number: that of a page that came, or was used, later is greater.
+        Last use is a tick of a logical clock: the later a page was stored or used, the greater.
         """
         return [
             (self._used_at[slot], slot, self._key_of[slot])
@@ -282,7 +282,7 @@ class Arena:
             self._list(slot)
 
     def _list(self, slot: int) -> None:
-        """The page before this one goes after it."""
+        """List the page: from now on the page before it is evicted only after it."""
         self._listed[slot] = True
         parent = self._parent_of[slot]
         others = self._followers.get(parent)
@@ -293,7 +293,7 @@ class Arena:
             self._queue.append(slot)
 
     def _unlist(self, slot: int) -> None:
-        """The page before this one need not wait for it any more; if it waits for no other, its turn is now."""
+        """Unlist the page: the page before it no longer waits for it, and is queued if it waits for no other."""
         self._listed[slot] = False
         self._queue.discard(slot)
         parent = self._parent_of[slot]
@@ -312,7 +312,7 @@ class Arena:
             self._queue.push(before)
 
     def _next_to_go(self) -> int:
-        """A page that can be evicted, of which there are some."""
+        """The slot to evict next. Some slot must be evictable."""
         while (slot := self._queue.first()) is not None:
             if self._is_evictable(slot):
                 return slot

@@ -10,15 +10,15 @@ from sglang_hcache.storage.layout import ChunkLayout, Record
 
 Stats = dict[str, int | float | str | list[dict[str, int | str]]]
 
-AGEING = 0.5  # waiting requests are read for by ascending read_s + AGEING · arrival_s: none waits for ever
+AGEING = 0.5  # waiting requests are served by ascending read_s + AGEING · arrival_s, so that none starves
 TURN = 10**13  # of microseconds: outweighs arrivals that are months apart
 MOST_TURNS = 10**5  # either way, so that a priority fits in 64 bits
 
 
 def as_priority(read_s: float = 0.0, *, arrived_at: float = 0.0, turn: int = 0) -> int:
-    """For `prefetch`, the same scale for all who share a store: seconds of reading, and Unix time of a request.
+    """A priority for `prefetch`, lower is earlier, on one scale for all who share a store.
 
-    turn: who has a lower one comes first in any case.
+    read_s: seconds of reading. arrived_at: Unix time of the request. turn: a lower one comes first in any case.
     """
     return int(1e6 * (read_s + AGEING * arrived_at)) + TURN * max(-MOST_TURNS, min(turn, MOST_TURNS))
 
@@ -36,16 +36,16 @@ class Progress(NamedTuple):
 
     slots: tuple[int, ...]  # of the leading pages that are there; leased until `release`
     done: bool  # no more will come
-    known: bool = True  # those in memory are counted, as far as they lead: what is not must be read
+    known: bool = True  # whether `slots` counts all leading pages in memory: the others must be read
 
 
 class ChunkStore(Protocol):
     """Pages by key (32 bytes), as records in slots of host memory, with files behind it.
 
     Users: savers (`reserve`, `abandon`, `commit`), the prefetch queue (`prefetch` to `release`), and restore, which
-    reads leased slots. Every method may be called from any thread, but those that name an owner only from one
-    thread an owner. No method raises for what a disk or another process does; a page that cannot be had whole is not
-    there. None may be called after `close`.
+    reads leased slots. Every method may be called from any thread, but all calls that name one owner must come from
+    a single thread. No method raises for what a disk or another process does; a page that cannot be had whole counts
+    as missing. None may be called after `close`.
     """
 
     @property
@@ -97,10 +97,10 @@ class ChunkStore(Protocol):
     ) -> None:
         """Get the longest leading run of `keys` that can be had into memory, and lease it to `owner`.
 
-        Pages that are only on file are read and verified in the background, lower priority first: that is `priority`
-        and `page_priority` for each page to read. Where too much is leased already, it waits for its turn, and so do
-        those after it that are no more urgent and need slots. A new prefetch replaces the owner's former one; what is
-        in both stays in place. Does not block on I/O.
+        Pages that are only on file are read and verified in the background, lowest priority value first: `priority`
+        plus `page_priority` for each page to read. If too much is leased already, the prefetch waits for its turn, as
+        do later ones that need slots and are no more urgent. A new prefetch replaces the owner's former one; pages in
+        both stay in place. Does not block on I/O.
         """
         ...
 
@@ -109,7 +109,7 @@ class ChunkStore(Protocol):
         ...
 
     def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
-        """`progress`, once it is done, or known, or the time is up."""
+        """Wait until the prefetch is done (`until_known`: known) or the time is up; returns its progress."""
         ...
 
     def took_s(self, owner: str) -> float:
@@ -139,6 +139,6 @@ class ChunkStore(Protocol):
     def close(self) -> bool | None:
         """Write what is waiting, and close everything, within a bounded time. A second call does nothing.
 
-        False where something hangs that may still touch `memory`: who gave that memory must leave it.
+        False if something hangs that may still access `memory`: whoever provided the memory must not free it.
         """
         ...

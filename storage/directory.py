@@ -126,9 +126,9 @@ class Directory:
         return damaged is None
 
     def write(self, pages: Sequence[tuple[bytes, Record]], keep: Keep = list) -> None:
-        """Write sealed records and name them in the index; durable on return, and not named where it raises.
+        """Write sealed records and name them in the index; durable on return. If it raises, none is named.
 
-        With a quota the first of them may be named where it raises, and pages that are not in `keep` evicted.
+        With a quota, pages that are not in `keep` may be evicted, and if it raises, the first records may be named.
         """
         at_once = len(pages) if self._evictor is None else self._segments.segment_records
         for start in range(0, len(pages), max(1, at_once)):
@@ -154,7 +154,7 @@ class Directory:
         self._segments.give_up_full()
 
     def rest(self) -> None:
-        """To be called often: after IDLE_S without a write others may write, and evict, what was written here."""
+        """Call often: after IDLE_S without a write, release our segments: others may then write and evict there."""
         if self._wrote_at is not None and time.monotonic() - self._wrote_at > IDLE_S:
             self._wrote_at = None
             self._segments.give_up_writing()
@@ -170,7 +170,7 @@ class Directory:
         return self._index.condemned
 
     def recover(self) -> None:
-        """After a failure: use again what failed writes have left, and what was put back by whoever mended it."""
+        """Resume after a failure: use records that failed writes have left, and files that somebody has put back."""
         with suppress(OSError):  # whether the disk works is found out below
             self._segments.give_up_writing()
         make_private(self._segments.path)
@@ -231,8 +231,8 @@ class Directory:
         self._wrote_at = time.monotonic()
 
     def _drop_lost(self) -> Used:
-        """Drop entries of records that are not there; the records that were named before."""
-        # The index first: who writes meanwhile makes a file longer before it names what is in it.
+        """Delete entries whose records are missing; returns the records that were named before."""
+        # Read the index before the lengths: a writer extends a file before it names records in it.
         used = self._index.used(self._fingerprint)
         lengths = self._segments.lengths()
         if all(max(used.of(segment)) < lengths.get(segment, 0) for segment in used.slots):
@@ -250,9 +250,9 @@ class Directory:
         return used
 
     def _rebuild(self) -> None:
-        """List also the pages whose headers hold. Whether their payloads do is verified on reading, as always.
+        """Add the pages with sound headers to the index. Their payloads are verified on reading, as always.
 
-        A disk that fails meanwhile ends it: records that are not listed are free, and would be written over.
+        A disk error ends the rebuild: records that are not listed count as free, and would be overwritten.
         """
         lengths = self._segments.lengths()
         found: dict[bytes, Entry] = {}
@@ -298,7 +298,7 @@ def open_shared(path: Path, damage: Damage) -> int:
 
 
 def seal_if_last(path: Path, lock: int, index: Index) -> None:
-    """Whoever is the last to let go of the directory's lock spares the next one the check of a good, closed index."""
+    """If nobody else holds the directory's lock, seal a sound, closed index: the next opening need not check it."""
     if index.sound and is_still(path / "hcache.lock", lock) and try_lock(lock, exclusive=True):
         seal_closed(path / "index")
 

@@ -71,9 +71,9 @@ class Evictor:
                 self._segments.grow()
 
     def shrink(self) -> None:
-        """Evict until the quota is kept, as far as other processes let it; before any segment is held.
+        """Evict until the quota is kept, as far as other processes allow; call it before any segment is held.
 
-        Where another one evicts for long, reading need not wait for it: `make_room` sees to the quota.
+        If another process evicts for long, give up rather than delay reads: `make_room` enforces the quota later.
         """
         try:
             with evicting(self._path):
@@ -114,9 +114,9 @@ class Evictor:
         self._sweep(reuse)
 
     def _choose(self, own: Table, others: Sequence[Index] | None, wanted: int, keep: Keep) -> list[Places]:
-        """What to evict for so many bytes, of this directory and then of each other: names and places.
+        """Choose what to evict to free `wanted` bytes: names and places, of this directory, then of each sibling.
 
-        Of this one alone where the others are not known, or cannot be read.
+        Only of this directory if the siblings are unknown or cannot be read.
         """
         tables: list[Table] | None = None
         try:
@@ -144,7 +144,7 @@ class Evictor:
 
 @contextmanager
 def _in_turn() -> Iterator[None]:
-    """The pages of all directories take their memory once, however many directories are full at the same time."""
+    """Let one full directory choose at a time: the tables of all pages, which are large, exist only once."""
     mine = _turn.acquire(timeout=TURN_S)
     try:
         yield

@@ -98,7 +98,7 @@ class Fetches:
         self._queues = defaultdict[Files, _Queue](lambda: _Queue(threading.Condition(lock)))
         self._order = itertools.count()
         self._waiting_room: list[Fetch] = []  # sorted by turn: exactly those that are not admitted
-        self._refused: Need | None = None  # of the first of them, as of when it did not fit: no more than it is now
+        self._refused: Need | None = None  # the first one's when it last did not fit: a lower bound of its need now
         self._closed = False
         self.changed: set[str] = set()
         self.hits_host = 0
@@ -173,7 +173,7 @@ class Fetches:
     def finish_read(self, read: Read, *, sound: bool) -> None:
         del self._reads[read.key]
         cached = self._arena.slot_of(read.key)
-        # Committed in the meantime, or not to be had, or read into a slot that is in use no more.
+        # The page was committed meanwhile or could not be read, or `resize` has cut off its slot.
         if cached is not None or not sound or read.slot >= self._arena.slots:
             self._arena.abandon(read.slot)
         else:
@@ -235,7 +235,7 @@ class Fetches:
         return Need(fetch, leases, {key for key, slot in slots.items() if slot is None})
 
     def _must_queue(self, fetch: Fetch) -> bool:
-        """Whether it does not fit now, or would take what somebody waits for who is no less urgent."""
+        """Whether it does not fit now, or would take slots that a waiting fetch, no less urgent, needs."""
         need = self._need(fetch)
         behind = self._waiting_room and self._waiting_room[0].priority <= fetch.priority
         return self._must_wait(need) or bool(behind and need.leases)
@@ -250,7 +250,7 @@ class Fetches:
         return self._arena.dirty > 0 and enough > self._arena.available
 
     def _lease_cached(self, fetch: Fetch) -> list[int]:
-        """Lease what is in memory, as far as room goes, and end the run there; the pages of it still to be read."""
+        """Lease the pages in memory and cut the run where room ends; returns the positions of pages to be read."""
         room, to_read = self._room(), list[int]()
         for index, key in enumerate(fetch.keys):
             slot = self._arena.slot_of(key)

@@ -61,9 +61,9 @@ def prepare(path: Path, damage: Damage) -> None:
 
 
 def _write_over(data: Path, seal: Path, damage: Damage) -> str | None:
-    """Replace the index by what `copy_checked` makes of it in memory, without more of the disk.
+    """Replace the index by a checked copy that is made in memory, so that it needs no more space on disk.
 
-    What is interrupted is found unreadable the next time. The file stays as long as it is, for the index to grow.
+    If this is interrupted, the next check finds it unreadable. The file keeps its length, for the index to grow.
     """
     with open(os.memfd_create("hcache-index"), "rb") as copy:
         reason = copy_checked(data, Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}"), damage)

@@ -26,9 +26,9 @@ SLACK = 1 << 20  # for the index to grow
 class Quota:
     """`limit`: bytes on disk that a directory's segments, of all fingerprints, and its index may take.
 
-    `wanted`: the limit; None for most of what they take and what is free when the directory is opened: all but a
-    tenth, a twentieth of the file system, or 10 GB, whichever is most; but a quarter at least. `sharers`: how many
-    directories share what is free. Raises ValueError where `wanted` does not hold a few pages of `record_bytes`.
+    `wanted`: the limit; None to derive it, when the directory is opened, from what they take plus what is free: all
+    but a tenth, a twentieth of the file system, or 10 GB, whichever is most; but a quarter at least. `sharers`: how
+    many directories share what is free. Raises ValueError where `wanted` does not hold a few pages of `record_bytes`.
     """
 
     def __init__(self, path: Path, wanted: int | None, record_bytes: int, sharers: int = 1) -> None:
@@ -96,7 +96,7 @@ def bytes_on_disk(path: Path) -> int:
 
 
 def folders_in(path: Path) -> list[Path]:
-    """Of a directory; empty where there is no such directory."""
+    """The folders in a directory; [] if it does not exist."""
     try:
         return [Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def bytes_below(folder: Path) -> int:
 
 
 def is_busy(file: Path) -> bool:
-    """Whether some process writes the segment, or it is none."""
+    """Whether some process writes the segment, or the file is missing or not a regular one."""
     writer = SegmentWriter.adopt(file, 1)
     if writer is None:
         return True

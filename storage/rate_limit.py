@@ -7,9 +7,9 @@ import time
 
 
 class RateLimit:
-    """At most `bytes_per_s` over any longer while, for all who share the object. Thread-safe.
+    """Limits reads to `bytes_per_s`, averaged over any longer time, for all who share the object. Thread-safe.
 
-    Who holds `turn` from choosing what to read until `take` has returned chooses as late as can be.
+    Hold `turn` from choosing what to read until `take` returns: the choice is then made as late as possible.
     """
 
     def __init__(self, bytes_per_s: float) -> None:

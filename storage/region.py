@@ -83,9 +83,9 @@ class Region:
         self.size = size
 
     def settle(self, used_behind: Callable[[], bool]) -> None:
-        """After `create` and `resize`: in the background, take what memory counts and give back what lies behind it.
+        """Start a thread that allocates the bytes that count, then frees those behind them; call it after `resize`.
 
-        The latter as soon as `used_behind`, called from another thread, says that nobody uses it.
+        The thread frees them once `used_behind`, which it polls, returns False. `create` calls `settle` itself.
         """
         self._end_settling()
         self._stop.clear()

@@ -96,9 +96,9 @@ class Segments:
         return True
 
     def look_up(self, used: Used) -> int:
-        """See which records are free; how many bytes that returns to the disk, of segments that lack some already.
+        """Find the free records of all held segments; returns the bytes that this frees on disk, in sparse ones.
 
-        `used` is as of a time since the segments were taken, and no page is placed.
+        `used` must have been read after the segments were taken, and no page may have been placed since.
         """
         return sum(held.look_up(used.of(held.writer.name)) for held in self._held)
 

@@ -252,7 +252,7 @@ class LocalStore:
             return self._writer.flush(timeout_s)
 
     def drain(self) -> int:
-        """Have all pages written that may be, whatever the policy; how many still wait for that. Does not block."""
+        """Start writing the backlog, whatever the policy; returns how many pages are unwritten. Does not block."""
         with self._lock:
             return self._writer.drain()
 

@@ -1,6 +1,6 @@
-"""Takes the disk's space from records that no page needs: what files take beyond what the index names.
+"""Frees disk space that no page needs: what segment files take beyond the records that the index names.
 
-A segment is locked first and looked up in the index then: who wrote it named its records before letting go of it.
+A segment is locked before it is looked up in the index: its writer names its records before it releases the lock.
 """
 
 from __future__ import annotations

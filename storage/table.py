@@ -19,7 +19,7 @@ Places = list[tuple[bytes, tuple[str, int]]]  # names, and where these pages lie
 
 
 def starts_of(keys: Iterable[bytes]) -> npt.NDArray[np.uint64]:
-    """Of pages' keys, as much as an entry has of its parent's."""
+    """The first PARENT_BYTES of each key, as much as an entry stores of its parent's key."""
     return np.frombuffer(b"".join(key[:PARENT_BYTES] for key in keys), ">u8").astype(np.uint64)
 
 
@@ -126,7 +126,7 @@ class Table:
         return self._entries(range(len(self.names)))
 
     def places(self, chosen: Mask) -> list[Places]:
-        """Of each index those of the chosen pages that it has."""
+        """The names and places of the chosen pages, one list for each index."""
         of_index = (np.flatnonzero(chosen & (self.volume == index)) for index in range(self.index_count))
         return [[(name, entry.place) for name, entry in self._entries(pages)] for pages in of_index]
 

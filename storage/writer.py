@@ -295,7 +295,7 @@ class Writer:
             self._written.notify_all()
 
     def _kept(self, todo: _VolumeQueue) -> list[bytes]:
-        """What waits or is written, what it follows, and what was written since the batch began, or just before."""
+        """Keys to keep: pages queued or in writing, their parents, and pages written since just before the batch."""
         with self._lock:
             keep = todo.keep.copy()
             queued = [page for other in self._by_volume.values() for page in other.queue]

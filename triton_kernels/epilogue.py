@@ -72,7 +72,7 @@ def store_head(
 
 
 def pair_lanes(dim: int) -> int:
-    """Of a tile that holds half a head: a power of two, and as many columns as a product takes at least."""
+    """Columns of a tile that holds half a head: a power of two, and at least the 16 that a product needs."""
     return max(16, int(triton.next_power_of_2(dim // 2)))
 
 

@@ -88,7 +88,7 @@ def _fused_gemm(
 
 
 def takes(projection: Projection) -> bool:
-    """Whether one head is enough to see, and a tile fits K's heads and V's alike."""
+    """Whether no norm spans several heads, and K's heads and V's have the same size."""
     return projection.norm != FULL_NORM and projection.k_dim == projection.v_dim
 
 

@@ -36,9 +36,10 @@ def project_kv(
 
     rows: `[n, width]`, bf16, fp16 or fp32, as is the weight; positions, slots: int64 `[n]`, slots all different.
     k_buffer: `[slots, k_heads, k_dim]`, v_buffer likewise, in the pool's dtype, fp8 as torch's fp8 dtype; values
-    beyond its range saturate; tokens may be apart in rows and buffers, nothing else. fused: run so; None for cuBLAS
-    and a second kernel, on as many rows at a time as `workspace`, `[m, N]` of the rows' dtype, has; if left out, on
-    about PART_ROWS. Raises ValueError for other arguments, and for a form that the projection does not take.
+    beyond its range saturate. In rows and buffers, tokens may have gaps between them; each token's values may not.
+    fused: the fused form to run; None for cuBLAS and a second kernel. workspace: `[m, N]` of the rows' dtype, for
+    cuBLAS to process m rows at a time; by default about PART_ROWS. Raises ValueError for other arguments, and for a
+    form that does not take the projection.
     """
     if not len(rows):
         return

@@ -19,8 +19,8 @@ class Projection:
     all of them (`[k_heads · k_dim]`); eps is added to the mean square. cos_sin: `[positions, rotary_dim]`, cosines
     then sines, as SGLang's rotary modules keep them; the first rotary_dim columns of a K head are turned, paired by
     halves (NeoX) or with their neighbours (GPT-J). K and V are divided by their scales before they are stored.
-    Tensors are contiguous, but rows of
-    the weight may be apart. Raises ValueError where shapes do not fit together, or tensors are not so.
+    All tensors are contiguous, except that the weight's rows may have gaps between them. Raises ValueError if shapes
+    do not fit together, or tensors are not contiguous.
     """
 
     weight: torch.Tensor

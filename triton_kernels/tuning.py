@@ -70,7 +70,7 @@ def choose(shape: Shape, tokens: int, capability: int) -> Fused | None:
 
 @functools.cache
 def _table() -> dict[tuple[int, Shape], list[tuple[int, Fused | None]]]:
-    """Of each GPU and shape: up to so many tokens, this form."""
+    """For each GPU and shape, the fastest forms, each with the number of tokens up to which it serves."""
     if not TABLE.exists():
         return {}
     return {

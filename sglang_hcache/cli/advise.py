@@ -229,7 +229,7 @@ def advise(
 
 
 def weights(shape: ModelShape, device_bytes: float, offloaded: float) -> dict[str, Any]:
-    """What the GPUs are to hold of the model, what they can, whether that will do, and what is left for a KV pool."""
+    """Bytes of weights that the GPUs must hold, their memory, whether it suffices, and what the KV pool can have."""
     needed = shape.weight_bytes - offloaded * shape.layers * shape.layer_weight_bytes
     return {
         "bytes": int(needed),

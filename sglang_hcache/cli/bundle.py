@@ -55,10 +55,10 @@ class BundleDamaged(Exception):
 
 
 def write_bundle(path: Path, models: Sequence[tuple[Model, Iterable[Record]]]) -> list[Model]:
-    """Write a whole file or none, private to the user; of models with as many pages as there were records.
+    """Write the file as a whole or not at all, private to the user, and return the models in it.
 
-    Those without any are left out; what is in the file is returned. `pages` of the given ones is the most there may
-    be. Raises OSError, which may name a file beside it.
+    A given model's `pages` is an upper limit; the file states how many records there were. Models without records are
+    left out, and without any model no file is written. Raises OSError, which may name the temporary file beside it.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():

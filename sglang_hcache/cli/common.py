@@ -171,7 +171,7 @@ def read_table(path: Path, damage: Damage) -> Table:
 
 
 def require_owner(paths: Sequence[Path]) -> None:
-    """What this user writes there can be opened by whoever has written what is there."""
+    """Raises CommandFailed if another user owns a cache: their server could not open what this user writes."""
     for path in paths:
         if owner := other_owner(path):
             raise CommandFailed(
@@ -221,7 +221,7 @@ def alone(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Hold the directory's lock; whether nobody else does: nobody opens it meanwhile, then."""
+    """Hold the directory's lock, and yield whether it is exclusive: then no other process can open the directory."""
     with ExitStack() as gate:
         gate.enter_context(opening(path))
         fd = _open_lock(path)
@@ -236,9 +236,10 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> int:
-    """As it is; where there is none, a new one that the server can open, too.
+    """Open the lock file; if there is none, create one that the server can open, too.
 
-    To write, as an exclusive lock asks for on NFS; but to read on a file system that a failing drive left read-only.
+    It is opened for writing, which an exclusive lock needs on NFS, or for reading if the file system is read-only, as
+    a failing drive leaves it.
     """
     name, flags = path / "hcache.lock", os.O_CLOEXEC | os.O_NOFOLLOW
     with suppress(FileNotFoundError):

@@ -165,9 +165,9 @@ def check(path: Path, *, repair: bool) -> Report:
 
 
 def _layout(folder: Path, size: Size | None) -> ChunkLayout | None:
-    """How the pages lie; None where that is not certain: by another layout none of them would be whole.
+    """Return the layout of the pages; None if it is uncertain, as with a wrong one all pages would seem damaged.
 
-    size: what the index says of a page, if it does.
+    size: a page's size according to the index, if it states one.
     """
     about = read_about(folder)
     layout = about.layout if about.verified else None

@@ -128,7 +128,7 @@ def _print(one: dict[str, Any], does: str) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be deleted of a directory, and of the pages in others that come after it."""
+    """What to delete in one directory, and of the pages in the others that follow on its pages."""
 
     table: Table
     victims: Mask
@@ -271,9 +271,9 @@ def _orphans(table: Table) -> Mask:
 
 
 def _unused(table: Table, older_than: int | None) -> Mask:
-    """Pages that were not used for so long, nor any after them; those in other directories have their turn.
+    """Select the first directory's pages that, like all pages after them, were last used over `older_than` s ago.
 
-    Who uses a page uses all before it, but nobody asks the tier for those that the KV pool has.
+    Using a page also uses all before it, but their last use may not show it: the KV pool may have served them.
     """
     if older_than is None:
         return np.zeros(len(table.names), np.bool_)
@@ -283,9 +283,10 @@ def _unused(table: Table, older_than: int | None) -> Mask:
 
 
 def _of_prompt(table: Table, prompt: Prompt, leaving: Mask, with_shared: bool) -> tuple[Mask, Mask]:
-    """What is to go of a prompt, in all directories, and its pages that stay: other prompts follow on them.
+    """Select a prompt's pages to delete, in all directories, and those to keep, as other prompts continue them.
 
-    All that follows its last whole page goes: its own end is in there. No page is shared for what is `leaving`.
+    All that follows its last whole page is deleted, as that contains the prompt's end. Pages that are `leaving`
+    anyway do not count as another prompt's.
     """
     leading, after = (np.zeros(len(table.names), np.bool_) for _ in range(2))
     for group, fingerprint in enumerate(table.fingerprints):

@@ -76,7 +76,7 @@ def _so_far(stored: int) -> str:
 
 
 def _require_layouts(models: Sequence[Model], directories: Sequence[Path]) -> None:
-    """Pages of a model are stored as those that are there: others would take their place."""
+    """Raises CommandFailed if a directory has a model's pages in another or unknown layout: they would be lost."""
     for model, directory in itertools.product(models, directories):
         folder = folder_of(directory, bytes.fromhex(model.fingerprint))
         known = read_about(folder).layout

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace]:
-    """The command, of which alone the module is imported, and what it is called with."""
+    """Return the command's `run` and its parsed arguments. Only that command's module is imported."""
     parser = argparse.ArgumentParser(
         prog="hcache", description="Inspect and manage what sglang-hcache stores, and run its prefetcher."
     )

@@ -42,7 +42,7 @@ class Prompt:
         self._seed = seed
 
     def keys(self, page_tokens: int) -> tuple[list[bytes], list[bytes]]:
-        """Of its whole pages, in order; and as they are called with a draft model, where a hash is of bigrams."""
+        """Keys of its whole pages, in order: those without a draft model, and those with one, which hash bigrams."""
         return self._keys(self.tokens, page_tokens), self._keys(_Bigrams(self.tokens), page_tokens)
 
     def _keys(self, tokens: list[int] | _Bigrams, page_tokens: int) -> list[bytes]:

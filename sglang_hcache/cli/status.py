@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _look_elsewhere(name: str, arguments: argparse.Namespace) -> None:
-    """Where none is found. Raises CommandFailed, unless nothing is what was waited for."""
+    """No prefetcher was found. Raises CommandFailed, unless the user waits and none can be running elsewhere."""
     directories: Sequence[Path] = arguments.dir
     none = f"no prefetcher runs for {', '.join(map(str, directories))} (it would be at {endpoint_named(name).socket})"
     for path in directories:

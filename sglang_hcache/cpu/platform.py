@@ -17,9 +17,9 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 
 def activate() -> str | None:
-    """Entry point of group `sglang.srt.platforms`: a class, or None where an accelerator is found.
+    """Entry point of group `sglang.srt.platforms`: the name of a class, or None.
 
-    Nor is it for those who ask for SGLang's own CPU engine.
+    None is returned if there is an accelerator, or if the user asks for SGLang's own CPU engine.
     """
     if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None

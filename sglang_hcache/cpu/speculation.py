@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_pytorch() -> None:
-    """SGLang asks its platform for `slots_of`; the others take the place of functions where they are called."""
+    """Replace functions in the SGLang modules that call them, but not `slots_of`: SGLang asks its platform for it."""
     from sglang.srt.mem_cache import allocation, memory_pool
     from sglang.srt.speculative import draft_utils, eagle_utils, eagle_worker_common
 
@@ -136,7 +136,7 @@ def _give_slots(
 def _move_nothing(
     _pointers: torch.Tensor, _strides: torch.Tensor, to: torch.Tensor, of: torch.Tensor, *_: Any
 ) -> None:
-    """Of a chain nothing is moved; a slot to itself, to warm up."""
+    """Accept only moves of slots to themselves, as in a warm-up: a chain's K and V are in place already."""
     if not torch.equal(to, of):
         raise ValueError("on a CPU, K and V are not moved")
 

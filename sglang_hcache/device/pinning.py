@@ -46,7 +46,7 @@ class PinnedMemory:
 
 
 def _forget_error() -> None:
-    """CUDA reports a failed call once more to whoever launches a kernel next: let that be a kernel of nobody."""
+    """Launch a kernel to consume the error: CUDA reports a failed call again at the next launch, whoever makes it."""
     try:
         torch.ones(1, device="cuda")
     except RuntimeError as error:

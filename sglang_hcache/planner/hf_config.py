@@ -18,7 +18,7 @@ _PLAIN_MLP = {
 _UNEQUAL_LAYERS = ("gemma3n", "gemma4", "llama4")
 _ATTENTION = {"full_attention", "attention", "sliding_attention", "chunked_attention"}  # as layers are called
 _LINEAR_MODELS = ("mamba", "falcon_mamba", "rwkv", "bailing_hybrid", "bailing_moe_linear")
-# Of models some of whose layers have no attention, or more than that; they need not name each layer's type.
+# Fields of models in which some layers have no attention, or more than that; their configs may lack layer types.
 _LINEAR_FIELDS = (
     *("full_attention_interval", "linear_num_key_heads", "linear_attn_config", "hybrid_override_pattern"),
     *("attn_layer_period", "attn_layer_indices", "mamba_d_ssm"),
@@ -82,9 +82,9 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def why_not_hidden(config: Mapping[str, Any]) -> str:
-    """Why a server stores K and V of this model, whatever is smaller; empty where it may store hidden states.
+    """Say why a server must store K and V of this model, whatever their size; empty if hidden states are possible.
 
-    A rotation is given for all layers, or for each type of them.
+    A config has one set of RoPE parameters for all layers, or one for each layer type.
     """
     config = _completed(_text_part(_completed(config)))
     found = [config.get(name) for name in ("rope_scaling", "rope_parameters")]
@@ -139,7 +139,7 @@ def _windows(config: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int
 
 
 def _weight_bits(config: Mapping[str, Any]) -> float:
-    """Of a parameter of quantised layers, the largest where they differ, without scales; 0 if none are."""
+    """Bits per quantised parameter, the most if they differ; 0 if none is. Only `_QUANTIZED_BITS` includes scales."""
     quantized = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(quantized, Mapping):
         return 0.0
@@ -175,7 +175,7 @@ def _latent(config: Mapping[str, Any]) -> Latent | None:
 
 
 def _mlp(config: Mapping[str, Any], model_type: str, hidden_size: int) -> tuple[int, int, int]:
-    """Experts, those a token passes, and the intermediate size of one; shared ones count as so many of that size."""
+    """Return all experts, those active for a token, and an expert's size; shared ones count in units of that size."""
     dense = _optional(config, "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
     if not dense and "mlp_hidden_size" in config:
         dense = _size(config, "mlp_hidden_size") // 2  # gate and value together

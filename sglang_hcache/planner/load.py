@@ -1,4 +1,4 @@
-"""What of a hit is restored: its first pages, so many that the copies and the prefill of the rest end together."""
+"""Plans how many of a hit's first pages to restore, so that their copies and the rest's prefill end together."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def plan_load(costs: Costs, layout: Layout, hit: Hit, *, least_pages: int = 0) -
 def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float = 0.0) -> LoadPlan | None:
     """Which leading pages of a hit to prefill while drives read the pages behind them; None where that gains nothing.
 
-    The engine works from the first page on and the drives on the rest, so that both are done at the same time (Cake,
-    arXiv 2410.03065); then the rest is restored, as far as that pays. Leading pages in host memory are not prefilled
-    but restored as well. `hit.start_s` must be all that the engine has to do before. `in_vain_s`: of reading the
-    first pages, which has begun and goes on.
+    The engine prefills from the first page on while the drives read the rest, such that both end at the same time
+    (Cake, arXiv 2410.03065); then the rest is restored, as far as that pays. Leading pages in host memory are
+    restored instead of prefilled. `hit.start_s` must cover all work that the engine does first. `in_vain_s`: the time
+    that drives still spend on the first pages, because reading them has begun and goes on.
     """
     behind = replace(hit, lower_queue_s=hit.lower_queue_s + in_vain_s)
     first, last = hit.host_pages + 1, hit.pages - 1
@@ -64,7 +64,7 @@ def plan_head_start(costs: Costs, layout: Layout, hit: Hit, *, in_vain_s: float 
 
 
 def _head_start_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
-    """To the first token, with a head start of so many pages."""
+    """Seconds to the first token with a head start of `pages` pages."""
     tokens = pages * hit.page_tokens
     rest = Hit(
         hit.page_tokens,
@@ -77,14 +77,14 @@ def _head_start_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
 
 
 def _head_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
-    """Until the first `pages` are on the device; those of them that are in host memory are restored."""
+    """Seconds until the first `pages` are on the device; those in host memory are restored as far as that pays."""
     new_tokens = (pages - hit.host_pages) * hit.page_tokens
     head = Hit(hit.page_tokens, hit.host_pages, new_tokens=new_tokens, device_tokens=hit.device_tokens)
     return hit.start_s + plan_load(costs, layout, head).seconds
 
 
 def _read_behind_s(costs: Costs, layout: Layout, hit: Hit, pages: int) -> float:
-    """Until the pages after the first `pages` are in host memory."""
+    """Seconds until the pages after the first `pages` are in host memory."""
     tail = Hit(hit.page_tokens, 0, hit.pages - pages, lower_queue_s=hit.lower_queue_s)
     counts = (layout.none, layout.hidden, layout.kv)
     return float(waits(costs, counts, tail, Basis.of(tail, tail.pages * hit.page_tokens)))

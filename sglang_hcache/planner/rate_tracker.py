@@ -35,8 +35,8 @@ PROBE_PAGES = 4
 class _Probe:
     """When to try a tier again that plans have not used."""
 
-    plans_since: int = 0  # the last measurement, of those that could have made one
-    after: int = PROBE_EVERY  # so many
+    plans_since: int = 0  # plans that could have used the tier, since it was last measured
+    after: int = PROBE_EVERY  # the tier is tried after so many of them
 
     def measured(self, *, as_before: bool) -> None:
         probed = self.plans_since >= self.after
@@ -104,7 +104,7 @@ class RateTracker:
         )
 
     def trial_pages(self, host_pages: int, *, again: bool = False) -> int:
-        """To restore in any case, lest a bus that seems too slow is never measured again. `again`: as in `due`."""
+        """Pages to restore even if it does not pay, to measure a bus that seems too slow. `again`: as in `due`."""
         return min(PROBE_PAGES, host_pages) if self.due(Resource.BUS, again=again) else 0
 
     def due(self, tier: Resource, *, again: bool = False) -> bool:

@@ -39,9 +39,9 @@ def plan_save(
 
     `layerwise`: layers may be left to be recomputed from tokens. `mixed`: some may be stored as hidden states and
     others as KV. `hidden`: any may be stored as hidden states. `splits`: the load plan will restore a part of the
-    pages only where that is faster; then nothing at all is stored if recomputing is. `tolerance`: layouts slower by
-    up to this part of the least are taken for equals. `in_use`: the layout of what is stored already, which another
-    would make worthless: it stays unless it is slower by more than `WORTH_A_CHANGE`.
+    pages only where that is faster; then nothing at all is stored if recomputing is. `tolerance`: layouts whose
+    slowdown exceeds the least by up to this fraction count as equal. `in_use`: the layout of pages stored earlier,
+    which any other would make useless: it stays unless it is slower by more than `WORTH_A_CHANGE`.
     """
     counts = _layouts(costs.layers, layerwise, mixed, hidden)
     seconds = np.array([_seconds(costs, counts, reference, splits) for reference in references])
@@ -58,7 +58,7 @@ def plan_save(
 
 
 def _seconds(costs: Costs, counts: tuple[Any, Any, Any], reference: Hit, splits: bool) -> Any:
-    """Of each layout."""
+    """Seconds to the reference's first token, for each layout."""
     pages = reference.pages
     tried = np.unique(np.linspace(1, pages, SPLITS).astype(int)) if splits else np.array([pages])
     tokens = (tried * reference.page_tokens).astype(float)

@@ -84,7 +84,7 @@ class ModelShape:
         return 1 if self.latent is not None else min(ranks, self.kv_heads)
 
     def kv_copies(self, ranks: int) -> int:
-        """How often K and V are stored: each rank stores the heads it has, and of a latent there is one."""
+        """How often each head's K and V are stored: several times if ranks outnumber heads; a latent only once."""
         return 1 if self.latent is not None else ranks // self.kv_shares(ranks)
 
     @property

@@ -92,7 +92,7 @@ class Stages(NamedTuple):
     """Lower bounds of the time from the start of the pass to the last layer's end, per tier that feeds it."""
 
     bus: list[Vector]
-    lower: list[Vector]  # hold where tokens come from the lower tier; empty where that is read before the pass
+    lower: list[Vector]  # apply if tokens come from the lower tier; empty if it is read before the pass
 
 
 def stages(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, basis: Basis) -> Stages:

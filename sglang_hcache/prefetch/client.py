@@ -39,7 +39,7 @@ class _Prefetch:
 
 
 class StoreClient:
-    """The session behind a ChunkStore, with a prefetcher on this host or another; the store starts and closes it.
+    """Base of a ChunkStore with a session to a prefetcher, on this host or another; subclasses start and close it.
 
     `news`: an eventfd that becomes readable whenever a prefetch is done or the store is gone.
     """
@@ -78,7 +78,7 @@ class StoreClient:
         self.connection.give_up(why)
 
     def _ask_figures(self) -> str:
-        """How the prefetcher is. Figures that it does not send in time keep their last values."""
+        """Ask the prefetcher for its figures; returns its state. Without an answer in time the former ones stay."""
         try:
             self._figures = self.connection.ask(m.Stats(), m.Figures, ASK_S).figures
         except Unavailable as error:
@@ -202,7 +202,7 @@ class PrefetchClient(StoreClient):
         return (self._figures if self.alive else {}) | stats
 
     def wait_until_memory_taken(self) -> None:
-        """Until the system's memory has been taken for all of `memory`, or no more of it is."""
+        """Wait until the system has allocated all of `memory`, or allocates no more of it."""
         wait_until_taken(self.connection.welcome.region, self.memory.nbytes)
 
     def close(self) -> None:
@@ -211,7 +211,7 @@ class PrefetchClient(StoreClient):
         self.memory = self.memory[:0].copy()  # the region is unmapped with its last view
 
     def _give_back(self) -> None:
-        """What is ready for new pages beyond its share: others may wait for it."""
+        """Return the empty slots beyond our share to the prefetcher: others may be waiting for them."""
         slots = [self._granted.pop() for _ in range(min(len(self._granted), self._held - self._share))]
         self._held -= len(slots)
         for first in range(0, len(slots), m.MAX_KEYS):

@@ -27,7 +27,7 @@ LOG_EVERY_S = 10.0  # between two log lines that it is not ready
 LINGER_MS = 200  # for a goodbye
 MARGIN_BYTES = 1 << 20  # a record's message may be larger than the record
 BEAT_S = 1.0  # how often the prefetcher is asked whether it is there
-HUNG_S = 10.0  # waited for an answer so long, it is given up; the end of its process is seen at once
+HUNG_S = 10.0  # without an answer for this long, it counts as hung; the end of its process is seen at once
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Unavailable(Exception):
 
 
 class Hopeless(Unavailable):
-    """None can be had, and another try does not help."""
+    """No session can be had, and trying again does not help."""
 
 
 class Ending(Enum):
@@ -56,12 +56,13 @@ class Ending(Enum):
 class Connection:
     """An open session, with a prefetcher that has taken `hello`; its thread runs from `start` on.
 
-    `keys`: the folder with this client's keys, None on this host, and where the prefetcher listens on loopback
-    without. To another host (`hello.pid` is 0) messages carry records.
+    `keys`: the folder with this client's keys; None for a prefetcher on this host, or on loopback without keys. To
+    another host (`hello.pid` is 0) messages carry the records.
 
-    Raises Unavailable, from the constructor, where there is no prefetcher that takes `hello`, or that says within
-    `timeout_s` that it will, or `go_on` says that it is not waited for any more. `waiting` is called, each time it
-    says that it is not ready yet, with the pages that it must write first, and may raise Unavailable.
+    The constructor raises Unavailable if the prefetcher refuses `hello`, if it sends nothing for `timeout_s`, not
+    even that it is not ready yet, or if `go_on` returns False; Hopeless if the keys cannot be used. Each time the
+    prefetcher says that it is not ready yet, `waiting` is called with the number of pages that it must write first;
+    it may raise Unavailable.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Connection:
         self._thread.start()
 
     def send(self, message: m.Message, payload: Payload = ()) -> int:
-        """Queue a message; its `seq`, or 0 where nothing is sent any more: the session is over, or being closed."""
+        """Queue a message. Returns its `seq`, or 0 if it is dropped, as the session is over or being closed."""
         with self._lock:
             return self._enqueue(message, payload)
 
@@ -147,7 +148,7 @@ class Connection:
         self._end(Ending.GIVEN_UP, why)
 
     def kill(self) -> None:
-        """Kill the prefetcher on this host that the session was with, and no other process; nothing after `close`."""
+        """Kill the prefetcher that this session was with, on this host; does nothing after `close`."""
         with self._lock, contextlib.suppress(ProcessLookupError):
             if not self._closing:  # its number may name another process by now
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -227,7 +228,7 @@ class Connection:
             self._context.term()
 
     def _talk(self) -> None:
-        """Until the session is over, or to be closed."""
+        """Send, receive and watch the prefetcher until the session is over or is to be closed."""
         poller = zmq.Poller()
         for source in (self._socket, self._wake, *([] if self._remote else [self._pidfd])):
             poller.register(source, zmq.POLLIN)
@@ -254,7 +255,7 @@ class Connection:
             poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if full else 0))
 
     def _say_goodbye(self) -> None:
-        """When it is time. A socket that is closed with something left to read loses it, so its answer is awaited."""
+        """Once `close` is called, send a Bye and await its answer: a socket closed with unread data would lose it."""
         with self._lock:
             self._changed.wait_for(lambda: self._closing)
             self._append(m.Bye())

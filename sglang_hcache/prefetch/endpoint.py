@@ -15,7 +15,7 @@ from sglang_hcache.prefetch import messages
 from sglang_hcache.storage.files import is_still, try_lock
 
 LOOK_S = 0.1  # `is_running` has the lock for an instant; who has it for longer is a prefetcher
-RETURN_S = 60.0  # one that was run by hand is waited for, since its last `touch`: systemd starts it again
+RETURN_S = 60.0  # how long after its last `touch` to wait for a prefetcher run by hand: systemd may restart it
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Endpoint:
 
     @property
     def by_hand(self) -> Path:
-        """There since a prefetcher that was run by hand had the lock, and touched while it has."""
+        """A file that a prefetcher run by hand creates, and touches for as long as it holds the lock."""
         return self.socket.with_suffix(".by-hand")
 
     def returns_within_s(self) -> float:
@@ -61,7 +61,7 @@ def endpoint_for(directories: Sequence[str]) -> Endpoint:
 
 
 def name_for(directories: Sequence[str]) -> str:
-    """Of their prefetcher. Looks at the directories, one of which may hang."""
+    """The name of these directories' endpoint. Resolves their paths, which may hang if one of their drives does."""
     names = "\0".join(sorted(os.path.realpath(directory) for directory in directories))
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -72,9 +72,9 @@ def endpoint_named(name: str) -> Endpoint:
 
 
 def running(name: str) -> list[Endpoint]:
-    """Those that a prefetcher of this user's serves, of whatever version, ours first.
+    """The endpoints of this name that this user's prefetchers serve, of any protocol version; ours comes first.
 
-    A process with another environment than ours may look for it elsewhere. Raises OSError, as `endpoint_for`.
+    Looks also where processes with another environment would put theirs. Raises OSError, as `endpoint_for`.
     """
     ours = endpoint_named(name)
     folders = (ours.socket.parent, Path(f"/run/user/{os.getuid()}/sglang-hcache"), _without_environment())
@@ -108,9 +108,9 @@ def _is_private(path: Path) -> bool:
 
 
 def _is_for_us(base: Path) -> bool:
-    """Whether it is there, and this user's, or root's and writable, as a container's volume may be.
+    """Whether the directory exists, is writable, and belongs to this user or to root, as a container's volume may.
 
-    `su`, Slurm and `docker -e` pass on the name of a directory that is another user's, or on another machine.
+    After `su`, or in Slurm or `docker -e`, XDG_RUNTIME_DIR may name a directory of another user or machine.
     """
     try:
         owner = base.stat().st_uid

@@ -18,10 +18,10 @@ def share_of(space: Space, savers: Sequence[Session]) -> int:
 
 
 def grant(session: Session, savers: Sequence[Session], *, heard_since: float) -> list[int]:
-    """Slots that the session wants and can have now: its own from now on.
+    """Reserve slots that the session wants and may have now; they are its own from now on.
 
-    savers: all sessions that fill slots of the same space. One that has not been heard of since then is stopped, and
-    gives nothing back: what it has beyond its share is not held against the others.
+    savers: all sessions that fill slots of the same space. heard_since: a session last heard of before this time
+    (monotonic) has stopped and gives nothing back, so what it holds beyond its share does not count against others.
     """
     if not session.wanted or session.remote or session.broken:
         return []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-# Of control groups, version 2 and 1: where they are mounted, limits, use, and what of that the kernel drops at need.
+# For cgroups v2 and v1: mount point, limit files, usage file, fields of `memory.stat` that the kernel can reclaim.
 _VERSIONS = (
     (
         "sys/fs/cgroup",
@@ -50,9 +50,9 @@ def total_bytes(system: Path = Path("/")) -> int:
 
 
 def _uncommitted(proc: Path) -> int | None:
-    """What the kernel still gives where it promises no more than it has; None where it does not count promises.
+    """Bytes left below the commit limit if the kernel does not overcommit (mode 2); None in other modes.
 
-    Whoever touches more of a shared memory than that gets SIGBUS.
+    A process that touches more shared memory than that gets SIGBUS.
     """
     mode = proc / "sys/vm/overcommit_memory"
     if not mode.is_file() or mode.read_text().strip() != "2":

@@ -36,10 +36,10 @@ class KeyFileError(OSError):
 
 
 def make_keys(directory: Path, clients: Sequence[str] = (CLIENT,)) -> list[Path]:
-    """Make the server's keys, where there are none, and those of new clients; the folders to copy to their hosts.
+    """Make the server's keys if there are none, and keys of new clients; returns the folders to copy to their hosts.
 
-    Raises KeyFileError where a client's name is taken, given twice or no name, or others may enter a folder that is
-    there; before anything is made.
+    Raises KeyFileError, before anything is made, if a client's name is invalid, taken or given twice, or if other
+    users can enter a folder that exists already.
     """
     for name in clients:
         if name in _NO_NAMES or "/" in name:

@@ -48,7 +48,7 @@ class Hello(Message):
     on_file: bool = True  # False: pages live in host memory only
     write_policy: str = "write_through"
     about: Annotated[dict[str, str], msgspec.Meta(max_length=32)] = {}
-    host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # at most, of what is free; 0: all of it
+    host_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # at most this share of free memory; 0: no bound
 
     @property
     def layout(self) -> ChunkLayout:
@@ -71,7 +71,7 @@ class Prefetch(Message):
 
 
 class Cancel(Message):
-    """Leave out what is not in memory yet; what is, stays leased. Answered by a last `Ready`."""
+    """Stop waiting for pages that are not in memory yet; those that are stay leased. Answered by a last `Ready`."""
 
     prefetch: Count  # its `seq`
 
@@ -135,7 +135,7 @@ class Health(Message):
 class Bye(Message):
     """The session ends; everything it holds is given back. Answered by an `Alive`, the last message.
 
-    Without a session's number, from a client that does not wait for its welcome any more; that has no answer.
+    A client that no longer waits for its welcome sends it without a session number; then it has no answer.
     """
 
 
@@ -169,7 +169,7 @@ class Granted(Message):
 
 
 class Share(Message):
-    """So many slots the client may have, empty or being filled; it gives back empty ones beyond that, at once."""
+    """The most slots the client may hold, empty or being filled; it gives back empty ones beyond that at once."""
 
     slots: Count
 

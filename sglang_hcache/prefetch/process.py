@@ -27,8 +27,8 @@ from sglang_hcache.version import VERSION
 logger = logging.getLogger(__name__)
 
 FAILED = 1
-SWITCH_S = 0.0005  # a lookup in the index may wait for other threads so long; Python's 5 ms make seconds of many
-TOUCH_S = 30.0  # between two looks whether clients still find us; a server that starts waits twice as long
+SWITCH_S = 0.0005  # an index lookup may wait this long for other threads; with Python's 5 ms many take seconds
+TOUCH_S = 30.0  # how often lock and socket are touched; a server waits twice as long for a prefetcher run by hand
 ASIDE_S = 1.0  # between two looks whether a prefetcher that servers started has ended
 LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
@@ -64,7 +64,7 @@ def _serve(config: ServerConfig) -> int:
 
 
 def _lock(config: ServerConfig) -> InstanceLock | None:
-    """None where another prefetcher has it; but one by hand waits for the end of one that a server started."""
+    """The lock, or None if another prefetcher has it. Run by hand, wait for the end of one a server started."""
     endpoint, by_hand = Endpoint.at(config.address), not config.ends_when_unused
     said = False
     while (lock := InstanceLock.acquire(endpoint, by_hand=by_hand)) is None:
@@ -144,9 +144,9 @@ class _PrivateFile(RotatingFileHandler):
 
 
 class _Stderr(logging.Handler):
-    """Whatever our stderr was at start; whoever started us may be gone, and it with him.
+    """Writes to what our stderr was at start; it may be gone together with whoever started us.
 
-    Past Python's own stderr, and without a lock: for those who have them, the end of the process would wait.
+    It bypasses `sys.stderr` and takes no lock: at exit Python would wait for a thread that hangs holding either.
     """
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ def logging_to(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _logging_by(written_by: logging.Handler) -> Iterator[None]:
-    """In a thread of its own: a disk or a terminal may hang, and we may not."""
+    """Log through this handler in a thread of its own: a disk or terminal may hang, which must not block us."""
     records = _Records()
     handler, listener = QueueHandler(records), QueueListener(records, written_by)
     logging.getLogger().addHandler(handler)

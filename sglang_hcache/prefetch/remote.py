@@ -28,15 +28,15 @@ from sglang_hcache.storage.layout import ChunkDamaged, Record, read_header, veri
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 
 READ_S = 30.0  # the longest a page is waited for
-LATE_S = 1.0  # likewise, once nobody needs it any more, or
-LATE = 4  # times as long as pages take now, if that is longer: it may be on its way
+LATE_S = 1.0  # the same for a page that nobody needs any more, but at least
+LATE = 4  # times as long as recent pages took: it may be on its way
 AGAIN_S = 30.0  # a page that has not come is not asked for again for so long: the drive that it lies on may hang
 LOOK_S = 0.1  # between two looks whether somebody still needs it
 POLL_S = 0.5
 CLOSE_FLUSH_S = 5.0
 SOMEWHERE = Entry("", 0)  # the prefetcher knows where
 
-# What is said of files, and of the prefetcher, is known there.
+# Figures on files: only the prefetcher knows them.
 FIGURES_OF_PREFETCHER = (
     "volumes",
     "pages_file",
@@ -301,7 +301,7 @@ class RemoteClient(StoreClient):
         self._region.madvise(mmap.MADV_DONTNEED)  # whoever still refers to it: there may be no room for another
 
     def _work(self) -> None:
-        """Looking up waits for the prefetcher, and nobody may wait for that."""
+        """Look pages up in this thread: a lookup waits for the prefetcher, and no caller may block on that."""
         while (job := self._jobs.get()) is not None:
             job()
 

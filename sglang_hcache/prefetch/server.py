@@ -109,7 +109,7 @@ class Server:
             while not self._stopping and not self._unused():
                 soon = self._partings or any(one.flushes or one.has_ended for one in self._by_number.values())
                 events = self._poller.poll(SOON_MS if soon else TICK_MS)
-                # Ended processes first: a goodbye read before would close, or hand on, a descriptor named here.
+                # Pidfds first: a goodbye closes its client's pidfd, whose number another client may get meanwhile.
                 for ready, _ in sorted(events, key=lambda event: not isinstance(event[0], int)):
                     self._attend(ready)
                 self._run_jobs()
@@ -236,7 +236,7 @@ class Server:
         self._send(session, m.Ready(answers=prefetch, first=first, slots=list(places), done=done), payload)
 
     def _serve_waiting(self) -> None:
-        """What memory, files, or a full queue, did not allow before."""
+        """Retry grants, flushes and messages that had to wait; say `Waiting` to clients without a welcome."""
         for session in list(self._by_number.values()):
             self._grant(session)
             self._answer_flushes(session)
@@ -401,7 +401,7 @@ class Server:
     # ---- towards clients ----
 
     def _share_out(self, space: Space) -> None:
-        """Somebody has come or gone: each gives back what others should have, or may have more."""
+        """A saver has come or gone: tell each its new share, so that it gives back slots or may get more."""
         savers = self._savers(space)
         for session in savers:
             self._send(session, m.Share(slots=share_of(space, savers)))
@@ -444,9 +444,9 @@ class Server:
                 self._end(session, "it was not heard of")
 
     def _close_unused(self) -> None:
-        """Spaces without a client, once all is written; where the prefetcher stays, they stay for the next client.
+        """Close spaces without a client once they are written; if the prefetcher stays, so do those with files.
 
-        What is on no file is of one process alone, under a fingerprint that nobody will ask for again.
+        A space without files serves one process only, under a fingerprint that nobody will ask for again.
         """
         for space in self._spaces.unused():
             ends = self.config.ends_when_unused or not space.made_for.on_file

@@ -117,7 +117,7 @@ class Session:
         return asked
 
     def release(self, prefetch: int) -> Parting | None:
-        """End a prefetch; what is left to do where its records are still being sent."""
+        """End a prefetch. Returns the lease to give back later, if its records are still being sent."""
         asked = self.asked.pop(prefetch, None)
         if asked is None:
             return None
@@ -125,7 +125,7 @@ class Session:
         return None if parting.end() else parting
 
     def end(self) -> list[Parting]:
-        """Give back all it holds; what must wait until it is sent."""
+        """Give back all that the session holds; returns the leases whose records are still being sent."""
         self.outbox.clear()
         self.outbox_bytes = 0
         partings = [parting for prefetch in list(self.asked) if (parting := self.release(prefetch))]

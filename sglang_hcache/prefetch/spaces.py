@@ -118,7 +118,7 @@ class Spaces:
 
     @property
     def unwritten(self) -> int:
-        """Pages that those that are being closed have still to write."""
+        """Pages that are still to be written by spaces that are being closed."""
         return sum(space.store.drain() for space in self._closing.values())
 
     def unused(self) -> list[Space]:
@@ -149,7 +149,7 @@ class Spaces:
     def _open_anew(self, hello: Hello, opened: Opened) -> None:
         room = self._room()
         if self._closing and (self._wish(hello) < hello.host_bytes or room < hello.host_bytes):
-            self._postponed.append((hello, opened))  # of the memory that is being closed it may have more, or a share
+            self._postponed.append((hello, opened))  # it may get more, or its share, of the memory that closing frees
             return
         size = self._size_for(hello)
         if size > room:
@@ -166,7 +166,7 @@ class Spaces:
         self._busy[hello.fingerprint] = [(hello, opened)]
 
     def _adapt(self, space: Space, hello: Hello) -> None:
-        """What its client wishes holds from now on, unless others use it; what is in memory stays there."""
+        """Give a space the size and write policy its client wishes, unless others use it; pages stay in memory."""
         if space.store.layout != hello.layout or space.made_for.on_file != hello.on_file:
             raise ValueError("another client uses this fingerprint with another layout of pages")
         if space.sessions or hello is space.made_for:
@@ -226,11 +226,11 @@ class Spaces:
         return sum(max(0, promise.size - promise.taken) for promise in self._promised.values())
 
     def _room(self) -> int:
-        """As `_left`, if nothing were kept for those who may come back."""
+        """What `_left` would be if all unused spaces, which are kept for clients that may return, were closed."""
         return self._left() + sum(self._promised[space.fingerprint].size for space in self.unused())
 
     def _in_the_way(self, size: int) -> list[Space]:
-        """What must be closed for so much memory: of those that nobody uses, whatever is written soonest."""
+        """The unused spaces to close so that `size` bytes are free: first those with the fewest pages to write."""
         left, found = self._left(), []
         for space in sorted(self.unused(), key=lambda space: space.store.drain()):
             if left >= size:

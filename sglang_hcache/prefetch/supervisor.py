@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 
 class _Patience:
-    """With a prefetcher that says it is not ready yet, as it may say so for ever.
+    """Bounds the wait for a prefetcher that says it is not ready yet, as it may say so for ever.
 
-    `stalled_s`: the longest without a page fewer that it must write first.
+    `stalled_s`: how long the number of pages that it must write first may stay without falling.
     """
 
     def __init__(self, stalled_s: float) -> None:
@@ -67,7 +67,7 @@ class SessionSupervisor(ABC, Generic[Client]):
     """One a client process: opens a store and replaces it when it is gone.
 
     A store that is gone is replaced in two steps, as somebody may still be reading its memory: the owner of the
-    store calls `replace` once that has ended, and finds the next store in `taken` some time later.
+    store calls `replace` once that has ended, and gets the next store from `take_next` some time later.
 
     `hello` is asked for anew for each session. `opened` is called before its owner gets a store, and `closing`,
     perhaps more than once, before a store is closed: by the thread that looks for stores, except at start and end.
@@ -94,10 +94,10 @@ class SessionSupervisor(ABC, Generic[Client]):
         self._thread: threading.Thread | None = None
 
     def start(self, timeout_s: float = START_S) -> Client | NoStore:
-        """A session, or nothing for now: then another is looked for, as after `replace`.
+        """Open a session; if none can be had now, return a NoStore and keep looking, as after `replace`.
 
         timeout_s: for an answer, and between two pages that the prefetcher writes before it serves. Raises
-        Unavailable where it takes a person: keys that cannot be read, a prefetcher that cannot be started.
+        Unavailable where only a person can help: keys cannot be read, or a prefetcher cannot be started.
         """
         try:
             store = self.open(timeout_s, waiting=_Patience(timeout_s).look)
@@ -265,13 +265,13 @@ class LocalSupervisor(SessionSupervisor[PrefetchClient]):
         return is_running(self._endpoint)
 
     def _give_up(self, gone: PrefetchClient) -> None:
-        """Only what still holds the endpoint's lock, and does not answer, is killed."""
+        """Kill the prefetcher if it hangs: it does not answer, and still holds the endpoint's lock."""
         if gone.connection.hangs and is_running(self._endpoint):
             logger.warning("hcache: the prefetcher (process %d) hangs and is killed", gone.prefetcher_pid)
             gone.connection.kill()
 
     def _returns(self) -> bool:
-        """Whether one that was run by hand has been started again, once that has been waited for."""
+        """Wait for a prefetcher that was run by hand to be started again; returns whether it was."""
         if not (patience_s := self._endpoint.returns_within_s()):
             return False
         logger.warning("hcache: the prefetcher run by hand has ended; waiting %.0f s for the next.", patience_s)

@@ -74,9 +74,9 @@ class Admission:
     def broadcast(
         self, send: Callable[[list[Any] | None, list[Any]], list[Any]], recv_reqs: list[Any] | None, local: list[Any]
     ) -> list[Any]:
-        """SGLang's broadcast of what this rank has received, with what it has decided; returns the requests.
+        """Send this rank's decisions with the requests that SGLang broadcasts, and carry out those that arrive.
 
-        recv_reqs: None where another rank receives requests, and decides.
+        recv_reqs: None where another rank receives requests and decides. Returns the requests.
         """
         self._looked = True
         self._prefetches.new_step()
@@ -98,9 +98,9 @@ class Admission:
         return requests
 
     def queued(self, scheduler: Any, req: Any) -> None:
-        """The pages of a request that SGLang has just queued, and that are not on the device, are asked for at once.
+        """Ask at once for the pages of a request that SGLang has just queued, as far as they are not on the device.
 
-        SGLang queues some while it makes a batch, as their grammar is ready: if they are held, not for that one.
+        SGLang queues some requests while it makes a batch, once their grammar is ready: if held, they are not in it.
         """
         keys, prompt = missing_pages(scheduler.tree_cache, req)
         if keys:
@@ -121,9 +121,9 @@ class Admission:
             self._tier.retracted(req.rid, keys, parent, slots, windowed)
 
     def make_batch(self, make: Callable[[], Any], scheduler: Any, running_batch: Any) -> Any:
-        """What SGLang makes of the requests that are not held; these stay in the queue, in their place.
+        """Let SGLang make a batch of the requests that are not held; those that are keep their place in the queue.
 
-        running_batch: with the last batch, too, which is not in the scheduler's own yet.
+        running_batch: includes the last batch, which the scheduler's own `running_batch` does not yet.
         """
         self._tier.renew_store()
         self._shared.publish(scheduler.tree_cache)
@@ -173,7 +173,7 @@ class Admission:
             scheduler.tree_cache.linker.hit_markers.pop(req.rid, None)
 
     def _begin_head_starts(self, scheduler: Any) -> None:
-        """What SGLang knows nothing of is queued behind its back: not to be counted, refused or asked for ahead."""
+        """Queue head starts directly: SGLang's own way would count or refuse them, and ask for their pages again."""
         while self._to_begin:
             start = self._to_begin.pop(0)
             if (head := self._head_starts.begin(scheduler, start)) is not None:
@@ -210,9 +210,10 @@ def missing_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], Prompt]:
 
 
 def computed_pages(tree_cache: Any, req: Any) -> tuple[list[bytes], bytes, int]:
-    """Keys of a running request's whole pages that the radix tree lacks; the page before them, and where they begin.
+    """Keys of a running request's whole pages that the radix tree lacks; the key before them, and where they begin.
 
-    What it has inserted itself may not be found any more, for want of its windowed layers.
+    Pages that the request has inserted itself are left out, though the tree may not find them any more for want of
+    their windowed layers.
     """
     tokens = req.origin_input_ids + req.output_ids
     usable = min(usable_tokens(req, len(tokens)), req.kv.kv_committed_len)

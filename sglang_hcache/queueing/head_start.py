@@ -22,9 +22,9 @@ class HeadStart:
 
 
 def divisible(scheduler: Any, req: Any, *, drafts: bool) -> bool:
-    """Whether a request for its first tokens alone would end, with a token, and leave behind what it would itself.
+    """Whether a request for its first tokens alone would end after one token, and leave the same K and V behind.
 
-    drafts: there is a draft model; it keeps the token after it of each, and a beginning's last one has another.
+    drafts: there is a draft model; its K and V of a token depend on the next one, which differs at a beginning's end.
     """
     return (
         scheduler.is_generation
@@ -60,7 +60,7 @@ class HeadStarts:
                 yield rid
 
     def scheduled(self, reqs: Iterable[Any]) -> None:
-        """They are in a batch. What a head prefilled is no hit of theirs; what it restored, a hit in host memory."""
+        """Requests are in a batch: what heads prefilled for them is no hit, what heads restored is a host hit."""
         for req in reqs:
             if (head := self._heads.pop(req.rid, None)) is None:
                 continue

@@ -15,9 +15,9 @@ from sglang_hcache.planner.rate_tracker import RateTracker, Resource
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Hit, Layout
 
-_REFRESH_S = 0.1  # rates are made into costs anew at most so often
-_CLEARLY_FASTER = 1.5  # times, than believed, was a forward beside a load that is counted: less may be noise
-_LEAST_SHARED_TOKENS = 512  # where nothing is measured: so many take about as long to restore as a forward
+_REFRESH_S = 0.1  # shortest time between two updates of the costs from the rates
+_CLEARLY_FASTER = 1.5  # a forward beside a load counts if this many times faster than expected: less may be noise
+_LEAST_SHARED_TOKENS = 512  # without measured rates: restoring this many takes about as long as a forward
 _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
 
 
@@ -124,7 +124,7 @@ class LoadPlanner:
         return 0 if plan is None else plan.pages
 
     def least_shared_pages(self) -> int:
-        """So many take as long to restore as a forward of a token, which is what it costs to wait for another's."""
+        """How many pages take as long to restore as a forward of one token, the cost of waiting for a load."""
         costs, layout = self._calibrated, self._layout
         copy_s = self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
         make_s = self._per_token(costs.projection_s_per_token, costs.scatter_s_per_token)
@@ -132,20 +132,20 @@ class LoadPlanner:
         return max(1, math.ceil(forward_s / (self._page_tokens * max(copy_s, make_s))))
 
     def tries_drives(self) -> bool:
-        """Ask once for a hit that does not wait for all reads: whether to time some all the same."""
+        """Whether to time some reads of a hit that does not wait for all of them; to be asked once for each hit."""
         return self._tracker.due(self._lower_tier)
 
     def read_s(self, pages: int) -> float:
-        """From the lower tier into host memory, with nobody else reading."""
+        """Seconds to read so many pages from the lower tier into host memory, with nobody else reading."""
         return self._read_s(self._now(), pages)
 
     def pages_read_within(self, seconds: float) -> int:
-        """As many as `read_s` has read by then."""
+        """How many pages can be read in this time, by the same rates as `read_s`."""
         latency_s, page_s = self._reading_s(self._now())
         return int(max(0.0, seconds - latency_s) / page_s)
 
     def pass_s(self, host_pages: int, prompt: Prompt, *, missing_pages: int) -> float:
-        """Of the engine, for a request with a hit in host memory and pages after it that are not."""
+        """Seconds that the engine takes for a request with a hit in host memory and pages after it that are not."""
         new_tokens = prompt.new_tokens + missing_pages * self._page_tokens
         hit = Hit(self._page_tokens, host_pages, new_tokens=new_tokens, device_tokens=prompt.device_tokens)
         return plan_load(self._now(), self._layout, hit).seconds
@@ -155,10 +155,10 @@ class LoadPlanner:
     def prefilled(
         self, tokens: Sequence[int], contexts: Sequence[int], seconds: float, *, alone: bool = True
     ) -> None:
-        """A forward of some requests' next tokens, each after its context; `alone`: it waited for no load.
+        """A forward has prefilled requests' next tokens, each after its context; `alone`: it waited for no load.
 
-        Else it says nothing, unless it was clearly faster than it should have been even alone. Nor does one of so few
-        tokens that most of it is the reading of weights, whose rate is not followed.
+        One that waited counts only if it was clearly faster than expected even alone. One of few tokens never counts:
+        most of its time goes to reading weights, whose rate is not tracked.
         """
         if sum(tokens) < _LEAST_TOKENS:
             return
@@ -183,7 +183,7 @@ class LoadPlanner:
         self._tracker.observe(slower, max(copies_s, making_s), seconds)
 
     def read(self, pages: int, seconds: float, *, at_least: bool = False) -> None:
-        """Pages from a lower tier into host memory. `at_least`: it was given up then; that may say nothing."""
+        """Pages came from the lower tier. `at_least`: given up after `seconds`, which counts if unexpectedly long."""
         if at_least and seconds <= self.read_s(pages):
             return
         self._tracker.observe(self._lower_tier, self._read_s(self._calibrated, pages), seconds)

@@ -11,9 +11,10 @@ Names = list[str]
 
 
 class PageNames:
-    """A page's name stands for all tokens up to its end, so that of a prompt those behind any page are the same.
+    """Keeps the names of a request's pages while it waits; for the scheduler's thread.
 
-    For the scheduler's thread. What is known of a request goes with it, or when it is in a batch.
+    A page's name stands for all tokens up to its end, so it is the same from whichever page on names are asked for.
+    A request's names are dropped with the request, or once it is in a batch.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class PageNames:
             self._req = None
 
     def behind(self, start: int, end: int, page_tokens: int, hash_pages: Callable[[], Names]) -> Names:
-        """Of the whole pages between two positions in its prompt, the first of which a page begins at."""
+        """Names of the whole pages between two positions of the prompt; `start` must be the beginning of a page."""
         if self._req is None:
             return hash_pages()
         first_token, names = self._known.get(self._req, (0, []))

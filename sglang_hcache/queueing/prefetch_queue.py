@@ -20,8 +20,8 @@ from sglang_hcache.queueing.wait_plan import Ahead, head_start_pages, plan_wait
 from sglang_hcache.storage.contract import ChunkStore, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
-ANSWER_WAIT_S = 0.01  # for what is in memory, or nowhere, before the request is held for a step, which takes longer
-KNOWN_WAIT_S = 0.1  # what is not known after this to be in memory is taken to be on drives
+ANSWER_WAIT_S = 0.01  # for the answer that all is in memory or nowhere; a hold would last a step, which is longer
+KNOWN_WAIT_S = 0.1  # pages that are not known by then to be in memory are taken to be on drives
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 LONGEST_WAIT_S = 60.0  # a disk that hangs must not hang a request
 
@@ -70,8 +70,8 @@ class PrefetchQueue:
     ) -> None:
         """`alone`: there is no other rank to agree with.
 
-        `reads_at_once`: pages that are read at the same time, on all drives. `in_whole`: of a part of a hit it may be
-        that nothing can be loaded.
+        `reads_at_once`: pages that are read at the same time, on all drives. `in_whole`: a part of a hit may be of no
+        use, as a load must end where pages have their windowed layers.
         """
         self._store = store
         self._planner = planner
@@ -111,8 +111,8 @@ class PrefetchQueue:
     ) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device.
 
-        saved: it was retracted, and some of them are on their way into the store: set once they are there. Another
-        rank may save them for this one, too; by the time that the request is admitted, that has been done.
+        saved: given for a request that was retracted and whose pages are being saved; set once they are in the
+        store. Where another rank saves them for this one, that is done by the time the request is admitted.
         """
         if self._alone and saved is not None and saved.is_set():
             saved = None
@@ -152,7 +152,7 @@ class PrefetchQueue:
         return free
 
     def still_read(self, rids: Iterable[str]) -> frozenset[str]:
-        """Of these, those whose pages go on being read: nobody has asked for them, or their time was up too soon."""
+        """Which of these have their pages read on: those not asked of the present store, and those out of time."""
         return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
 
     def take_head_start(self) -> HeadStart | None:
@@ -225,7 +225,7 @@ class PrefetchQueue:
         return request.planned
 
     def put_off(self, rid: str) -> None:
-        """It is not loaded now, and by the next lookup it may all be on the device: this one counts for nothing."""
+        """The request's load is put off, and all may be on the device by its next lookup: do not count this one."""
         if (request := self._requests.get(rid)) is not None:
             request.looked_up = request.found = request.planned = 0
 
@@ -286,7 +286,7 @@ class PrefetchQueue:
         return True
 
     def _has_enough(self, rid: str, request: Request, ahead: Ahead, *, idle: bool) -> bool:
-        """Whether all of its pages are there, or so many that it is not worth waiting for more, or it may not."""
+        """Whether it need not wait longer: no more pages will come, it has enough, or the policy waits for none."""
         if request.head_start is HeadStartState.UNDER_WAY or self._was_being_saved(rid, request):
             return False
         slots, done, known = self._store.progress(rid)
@@ -341,13 +341,13 @@ class PrefetchQueue:
         return request
 
     def _was_being_saved(self, rid: str, request: Request) -> bool:
-        """Whether what it was retracted with is on its way into the store, or was until now: it is asked for."""
+        """Whether pages it was retracted with were being saved until now; once they are stored, ask for all again."""
         if request.saved is not None and request.saved.is_set():
             self._ask_again(rid, request)
         return request.saved is not None
 
     def _ask_again(self, rid: str, request: Request) -> None:
-        """The answer to the next question is the last one: all has been saved that will be."""
+        """Ask for its pages again, now that all that will be saved of them is in the store."""
         again = self._ask(rid, request.keys, request.prompt, arrived_at=request.arrived_at)
         self._measure(rid, again)
 

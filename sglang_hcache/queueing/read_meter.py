@@ -1,6 +1,6 @@
-"""How fast drives read: what comes for all who wait, over the time that any waits.
+"""How fast drives read: the pages that come for all waiting requests, over the time in which any request waits.
 
-However many requests wait, and whatever pages they share: a slow drive is what makes them wait together.
+A page or a moment that several requests share counts once: on a slow drive, many wait together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Reading:
 
 
 class ReadMeter:
-    """Of the owners of a store's prefetches that are waited for, and of trials, which nobody waits for."""
+    """Measures the prefetches that requests wait for, by their owner, and trials, which nobody waits for."""
 
     def __init__(self, store: ChunkStore, reads_at_once: int) -> None:
         self._store = store
@@ -44,9 +44,9 @@ class ReadMeter:
     def begin(
         self, owner: str, keys: Sequence[bytes], *, asked_at: float, waits_until: float, none_there: bool = False
     ) -> None:
-        """The sooner after it asked, the fewer of its pages are taken for some that were in memory.
+        """Measure the owner's prefetch. Call it at once: pages read by then count as having been in memory.
 
-        none_there: none of them was.
+        none_there: none was in memory, so all pages that come have been read.
         """
         self._readings[owner] = _Reading(keys, asked_at, waits_until, asked_at if none_there else None)
         self._look_at(owner)

@@ -55,9 +55,9 @@ class Request:
         return replace(self.prompt, device_tokens=max(0, covered - len(keys) * page_tokens))
 
     def worth_asking_again(self, first: bytes) -> bool:
-        """For pages from `first` on, of which none is there: the more rarely, the longer it has been waiting.
+        """Whether to ask again for pages from `first` on, none of which is there: less often the longer it waits.
 
-        Where requests are sorted by what they find, each of a long queue is looked up in every step.
+        Where SGLang sorts requests by their hits, it looks up each one of a long queue in every step.
         """
         waiting_s = time.time() - self.arrived_at
         return first not in self.place or time.monotonic() - self.asked_at > max(RETRY_S, waiting_s / 2)

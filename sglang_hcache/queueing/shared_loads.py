@@ -1,10 +1,10 @@
-"""Of requests that come together and begin alike, one loads what they have in common, for all of them.
+"""Shared loads: of requests that come together and begin alike, one loads their common pages for all of them.
 
-SGLang gives each request that loads slots of its own, which join the radix tree once its forward is over. So a
-batch is closed before a request that wants what one in it loads; when the next batch is made, that is in the tree.
-Nobody is overtaken or left out twice, and a batch that is closed is never empty.
+SGLang gives each request that loads slots of its own, which join the radix tree only when its forward is over. So a
+batch is closed before the first request that wants pages which one in it loads; by the next batch, the tree has them.
+No request is overtaken or left out twice, and a closed batch is never empty.
 
-Where it is closed follows from what ranks agree on: SGLang's order of requests, and hits that it has intersected.
+All ranks close it at the same request, which follows from SGLang's order of requests and the hits it has intersected.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class SharedLoads:
     """One a scheduler process."""
 
     def __init__(self, least_pages: int, put_off: Callable[[str], None] = lambda rid: None) -> None:
-        """least_pages: in common, for which a batch is closed; the same on all ranks. 0: none is.
+        """least_pages: common leading pages for which a batch is closed, the same on all ranks; 0: it never is.
 
-        put_off: is told of a request that will be looked up again.
+        put_off: called with the id of a request that is left out, and will be looked up again.
         """
         self._least_pages = least_pages
         self._put_off = put_off
-        self._loading = set[str]()  # names of pages that the batch loads which is being made
-        self._loads: list[tuple[Any, int]] = []  # its requests that load; where in the prompt that ends
+        self._loading = set[str]()  # names of the pages that are loaded by the batch being made
+        self._loads: list[tuple[Any, int]] = []  # its requests that load, each with the prompt length covered then
         self._left_out = set[str]()  # requests that have waited for another
         self.requests = 0  # that were left out: one for each batch that was closed
 
@@ -70,6 +70,6 @@ class SharedLoads:
         self._left_out.discard(rid)
 
     def _waits(self, rid: str, names: Sequence[str]) -> bool:
-        """A page's name stands for all before it, so one tells whether so many are in common."""
+        """Whether it has `least_pages` in common with the batch's loads: one name tells, as it covers all before."""
         least = self._least_pages
         return 0 < least <= len(names) and names[least - 1] in self._loading and rid not in self._left_out

@@ -11,15 +11,15 @@ from sglang_hcache.queueing.request import Request, Wait
 
 
 class Ahead:
-    """What is done for the requests before one, which are added in that order, anew in each step.
+    """The work ahead of a request: that for the requests before it, which are added in order, anew in each step.
 
-    Pages that they await are counted as they change from step to step: of a long queue they are many.
+    The pages that they await are counted by their changes from step to step, as a long queue awaits many.
     """
 
     def __init__(self) -> None:
         self.pass_s = 0.0  # of the engine
         self._added: list[Request] = []  # in this step, and not counted yet
-        # By identity, with the first page that is counted as awaited: in this step, and by now only in a former one.
+        # By identity: request and first page counted as awaited: in this step, or so far only in a former one.
         self._counted: dict[int, tuple[Request, int]] = {}
         self._counted_before: dict[int, tuple[Request, int]] = {}
         self._awaited: dict[bytes, int] = {}  # page → by how many of these
@@ -37,7 +37,7 @@ class Ahead:
                 self._added.append(request)
 
     def pages_read_before(self, keys: Sequence[bytes]) -> int:
-        """Those that are awaited, and are not among `keys` themselves."""
+        """How many pages the requests ahead await that are not among `keys`."""
         for request in self._added:
             enough = _enough(request)
             first = min(request.there, enough)
@@ -66,10 +66,10 @@ def _enough(request: Request) -> int:
 
 
 def plan_wait(planner: Planner, request: Request, ahead: Ahead, *, done: bool, in_whole: bool) -> Wait:
-    """What to wait for, of what can be read while it may wait, or the engine works for those ahead of it.
+    """How many pages to wait for, of those that can be read by the end of its time or of the engine's work ahead.
 
-    done: no more of its pages will come; then what is ahead changes nothing. in_whole: of a part of a hit it may be
-    that nothing can be loaded.
+    done: no more of its pages will come, so reads for other requests do not matter. in_whole: a part of a hit may be
+    of no use; if more than half is worth waiting for, all is waited for.
     """
     pages, there = len(request.keys), request.there
     queued_pages = lower_pages = 0

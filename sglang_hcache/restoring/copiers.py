@@ -18,8 +18,8 @@ from sglang_hcache.restoring.host_pages import HostPages
 
 logger = logging.getLogger(__name__)
 
-# Each copy of a batch takes the caller half a microsecond, and the engine as much or more, beside the 1.2 of so many
-# bytes on the bus: smaller pages are read by a kernel. `bench.gpu_restore` measures both.
+# Each copy of a batch costs the caller 0.5 µs and the engine at least as much, on top of the 1.2 µs that this many
+# bytes take on the bus. Smaller pages are therefore read by a kernel. `bench.gpu_restore` measures both.
 ENGINE_PAGE_BYTES = 64 << 10
 
 
@@ -30,14 +30,14 @@ class Copier(Protocol):
         """Where it finds the chunks, int64 `[m]`, on the host; parts of it are given to `copy`."""
 
     def copy(self, pages: HostPages, layers: range, places: torch.Tensor, target: torch.Tensor) -> None:
-        """Payload of layers of equal size and distance, of chunks at places `[m]`, on the current stream.
+        """Copy these layers, of equal size and spacing, of the chunks at places `[m]`, on the current stream.
 
         target: uint8 `[len(layers), m, page_bytes]`, on the device.
         """
 
 
 class IndexCopier:
-    """By torch, layer by layer. From memory that is not pinned a GPU copies while the caller waits."""
+    """Copies with torch, layer by layer. On a GPU the caller waits, as the gathered rows are not in pinned memory."""
 
     indexed_on = "cpu"
 
@@ -55,9 +55,9 @@ class IndexCopier:
 
 
 class EngineCopier:
-    """By the GPU's copy engine, in a few calls for all pages and layers.
+    """Copies with the GPU's copy engine, in a few calls for all pages and layers.
 
-    No multiprocessor takes part: a product that runs beside it has all of them, as its blocks expect.
+    It occupies no multiprocessor: a matrix product that runs meanwhile has all of them, as its tiling assumes.
     """
 
     indexed_on = "cpu"
@@ -77,10 +77,10 @@ class EngineCopier:
 
 
 class KernelCopier:
-    """In one launch for all pages and layers: the GPU reads pinned memory over the bus.
+    """Copies all pages and layers in one launch of a kernel, which reads pinned memory over the bus.
 
-    programs: blocks of threads that do so, of `warps` each. A block has 2 KiB a warp on the way, and the bus some
-    100 KiB (50 GB/s, 2 µs): a few large blocks fill it and leave most multiprocessors alone.
+    programs: number of thread blocks, of `warps` warps each. A warp has 2 KiB in flight, and the bus takes about
+    100 KiB (50 GB/s × 2 µs): a few large blocks saturate it and leave most multiprocessors free.
     """
 
     indexed_on = "cuda"
@@ -133,7 +133,7 @@ class EngineElseKernel:
 def copier_of(
     pages: HostPages, device: str, stream: Stream, *, copy_engine: bool = True
 ) -> EngineElseKernel | KernelCopier:
-    """The copy engine for large pages, if it may; else the kernel. It has copied one of them."""
+    """Choose the copy engine for large pages, if allowed and available, else the kernel, and try it on a page."""
     if copy_engine and min(layer.page_bytes for layer in pages.layers) >= ENGINE_PAGE_BYTES:
         try:
             first = EngineCopier()
@@ -148,7 +148,7 @@ def copier_of(
 
 
 def _copy_a_page(copier: Copier, pages: HostPages, device: str, stream: Stream) -> None:
-    """A layer of each size: for each a kernel is compiled, which no request is to wait for."""
+    """Copy one layer of each size, so that no request waits for the kernel that is compiled for it."""
     of_each_size = {stored.page_bytes: layer for layer, stored in enumerate(pages.layers)}
     with stream.active():
         places = to_device("cpu" if copier.indexed_on == "cpu" else device, copier.places(pages, [0]))

@@ -77,7 +77,7 @@ class CopyEngine:
 
 
 def _of_driver() -> Callable[..., int]:
-    """The driver's function, where a device reads registered memory at the addresses that the host uses."""
+    """Return the driver's function. Raises NoCopyEngine if there is none, or if the device uses other addresses."""
     try:
         driver: Any = ctypes.CDLL("libcuda.so.1")  # torch has loaded it
         found, status, addressable = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()

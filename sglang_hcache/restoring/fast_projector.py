@@ -20,8 +20,8 @@ from sglang_hcache.triton_kernels.project_kv import project_kv, takes
 from sglang_hcache.triton_kernels.projection import Projection
 from sglang_hcache.triton_kernels.tuning import choose
 
-# Read in SGLang 0.5.23: fused projection, then, where the module has them, K's norm (`k_norm`) and RoPE. Nothing else
-# happens to K and V. What a module might do only to some inputs, the self-test cannot see: hence a list.
+# In the source of SGLang 0.5.23, these modules make K and V by a fused projection, then apply K's norm (`k_norm`) and
+# RoPE where they have them, and nothing else. A self-test is no substitute: a module may do more to some inputs only.
 _KNOWN = {
     "sglang.srt.models.gemma.GemmaAttention",
     "sglang.srt.models.llama.LlamaAttention",
@@ -87,7 +87,7 @@ class _Module:
         self._projection: Projection
 
     def projection(self, *, scaled: bool) -> Projection:
-        """Of the module as it is now: weights and scales may be loaded anew, the table of angles may grow.
+        """Return the module's current projection: weights and scales may be reloaded, the table of angles may grow.
 
         scaled: whether K and V are divided by their scales, as the pool does when it stores another dtype.
         """
@@ -102,7 +102,7 @@ class _Module:
         return self._projection
 
     def _scales(self) -> tuple[float, float]:
-        """Of K and of V. Those of a checkpoint are tensors, with their values beside them: no look at the device."""
+        """Return K's and V's scales. A checkpoint's scales are also kept as floats, so the device is not read."""
         attention = self._attention
         found = (attention.k_scale, attention.k_scale_float), (attention.v_scale, attention.v_scale_float)
         k, v = (1.0 if scale is None else float(scale if value is None else value) for scale, value in found)

@@ -8,8 +8,8 @@ from sglang_hcache.device.streams import Event, Stream
 class LayerEvents:
     """SGLang's layer counter: the pool's getters ask it to wait until a layer has been restored.
 
-    `reader`: the stream that reads the pool; it waits for an event, and the CPU goes on. With the last of `layers` it
-    waits for what is restored after them, too: layers of a draft model, which runs next, and asks for nothing.
+    `reader`: the stream that reads the pool; it waits for a layer's event, the CPU does not. At the last of `layers`
+    it also waits for the layers restored after them: those of a draft model, which runs next and never asks.
     """
 
     def __init__(self, reader: Stream, layers: int) -> None:
@@ -30,7 +30,7 @@ class LayerEvents:
         self._recorded[index].append(event)
 
     def begin(self, index: int, event: Event) -> None:
-        """The stream that restores batch `index` has nothing else to do from `event` on."""
+        """Batch `index` begins at `event`: from then on, the restoring stream works on this batch."""
         self._begins[index] = event
 
     def follow(self, index: int, stream: Stream) -> None:

@@ -140,7 +140,7 @@ class KVProjector:
 
 
 class PoolReader:
-    """What a pool keeps of the layers at some places in it, as a KVProjector takes it."""
+    """Reads what a pool holds for the layers at `places`, in the form that a KVProjector takes."""
 
     def __init__(self, pool: OnePool, places: range) -> None:
         self._buffers = [kv_buffers(pool, place) for place in places]

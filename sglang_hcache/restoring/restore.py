@@ -64,8 +64,8 @@ class _Copied(NamedTuple):
 class Restorer:
     """Runs the queued loads of a batch together, layer by layer.
 
-    Nothing is projected before what was queued on the streams `before` is done, as it may still read the slots;
-    copies start at once. Nothing of a call holds up the caller, except for an `IndexCopier` on a GPU.
+    Projection waits for the work queued on the streams `before`, which may still read the slots; copies start at
+    once. `run` does not block the caller, except with an `IndexCopier` on a GPU.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Restorer:
     def run(self, loads: Sequence[Load]) -> int:
         """Issue the restoration of all loads; returns the batch's index for `events`.
 
-        After an error nothing of the batch is under way any more: what it reads may be given back.
+        If it raises, nothing of the batch is in flight any more, so what it reads may be released.
         """
         index = self._events.new_batch()
         chunks = [chunk for load in loads for chunk in load.store_slots]
@@ -123,9 +123,9 @@ class Restorer:
         return index
 
     def measure(self, n_pages: int, *, repeats: int) -> tuple[float, float]:
-        """Seconds to copy, and to project, the first layer of the store's first pages, each alone; the least of some.
+        """Return the seconds to copy, and to project, `n_pages` pages of the first layer: the least of `repeats`.
 
-        Overwrites the pool's first slots: only before requests are served.
+        Overwrites the pool's first slots: call it only before requests are served.
         """
         n_pages = min(n_pages, self._half_pages, len(self._pages.memory))
         step = _Step(range(1), slice(0, n_pages), windowed=False)
@@ -182,7 +182,7 @@ class Restorer:
             first = last
 
     def _last_together(self, first: int, n_pages: int) -> int:
-        """Where the layers from the first on end that are copied at once: equal in size and distance, and small."""
+        """Return the end of the layers from `first` on to copy at once: equal in size and spacing, and small."""
         layers, last = self._pages.layers, first + 1
         kind = layers[first].page_bytes, layers[first].windowed
         while last < len(layers) and (last + 1 - first) * n_pages * kind[0] <= self._together_bytes:
@@ -203,7 +203,7 @@ class Restorer:
             self._copying.wait(projected)
         with self._copying.active():
             self._copier.copy(self._pages, step.layers, places, rows)
-        if rows.nbytes >= COPY_BYTES:  # before the event: a product that starts at it would keep the kernel waiting
+        if rows.nbytes >= COPY_BYTES:  # before the event, or the product that it starts would delay this kernel
             self._copying.end_copy()
         return _Copied(step, half, rows, self._copying.record())
 
@@ -234,10 +234,10 @@ def restorer_for(
     copy_engine: bool = True,
     copier: Copier | None = None,
 ) -> Restorer:
-    """A restorer on streams of its own, behind what SGLang's two streams do now.
+    """Make a restorer with streams of its own, whose projection waits for SGLang's two streams.
 
-    pinned: whether the GPU can read the pages' memory by itself. copy_engine: whether its copy engine may. copier: in
-    the place of the one that fits these.
+    pinned: whether the GPU can read the pages' memory directly. copy_engine: whether the copy engine may be used.
+    copier: overrides the one that these two select.
     """
     copying = new_stream(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
     return Restorer(

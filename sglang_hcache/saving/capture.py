@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SPARE = 4  # the outbox holds this part of a full forward beside it
-_ALIGNMENT = 256  # bytes; of what is taken from it
+_SPARE = 4  # the outbox has room for a full forward and 1 / _SPARE of another
+_ALIGNMENT = 256  # bytes; each piece of the outbox begins at a multiple of it
 _UNUSABLE = -1  # in `seen`: a module was called with something other than `[tokens, width]`
 
 _library = torch.library.Library("hcache", "FRAGMENT")
@@ -33,10 +33,10 @@ _library.define("stage_rows(Tensor hidden, Tensor(a!) staging, Tensor(b!) seen, 
 
 
 def _stage_rows(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor, layer: int) -> None:
-    """`staging[layer, :rows] = hidden[:rows]`, as many rows as there are in both; `seen[layer]` says how many.
+    """Copy as many leading rows of `hidden` as fit to `staging[layer]`, and set `seen[layer]` to their number.
 
-    hidden `[n, width]`, staging `[layers, rows, width]`, seen int64 `[layers]`, on the CPU: a graph's replay leaves
-    it as it is.
+    hidden `[n, width]`, staging `[layers, rows, width]`, seen int64 `[layers]`, on the CPU, so that a CUDA graph's
+    replay does not update it.
     """
     if hidden.shape[1:] != staging.shape[2:]:
         seen[layer] = _UNUSABLE
@@ -47,10 +47,10 @@ def _stage_rows(hidden: torch.Tensor, staging: torch.Tensor, seen: torch.Tensor,
 
 
 def write_rows(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target.copy_(source)`, on a GPU always by a kernel.
+    """`target.copy_(source)`, but with a kernel wherever the rows consist of 8-byte words.
 
-    torch copies contiguous memory by the copy engine: in a CUDA graph that is a node which takes longer than the rows
-    of a decode step do. OR with 0 leaves every bit as it is, those of a negative zero and of NaNs, too.
+    torch copies contiguous memory with the copy engine. In a CUDA graph that becomes a memcpy node, whose overhead
+    exceeds the time that a decode step's rows take. OR with 0 preserves every bit, even of negative zeros and NaNs.
     """
     plain = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
     if plain and _has_words(source) and _has_words(target):
@@ -60,7 +60,7 @@ def write_rows(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _has_words(rows: torch.Tensor) -> bool:
-    """Whether rows consist of elements of eight bytes: a kernel that takes them as such moves as many at a time."""
+    """Whether rows can be viewed as 8-byte words, so that a kernel moves eight bytes at a time."""
     return not (rows.shape[-1] * rows.itemsize % 8 or rows.storage_offset() * rows.itemsize % 8)
 
 
@@ -76,10 +76,10 @@ class CaptureSink(Protocol):
     """Where captured rows go. Called on the scheduler's thread, right after each forward."""
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
-        """Rows of one forward: `slots` int64 `[n]`, `positions` int64 `[n]`, `rows` `[layers, n, width]`.
+        """Take the rows of one forward: `slots` int64 `[n]`, `positions` int64 `[n]`, `rows` `[layers, n, width]`.
 
-        With a codec, rows are uint8 `[layers, n, row_bytes]`. They are complete on the current stream, and not
-        overwritten before the event that is returned.
+        With a codec, rows are uint8 `[layers, n, row_bytes]`. They are complete on the current stream. The caller
+        does not overwrite them before the returned event has passed.
         """
 
     def drop(self, slots: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ class Outbox:
         return self._memory[begin : self._next]
 
     def sent(self, event: Event) -> None:
-        """What was taken last, and everything before it, may be overwritten after the event."""
+        """Note that the piece taken last, and all before it, may be overwritten once the event has passed."""
         self._away.append((self._taken, event))
 
 
@@ -130,9 +130,9 @@ def capture_bytes(layers: int, *, rows: int, width: int, dtype: torch.dtype) -> 
 class Capture:
     """The staging buffer, `[layers, rows, width]` on the device, and the hooks that fill it.
 
-    On a GPU a forward's rows are moved to an outbox when it ends: they are copied to the host from there while the
-    next forward fills the staging buffer. It has room for a full forward and some small ones: a scheduler that
-    issues forwards ahead of the device never finds the last one's rows away.
+    On a GPU a forward's rows are moved to an outbox when it ends, and copied to the host from there while the next
+    forward fills the staging buffer. The outbox has room for a full forward and some small ones: the scheduler
+    issues forwards ahead of the device, when the last one's rows have not been copied yet.
     """
 
     def __init__(
@@ -151,9 +151,9 @@ class Capture:
         ]
 
     def keep(self, layers: int, codec: Codec | None = None) -> None:
-        """Capture the first layers only, and hand their rows over encoded.
+        """From now on capture only the first `layers` layers, and encode their rows with `codec`, if there is one.
 
-        The staging buffer stays on a GPU: graphs captured before go on writing into it.
+        On a GPU the staging buffer is kept, because CUDA graphs captured earlier go on writing into it.
         """
         for hook in self._hooks[layers:]:
             hook.remove()
@@ -196,7 +196,7 @@ class Capture:
         self._seen.zero_()
 
     def _note_what_is_unusable(self) -> None:
-        """One such call is enough: a graph that was captured with it replays it, and runs no Python then."""
+        """Stop capturing for good after one unusable call: a graph captured with it repeats it unnoticed."""
         if not bool((self._seen != _UNUSABLE).all()):
             self._end("has another width")
 
@@ -206,10 +206,10 @@ class Capture:
             logger.warning("hcache: no hidden states are captured from now on: an attention's input %s", why)
 
     def after_forward(self, slots: torch.Tensor, positions: torch.Tensor, *, from_graph: bool) -> None:
-        """Hand the rows of the forward that was just issued to the sink; of one that is too long, the first.
+        """Hand the rows of the forward just issued to the sink; of a forward that is too long, only the first rows.
 
-        slots, positions: int64 `[n]`, without padding. A graph's replay runs no Python, so there the rows are
-        taken to be as its capture left them.
+        slots, positions: int64 `[n]`, without padding. from_graph: a graph was replayed. That runs no Python to
+        count the rows, so all of them are assumed to be staged.
         """
         if self.sink is None:
             return
@@ -228,7 +228,7 @@ class Capture:
         if self._outbox is not None:
             self._outbox.sent(event)
         if beyond.numel():
-            self.sink.drop(beyond)  # afterwards: the page that they begin in the middle of is not whole
+            self.sink.drop(beyond)  # after `write`, to abandon the page that the limit cuts in two
 
     def _move(self, rows: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Rows in the memory, as they are handed over; complete on the current stream."""

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def spread(copying: Executor | None, copy: Callable[[T], None], items: Sequence[T]) -> None:
-    """`copy` of each item; by all of the threads, if there are any. Returns when all is done."""
+    """Call `copy` for each item, shared among the threads of `copying` if given. Returns when all are done."""
     share = max(1, -(-len(items) // _COPYING_THREADS))
 
     def copy_some(first: int) -> None:
@@ -49,18 +49,18 @@ class InlineCopyOut:
         """Nothing is held."""
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A small tensor as the next job finds it."""
+        """Return a host copy of a small tensor; it is complete when the next job runs."""
         return tensor
 
     def rows_to_host(self, rows: torch.Tensor, made: Event | None = None) -> torch.Tensor | None:
-        """Rows as the next job, and no other, finds them; None where jobs lag so far behind that there is no room.
+        """Return a host copy of rows that only the next job may read; None if jobs lag so far that there is no room.
 
-        made: they are there from then on; by default, from what the current stream has to do now.
+        made: the event at which the rows are complete; by default, the end of what the current stream has queued now.
         """
         return rows
 
     def record(self) -> Event:
-        """Passed once everything given to `to_host` may be overwritten."""
+        """Return an event that passes once all that was given to `to_host` or `rows_to_host` may be overwritten."""
         return ImmediateStream().record()
 
     def submit(self, job: Job) -> None:
@@ -104,9 +104,9 @@ class _Ring:
 
 
 def _pieces(host: torch.Tensor, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Targets and sources that are copied one after another.
+    """Yield pairs of target and source, of at most COPY_BYTES each, to copy one after another.
 
-    Copied as a whole, a tensor with gaps between its parts would be made contiguous on the device first.
+    A tensor with gaps between its parts is split at them: torch would first make it contiguous on the device.
     """
     for target, source in [(host, tensor)] if tensor.is_contiguous() else zip(host, tensor, strict=True):
         together = max(1, COPY_BYTES // source.itemsize)
@@ -114,9 +114,10 @@ def _pieces(host: torch.Tensor, tensor: torch.Tensor) -> Iterator[tuple[torch.Te
 
 
 class StreamCopyOut:
-    """Copies run on their own stream; jobs on one thread, each after the copies issued before its submission.
+    """Runs copies on their own stream, and jobs on one thread, each after the copies issued before its submission.
 
-    current: the stream on which the tensors are made. copying: threads that jobs may use for copies.
+    stream: the one for copies. current: the one on which the tensors are made. Its attribute `copying` holds threads
+    that jobs may use for copies.
     """
 
     def __init__(self, stream: Stream, current: Stream) -> None:
@@ -130,7 +131,7 @@ class StreamCopyOut:
         self._thread.start()
 
     def expect(self, forward_bytes: int) -> None:
-        """One forward hands over so much at most: pinned memory for three such, or more, is taken, and kept."""
+        """Allocate and keep pinned memory for three forwards of up to `forward_bytes` each, at least 1 GiB."""
         size = max(_LEAST_BYTES, _FORWARDS_PENDING * (forward_bytes + _ALIGNMENT))
         if size > self._ring.size:
             self.drain()

@@ -13,7 +13,7 @@ from sglang_hcache.saving.copy_out import spread
 from sglang_hcache.storage.contract import ChunkStore
 from sglang_hcache.storage.layout import positions as chunk_positions
 
-_SHARES = 4  # of single tokens, for the threads that copy them; a statement for each would hold Python's lock
+_SHARES = 4  # batches of single tokens, for the copying threads; one statement per token would contend for the GIL
 
 
 def chunk_rows(store: ChunkStore, layers: range) -> NDArray[np.uint8]:
@@ -37,9 +37,9 @@ class _OpenPage:
 class OpenPages:
     """Collects rows of the first `layers` layers by device page, in slots of the store, until SGLang names the page.
 
-    A device page is written front to back by one sequence: a row 0 starts the page anew, a row written again replaces
-    that one and all after it (rejected drafts), a gap abandons the page, and so does SGLang's naming it before it is
-    whole. Only a whole page is ever handed out; what cannot be kept is left out, never waited for.
+    A device page is written front to back by one sequence. Row 0 starts the page anew; a row that is written again
+    replaces the old one and all after it (rejected drafts). A gap abandons the page, and so does SGLang's naming it
+    before it is whole. Only whole pages are handed out; what cannot be kept is left out, never waited for.
     """
 
     def __init__(self, store: ChunkStore, *, layers: int, copying: Executor | None = None) -> None:
@@ -58,9 +58,10 @@ class OpenPages:
         rows: NDArray[np.uint8],
         usable: NDArray[np.bool_] | None = None,
     ) -> int:
-        """slots, positions `[n]`; rows `[layers, n, row_bytes]`. Returns how many tokens were kept.
+        """Copy rows into their pages, and return how many tokens were kept.
 
-        usable: `[n]`; a page goes on from a row that is not only if that is written again, as a rejected draft is.
+        slots, positions `[n]`; rows `[layers, n, row_bytes]`. usable: `[n]`, False for rows that cannot be kept; a
+        page continues after such a row only if the row is written again, as a rejected draft's is.
         """
         kept: list[tuple[int, int, int, int]] = []  # slot, offset in it, first token, tokens
         for start, stop, page, offset in self._runs(slots):
@@ -95,7 +96,7 @@ class OpenPages:
             self._abandon(page)
 
     def take(self, page: int) -> int | None:
-        """The store's slot with the rows of a device page, the caller's from now on; None if it is not whole."""
+        """Hand the store's slot with a device page's rows to the caller; if the page is not whole, abandon it."""
         open_page = self._open.get(page)
         if open_page is None or open_page.filled < self._page_tokens:
             self._abandon(page)

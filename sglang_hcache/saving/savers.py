@@ -24,7 +24,7 @@ from sglang_hcache.storage.layout import positions as chunk_positions
 
 logger = logging.getLogger(__name__)
 
-_GATHERED_BYTES = 256 << 20  # of K and V in a piece; on a device there may be several on their way to the host
+_GATHERED_BYTES = 256 << 20  # most K and V in one `gather`; several may be on the device, on their way to the host
 
 
 class Saver(Protocol):
@@ -42,7 +42,7 @@ class Saver(Protocol):
         """Set once all that has been saved before is in the store."""
 
     def discard(self, slots: torch.Tensor) -> None:
-        """What was captured of these device slots is not to be stored: a restore fills them, say."""
+        """Do not store what was captured of these device slots, because a restore fills them, for example."""
 
     def clear(self) -> None:
         """Discard everything that is not yet in the store."""
@@ -51,9 +51,9 @@ class Saver(Protocol):
 
 
 class RestoredKeys:
-    """Keys of pages that came from the store: SGLang offers them to be saved all the same, at the head of a node.
+    """Keys of pages that came from the store; SGLang offers these for saving all the same, at the head of a node.
 
-    most: of those whose request has ended before that, so many are remembered.
+    most: how many keys are remembered; beyond that the oldest are forgotten.
     """
 
     def __init__(self, most: int) -> None:
@@ -115,9 +115,8 @@ class PageSaver:
         windowed: KVRows | None = None,
         codec: Codec | None = None,
     ) -> None:
-        """captured: layers. kv: the others, but for windowed ones, if these have slots of their own.
-
-        codec: what has encoded the rows that capture hands over.
+        """captured: number of first layers whose rows are captured. kv: the other layers. windowed: windowed layers
+        with slots of their own, which `kv` then excludes. codec: the one that has encoded the captured rows.
         """
         self._store = store
         self._copy_out = copy_out
@@ -271,7 +270,7 @@ class KVRows:
         forward: Stream,
         before: int = 0,
     ) -> None:
-        """places: of the layers in the pool. before: how many there are in a record before those of the pool.
+        """places: indices of the layers in the pool. before: number of layers that precede the pool's in a record.
 
         gathering: a stream of our own. current: the stream that `gather` is called on. forward: the one that writes
         the pool.
@@ -285,8 +284,8 @@ class KVRows:
     def gather(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Copies K and V of device slots `[n]` to the host; the next job finds them, uint8 `[layers, n, bytes]`.
 
-        None where the host has no room for them. They are read behind the forward that is under way, and the next one
-        comes after that: it may write these slots. The current stream waits for neither, as SGLang may wait for it.
+        Returns None if the host has no room. The read waits for the forward under way, and the next forward waits for
+        the read, as it may write these slots. The current stream waits for neither, as SGLang may wait for it.
         """
         for made_on in (self._current, self._forward):
             self._gathering.wait(made_on.record())

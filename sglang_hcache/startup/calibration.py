@@ -103,12 +103,12 @@ def _measure(
     ranks: int,
     device: str,
 ) -> Machine:
-    """Rates of prefill and restoring, in seconds. Attention's follows from the matrix products'.
+    """Measure the rates of prefill and restoring, which takes seconds. Attention's is derived from matrix products'.
 
-    A rank by itself tries less where the model is slow. Several ranks must all run the same, so they never do less.
-    With data-parallel attention all ranks run the prompt, each its own: as when all are busy.
+    A single rank measures less where the model is slow. Several ranks must all run the same, so they never do less.
+    With data-parallel attention every rank runs a prompt of its own, as when all are busy.
 
-    ranks: that share the heads of an attention, and so what a token takes.
+    ranks: how many share the heads of an attention, and so the work for a token.
     """
     by_itself = get_parallel().tp_size == 1
     limit, at_once = most_tokens(runner, page_tokens), most_at_once(runner, page_tokens)
@@ -175,10 +175,10 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
 
 
 class KeptRates:
-    """The rates of an earlier start if it was the same; else measured. Kept for the next, as is what is learned.
+    """The rates kept by an earlier start with the same `about`; else measured, and kept, as are rates learned later.
 
-    about: everything that the rates depend on. A file that cannot be read, or written, costs a measurement; as that
-    runs the model, `agree` says whether all ranks have theirs.
+    about: everything that the rates depend on. A file that cannot be read or written costs a measurement. That runs
+    the model, which takes all ranks, so `agree` tells whether all of them have kept rates.
     """
 
     def __init__(
@@ -249,9 +249,10 @@ def _seconds(work: Callable[[], None], device: str, repeats: int) -> float:
 
 
 def _fit(short: tuple[int, float], long: tuple[int, float]) -> tuple[float, float]:
-    """Seconds of a forward, whatever its tokens, and of each token; from two lengths and what they took.
+    """Fixed seconds of a forward, and seconds per token; from two forwards, each (tokens, seconds).
 
-    On a busy machine the short one may have taken as long as the long one: at least half of that is the tokens'.
+    On a busy machine the short one may have taken as long as the long one: at least half of the long one's time is
+    taken to be for its tokens.
     """
     (few, few_s), (many, many_s) = short, long
     token_s = max((many_s - few_s) / max(1, many - few), many_s / many / 2)

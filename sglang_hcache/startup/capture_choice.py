@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def capture_of(runner: Any, wanted: str, rows: int) -> tuple[Capture | None, str]:
-    """On all ranks alike; or why none is made.
+    """The capture of hidden states, or None and the reason; the same on all ranks.
 
-    wanted: one of `config.REPRESENTATION_CHOICES`; by itself, what takes little memory and can be of use. rows: of a
-    forward, at most.
+    wanted: one of `config.REPRESENTATION_CHOICES`; with auto, hidden states are captured only if that takes little
+    memory and can be of use. rows: the most rows of a forward.
     """
     if wanted == Representation.KV:
         return None, "K and V are wanted"
@@ -43,7 +43,7 @@ def capture_of(runner: Any, wanted: str, rows: int) -> tuple[Capture | None, str
 
 
 def _why_not_smaller(width: int, sites: Sequence[AttentionSite]) -> str | None:
-    """Than the K and V of all ranks. In pools of 8 bits these may be smaller still: that is found out later."""
+    """Why hidden states are not smaller than K and V of all ranks, or None. Pools of 8 bits are considered later."""
     attention = sites[0].attention
     kv_width = attention.tp_k_head_num * attention.qk_head_dim + attention.tp_v_head_num * attention.v_head_dim
     kv_width *= get_parallel().attn_tp_size
@@ -51,7 +51,7 @@ def _why_not_smaller(width: int, sites: Sequence[AttentionSite]) -> str | None:
 
 
 def _why_no_room(needed: int) -> str | None:
-    """The KV pool, which SGLang sizes next, must lose little to so many bytes, on all ranks."""
+    """Why `needed` bytes would take too much, on any rank, from the KV pool that SGLang sizes next; else None."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.empty_cache()  # what loading has left there

@@ -75,7 +75,7 @@ def checkpoint_identity(
 def adapter_identity(path: str, memo: Path | None, *, cache: str | None = None) -> str:
     """As `checkpoint_identity`, of a LoRA adapter.
 
-    Raises OSError, too, where it is for all modules of a model: to which it is applied depends on a server's flags.
+    Also raises OSError if its configuration does not list modules: a server's flags then say where it is applied.
     """
     for root in _local(path, None, cache):
         with contextlib.suppress(FileNotFoundError, ValueError):

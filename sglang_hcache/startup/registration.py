@@ -39,7 +39,7 @@ _NOT_WEIGHTS_ALONE = (
     *("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks"),
     *("decrypted_config_file", "decrypted_draft_config_file"),
 )
-# The same weights are computed with in another way.
+# Flags that change how the model computes with the same weights.
 _COMPUTING = (
     *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
     *("flashinfer_mxfp4_moe_precision", "enable_w4a4_mxfp4_megamoe", "speculative_enable_w4a4_mxfp4_megamoe"),
@@ -172,7 +172,7 @@ class Registration:
         return spec.speculative_algorithm, weights, spec.speculative_draft_load_format, quantized
 
     def _encoder_on_disk(self, named: str, memo: Path) -> str:
-        """LLaVA's own checkpoints name another one for it, or a folder of theirs. Raises OSError."""
+        """Identity of an encoder that LLaVA's checkpoints name: another checkpoint, or a folder. Raises OSError."""
         inside = Path(self._model_config.model_path, named)
         return checkpoint_identity(str(inside) if inside.is_dir() else named, memo)
 
@@ -202,10 +202,10 @@ class Registration:
         return fingerprint(parts)
 
     def _wanted_host_memory(self) -> tuple[float, int]:
-        """Most of what is free, 0 for all of it, and most bytes, for this rank.
+        """The most host memory for this rank: as a share of what is free (0: no such limit), and in bytes.
 
-        How much is free is for the prefetcher to say: it may hold the arena of a former server. With a remote one
-        memory is this process's own.
+        Only the prefetcher knows how much is free, as it may hold a former server's arena. With a remote prefetcher
+        the memory is this process's own.
         """
         memory, ranks = get_memory(), get_parallel().dp_size * ranks_of_a_node()
         if memory.hicache_size > 0:
@@ -226,7 +226,7 @@ class Registration:
 
 
 def _parser(model_config: Any) -> str:
-    """Of its configuration, which decides how K is rotated; by itself SGLang goes by the name."""
+    """What parses the model's configuration, which decides how K is rotated; SGLang's `auto` goes by the name."""
     named: str = model_config.model_config_parser
     return "mistral" if named == "auto" and is_mistral_model(model_config.model_path) else named
 

@@ -96,7 +96,7 @@ class Stored:
 
     @property
     def same_on_all_ranks(self) -> bool:
-        """As hidden states are."""
+        """Whether all ranks store the same bytes, as they do of hidden states and of MLA's latent."""
         return self.formats.kv_same_on_all_ranks or not (self.layout.kv or self.drafts)
 
     @property
@@ -161,7 +161,7 @@ def _hidden_projector(
 
 
 def _obstacle(capture: Capture, pool: Pool) -> str | None:
-    """What the self-test, of one short prompt, would not show."""
+    """Why hidden states cannot be stored, where the self-test's one short prompt would not show it; or None."""
     obstacles = (
         (has_latent(pool), "the latent of MLA is smaller than hidden states"),
         (isinstance(pool, SWAKVPool), "layers with a sliding window have a KV pool of their own"),
@@ -174,7 +174,7 @@ def _obstacle(capture: Capture, pool: Pool) -> str | None:
 
 
 def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
-    """What of a loaded model leaves no use for its hidden states, however they are captured."""
+    """Why hidden states of a loaded model would be of no use, however they are captured; or None."""
     ranks = get_parallel().attn_tp_size
     obstacles = (
         # --lora-paths sets this, too, but not in what was given.

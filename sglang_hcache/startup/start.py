@@ -31,9 +31,9 @@ _MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
 
 
 def supported_pools(params: Any, model_config: Any, components: set[Any], forward_tokens: int) -> Pools:
-    """Of a model that the tier can serve, and of its drafts.
+    """The KV pools of a model and its draft models, if the tier can serve it. Raises Unsupported.
 
-    params: SGLang's for its radix cache. forward_tokens: of a forward, at most. Raises Unsupported.
+    params: SGLang's radix-cache parameters. forward_tokens: the most tokens of a forward.
     """
     if params.disable:
         raise Unsupported("SGLang serves it without a radix cache; the tier restores what that evicts")
@@ -108,7 +108,7 @@ def supervisor_of(
     opened: Callable[[Any], None],
     closing: Callable[[Any], None],
 ) -> SessionSupervisor[Any]:
-    """Of a session with the prefetcher that the flags name."""
+    """The supervisor of the session with the prefetcher that the flags name."""
     if config.prefetcher is not None:
         return RemoteSupervisor(config.prefetcher, config.keys, hello, opened=opened, closing=closing)
     return LocalSupervisor(
