@@ -13,7 +13,7 @@ from sglang.srt.arg_groups.hicache_hook import handle_hicache
 from sglang.srt.server_args import ServerArgs
 
 from sglang_hcache import flags, server_kwargs
-from sglang_hcache.config import HCacheConfig, names_our_linker
+from sglang_hcache.config import DEFAULT_PAGE_SIZE, PREFETCH_TIMEOUT_S, HCacheConfig, names_our_linker
 from sglang_hcache.flags import _CONFLICTS, FlagError, add_cli_args, translate
 
 
@@ -266,3 +266,14 @@ def test_the_help_can_be_printed() -> None:
     shown = parser.format_help()
     assert "--hcache-dir-size" in shown
     assert "%%" not in shown
+
+
+def test_all_of_them_are_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "flags.md").read_text()
+    parser = argparse.ArgumentParser(add_help=False)
+    add_cli_args(None, parser)
+    for action in parser._actions:
+        assert f"`{action.option_strings[0]}" in documented
+        assert all(str(choice) in documented for choice in action.choices or () if choice != "sglang")
+    assert f"`{PREFETCH_TIMEOUT_S[0]:g},{PREFETCH_TIMEOUT_S[1]}`" in documented
+    assert f"{DEFAULT_PAGE_SIZE} with this backend" in documented
