@@ -197,7 +197,11 @@ class Client:
     def _post(self, path: str, body: dict[str, Any], stream: bool, timeout_s: float) -> Iterator[dict[str, Any]]:
         """Sends now, and returns the answer's events as they arrive; one event where it is not streamed."""
         connection = self._connect(timeout_s)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        except BaseException:
+            connection.close()
+            raise
         return self._events(connection, path, stream)
 
     def _events(self, connection: http.client.HTTPConnection, path: str, stream: bool) -> Iterator[dict[str, Any]]:

@@ -238,7 +238,8 @@ class Server:
     def _serve_waiting(self) -> None:
         """Retry grants, flushes and messages that had to wait; say `Waiting` to clients without a welcome."""
         for session in list(self._by_number.values()):
-            self._grant(session)
+            if not session.has_ended:
+                self._grant(session)
             self._answer_flushes(session)
             session.send_kept()
         if self._unwelcomed and time.monotonic() >= self._told_at + WAITING_S:
@@ -282,6 +283,8 @@ class Server:
                 self.refused["bad_hello"] += 1
                 self._reply(peer, None, m.Refused(reason="bad_hello", text=space, fatal=True))
 
+        for session in [one for one in self._by_number.values() if one.has_ended]:
+            self._end(session, "its process has ended")  # at once: the new client may want what that has held
         self._spaces.open(hello, opened)
 
     def _welcome(self, peer: Peer, hello: m.Hello, space: Space, pidfd: int) -> None:

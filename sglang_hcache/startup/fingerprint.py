@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import xxhash
 from huggingface_hub import constants
 
@@ -77,12 +78,19 @@ def adapter_identity(path: str, memo: Path | None, *, cache: str | None = None) 
 
     Also raises OSError if its configuration does not list modules: a server's flags then say where it is applied.
     """
-    for root in _local(path, None, cache):
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            modules = dict(json.loads((root / "adapter_config.json").read_bytes())).get("target_modules")
-            if not isinstance(modules, list):
+    for configuration in (root / "adapter_config.json" for root in _local(path, None, cache)):
+        if configuration.is_file():
+            modules = _target_modules(configuration)
+            if not isinstance(modules, list) or any(str(module).split(".")[-1] == "all" for module in modules):
                 raise OSError(f"it does not list its modules: target_modules is {modules!r}")
     return checkpoint_identity(path, memo, cache=cache)
+
+
+def _target_modules(configuration: Path) -> object:
+    try:
+        return msgspec.json.decode(configuration.read_bytes(), type=dict[str, object]).get("target_modules")
+    except msgspec.MsgspecError as error:
+        raise OSError(f"{configuration.name} cannot be read: {error}") from None
 
 
 def _digests(weights: Sequence[Path]) -> list[str]:

@@ -33,7 +33,7 @@ from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TI
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# For a server whose prefetcher may be slow to say what is in memory, as the machine is.
+# For a server that waits for its prefetcher's answers, however slow the machine is.
 PATIENT = {"PYTHONPATH": str(Path(__file__).parent / "patient")}
 
 AnyServer = TypeVar("AnyServer", bound=Server)

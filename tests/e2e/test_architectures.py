@@ -45,7 +45,7 @@ TIER = {
     "stablelm": ("--hicache-write-policy", "write_through_selective"),
     "gptj": ("--hicache-storage-prefetch-policy", "best_effort"),
 }
-TWO_RANKS, ONE_CORE_EACH = ("--tp", "2"), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+TWO_RANKS, ONE_CORE_EACH = ("--tp", "2"), {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **PATIENT}
 BY_KERNELS = ("qwen3", "opt")  # these, too: in Triton's interpreter, where there is no GPU to run them
 
 

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from bench.harness import Answer, Server, free_port
-from tests.e2e.conftest import Workshop, pages_in, started_together
+from tests.e2e.conftest import PATIENT, Workshop, pages_in, started_together
 from tests.e2e.scenarios import PAGE, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, assert_equal, whole_pages
 
 
@@ -24,7 +24,7 @@ def test_ranks_on_two_nodes_restore_alike(
     args = (*SERVER_ARGS, "--tp", "2", "--nnodes", "2", "--dist-init-addr", meet_at)
     first, second = (
         workshop.tiered_by(
-            Node, store, args=(*args, "--node-rank", str(rank)), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+            Node, store, args=(*args, "--node-rank", str(rank)), env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **PATIENT}
         )
         for rank, store in enumerate(stores)
     )

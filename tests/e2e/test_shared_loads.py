@@ -8,6 +8,7 @@ import pytest
 
 from bench.harness import Answer, Server, random_prompt
 from tests.e2e.conftest import (
+    PATIENT,
     Workshop,
     nothing_is_held,
     only_on_disk,
@@ -22,7 +23,7 @@ WAYS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "overlap": ((), {}),
     "two ranks, no overlap, longest prefix first": (
         ("--tp", "2", "--disable-overlap-schedule", "--schedule-policy", "lpm"),
-        {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", **PATIENT},
     ),
 }
 PROMPTS = [random_prompt(PREFIX, seed=1) + random_prompt(40 + 10 * i, seed=2 + i) for i in range(TOGETHER)]

@@ -93,9 +93,12 @@ def test_what_cannot_be_identified_is_never_found_again(tmp_path: Path) -> None:
     assert key(adapters, "0" * 32) == "0" * 32, "as one that came as tensors"
 
 
-def test_one_for_all_modules_is_never_found_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "configuration", ['{"target_modules": "all-linear"}', '{"target_modules": ["q_proj", "all"]}', "{}", "null", "{"]
+)
+def test_one_that_does_not_list_its_modules_is_never_found_again(configuration: str, tmp_path: Path) -> None:
     """To which it is applied depends on --lora-target-modules, and on the other adapters."""
-    for_all = train(tmp_path / "all", b"weights", '{"target_modules": "all-linear"}')
+    for_all = train(tmp_path / "all", b"weights", configuration)
     adapters, (lora_id,) = started(tmp_path, for_all)
     others, (same_id,) = started(tmp_path, for_all)
     assert lora_id == same_id

@@ -201,6 +201,28 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_when_it_is_
     requests.clear()
 
 
+def test_a_rank_that_has_not_heard_from_its_store_yet_waits_a_moment(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that decides has; if another found nothing, no rank could load anything."""
+    save(store, range(20, 25))
+    requests = unplanned(store, HoldRule(), alone=False)
+    ask(requests, "a", keys_of(range(20, 25)))
+    heard, progress, wait = list[str](), store.progress, store.wait
+    monkeypatch.setattr(
+        store, "progress", lambda owner: progress(owner) if heard else Progress((), False, known=False)
+    )
+
+    def hear(owner: str, timeout_s: float, *, until_known: bool) -> Progress:
+        heard.append(owner)
+        return wait(owner, timeout_s, until_known=until_known)
+
+    monkeypatch.setattr(store, "wait", hear)
+    requests.admit(["a"])
+    assert requests.ready("a", keys_of(range(20, 25))) == 5
+    requests.clear()
+
+
 def test_what_is_never_saved_is_not_waited_for_longer_than_the_timeout(store: LocalStore, clock: Clock) -> None:
     requests = unplanned(store, TIMEOUT, alone=True)
     ask(requests, "a", keys_of(range(20, 25)), saved=threading.Event())
