@@ -64,6 +64,7 @@ def test_who_is_gone_gets_none() -> None:
         {"input_embeds": [[0.0]]},
         {"token_type_ids": [0]},
         {"session": object()},
+        {"lora_id": "adapter"},
         {"skip_radix_cache_insert": True},
     ],
     ids=lambda more: next(iter(more)),

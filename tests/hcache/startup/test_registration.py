@@ -224,7 +224,13 @@ def test_by_its_name_a_model_is_read_in_another_way(say: Say, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FP4_IGNORED_LAYERS", "SGLANG_EXTERNAL_MODEL_PACKAGE"]
+    "name",
+    [
+        "SGLANG_FP8_IGNORED_LAYERS",
+        "SGLANG_FP4_IGNORED_LAYERS",
+        "SGLANG_DEEPEP_BF16_DISPATCH",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE",
+    ],
 )
 def test_the_environment_decides_how_it_is_computed(
     name: str, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
