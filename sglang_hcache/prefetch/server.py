@@ -137,11 +137,11 @@ class Server:
         if ready == self._wake:
             os.eventfd_read(self._wake)
         elif isinstance(ready, int):
-            self._ended(self._by_pidfd[ready])
+            self._note_end_of_process(self._by_pidfd[ready])
         elif listener := self._listeners.attend(ready):
             self._receive(listener)
 
-    def _ended(self, session: Session) -> None:
+    def _note_end_of_process(self, session: Session) -> None:
         """Its process has; what that has sent is still received, for `LAST_WORDS_S`."""
         session.ended_at = time.monotonic()
         self._poller.unregister(session.pidfd)

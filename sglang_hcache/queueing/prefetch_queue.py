@@ -186,11 +186,11 @@ class PrefetchQueue:
     def admit(self, rids: Iterable[str], *, still_read: Collection[str] = ()) -> None:
         """Hold these no more. What is still being read for some of them may be there when it is their turn."""
         for rid in rids:
-            request = self._requests.get(rid)
-            asked_anew = request is not None and request.saved is not None
-            if request is not None and asked_anew:
+            known = self._alone  # else the rank that decides may have heard from its store sooner
+            if (request := self._requests.get(rid)) is not None and request.saved is not None:
                 self._ask_again(rid, request)
-            if asked_anew or not self._alone:  # the rank that decides may have heard from its store sooner
+                known = False
+            if not known:
                 self._wait_until_known(rid)
             goes_on = rid not in self._requests or rid in still_read or self._reads_on
             if self._end_hold(rid) and not goes_on:
