@@ -142,7 +142,7 @@ class Server:
             self._receive(listener)
 
     def _note_end_of_process(self, session: Session) -> None:
-        """Its process has; what that has sent is still received, for `LAST_WORDS_S`."""
+        """The client has ended; what it has sent is still received, for `LAST_WORDS_S`."""
         session.ended_at = time.monotonic()
         self._poller.unregister(session.pidfd)
 
