@@ -7,6 +7,7 @@ import os
 import select
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.queueing.page_names import KeysOf
 from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
-from sglang_hcache.ranks import of_first_rank, rank_name
+from sglang_hcache.ranks import of_first_rank, rank_name, true_on_all
 from sglang_hcache.restoring.layer_events import LayerEvents
 from sglang_hcache.restoring.restore import Load, Restorer
 from sglang_hcache.saving.savers import NoSaver, RestoredKeys, Saver
@@ -134,6 +135,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self,
             self.prefetch_queue,
             self._shared,
+            true_on_all=list if self._alone else partial(true_on_all, group=params.attn_tp_cache_group),
             others_wait_for_us=bool(get_parallel().attn_dp_enabled),
             drafts=bool(pools.drafts),
         )

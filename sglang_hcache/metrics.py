@@ -49,7 +49,12 @@ METRICS = tuple(
         ("loads_shared", "hcache_loads_shared_total", _C, "Batches closed for a request to wait for a load in them"),
         ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue to wait for pages"),
         ("requests_held_now", "hcache_held_requests", _G, "Requests held now"),
-        ("requests_admitted_late", "hcache_requests_admitted_late_total", _C, "Requests held up to their timeout"),
+        (
+            "requests_admitted_late",
+            "hcache_requests_admitted_late_total",
+            _C,
+            "Requests held until their time was up, or another rank's",
+        ),
         ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
         ("head_starts", "hcache_head_starts_total", _C, "Head starts begun"),
         ("tokens_ahead", "hcache_head_start_tokens_total", _C, "Tokens that head starts covered"),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from sglang.srt.runtime_context import get_parallel
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from sglang_hcache.storage.files import lock_within, make_private
 
@@ -98,6 +100,16 @@ def if_all_alike(value: T) -> T | None:
 def all_ranks(condition: bool) -> bool:
     """Whether it holds on every rank: what follows may run the model, which takes all of them."""
     return all(_of_all(condition))
+
+
+# ---- a collective of the ranks with the same requests, in steps in which some may be admitted ----
+
+
+def true_on_all(conditions: Sequence[bool], group: ProcessGroup) -> list[bool]:
+    """Which of the conditions hold on every rank of the group; all name as many."""
+    flags = torch.tensor(conditions, dtype=torch.int)
+    all_reduce(flags, op=ReduceOp.MIN, group=group)
+    return flags.to(torch.bool).tolist()
 
 
 def _of_all(value: T) -> list[T]:

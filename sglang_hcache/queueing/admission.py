@@ -1,6 +1,6 @@
 """From the queue to a batch: requests are held, out of the scheduler's sight, while their pages are on the way.
 
-What one rank decides rides on SGLang's own broadcast of requests, and is carried out by all ranks in the same step.
+What one rank would admit rides on SGLang's own broadcast of requests; all ranks agree on it in the same step.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Tier(Protocol):
 
 @dataclass(frozen=True)
 class Admit:
-    """These requests are held no more, on any rank, from this step on."""
+    """These requests are held no more, from this step on, if all ranks have as many of their pages."""
 
-    rids: tuple[str, ...]
-    still_read: frozenset[str]  # of these, whose pages are read until they are scheduled
+    pages: dict[str, int]  # by request
+    still_read: frozenset[str]  # of these, those that wait for no rank; their pages are read until they are scheduled
 
 
 class Admission:
@@ -51,16 +51,20 @@ class Admission:
         prefetches: PrefetchQueue,
         shared: SharedLoads,
         *,
+        true_on_all: Callable[[Sequence[bool]], Sequence[bool]],
         others_wait_for_us: bool,
         drafts: bool,
     ) -> None:
-        """others_wait_for_us: schedulers with requests of their own take each step together with this one.
+        """true_on_all: which of the conditions hold on all ranks with the same requests; a collective of these.
+
+        others_wait_for_us: schedulers with requests of their own take each step together with this one.
 
         drafts: there is a draft model, whose pools are stored, too.
         """
         self._tier = tier
         self._prefetches = prefetches
         self._shared = shared
+        self._true_on_all = true_on_all
         self._others_wait_for_us = others_wait_for_us
         self._drafts = drafts
         self._head_starts = HeadStarts()
@@ -74,9 +78,9 @@ class Admission:
     def broadcast(
         self, send: Callable[[list[Any] | None, list[Any]], list[Any]], recv_reqs: list[Any] | None, local: list[Any]
     ) -> list[Any]:
-        """Send this rank's decisions with the requests that SGLang broadcasts, and carry out those that arrive.
+        """Send this rank's proposals with the requests that SGLang broadcasts, and carry out what arrives.
 
-        recv_reqs: None where another rank receives requests and decides. Returns the requests.
+        recv_reqs: None where another rank receives requests and proposes. Returns the requests.
         """
         self._looked = True
         self._prefetches.new_step()
@@ -84,18 +88,29 @@ class Admission:
             self._prefetches.head_start_over(rid)
         if recv_reqs is not None:
             if rids := self._prefetches.admissible(idle=self._idle and not recv_reqs):
-                local = [*local, Admit(tuple(rids), self._prefetches.still_read(rids))]
+                pages = {rid: self._prefetches.enough(rid) for rid in rids}
+                local = [*local, Admit(pages, self._prefetches.still_read(rids))]
             if start := self._prefetches.take_head_start():
                 local = [*local, start]
         requests = []
         for message in send(recv_reqs, local):
             if isinstance(message, Admit):
-                self._prefetches.admit(message.rids, still_read=message.still_read)
+                self._admit(message)
             elif isinstance(message, HeadStart):
                 self._to_begin.append(message)
             else:
                 requests.append(message)
         return requests
+
+    def _admit(self, message: Admit) -> None:
+        """Admit those of the requests that all ranks have enough of; the others are proposed again."""
+        waiting = [rid for rid in message.pages if rid not in message.still_read]
+        lacking = set[str]()
+        if waiting:
+            have = self._true_on_all([self._prefetches.has(rid, message.pages[rid]) for rid in waiting])
+            lacking.update(rid for rid, enough in zip(waiting, have, strict=True) if not enough)
+        rids = [rid for rid in message.pages if rid not in lacking]
+        self._prefetches.admit(rids, still_read=message.still_read)
 
     def queued(self, scheduler: Any, req: Any) -> None:
         """Ask at once for the pages of a request that SGLang has just queued, as far as they are not on the device.

@@ -17,11 +17,12 @@ from sglang_hcache.queueing.read_meter import ReadMeter
 from sglang_hcache.queueing.request import HeadStartState, Request
 from sglang_hcache.queueing.step_waits import StepWaits
 from sglang_hcache.queueing.wait_plan import Ahead, head_start_pages, plan_wait
-from sglang_hcache.storage.contract import ChunkStore, as_priority
+from sglang_hcache.storage.contract import ChunkStore, Progress, as_priority
 from sglang_hcache.storage.store import READ_THREADS
 
 ANSWER_WAIT_S = 0.01  # for the answer that all is in memory or nowhere; a hold would last a step, which is longer
 KNOWN_WAIT_S = 0.1  # pages that are not known by then to be in memory are taken to be on drives
+OTHERS_WAIT_S = 0.1  # at least, for ranks that are slower; as long again as this one has waited, if that is more
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 LONGEST_WAIT_S = 60.0  # a disk that hangs must not hang a request
 
@@ -52,9 +53,10 @@ class HoldRule:
 class PrefetchQueue:
     """What requests have asked for, by request id; for the scheduler's thread.
 
-    Which requests are held is decided by one rank (`admissible`) and carried out by all (`admit`), so that all ranks
-    build the same batches. `queued` holds the same requests everywhere, as all ranks queue the same ones, whatever
-    their stores answer; only what all ranks do at once (`admit`, `forget`) ends a hold, never the loss of a store.
+    One rank proposes whom to hold no longer (`admissible`); all agree on it (`has`) and carry it out (`admit`), so
+    that all build the same batches. `queued` holds the same requests everywhere, as all ranks queue the same ones,
+    whatever their stores answer; only what all ranks do at once (`admit`, `forget`) ends a hold, never the loss of a
+    store.
     """
 
     def __init__(
@@ -81,8 +83,6 @@ class PrefetchQueue:
         self._reads_at_once = reads_at_once
         self._in_whole = in_whole
         self._takes_what_is_there = rule.policy is PrefetchPolicy.BEST_EFFORT
-        # For those that are admitted. Where all is restored, a rank may have read less than the one that decides.
-        self._reads_on = self._takes_what_is_there or planner.restores_all
         self._requests: dict[str, Request] = {}
         self._held: dict[str, float] = {}  # request id → when its pages were asked for
         self._start: HeadStart | None = None  # to begin in the next step
@@ -112,7 +112,7 @@ class PrefetchQueue:
         """A request has been queued whose pages from some point on, `keys`, are not on the device.
 
         saved: given for a request that was retracted and whose pages are being saved; set once they are in the
-        store. Where another rank saves them for this one, that is done by the time the request is admitted.
+        store. Where another rank saves them for this one, that is done by the time `has` is asked.
         """
         if self._alone and saved is not None and saved.is_set():
             saved = None
@@ -131,7 +131,10 @@ class PrefetchQueue:
         return self._held.keys()
 
     def admissible(self, *, idle: bool = False) -> list[str]:
-        """Held requests that need not wait any longer; `idle`: the engine has nothing to do but to wait for them."""
+        """Held requests that need not wait any longer, as far as this rank knows; to be asked in each step.
+
+        idle: the engine has nothing to do but to wait for them.
+        """
         now = time.monotonic()
         free = [rid for rid in self._held if rid not in self._requests]
         ahead = self._ahead
@@ -139,11 +142,14 @@ class PrefetchQueue:
         for rid, request in sorted(self._requests.items(), key=lambda item: item[1].prompt.turn):
             held = rid in self._held
             has_enough = held and self._has_enough(rid, request, ahead, idle=idle and not free)
-            request.late = held and now > request.waits_until
+            if has_enough:
+                others_until = now + max(OTHERS_WAIT_S, now - request.asked_at)
+                request.others_until = min(request.others_until, others_until)
+            request.late = held and now > min(request.waits_until, request.others_until)
             if has_enough or request.late:
                 held = False
                 free.append(rid)
-                self.requests_admitted_late += not has_enough
+                self.requests_admitted_late += not has_enough or now > request.others_until
             ahead.add(request, held=held)
         for waited in map(self._requests.get, free):
             if waited is not None and waited.wait is not None and waited.wait.tries:
@@ -152,8 +158,26 @@ class PrefetchQueue:
         return free
 
     def still_read(self, rids: Iterable[str]) -> frozenset[str]:
-        """Which of these have their pages read on: those not asked of the present store, and those out of time."""
+        """Which of these wait for no rank, and have their pages read on: those out of time, and not of this store."""
         return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
+
+    def enough(self, rid: str) -> int:
+        """How many pages of a request that is admissible all ranks should have: of those worth waiting for, ours."""
+        request = self._requests.get(rid)
+        return 0 if request is None or request.wait is None else min(request.there, request.wait.enough)
+
+    def has(self, rid: str, pages: int) -> bool:
+        """Whether this rank, too, has so many pages of a held request, or all that it will get.
+
+        What another rank has saved for it is asked for first.
+        """
+        request = self._requests.get(rid)
+        if request is None:
+            return True
+        if self._was_being_saved(rid, request):
+            return False
+        slots, done, known = self._progress(rid, request)
+        return done or (known and len(slots) >= pages)
 
     def take_head_start(self) -> HeadStart | None:
         """What the engine, if it is idle, should do for a request that is not admissible yet."""
@@ -186,13 +210,9 @@ class PrefetchQueue:
     def admit(self, rids: Iterable[str], *, still_read: Collection[str] = ()) -> None:
         """Hold these no more. What is still being read for some of them may be there when it is their turn."""
         for rid in rids:
-            known = self._alone  # else the rank that decides may have heard from its store sooner
             if (request := self._requests.get(rid)) is not None and request.saved is not None:
                 self._ask_again(rid, request)
-                known = False
-            if not known:
-                self._wait_until_known(rid)
-            goes_on = rid not in self._requests or rid in still_read or self._reads_on
+            goes_on = rid not in self._requests or rid in still_read or self._takes_what_is_there
             if self._end_hold(rid) and not goes_on:
                 self._meter.end(rid)
                 self._store.cut(rid)  # what is missing was not worth waiting for
@@ -292,8 +312,7 @@ class PrefetchQueue:
         """Whether it need not wait longer: no more pages will come, it has enough, or the policy waits for none."""
         if request.head_start is HeadStartState.UNDER_WAY or self._was_being_saved(rid, request):
             return False
-        slots, done, known = self._store.progress(rid)
-        known = done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S
+        slots, done, known = self._progress(rid, request)
         if self._takes_what_is_there:
             return known
         request.there = len(slots)
@@ -304,6 +323,11 @@ class PrefetchQueue:
         if idle and not done and self._plan_head_start(rid, request, ahead):
             return False
         return done or request.there >= wait.enough
+
+    def _progress(self, rid: str, request: Request) -> Progress:
+        """After a while all is taken to be known that is in memory."""
+        slots, done, known = self._store.progress(rid)
+        return Progress(slots, done, done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S)
 
     def _plan_wait(self, request: Request, ahead: Ahead, *, done: bool) -> None:
         request.wait = plan_wait(self._planner, request, ahead, done=done, in_whole=self._in_whole)

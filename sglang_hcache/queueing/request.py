@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class Request:
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
     waits_until: float  # monotonic; reading goes on as long as the request is queued
+    others_until: float = math.inf  # monotonic; this rank has enough, and other ranks are waited for
     late: bool = False  # its time was up when it was admissible, on the rank that decides
     saved: threading.Event | None = None  # set once what it was retracted with is in the store
     there: int = 0  # pages, when it was last looked at

@@ -41,5 +41,16 @@ def timed(believes: LoadPlanner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return told
 
 
+def agree(ranks: Sequence[PrefetchQueue]) -> list[str]:
+    """What ranks with the same requests admit in one step, the first of which proposes."""
+    proposed = ranks[0].admissible()
+    at_once, pages = ranks[0].still_read(proposed), {rid: ranks[0].enough(rid) for rid in proposed}
+    have = [{rid for rid in proposed if rank.has(rid, pages[rid])} for rank in ranks]
+    admitted = [rid for rid in proposed if rid in at_once or all(rid in those for those in have)]
+    for rank in ranks:
+        rank.admit(admitted, still_read=at_once)
+    return admitted
+
+
 def wait_until_admissible(requests: PrefetchQueue, rid: str) -> None:
     until(lambda: rid in requests.admissible())

@@ -115,6 +115,7 @@ def make(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Callabl
                 disable=not radix_cache,
                 page_size=PAGE,
                 token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: windowed) if windowed else allocator,
+                attn_tp_cache_group=None,
                 mtp_draft_device_pools=(),
                 sidecar_draft_device_pools=drafts,
                 swa_retain_window=PAGE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -130,8 +131,9 @@ class Scheduler:
         return [req.rid for req in self.waiting_queue]
 
 
-def admission_of(tier: Any, *, others_wait_for_us: bool = False) -> Admission:
-    return Admission(tier, tier, SharedLoads(0), others_wait_for_us=others_wait_for_us, drafts=False)
+def admission_of(tier: Any, **options: Any) -> Admission:
+    usual: dict[str, Any] = {"true_on_all": list, "others_wait_for_us": False, "drafts": False}
+    return Admission(tier, tier, SharedLoads(0), **usual | options)
 
 
 @pytest.fixture
@@ -241,12 +243,34 @@ def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
     admitted: list[tuple[list[str], set[str]]] = []
     monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1", "h2"])
     monkeypatch.setattr(tier, "still_read", lambda rids: frozenset(rids[1:]), raising=False)
+    monkeypatch.setattr(tier, "enough", len, raising=False)
+    monkeypatch.setattr(tier, "has", lambda _rid, _pages: True, raising=False)
     monkeypatch.setattr(
         tier, "admit", lambda rids, *, still_read: admitted.append(([*rids], {*still_read})), raising=False
     )
     received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
     assert received == ["an abort", *from_all]
     assert admitted == [(["h1", "h2"], {"h2"})]
+
+
+def test_ranks_agree_on_each_request_unless_its_time_is_up(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[list[bool]]()
+
+    def true_on_all(conditions: Sequence[bool]) -> list[bool]:
+        asked.append([*conditions])
+        return [True, False, False]  # of the second, another rank has less
+
+    admitted = list[str]()
+    here = {"h1": 2, "h2": 3, "h3": 0}
+    monkeypatch.setattr(tier, "has", lambda rid, pages: here[rid] >= pages, raising=False)
+    monkeypatch.setattr(tier, "admit", lambda rids, **_: admitted.extend(rids), raising=False)
+    monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier, true_on_all=true_on_all))
+    proposal = admission.Admit({"h1": 2, "late": 9, "h2": 3, "h3": 1}, frozenset({"late"}))
+    scheduler_hooks.around_broadcast(lambda *_: [proposal], None, None)
+    assert asked == [[True, True, False]]
+    assert admitted == ["h1", "late"]
+    scheduler_hooks.around_broadcast(lambda *_: [admission.Admit({"late": 9}, frozenset({"late"}))], None, None)
+    assert len(asked) == 1, "there is nothing to agree on"
 
 
 def test_it_does_not_wait_while_other_schedulers_wait_for_it(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""An SGLang plugin for tests alone: whatever a scheduler asks its store, it waits for the answer."""
+"""An SGLang plugin for tests alone: schedulers wait for all answers of their stores, and for slower ranks."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ def register() -> None:
         from sglang_hcache.queueing import prefetch_queue, step_waits
 
         prefetch_queue.ANSWER_WAIT_S = prefetch_queue.KNOWN_WAIT_S = prefetch_queue.LONGEST_WAIT_S
+        prefetch_queue.OTHERS_WAIT_S = prefetch_queue.LONGEST_WAIT_S
         step_waits.STEP_WAIT_S = prefetch_queue.LONGEST_WAIT_S

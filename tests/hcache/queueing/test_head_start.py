@@ -171,7 +171,8 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, first_rank: bool
 ) -> None:
     tier: Any = Tier()
-    steps, req = Admission(tier, tier, SharedLoads(0), others_wait_for_us=False, drafts=False), request()
+    steps = Admission(tier, tier, SharedLoads(0), true_on_all=list, others_wait_for_us=False, drafts=False)
+    req = request()
     monkeypatch.setattr(admission, "missing_pages", lambda _tree, _req: ([b"key"], Prompt(1, 0)))
     queue = scheduler(req)
     queue.chunked_req = None
@@ -203,7 +204,7 @@ def test_an_idle_engine_is_given_something_to_do_on_all_ranks(
     assert tier.begun == [START]
     assert saw[-1] == ["a head start"]
     assert [waiting.rid for waiting in queue.waiting_queue] == ["a"]
-    assert step(busy=False, said=(Admit(("x",), frozenset()),)) == []
+    assert step(busy=False, said=(Admit({"x": 1}, frozenset({"x"})),)) == []
     assert not tier.ended
     steps._head_starts._heads["a"].finished_reason = FINISH_LENGTH(1)
     step(busy=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +15,21 @@ from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, Pref
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
-from tests.hcache.queues import TIMEOUT, ask, planner, unplanned, wait_until_admissible
+from tests.hcache.queues import TIMEOUT, agree, ask, planner, unplanned, wait_until_admissible
 from tests.prefetch.clients import PATIENCE_S
-from tests.storage.pages import LAYOUT, holds, key_of, keys_of, save
+from tests.storage.pages import FINGERPRINT, LAYOUT, holds, key_of, keys_of, save
 
 pytestmark = pytest.mark.usefixtures("clock")
+
+
+@pytest.fixture
+def in_memory() -> Iterator[LocalStore]:
+    """The same ten pages."""
+    store = LocalStore(LAYOUT, FINGERPRINT, 40 * LAYOUT.record_bytes, [])
+    save(store, range(10))
+    yield store
+    store.check()
+    store.close()
 
 
 def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
@@ -111,15 +122,62 @@ def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
         rank.clear()
 
 
-def test_where_all_is_restored_a_rank_that_has_read_less_reads_on(store: LocalStore, disk: threading.Event) -> None:
-    """The one that decides has all."""
-    requests = unplanned(store, HoldRule(), alone=False)
-    ask(requests, "a", keys_of(range(10)))
-    requests.admit(["a"])
+@pytest.mark.parametrize("plans", [True, False])
+def test_a_request_waits_for_the_rank_that_reads_slowest(
+    store: LocalStore, in_memory: LocalStore, disk: threading.Event, plans: bool
+) -> None:
+    """Its drive is its own; what one rank has not read, none can load."""
+    believes: Planner = planner(ssd_bytes_per_s=1e10) if plans else RestoreAll(LAYOUT.page_tokens)
+    ranks = [
+        PrefetchQueue(mine, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+        for mine in (in_memory, store)
+    ]
+    for rank in ranks:
+        ask(rank, "a", keys_of(range(10)))
+    assert ranks[0].admissible() == ["a"]
+    for _ in range(3):
+        assert agree(ranks) == []
+    assert [*ranks[0].held] == [*ranks[1].held] == ["a"]
     disk.set()
     assert store.wait("a", PATIENCE_S).done
-    assert requests.ready("a", keys_of(range(10))) == 10
-    requests.clear()
+    assert agree(ranks) == ["a"]
+    for rank in ranks:
+        assert rank.ready("a", keys_of(range(10))) == 10
+        assert rank.stats()["requests_admitted_late"] == 0
+        rank.clear()
+
+
+def test_only_for_as_long_again_as_the_faster_rank_took(
+    store: LocalStore, in_memory: LocalStore, disk: threading.Event, clock: Clock
+) -> None:
+    """But its pages are read on, and may be there when it is the request's turn."""
+    ranks = [unplanned(mine, HoldRule(), alone=False) for mine in (in_memory, store)]
+    for rank in ranks:
+        ask(rank, "a", keys_of(range(10)))
+    clock.advance(0.5)
+    assert agree(ranks) == []
+    clock.advance(0.49)
+    assert agree(ranks) == []
+    clock.advance(0.02)
+    assert agree(ranks) == ["a"]
+    assert [rank.ready("a", keys_of(range(10))) for rank in ranks] == [10, 0]
+    assert ranks[0].stats()["requests_admitted_late"] == 1
+    disk.set()
+    assert store.wait("a", PATIENCE_S).done
+    assert ranks[1].ready("a", keys_of(range(10))) == 10
+    for rank in ranks:
+        rank.clear()
+
+
+def test_a_rank_that_will_get_no_more_is_not_waited_for(store: LocalStore, in_memory: LocalStore) -> None:
+    """It has lost a page, and so the pages behind it are of no use to any rank."""
+    lost = unplanned(LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, []), HoldRule(), alone=False)
+    ranks = [unplanned(in_memory, HoldRule(), alone=False), lost]
+    for rank in ranks:
+        ask(rank, "a", keys_of(range(10)))
+    assert agree(ranks) == ["a"]
+    for rank in ranks:
+        rank.clear()
 
 
 @pytest.mark.parametrize("aborted", [True, False])
@@ -182,45 +240,44 @@ def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: t
     requests.clear()
 
 
-@pytest.mark.parametrize("decides", [False, True])
-def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_when_it_is_admitted(
-    store: LocalStore, decides: bool
+@pytest.mark.parametrize("proposes", [False, True])
+def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_before_it_is_admitted(
+    store: LocalStore, proposes: bool
 ) -> None:
-    """This one need not know when that is: who decides has waited for it."""
+    """It has nothing to save itself: who proposes has waited for that."""
     saved = threading.Event()
     requests = unplanned(store, HoldRule(), alone=False)
     ask(requests, "a", keys_of(range(20, 25)), saved=saved)
     assert requests.admissible() == []
     save(store, range(20, 25))
-    if decides:
-        saved.set()
+    saved.set()
+    if proposes:
         wait_until_admissible(requests, "a")
+    else:
+        assert not requests.has("a", 5), "it asks for it now"
+    assert requests.has("a", 5)
     requests.admit(["a"])
     assert requests.ready("a", keys_of(range(20, 25))) == 5
     assert requests.stats()["lookups_not_ahead"] == 0
     requests.clear()
 
 
-def test_a_rank_that_has_not_heard_from_its_store_yet_waits_a_moment(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("policy", PrefetchPolicy)
+def test_a_rank_that_has_not_heard_from_its_store_yet_is_waited_for(
+    store: LocalStore, in_memory: LocalStore, policy: PrefetchPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that decides has; if another found nothing, no rank could load anything."""
-    save(store, range(20, 25))
-    requests = unplanned(store, HoldRule(), alone=False)
-    ask(requests, "a", keys_of(range(20, 25)))
-    heard, progress, wait = list[str](), store.progress, store.wait
-    monkeypatch.setattr(
-        store, "progress", lambda owner: progress(owner) if heard else Progress((), False, known=False)
-    )
-
-    def hear(owner: str, timeout_s: float, *, until_known: bool) -> Progress:
-        heard.append(owner)
-        return wait(owner, timeout_s, until_known=until_known)
-
-    monkeypatch.setattr(store, "wait", hear)
-    requests.admit(["a"])
-    assert requests.ready("a", keys_of(range(20, 25))) == 5
-    requests.clear()
+    """If it found nothing, no rank could load anything."""
+    save(store, range(10))
+    ranks = [unplanned(mine, HoldRule(policy), alone=False) for mine in (in_memory, store)]
+    for rank in ranks:
+        ask(rank, "a", keys_of(range(10)))
+    with monkeypatch.context() as silent:
+        silent.setattr(store, "progress", lambda _owner: Progress((), False, known=False))
+        assert agree(ranks) == []
+    assert agree(ranks) == ["a"]
+    for rank in ranks:
+        assert rank.ready("a", keys_of(range(10))) == 10
+        rank.clear()
 
 
 def test_what_is_never_saved_is_not_waited_for_longer_than_the_timeout(store: LocalStore, clock: Clock) -> None:
@@ -351,14 +408,6 @@ def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalSt
 
 def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalStore) -> None:
     """A rank that lets go for itself builds other batches than the rest: they wait for each other for good."""
-
-    def step() -> list[str]:
-        admissible = ranks[0].admissible()
-        for rank in ranks:
-            rank.admit(admissible)
-        assert list(ranks[0].held) == list(ranks[1].held)
-        return admissible
-
     for loser in (0, 1):
         other = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
         ranks = [unplanned(mine, HoldRule(), alone=False) for mine in (store, store)]
@@ -370,17 +419,19 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
             ask(rank, "behind", keys_of(range(10)))
         assert list(ranks[0].held) == list(ranks[1].held) == ["before", "behind"]
         if loser == 0:
-            assert step() == ["before", "behind"], "there is nothing to wait for"
+            assert agree(ranks) == ["before", "behind"], "there is nothing to wait for"
         else:
-            assert step() == []
+            assert agree(ranks) == []
             for rank in ranks:
                 rank.forget("before")
-            step()
+            agree(ranks)
+        assert list(ranks[0].held) == list(ranks[1].held)
         ranks[loser].attach(other)
         for rank in ranks:
             rank.clear()
-        step()
+        agree(ranks)
         assert not ranks[0].held
+        assert not ranks[1].held
         other.close()
 
 
