@@ -61,7 +61,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._config = HCacheConfig.from_linker_extra(extra_config)
         self.forward_stream = forward_stream
         self._overlaps = not get_schedule().disable_overlap_schedule
-        self._alone = get_parallel().attn_tp_size == 1
+        self._one_rank = get_parallel().attn_tp_size == 1
         runner, rows_of_a_forward = scheduler_hooks.runner, scheduler_hooks.most_rows_of_a_forward()
         try:
             self._pools = pools = supported_pools(params, runner.model_config, components, rows_of_a_forward)
@@ -123,7 +123,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             store,
             hold_rule(self._config),
             pools.page_tokens,
-            alone=self._alone,
+            one_rank=self._one_rank,
             planner=self._planner,
             reads_at_once=reads_at_once(self._config),
             in_whole=pools.window_pages > 0,
@@ -135,7 +135,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self,
             self.prefetch_queue,
             self._shared,
-            true_on_all=list if self._alone else partial(true_on_all, group=params.attn_tp_cache_group),
+            true_on_all=list if self._one_rank else partial(true_on_all, group=params.attn_tp_cache_group),
             others_wait_for_us=bool(get_parallel().attn_dp_enabled),
             drafts=bool(pools.drafts),
         )
@@ -207,7 +207,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         store_slots = self.prefetch_queue.leased(rid, keys)
         found = windows.ends(positions(self._store.memory, self._store.layout), store_slots, self._window_pages)
         ends = windows.up_to(found, pages) or (found[:1] if self.prefetch_queue.tries_bus(rid) else [])
-        return ends[-1:] if self._alone else ends
+        return ends[-1:] if self._one_rank else ends
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer, *of_window = transfers
@@ -240,7 +240,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
 
     def forward_begins(self, batch: Any) -> None:
         """A forward is about to be issued; on the CPU its loads are done, on a GPU it may wait for them."""
-        self._forwards.begin(batch, alone=self._loads.all_landed())
+        self._forwards.begin(batch, waits=not self._loads.all_landed())
 
     def forward_ended(self) -> None:
         self._forwards.end()

@@ -15,7 +15,7 @@ from operator import attrgetter
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.layout import parent_of
-from sglang_hcache.storage.stripe import Files, Place
+from sglang_hcache.storage.stripe import PageFiles, Place
 
 
 @dataclass(eq=False)
@@ -95,7 +95,7 @@ class Fetches:
         self.limit = limit
         self._by_owner: dict[str, Fetch] = {}
         self._reads: dict[bytes, Read] = {}
-        self._queues = defaultdict[Files, _Queue](lambda: _Queue(threading.Condition(lock)))
+        self._queues = defaultdict[PageFiles, _Queue](lambda: _Queue(threading.Condition(lock)))
         self._order = itertools.count()
         self._waiting_room: list[Fetch] = []  # sorted by turn: exactly those that are not admitted
         self._refused: Need | None = None  # the first one's when it last did not fit: a lower bound of its need now
@@ -154,13 +154,13 @@ class Fetches:
         read = self._reads.get(key)
         return read is not None and bool(read.waiting)
 
-    def wait_for_read(self, volume: Files) -> bool:
+    def wait_for_read(self, volume: PageFiles) -> bool:
         """Until there may be a page to read of a volume, under the lock. False once closed."""
         queue = self._queues[volume]
         queue.readable.wait_for(lambda: queue.reads or self._closed)
         return not self._closed
 
-    def take_read(self, volume: Files) -> Read | None:
+    def take_read(self, volume: PageFiles) -> Read | None:
         """The most urgent page to read of a volume, if there is one. None once closed."""
         reads = self._queues[volume].reads
         while reads and not self._closed:

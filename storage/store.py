@@ -18,7 +18,7 @@ from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.rate_limit import RateLimit
-from sglang_hcache.storage.stripe import Files, Place, Stripe
+from sglang_hcache.storage.stripe import PageFiles, Place, Stripe
 from sglang_hcache.storage.volume import Volume, belong_together
 from sglang_hcache.storage.writer import Writer
 
@@ -50,7 +50,7 @@ class LocalStore:
         host_bytes: int,
         directories: Sequence[Path],
         *,
-        files: Files | None = None,
+        files: PageFiles | None = None,
         region: mmap.mmap | None = None,
         write_policy: WritePolicy = WritePolicy.WRITE_THROUGH,
         segment_bytes: int = SEGMENT_BYTES,
@@ -336,7 +336,7 @@ class LocalStore:
             self._fetches.admit_waiting()
         self._tell_progress()
 
-    def _read_forever(self, volume: Files) -> None:
+    def _read_forever(self, volume: PageFiles) -> None:
         goes_on = True
         while goes_on:
             try:
@@ -345,7 +345,7 @@ class LocalStore:
                 logger.exception("hcache: a reader failed, and goes on.")
                 time.sleep(BUG_PAUSE_S)
 
-    def _read_next(self, volume: Files) -> bool:
+    def _read_next(self, volume: PageFiles) -> bool:
         """Read the page that is next of a volume, as soon as there is one; False once closed."""
         with self._lock:
             if not self._fetches.wait_for_read(volume):

@@ -11,7 +11,7 @@ from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import Record
 
 
-class Files(Protocol):
+class PageFiles(Protocol):
     """Where pages are written to and read from: a `Volume`, or a prefetcher on another host.
 
     `locate` and `read` from any thread; everything else from one. Nothing raises for what a disk does.
@@ -43,7 +43,7 @@ class Files(Protocol):
 class Place:
     """Where a page lies."""
 
-    volume: Files
+    volume: PageFiles
     entry: Entry
 
     def read(self, key: bytes, out: Record) -> bool:
@@ -53,7 +53,7 @@ class Place:
 class Stripe:
     """Which page lies on which volume (from any thread), and which volume gets the next (from one at a time)."""
 
-    def __init__(self, volumes: Sequence[Files]) -> None:
+    def __init__(self, volumes: Sequence[PageFiles]) -> None:
         self.volumes = tuple(volumes)
         self._turn = 0
 
@@ -71,7 +71,7 @@ class Stripe:
             missing = [key for key in missing if key not in places]
         return places
 
-    def next(self, behind: Callable[[Files], int] = lambda _volume: 0, most_behind: int = 0) -> Files | None:
+    def next(self, behind: Callable[[PageFiles], int] = lambda _volume: 0, most_behind: int = 0) -> PageFiles | None:
         """The volume for the next page: the healthy ones in turn; None where there is none.
 
         `behind`: pages that a volume has not written yet. One that has over `most_behind` more of them than another

@@ -13,7 +13,7 @@ from functools import partial
 from sglang_hcache.storage.arena import Arena, Backing
 from sglang_hcache.storage.contract import WritePolicy
 from sglang_hcache.storage.layout import Record
-from sglang_hcache.storage.stripe import Files, Stripe
+from sglang_hcache.storage.stripe import PageFiles, Stripe
 
 BATCH_PAGES = 64
 BATCH_BYTES = 64 << 20
@@ -227,7 +227,7 @@ class Writer:
         self._room_wanted &= bool(self._backlog)
         return bool(self._backlog) and (short or self._room_wanted or self._draining > 0)
 
-    def _has_work(self, volume: Files, todo: _VolumeQueue) -> bool:
+    def _has_work(self, volume: PageFiles, todo: _VolumeQueue) -> bool:
         takes_backlog = volume.healthy or not self._files.healthy
         return bool(todo.queue) or (takes_backlog and self._must_write_back())
 
@@ -239,7 +239,7 @@ class Writer:
 
     # ---- without it ----
 
-    def _run(self, volume: Files, todo: _VolumeQueue) -> None:
+    def _run(self, volume: PageFiles, todo: _VolumeQueue) -> None:
         goes_on = True
         while goes_on:
             try:
@@ -250,7 +250,7 @@ class Writer:
         self._touch(volume, todo, now=True)
         volume.close()
 
-    def _write_next(self, volume: Files, todo: _VolumeQueue) -> bool:
+    def _write_next(self, volume: PageFiles, todo: _VolumeQueue) -> bool:
         """Write a batch, as soon as there is one, and do what is due at times; False once closed."""
         with self._lock:
             todo.work.wait_for(lambda: self._closing or self._has_work(volume, todo), self._tick_s)
@@ -269,7 +269,7 @@ class Writer:
             self._requeue()
         return True
 
-    def _write(self, volume: Files, todo: _VolumeQueue) -> None:
+    def _write(self, volume: PageFiles, todo: _VolumeQueue) -> None:
         batch = todo.batch
         on_file = self._files.locate(batch.values())
         pages = {slot: key for slot, key in batch.items() if key not in on_file}
@@ -315,7 +315,7 @@ class Writer:
                     if unbacked and self._is_to_be_written(slot) and not self._behind:
                         self._enqueue(slot, key)
 
-    def _touch(self, volume: Files, todo: _VolumeQueue, *, now: bool = False) -> None:
+    def _touch(self, volume: PageFiles, todo: _VolumeQueue, *, now: bool = False) -> None:
         if not now and time.monotonic() < todo.touch_at:
             return
         todo.touch_at = time.monotonic() + TOUCH_EVERY_S

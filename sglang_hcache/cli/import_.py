@@ -26,7 +26,7 @@ from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import SEGMENT_BYTES
-from sglang_hcache.storage.stripe import Files, Stripe
+from sglang_hcache.storage.stripe import PageFiles, Stripe
 from sglang_hcache.storage.tree import folder_of, segment_files
 from sglang_hcache.storage.volume import Volume, belong_together
 
@@ -113,7 +113,7 @@ def _store(path: Path, start: int, model: Model, directories: list[Path]) -> Ite
 def _write(stripe: Stripe, pages: Sequence[tuple[bytes, Record]]) -> bool:
     """False where no directory could take all of them."""
     while pages:
-        shares = defaultdict[Files, list[tuple[bytes, Record]]](list)
+        shares = defaultdict[PageFiles, list[tuple[bytes, Record]]](list)
         for page in pages:
             if (volume := stripe.next()) is None:
                 return False

@@ -15,7 +15,7 @@ _MOST_UNREAD = 16  # forwards whose end has not been looked at
 class _Begun(NamedTuple):
     tokens: Sequence[int]  # of each request
     contexts: Sequence[int]  # tokens before them
-    alone: bool
+    waits: bool  # for loads
     at: Event
 
 
@@ -33,13 +33,13 @@ class ForwardTimer:
         self._begun: _Begun | None = None
         self._ended: deque[_Ended] = deque(maxlen=_MOST_UNREAD)
 
-    def begin(self, batch: Any, *, alone: bool) -> None:
-        """A forward is about to be issued; `alone`: it waits for no load."""
+    def begin(self, batch: Any, *, waits: bool) -> None:
+        """A forward is about to be issued; `waits`: for loads."""
         self._begun = None
         tokens, contexts = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
         known = batch.forward_mode.is_extend_without_speculative() and tokens is not None and contexts is not None
         if known and not self._planner.restores_all:
-            self._begun = _Begun(tokens, contexts, alone, self._stream.record(timed=True))
+            self._begun = _Begun(tokens, contexts, waits, self._stream.record(timed=True))
 
     def end(self) -> None:
         if self._begun is not None:
@@ -47,4 +47,4 @@ class ForwardTimer:
         while self._ended and self._ended[0].at.query():
             begun, at = self._ended.popleft()
             seconds = begun.at.elapsed_time(at) / 1000
-            self._planner.prefilled(begun.tokens, begun.contexts, seconds, alone=begun.alone)
+            self._planner.prefilled(begun.tokens, begun.contexts, seconds, waited=begun.waits)

@@ -153,9 +153,9 @@ class LoadPlanner:
     # ---- what really happened ----
 
     def prefilled(
-        self, tokens: Sequence[int], contexts: Sequence[int], seconds: float, *, alone: bool = True
+        self, tokens: Sequence[int], contexts: Sequence[int], seconds: float, *, waited: bool = False
     ) -> None:
-        """A forward has prefilled requests' next tokens, each after its context; `alone`: it waited for no load.
+        """A forward has prefilled requests' next tokens, each after its context; `waited`: for loads.
 
         One that waited counts only if it was clearly faster than expected even alone. One of few tokens never counts:
         most of its time goes to reading weights, whose rate is not tracked.
@@ -168,7 +168,7 @@ class LoadPlanner:
         fixed_s = costs.layers * weights_s + costs.head_s
         took_s = seconds - fixed_s
         believed_s = work_s * self._tracker.factor(Resource.PREFILL)
-        if believed_s >= fixed_s and (alone or took_s < believed_s / _CLEARLY_FASTER):
+        if believed_s >= fixed_s and (not waited or took_s < believed_s / _CLEARLY_FASTER):
             self._tracker.observe(Resource.PREFILL, work_s, took_s)
 
     def restored(self, tokens: int, seconds: float) -> None:

@@ -65,19 +65,19 @@ class PrefetchQueue:
         rule: HoldRule,
         page_tokens: int,
         *,
-        alone: bool,
+        one_rank: bool,
         planner: Planner,
         reads_at_once: int = READ_THREADS,
         in_whole: bool = False,
     ) -> None:
-        """`alone`: there is no other rank to agree with.
+        """`one_rank`: there is no other to agree with.
 
         `reads_at_once`: pages that are read at the same time, on all drives. `in_whole`: a part of a hit may be of no
         use, as a load must end where pages have their windowed layers.
         """
         self._store = store
         self._planner = planner
-        self._alone = alone
+        self._one_rank = one_rank
         self._rule = rule
         self._page_tokens = page_tokens
         self._reads_at_once = reads_at_once
@@ -114,11 +114,11 @@ class PrefetchQueue:
         saved: given for a request that was retracted and whose pages are being saved; set once they are in the
         store. Where another rank saves them for this one, that is done by the time `has` is asked.
         """
-        if self._alone and saved is not None and saved.is_set():
+        if self._one_rank and saved is not None and saved.is_set():
             saved = None
         request = self._ask(rid, keys, prompt)
         request.saved = saved
-        if self._alone and saved is None and self._wait_until_known(rid):
+        if self._one_rank and saved is None and self._wait_until_known(rid):
             request.there = len(self._store.progress(rid).slots)
             self._plan_wait(request, Ahead(), done=True)
             return

@@ -10,7 +10,7 @@ import pytest
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
-from sglang_hcache.queueing.load_planner import LoadPlanner, Prompt, RestoreAll
+from sglang_hcache.queueing.load_planner import LoadPlanner, Planner, Prompt, RestoreAll
 from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
 from sglang_hcache.storage.contract import ChunkStore
 from tests.hcache.conftest import until
@@ -25,8 +25,14 @@ def planner(ssd_bytes_per_s: float, bus_bytes_per_s: float = 1e10) -> LoadPlanne
     return LoadPlanner(shape, machine, Layout(0, 4, 0), LAYOUT.page_tokens)
 
 
-def unplanned(store: ChunkStore, rule: HoldRule, *, alone: bool) -> PrefetchQueue:
-    return PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=alone, planner=RestoreAll(LAYOUT.page_tokens))
+def queue_of(
+    store: ChunkStore, rule: HoldRule, believes: Planner, *, one_rank: bool, in_whole: bool = False
+) -> PrefetchQueue:
+    return PrefetchQueue(store, rule, LAYOUT.page_tokens, one_rank=one_rank, planner=believes, in_whole=in_whole)
+
+
+def unplanned(store: ChunkStore, rule: HoldRule, *, one_rank: bool) -> PrefetchQueue:
+    return queue_of(store, rule, RestoreAll(LAYOUT.page_tokens), one_rank=one_rank)
 
 
 def ask(requests: PrefetchQueue, rid: str, keys: Sequence[bytes], *, saved: threading.Event | None = None) -> None:

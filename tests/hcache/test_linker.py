@@ -547,7 +547,7 @@ def test_a_forward_that_waits_for_no_load_tells_how_fast_prefill_is(
 ) -> None:
     """Though it restores: on a CPU a load is done before its forward begins."""
     told: list[bool] = []
-    timer = SimpleNamespace(begin=lambda batch, *, alone: told.append(alone))
+    timer = SimpleNamespace(begin=lambda batch, *, waits: told.append(waits))
     monkeypatch.setattr(stored, "_forwards", timer)
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
@@ -558,4 +558,4 @@ def test_a_forward_that_waits_for_no_load_tells_how_fast_prefill_is(
         stored.forward_begins(None)
     assert stored.finish_layer_wise_loading(index)
     stored.forward_begins(None)
-    assert told == [True, False, True]
+    assert told == [False, True, False]

@@ -25,7 +25,7 @@ from sglang_hcache.storage.fetch import Fetches, Read
 from sglang_hcache.storage.layout import ROOT, Record
 from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
-from sglang_hcache.storage.stripe import Files
+from sglang_hcache.storage.stripe import PageFiles
 from tests.prefetch.clients import PATIENCE_S, Gone, fetched, figures, save, supervisor_of
 from tests.prefetch.raw import Raw
 from tests.storage.pages import keys_of
@@ -78,7 +78,7 @@ def read_in_turn(_: Path, config: str) -> None:
     """Be a prefetcher that says which page it reads next, and whose first read lasts until a line comes."""
     told = line_comes()
 
-    def take_read(fetches: Fetches, volume: Files, take: Any = Fetches.take_read) -> Read | None:
+    def take_read(fetches: Fetches, volume: PageFiles, take: Any = Fetches.take_read) -> Read | None:
         read: Read | None = take(fetches, volume)
         if read is not None:
             print(read.key.hex(), flush=True)

@@ -31,25 +31,25 @@ def batch(*tokens: int, extend: bool = True) -> Any:
 
 def test_a_planner_is_told_of_prefills_once_the_device_is_done_with_them() -> None:
     told = list[tuple[Any, ...]]()
-    planner: Any = SimpleNamespace(restores_all=False, prefilled=lambda *of, alone: told.append((*of, alone)))
+    planner: Any = SimpleNamespace(restores_all=False, prefilled=lambda *of, waited: told.append((*of, waited)))
     device: Any = Device()
     timer = ForwardTimer(planner, device)
-    for one, alone in ((batch(3, 4), True), (batch(1, extend=False), True), (batch(5), False)):
-        timer.begin(one, alone=alone)
+    for one, waits in ((batch(3, 4), False), (batch(1, extend=False), False), (batch(5), True)):
+        timer.begin(one, waits=waits)
         timer.end()
     assert told == []
     device.now = 3
-    timer.begin(batch(1, extend=False), alone=True)
+    timer.begin(batch(1, extend=False), waits=False)
     timer.end()
-    assert told == [([3, 4], [7, 7], 1.0, True)]
+    assert told == [([3, 4], [7, 7], 1.0, False)]
     device.now = 5
     timer.end()
-    assert told[1:] == [([5], [7], 1.0, False)]
+    assert told[1:] == [([5], [7], 1.0, True)]
 
 
 def test_where_nothing_is_planned_nothing_is_timed() -> None:
     device: Any = Device()
     timer = ForwardTimer(RestoreAll(16), device)
-    timer.begin(batch(3), alone=True)
+    timer.begin(batch(3), waits=False)
     timer.end()
     assert device.recorded == 0

@@ -176,10 +176,10 @@ def test_prefill_that_is_believed_slow_is_seen_to_be_fast_beside_loads() -> None
     follows = planner()
     expected_s = costs_of(SHAPE, CPU).prefill_s(512)
     for _ in range(20):
-        follows.prefilled([512], [0], 3 * expected_s, alone=False)
+        follows.prefilled([512], [0], 3 * expected_s, waited=True)
     assert follows.stats()["slower_prefill"] == 1.0, "it may have waited for the load"
     for _ in range(20):
-        follows.prefilled([512], [0], expected_s / 10, alone=False)
+        follows.prefilled([512], [0], expected_s / 10, waited=True)
     assert follows.stats()["slower_prefill"] == pytest.approx(0.1, rel=0.2)
 
 
@@ -188,7 +188,7 @@ def test_the_noise_of_forwards_beside_loads_does_not_make_prefill_seem_faster() 
     follows, noise = planner(), random.Random(1)
     expected_s = costs_of(SHAPE, CPU).prefill_s(512)
     for _ in range(3000):
-        follows.prefilled([512], [0], expected_s * math.exp(noise.gauss(0, 0.1)), alone=False)
+        follows.prefilled([512], [0], expected_s * math.exp(noise.gauss(0, 0.1)), waited=True)
     assert follows.stats()["slower_prefill"] > 0.9
 
 

@@ -11,11 +11,11 @@ import pytest
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing import prefetch_queue, step_waits
 from sglang_hcache.queueing.load_planner import Planner, RestoreAll
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
-from tests.hcache.queues import TIMEOUT, agree, ask, planner, unplanned, wait_until_admissible
+from tests.hcache.queues import TIMEOUT, agree, ask, planner, queue_of, unplanned, wait_until_admissible
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import FINGERPRINT, LAYOUT, holds, key_of, keys_of, save
 
@@ -33,7 +33,7 @@ def in_memory() -> Iterator[LocalStore]:
 
 
 def test_a_request_is_held_until_its_pages_are_there(store: LocalStore, disk: threading.Event) -> None:
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     ask(requests, "a", keys_of(range(10)))
     assert "a" in requests.held
     assert requests.admissible() == []
@@ -55,7 +55,7 @@ def test_never_longer_than_the_timeout(
 ) -> None:
     """But what is being read may be there when it is scheduled: the queue may be long."""
     believes: Planner = planner(ssd_bytes_per_s=1e10) if plans else RestoreAll(LAYOUT.page_tokens)
-    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=True, planner=believes)
+    requests = queue_of(store, TIMEOUT, believes, one_rank=True)
     ask(requests, "a", keys_of(range(10)))
     clock.advance(TIMEOUT.base_s - 0.01)
     assert requests.admissible() == []
@@ -85,7 +85,7 @@ def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_lef
     save(store, range(10, 40))
     assert store.flush(PATIENCE_S)
     store.drop_host()
-    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e10))
+    requests = queue_of(store, TIMEOUT, planner(ssd_bytes_per_s=1e10), one_rank=False)
     rids = {str(first): keys_of(range(first, first + 10)) for first in (0, 10, 20, 30)}
     for rid, keys in rids.items():
         ask(requests, rid, keys)
@@ -103,10 +103,7 @@ def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
     store: LocalStore, disk: threading.Event, clock: Clock
 ) -> None:
     """One of them tells those whose time is up."""
-    ranks = [
-        PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e10))
-        for _ in range(2)
-    ]
+    ranks = [queue_of(store, TIMEOUT, planner(ssd_bytes_per_s=1e10), one_rank=False) for _ in range(2)]
     for rank, name in zip(ranks, ("first", "other"), strict=True):
         ask(rank, name, keys_of(range(10)))
         clock.advance(0.02)
@@ -128,10 +125,7 @@ def test_a_request_waits_for_the_rank_that_reads_slowest(
 ) -> None:
     """Its drive is its own; what one rank has not read, none can load."""
     believes: Planner = planner(ssd_bytes_per_s=1e10) if plans else RestoreAll(LAYOUT.page_tokens)
-    ranks = [
-        PrefetchQueue(mine, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
-        for mine in (in_memory, store)
-    ]
+    ranks = [queue_of(mine, HoldRule(), believes, one_rank=False) for mine in (in_memory, store)]
     for rank in ranks:
         ask(rank, "a", keys_of(range(10)))
     assert ranks[0].admissible() == ["a"]
@@ -151,7 +145,7 @@ def test_only_for_as_long_again_as_the_faster_rank_took(
     store: LocalStore, in_memory: LocalStore, disk: threading.Event, clock: Clock
 ) -> None:
     """But its pages are read on, and may be there when it is the request's turn."""
-    ranks = [unplanned(mine, HoldRule(), alone=False) for mine in (in_memory, store)]
+    ranks = [unplanned(mine, HoldRule(), one_rank=False) for mine in (in_memory, store)]
     for rank in ranks:
         ask(rank, "a", keys_of(range(10)))
     clock.advance(0.5)
@@ -171,8 +165,8 @@ def test_only_for_as_long_again_as_the_faster_rank_took(
 
 def test_a_rank_that_will_get_no_more_is_not_waited_for(store: LocalStore, in_memory: LocalStore) -> None:
     """It has lost a page, and so the pages behind it are of no use to any rank."""
-    lost = unplanned(LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, []), HoldRule(), alone=False)
-    ranks = [unplanned(in_memory, HoldRule(), alone=False), lost]
+    lost = unplanned(LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, []), HoldRule(), one_rank=False)
+    ranks = [unplanned(in_memory, HoldRule(), one_rank=False), lost]
     for rank in ranks:
         ask(rank, "a", keys_of(range(10)))
     assert agree(ranks) == ["a"]
@@ -184,7 +178,7 @@ def test_a_rank_that_will_get_no_more_is_not_waited_for(store: LocalStore, in_me
 def test_a_hold_is_as_long_as_the_request_was_held_however_that_ends(
     store: LocalStore, clock: Clock, aborted: bool
 ) -> None:
-    requests = unplanned(store, HoldRule(), alone=False)
+    requests = unplanned(store, HoldRule(), one_rank=False)
     ask(requests, "a", keys_of(range(10)))
     clock.advance(0.25)
     if not aborted:
@@ -197,15 +191,15 @@ def test_a_hold_is_as_long_as_the_request_was_held_however_that_ends(
     assert requests.stats()["requests_held_now"] == 0
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("one_rank", [True, False])
 def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
-    store: LocalStore, disk: threading.Event, alone: bool
+    store: LocalStore, disk: threading.Event, one_rank: bool
 ) -> None:
     save(store, range(20, 25))
-    requests = unplanned(store, HoldRule(PrefetchPolicy.BEST_EFFORT), alone=alone)
+    requests = unplanned(store, HoldRule(PrefetchPolicy.BEST_EFFORT), one_rank=one_rank)
     ask(requests, "memory", keys_of(range(20, 25)))
     ask(requests, "file", keys_of(range(10)))
-    assert [*requests.held] == (["file"] if alone else ["memory", "file"])
+    assert [*requests.held] == (["file"] if one_rank else ["memory", "file"])
     assert requests.admissible() == [*requests.held], "in the next step"
     requests.admit(["memory", "file"])
     assert requests.ready("memory", keys_of(range(20, 25))) == 5
@@ -219,7 +213,7 @@ def test_best_effort_waits_for_no_drive_and_takes_what_is_there(
 def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
     store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = unplanned(store, HoldRule(PrefetchPolicy.BEST_EFFORT), alone=True)
+    requests = unplanned(store, HoldRule(PrefetchPolicy.BEST_EFFORT), one_rank=True)
     monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
     ask(requests, "a", keys_of(range(10)))
     clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
@@ -231,7 +225,7 @@ def test_best_effort_is_not_held_up_by_a_store_that_says_nothing(
 
 def test_what_is_in_memory_or_nowhere_is_not_held_for(store: LocalStore, disk: threading.Event) -> None:
     save(store, range(20, 25))
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     ask(requests, "memory", keys_of(range(20, 25)))
     ask(requests, "nowhere", keys_of(range(90, 95)))
     assert not requests.held
@@ -246,7 +240,7 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_before_it_i
 ) -> None:
     """It has nothing to save itself: who proposes has waited for that."""
     saved = threading.Event()
-    requests = unplanned(store, HoldRule(), alone=False)
+    requests = unplanned(store, HoldRule(), one_rank=False)
     ask(requests, "a", keys_of(range(20, 25)), saved=saved)
     assert requests.admissible() == []
     save(store, range(20, 25))
@@ -268,7 +262,7 @@ def test_a_rank_that_has_not_heard_from_its_store_yet_is_waited_for(
 ) -> None:
     """If it found nothing, no rank could load anything."""
     save(store, range(10))
-    ranks = [unplanned(mine, HoldRule(policy), alone=False) for mine in (in_memory, store)]
+    ranks = [unplanned(mine, HoldRule(policy), one_rank=False) for mine in (in_memory, store)]
     for rank in ranks:
         ask(rank, "a", keys_of(range(10)))
     with monkeypatch.context() as silent:
@@ -281,7 +275,7 @@ def test_a_rank_that_has_not_heard_from_its_store_yet_is_waited_for(
 
 
 def test_what_is_never_saved_is_not_waited_for_longer_than_the_timeout(store: LocalStore, clock: Clock) -> None:
-    requests = unplanned(store, TIMEOUT, alone=True)
+    requests = unplanned(store, TIMEOUT, one_rank=True)
     ask(requests, "a", keys_of(range(20, 25)), saved=threading.Event())
     clock.advance(TIMEOUT.base_s)
     assert requests.admissible() == []
@@ -314,7 +308,7 @@ def test_of_many_requests_at_once_one_is_waited_for_in_vain(
         return store.progress(owner)
 
     monkeypatch.setattr(store, "wait", in_vain)
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     for number in range(50):
         ask(requests, str(number), keys_of(range(10)))
     assert waits == ["0"]
@@ -325,7 +319,7 @@ def test_of_many_requests_at_once_one_is_waited_for_in_vain(
 def test_that_pages_must_be_read_holds_no_other_request(store: LocalStore, waits: list[str]) -> None:
     """It is known at once, and no wait in vain."""
     save(store, range(20, 25))
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     for rid, pages in (("drive", range(10)), ("memory", range(20, 25)), ("nowhere", range(90, 95))):
         ask(requests, rid, keys_of(pages))
     assert waits == ["drive", "memory", "nowhere"]
@@ -345,7 +339,7 @@ def test_answers_to_many_requests_at_once_take_little_of_a_step(
         return Progress((), timeout_s >= answer_s, known=timeout_s >= answer_s)
 
     monkeypatch.setattr(store, "wait", answered)
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     for first in (0, 100):
         began_s = clock.monotonic()
         for number in range(first, first + 100):
@@ -370,7 +364,7 @@ class Counted(str):
 @pytest.mark.parametrize("pages", [range(90, 95), range(10)])
 def test_a_request_costs_the_same_however_many_are_queued(store: LocalStore, pages: range) -> None:
     def uses(count: int) -> int:
-        requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10))
+        requests = queue_of(store, HoldRule(), planner(1e10), one_rank=True)
         Counted.uses = 0
         for number in range(count):
             ask(requests, Counted(number), keys_of(pages))
@@ -386,7 +380,7 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
     store: LocalStore, disk: threading.Event, waits: list[str]
 ) -> None:
     """Those that ask without a wait find their pages at the next lookup."""
-    requests = unplanned(store, HoldRule(), alone=False)
+    requests = unplanned(store, HoldRule(), one_rank=False)
     rids = list(map(str, range(5)))
     assert [requests.ready(rid, keys_of(range(10))) for rid in rids] == [0] * len(rids)
     assert waits == ["0"]
@@ -399,7 +393,7 @@ def test_of_many_lookups_in_one_step_one_is_waited_for(
 
 
 def test_with_other_ranks_even_that_waits_for_the_common_decision(store: LocalStore, disk: threading.Event) -> None:
-    requests = unplanned(store, HoldRule(), alone=False)
+    requests = unplanned(store, HoldRule(), one_rank=False)
     ask(requests, "nowhere", keys_of(range(90, 95)))
     assert list(requests.held) == ["nowhere"]
     assert requests.admissible() == ["nowhere"]
@@ -410,8 +404,8 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
     """A rank that lets go for itself builds other batches than the rest: they wait for each other for good."""
     for loser in (0, 1):
         other = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
-        ranks = [unplanned(mine, HoldRule(), alone=False) for mine in (store, store)]
-        ranks[loser] = unplanned(other, HoldRule(), alone=False)
+        ranks = [unplanned(mine, HoldRule(), one_rank=False) for mine in (store, store)]
+        ranks[loser] = unplanned(other, HoldRule(), one_rank=False)
         for rank in ranks:
             ask(rank, "before", keys_of(range(10)))
         ranks[loser].clear()
@@ -437,7 +431,7 @@ def test_ranks_hold_the_same_whichever_of_them_has_lost_its_store(store: LocalSt
 
 def test_a_lookup_may_begin_behind_or_before_what_was_asked_for(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     ask(requests, "a", keys_of(range(4, 10)))
     assert store.wait("a", PATIENCE_S).done
     assert requests.ready("a", keys_of(range(6, 10))) == 4, "the device has more by now"
@@ -455,7 +449,7 @@ def test_what_was_not_found_is_asked_for_more_and_more_rarely(
 ) -> None:
     """Policies that sort by prefix look up all that wait, in every step."""
     disk.set()
-    requests = unplanned(store, HoldRule(), alone=True)
+    requests = unplanned(store, HoldRule(), one_rank=True)
     ask(requests, "a", keys_of(range(90, 95)))
     asked_at = []
     for step in range(1, 2001):
@@ -473,7 +467,7 @@ def test_what_was_not_found_is_asked_for_more_and_more_rarely(
 
 def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, disk: threading.Event) -> None:
     disk.set()
-    requests = unplanned(store, HoldRule(), alone=False)
+    requests = unplanned(store, HoldRule(), one_rank=False)
     ask(requests, "hcache-synthetic", keys_of(range(5)))
     wait_until_admissible(requests, "hcache-synthetic")
     slots = requests.ready("hcache-synthetic", keys_of(range(5)))
@@ -483,7 +477,7 @@ def test_no_request_is_called_as_what_is_read_for_a_trial(store: LocalStore, dis
 
 
 def test_nothing_is_held_while_there_is_no_store() -> None:
-    requests = unplanned(NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), alone=True)
+    requests = unplanned(NoStore(LAYOUT, "its process has ended", lost=True), HoldRule(), one_rank=True)
     ask(requests, "a", keys_of(range(3)))
     assert not requests.held
     assert requests.ready("a", keys_of(range(3))) == 0

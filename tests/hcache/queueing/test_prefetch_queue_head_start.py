@@ -29,7 +29,7 @@ LONG = Prompt(new_tokens=1, device_tokens=0, divisible=True)
 def evenly_matched(store: LocalStore, **options: Any) -> PrefetchQueue:
     """The drive reads about as fast as the engine prefills."""
     even: dict[str, Any] = {"rule": HoldRule(), "planner": planner(ssd_bytes_per_s=1.6e7), "reads_at_once": 1}
-    return PrefetchQueue(store, page_tokens=LAYOUT.page_tokens, alone=False, **even | options)
+    return PrefetchQueue(store, page_tokens=LAYOUT.page_tokens, one_rank=False, **even | options)
 
 
 def head_start_of(requests: PrefetchQueue, *, idle: bool = True) -> HeadStart | None:

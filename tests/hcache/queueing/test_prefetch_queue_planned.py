@@ -10,14 +10,14 @@ import pytest
 from sglang_hcache.planner.rate_tracker import PROBE_EVERY, PROBE_PAGES
 from sglang_hcache.queueing import prefetch_queue
 from sglang_hcache.queueing.load_planner import Prompt
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.fetch import Fetches, Read
 from sglang_hcache.storage.layout import Record
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
-from sglang_hcache.storage.stripe import Files, Place
+from sglang_hcache.storage.stripe import PageFiles, Place
 from tests.hcache.conftest import Clock, until
-from tests.hcache.queues import TIMEOUT, ask, planner, timed, wait_until_admissible
+from tests.hcache.queues import TIMEOUT, ask, planner, queue_of, timed, wait_until_admissible
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, key_of, keys_of, save
 
@@ -34,7 +34,7 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
         return pages
 
     monkeypatch.setattr(believes, "pages", planned)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=True)
     requests.queued("a", keys_of(range(4, 10)), Prompt(new_tokens=999, device_tokens=4 * LAYOUT.page_tokens))
     disk.set()
     assert store.wait("a", PATIENCE_S).done
@@ -46,7 +46,7 @@ def test_what_is_asked_for_again_is_planned_for_the_same_prompt(
 
 
 def test_pages_that_are_not_worth_it_are_not_waited_for(store: LocalStore) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e3))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e3), one_rank=True)
     ask(requests, "a", keys_of(range(10)))
     assert requests.admissible() == ["a"]
     requests.admit(["a"])
@@ -58,7 +58,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(
     store: LocalStore, disk: threading.Event, clock: Clock
 ) -> None:
     believes = planner(ssd_bytes_per_s=1e3)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=False)
     for _ in range(PROBE_EVERY):
         assert believes.stats()["slower_ssd"] == 1.0
         ask(requests, "a", keys_of(range(10)))
@@ -74,7 +74,7 @@ def test_a_drive_that_seems_too_slow_is_tried_while_nobody_waits(
 
 
 def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e10))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e10), one_rank=True)
     ask(requests, "a", keys_of(range(10)))
     assert requests.admissible() == []
     disk.set()
@@ -88,7 +88,7 @@ def test_reads_are_timed_however_late_their_end_is_seen(
     """An engine that looks again long after the pages came must not take its own time for the drive's."""
     believes = planner(ssd_bytes_per_s=1e10)
     told = timed(believes, monkeypatch)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=False)
     ask(requests, "a", keys_of(range(10)))
     clock.advance(0.1)
     disk.set()
@@ -120,7 +120,7 @@ def test_a_trial_takes_as_long_as_its_reads(
     monkeypatch.setattr(Place, "read", slow)
     believes = planner(ssd_bytes_per_s=1e3)
     told = timed(believes, monkeypatch)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=False)
     for _ in range(PROBE_EVERY):
         store.drop_host()
         disk.clear()
@@ -141,7 +141,7 @@ def test_what_is_tried_is_not_in_memory(store: LocalStore, disk: threading.Event
     """The last pages of a prefix are there more often than the first: they were stored last."""
     save(store, range(10, 30))
     believes = planner(ssd_bytes_per_s=1e3)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=False)
     for _ in range(PROBE_EVERY):
         ask(requests, "a", keys_of(range(30)))
         assert requests.admissible() == ["a"]
@@ -157,7 +157,7 @@ def test_the_shortest_is_read_first(
 ) -> None:
     begun, take = list[bytes](), Fetches.take_read
 
-    def recorded(fetches: Fetches, volume: Files) -> Read | None:
+    def recorded(fetches: Fetches, volume: PageFiles) -> Read | None:
         if read := take(fetches, volume):
             begun.append(read.key)
         return read
@@ -166,7 +166,7 @@ def test_the_shortest_is_read_first(
     assert store.flush(PATIENCE_S)
     store.drop_host()
     monkeypatch.setattr(Fetches, "take_read", recorded)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e5), one_rank=False)
     ask(requests, "long", keys_of(range(20)))
     ask(requests, "short", keys_of([20, 21]))
     disk.set()
@@ -178,7 +178,7 @@ def test_the_shortest_is_read_first(
 
 
 def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e5), one_rank=False)
     ask(requests, "alone", keys_of(range(5)))
     assert requests.admissible() == ["alone"], "the drive is not worth it"
     requests.admit(["alone"])
@@ -191,7 +191,7 @@ def test_a_request_waits_while_the_engine_works_for_others(store: LocalStore, di
 
 
 def test_who_comes_first_by_priority_waits_for_nobody(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e5))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e5), one_rank=False)
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
     requests.queued("first", keys_of(range(5)), Prompt(new_tokens=1, device_tokens=0, turn=-1))
     assert requests.admissible() == ["first", "before"], "the drive is not worth it"
@@ -199,7 +199,7 @@ def test_who_comes_first_by_priority_waits_for_nobody(store: LocalStore, disk: t
 
 
 def test_so_it_does_where_what_is_before_it_was_not_held(store: LocalStore, disk: threading.Event) -> None:
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(ssd_bytes_per_s=1e5))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e5), one_rank=True)
     requests.queued("before", keys_of([90]), Prompt(new_tokens=100_000, device_tokens=0))
     ask(requests, "behind", keys_of(range(5)))
     assert requests.admissible() == []
@@ -212,7 +212,7 @@ def test_nothing_is_planned_before_it_is_known_what_is_in_memory(
 ) -> None:
     """It would be let go, as if all of its pages were on a drive that is not worth it."""
     save(store, range(20, 30))
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e3), one_rank=False)
     ask(requests, "a", keys_of(range(20, 30)))
     with monkeypatch.context() as unanswered:
         unanswered.setattr(store, "progress", lambda owner: Progress((), False, known=False))
@@ -227,7 +227,7 @@ def test_what_is_never_known_to_be_in_memory_is_taken_to_be_on_drives(
 ) -> None:
     """Where the prefetcher hangs, or other requests occupy all of its memory."""
     monkeypatch.setattr(store, "progress", lambda owner: Progress((), False, known=False))
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=planner(ssd_bytes_per_s=1e3))
+    requests = queue_of(store, HoldRule(), planner(ssd_bytes_per_s=1e3), one_rank=False)
     ask(requests, "a", keys_of(range(10)))
     clock.advance(prefetch_queue.KNOWN_WAIT_S - 0.01)
     assert requests.admissible() == []
@@ -250,7 +250,7 @@ def test_what_can_be_loaded_in_whole_only_is_waited_for_if_most_is_worth_it(
     monkeypatch.setattr(plans, "worth_waiting_for", lambda *_, **__: worth)
     first = keys_of(range(6))
     monkeypatch.setattr(Place, "read", lambda *args: (args[1] in first or rest.wait(PATIENCE_S)) and read(*args))
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans, in_whole=in_whole)
+    requests = queue_of(store, HoldRule(), plans, in_whole=in_whole, one_rank=False)
     ask(requests, "a", keys_of(range(10)))
     until(lambda: len(store.progress("a").slots) == len(first))
     assert requests.admissible() == ([] if waits else ["a"])
@@ -280,7 +280,7 @@ def test_what_is_read_for_others_is_what_they_still_wait_for(
     monkeypatch.setattr(plans, "worth_waiting_for", recorded)
     monkeypatch.setattr(Place, "read", lambda *args: reads[args[1]].wait(PATIENCE_S) and read(*args))
     disk.set()
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=plans)
+    requests = queue_of(store, HoldRule(), plans, one_rank=False)
     prompt = Prompt(new_tokens=8, device_tokens=0)
     requests.queued("nowhere", keys_of(range(90, 95)), prompt)
     wait_until_admissible(requests, "nowhere")
@@ -319,7 +319,7 @@ def test_what_cannot_be_read_in_time_is_not_waited_for(
     save(store, range(10, 30))
     assert store.flush(PATIENCE_S)
     store.drop_host()
-    requests = PrefetchQueue(store, rule, LAYOUT.page_tokens, alone=False, planner=plans)
+    requests = queue_of(store, rule, plans, one_rank=False)
     requests.queued("before", keys_of([90]), Prompt(new_tokens=tokens_before, device_tokens=0))
     for rid, first in (("first", 0), ("second", 10), ("third", 20)):
         ask(requests, rid, keys_of(range(first, first + 10)))
@@ -335,7 +335,7 @@ def test_a_slow_drive_is_noticed_where_several_wait_for_it(
 ) -> None:
     """It is what makes them wait together."""
     believes = planner(ssd_bytes_per_s=1e10)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=False)
     ask(requests, "a", keys_of(range(5)))
     ask(requests, "b", keys_of(range(5, 10)))
     assert requests.admissible() == []
@@ -351,7 +351,7 @@ def test_a_slow_drive_is_noticed_where_several_wait_for_it(
 def test_a_drive_that_hangs_is_not_waited_for_again_and_again(store: LocalStore, clock: Clock) -> None:
     """Even if nothing comes from it before the deadline."""
     believes = planner(ssd_bytes_per_s=1e10)
-    requests = PrefetchQueue(store, TIMEOUT, LAYOUT.page_tokens, alone=False, planner=believes)
+    requests = queue_of(store, TIMEOUT, believes, one_rank=False)
     waits = []
     for _ in range(4):
         ask(requests, "a", keys_of(range(10)))
@@ -376,7 +376,7 @@ def test_what_follows_the_pages_in_memory_is_prefilled_in_any_case(
         return host_pages
 
     monkeypatch.setattr(plans, "pages", pages)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=plans)
+    requests = queue_of(store, HoldRule(), plans, one_rank=True)
     tokens = LAYOUT.page_tokens
     requests.queued("a", keys_of(range(21, 30)), Prompt(new_tokens=8, device_tokens=100 * tokens))
     for first, device_pages in ((21, 100), (23, 102), (20, 99), (21, 100)):  # the device has more by now, or fewer
@@ -389,7 +389,7 @@ def test_of_a_requests_lookups_the_last_one_counts(store: LocalStore, disk: thre
     """The scheduler looks again in each step in which the request waits."""
     disk.set()
     believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
-    requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes)
+    requests = queue_of(store, HoldRule(), believes, one_rank=True)
     ask(requests, "a", keys_of(range(12)))
     store.wait("a", PATIENCE_S)
     for _ in range(3):
@@ -417,7 +417,7 @@ def test_a_bus_that_seems_slow_is_tried_by_some_requests_however_often_each_is_l
     disk.set()
     believes = planner(ssd_bytes_per_s=1e10, bus_bytes_per_s=1e3)
     requests, keys = (
-        PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=believes),
+        queue_of(store, HoldRule(), believes, one_rank=True),
         keys_of(range(10)),
     )
     restored = []
@@ -442,7 +442,7 @@ def test_no_more_is_promised_than_is_worth_restoring(store: LocalStore, disk: th
     store.prefetch("warm", keys_of(range(10)))
     store.wait("warm", PATIENCE_S)
     for bus, expected in ((1e10, 10), (1e3, 0)):
-        requests = PrefetchQueue(store, HoldRule(), LAYOUT.page_tokens, alone=True, planner=planner(1e10, bus))
+        requests = queue_of(store, HoldRule(), planner(1e10, bus), one_rank=True)
         requests.queued("a", keys_of(range(10)), Prompt(new_tokens=8, device_tokens=0))
         assert requests.ready("a", keys_of(range(10))) == expected
         requests.clear()

@@ -71,7 +71,7 @@ class Prefetcher:
             )
         planner: Any = SimpleNamespace(read_s=lambda pages: pages * PAGE_S, restores_all=False)
         rule = HoldRule(PrefetchPolicy.WAIT_COMPLETE)
-        self._queue = PrefetchQueue(self._store, rule, LAYOUT.page_tokens, alone=False, planner=planner)
+        self._queue = PrefetchQueue(self._store, rule, LAYOUT.page_tokens, one_rank=False, planner=planner)
         self._owners: dict[bytes, int] = {}
 
     def ask(self, number: int, asked: Asked) -> None:
