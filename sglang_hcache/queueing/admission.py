@@ -19,6 +19,7 @@ from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
 
 _IDLE_WAIT_S = 0.005  # with nothing to do but to wait for pages; new requests are looked for as often
+_RANKS_WAIT_S = 0.001  # the same, where what is waited for may be news of another rank
 
 
 class Tier(Protocol):
@@ -39,7 +40,7 @@ class Admit:
     """These requests are held no more, from this step on, if all ranks have as many of their pages."""
 
     pages: dict[str, int]  # by request
-    still_read: frozenset[str]  # of these, those that wait for no rank; their pages are read until they are scheduled
+    late: frozenset[str]  # of these, those that go in any case; their pages are read until they are scheduled
 
 
 class Admission:
@@ -70,7 +71,8 @@ class Admission:
         self._head_starts = HeadStarts()
         self.names = PageNames()
         self._to_begin: list[HeadStart] = []  # in this step
-        self._idle = False  # in the last step there was nothing to do but to wait for pages
+        self._idle = False  # since the last look there was nothing to do but to wait for pages
+        self._ranks_lack = False  # pages of requests that are proposed, as it was when ranks last agreed
         self._looked = False  # in this step, who need not wait any more: not in each, with --scheduler-recv-interval
         # Requests that were queued, and are held, while a batch is made.
         self._held_meanwhile: list[Any] | None = None
@@ -89,9 +91,10 @@ class Admission:
         if recv_reqs is not None:
             if rids := self._prefetches.admissible(idle=self._idle and not recv_reqs):
                 pages = {rid: self._prefetches.enough(rid) for rid in rids}
-                local = [*local, Admit(pages, self._prefetches.still_read(rids))]
+                local = [*local, Admit(pages, self._prefetches.late(rids))]
             if start := self._prefetches.take_head_start():
                 local = [*local, start]
+        self._idle = self._ranks_lack = False  # a paused engine makes no batches, but looks
         requests = []
         for message in send(recv_reqs, local):
             if isinstance(message, Admit):
@@ -103,14 +106,14 @@ class Admission:
         return requests
 
     def _admit(self, message: Admit) -> None:
-        """Admit those of the requests that all ranks have enough of; the others are proposed again."""
-        waiting = [rid for rid in message.pages if rid not in message.still_read]
-        lacking = set[str]()
-        if waiting:
-            have = self._true_on_all([self._prefetches.has(rid, message.pages[rid]) for rid in waiting])
-            lacking.update(rid for rid, enough in zip(waiting, have, strict=True) if not enough)
-        rids = [rid for rid in message.pages if rid not in lacking]
-        self._prefetches.admit(rids, still_read=message.still_read)
+        """Admit those of the requests that all ranks have enough of, and late ones; the others are proposed again."""
+        have = self._true_on_all(
+            [self._prefetches.has(rid, pages, late=rid in message.late) for rid, pages in message.pages.items()]
+        )
+        lacking = {rid for rid, enough in zip(message.pages, have, strict=True) if not enough}
+        late = lacking & message.late
+        self._ranks_lack = lacking != late
+        self._prefetches.admit([rid for rid in message.pages if rid not in lacking or rid in late], late=late)
 
     def queued(self, scheduler: Any, req: Any) -> None:
         """Ask at once for the pages of a request that SGLang has just queued, as far as they are not on the device.
@@ -151,7 +154,7 @@ class Admission:
             if not (busy or self._others_wait_for_us):
                 self._idle = True
                 if looked:
-                    self._tier.wait_for_news(_IDLE_WAIT_S)
+                    self._tier.wait_for_news(_RANKS_WAIT_S if self._ranks_lack else _IDLE_WAIT_S)
         self._held_meanwhile = held_meanwhile = list[Any]()
         try:
             result = make()
@@ -191,6 +194,8 @@ class Admission:
         """Queue head starts directly: SGLang's own way would count or refuse them, and ask for their pages again."""
         while self._to_begin:
             start = self._to_begin.pop(0)
+            if start.rid not in self._prefetches.held:  # admitted, or aborted, in the same step
+                continue
             if (head := self._head_starts.begin(scheduler, start)) is not None:
                 self._prefetches.begin_head_start(start, *missing_pages(scheduler.tree_cache, head))
                 scheduler.waiting_queue.append(head)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 import time
 import uuid
@@ -112,7 +114,7 @@ class PrefetchQueue:
         """A request has been queued whose pages from some point on, `keys`, are not on the device.
 
         saved: given for a request that was retracted and whose pages are being saved; set once they are in the
-        store. Where another rank saves them for this one, that is done by the time `has` is asked.
+        store. Where another rank saves them for this one, it is set already.
         """
         if self._one_rank and saved is not None and saved.is_set():
             saved = None
@@ -137,47 +139,54 @@ class PrefetchQueue:
         """
         now = time.monotonic()
         free = [rid for rid in self._held if rid not in self._requests]
-        ahead = self._ahead
+        leaving, ahead = free.copy(), self._ahead
         ahead.new_step()
         for rid, request in sorted(self._requests.items(), key=lambda item: item[1].prompt.turn):
             held = rid in self._held
-            has_enough = held and self._has_enough(rid, request, ahead, idle=idle and not free)
-            if has_enough:
-                others_until = now + max(OTHERS_WAIT_S, now - request.asked_at)
-                request.others_until = min(request.others_until, others_until)
             request.late = held and now > min(request.waits_until, request.others_until)
+            has_enough = held and self._has_enough(rid, request, ahead, idle=idle and not (free or request.late))
             if has_enough or request.late:
                 held = False
                 free.append(rid)
-                self.requests_admitted_late += not has_enough or now > request.others_until
+                if request.others_until == math.inf:
+                    request.others_until = now + max(OTHERS_WAIT_S, now - request.asked_at)
+                    leaving.append(rid)
             ahead.add(request, held=held)
-        for waited in map(self._requests.get, free):
+        for waited in map(self._requests.get, leaving):
             if waited is not None and waited.wait is not None and waited.wait.tries:
                 self._meter.try_reading(waited.keys[waited.there :])
-        self._meter.look(self._planner, leaving=free)
+        self._meter.look(self._planner, leaving=leaving)
         return free
 
-    def still_read(self, rids: Iterable[str]) -> frozenset[str]:
-        """Which of these wait for no rank, and have their pages read on: those out of time, and not of this store."""
+    def late(self, rids: Iterable[str]) -> frozenset[str]:
+        """Which of these wait for no rank: those whose time is up, and those not asked of the present store."""
         return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
 
     def enough(self, rid: str) -> int:
-        """How many pages of a request that is admissible all ranks should have: of those worth waiting for, ours."""
+        """How many pages of a request that is admissible each rank should have."""
         request = self._requests.get(rid)
-        return 0 if request is None or request.wait is None else min(request.there, request.wait.enough)
+        if self._takes_what_is_there:
+            return 0
+        if request is None or request.wait is None:
+            return sys.maxsize
+        return request.wait.enough if request.late else min(request.there, request.wait.enough)
 
-    def has(self, rid: str, pages: int) -> bool:
-        """Whether this rank, too, has so many pages of a held request, or all that it will get.
+    def has(self, rid: str, pages: int, *, late: bool = False) -> bool:
+        """Whether this rank has so many pages of a held request, or all that it will get.
 
-        What another rank has saved for it is asked for first.
+        What is, or was, being saved of a retracted one is asked for again, unless it goes in any case.
         """
         request = self._requests.get(rid)
         if request is None:
             return True
-        if self._was_being_saved(rid, request):
+        if not late and self._was_being_saved(rid, request):
             return False
         slots, done, known = self._progress(rid, request)
-        return done or (known and len(slots) >= pages)
+        enough = len(slots) >= pages
+        if done and request.retracted and not (enough or late):
+            self._ask_again(rid, request)  # another rank may have saved more of it by now
+            return False
+        return request.saved is None and (done or (known and enough))
 
     def take_head_start(self) -> HeadStart | None:
         """What the engine, if it is idle, should do for a request that is not admissible yet."""
@@ -207,12 +216,15 @@ class PrefetchQueue:
         request.head_start = HeadStartState.NO_MORE
         request.waits_until = time.monotonic() + self._longest_s(len(request.keys))
 
-    def admit(self, rids: Iterable[str], *, still_read: Collection[str] = ()) -> None:
-        """Hold these no more. What is still being read for some of them may be there when it is their turn."""
+    def admit(self, rids: Iterable[str], *, late: Collection[str] = ()) -> None:
+        """Hold these no more. What is still being read for late ones may be there when it is their turn."""
         for rid in rids:
-            if (request := self._requests.get(rid)) is not None and request.saved is not None:
+            request = self._requests.get(rid)
+            self.requests_admitted_late += request is not None and rid in late
+            if request is not None and request.saved is not None and request.saved.is_set():
                 self._ask_again(rid, request)
-            goes_on = rid not in self._requests or rid in still_read or self._takes_what_is_there
+                self._wait_until_known(rid)
+            goes_on = request is None or rid in late or self._takes_what_is_there
             if self._end_hold(rid) and not goes_on:
                 self._meter.end(rid)
                 self._store.cut(rid)  # what is missing was not worth waiting for
@@ -374,8 +386,9 @@ class PrefetchQueue:
         return request.saved is not None
 
     def _ask_again(self, rid: str, request: Request) -> None:
-        """Ask for its pages again, now that all that will be saved of them is in the store."""
+        """Ask for the pages of a retracted request again, as more of them may be in the store by now."""
         again = self._ask(rid, request.keys, request.prompt, arrived_at=request.arrived_at)
+        again.retracted = True
         self._measure(rid, again)
 
     def _longest_s(self, pages: int) -> float:

@@ -50,11 +50,11 @@ def timed(believes: LoadPlanner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
 def agree(ranks: Sequence[PrefetchQueue]) -> list[str]:
     """What ranks with the same requests admit in one step, the first of which proposes."""
     proposed = ranks[0].admissible()
-    at_once, pages = ranks[0].still_read(proposed), {rid: ranks[0].enough(rid) for rid in proposed}
-    have = [{rid for rid in proposed if rank.has(rid, pages[rid])} for rank in ranks]
-    admitted = [rid for rid in proposed if rid in at_once or all(rid in those for those in have)]
+    late, pages = ranks[0].late(proposed), {rid: ranks[0].enough(rid) for rid in proposed}
+    lacking = {rid for rank in ranks for rid in proposed if not rank.has(rid, pages[rid], late=rid in late)}
+    admitted = [rid for rid in proposed if rid in late or rid not in lacking]
     for rank in ranks:
-        rank.admit(admitted, still_read=at_once)
+        rank.admit(admitted, late=late & lacking)
     return admitted
 
 

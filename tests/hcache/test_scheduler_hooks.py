@@ -21,6 +21,7 @@ from sglang_hcache import scheduler_hooks
 from sglang_hcache.linker import HCacheLinker
 from sglang_hcache.queueing import admission
 from sglang_hcache.queueing.admission import Admission, missing_pages
+from sglang_hcache.queueing.head_start import HeadStart
 from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
@@ -242,12 +243,10 @@ def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
 
     admitted: list[tuple[list[str], set[str]]] = []
     monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1", "h2"])
-    monkeypatch.setattr(tier, "still_read", lambda rids: frozenset(rids[1:]), raising=False)
+    monkeypatch.setattr(tier, "late", lambda rids: frozenset(rids[1:]), raising=False)
     monkeypatch.setattr(tier, "enough", len, raising=False)
-    monkeypatch.setattr(tier, "has", lambda _rid, _pages: True, raising=False)
-    monkeypatch.setattr(
-        tier, "admit", lambda rids, *, still_read: admitted.append(([*rids], {*still_read})), raising=False
-    )
+    monkeypatch.setattr(tier, "has", lambda rid, _pages, *, late: rid == "h1", raising=False)
+    monkeypatch.setattr(tier, "admit", lambda rids, *, late: admitted.append(([*rids], {*late})), raising=False)
     received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
     assert received == ["an abort", *from_all]
     assert admitted == [(["h1", "h2"], {"h2"})]
@@ -258,19 +257,44 @@ def test_ranks_agree_on_each_request_unless_its_time_is_up(tier: Tier, monkeypat
 
     def true_on_all(conditions: Sequence[bool]) -> list[bool]:
         asked.append([*conditions])
-        return [True, False, False]  # of the second, another rank has less
+        return [here and rid != "another has less" for here, rid in zip(conditions, pages, strict=True)]
 
-    admitted = list[str]()
-    here = {"h1": 2, "h2": 3, "h3": 0}
-    monkeypatch.setattr(tier, "has", lambda rid, pages: here[rid] >= pages, raising=False)
-    monkeypatch.setattr(tier, "admit", lambda rids, **_: admitted.extend(rids), raising=False)
+    pages = {"all have it": 2, "late": 9, "late, but there": 4, "another has less": 3, "this has less": 1}
+    here = {"all have it": 2, "late": 8, "late, but there": 4, "another has less": 3, "this has less": 0}
+    admitted = list[tuple[list[str], set[str]]]()
+    monkeypatch.setattr(tier, "has", lambda rid, pages, *, late: here[rid] >= pages, raising=False)
+    monkeypatch.setattr(tier, "admit", lambda rids, *, late: admitted.append(([*rids], {*late})), raising=False)
     monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier, true_on_all=true_on_all))
-    proposal = admission.Admit({"h1": 2, "late": 9, "h2": 3, "h3": 1}, frozenset({"late"}))
+    proposal = admission.Admit(pages, frozenset({"late", "late, but there"}))
     scheduler_hooks.around_broadcast(lambda *_: [proposal], None, None)
-    assert asked == [[True, True, False]]
-    assert admitted == ["h1", "late"]
-    scheduler_hooks.around_broadcast(lambda *_: [admission.Admit({"late": 9}, frozenset({"late"}))], None, None)
-    assert len(asked) == 1, "there is nothing to agree on"
+    assert asked == [[True, False, True, True, False]]
+    assert admitted == [(["all have it", "late", "late, but there"], {"late"})]
+
+
+def test_news_of_other_ranks_is_looked_for_often(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wakes them, and not this one."""
+    waited = list[float]()
+    monkeypatch.setattr(tier, "wait_for_news", waited.append)
+    monkeypatch.setattr(tier, "late", lambda _rids: frozenset(), raising=False)
+    monkeypatch.setattr(tier, "enough", len, raising=False)
+    monkeypatch.setattr(tier, "has", lambda _rid, _pages, *, late: True, raising=False)
+    monkeypatch.setattr(tier, "admit", lambda rids, *, late: None, raising=False)
+    lacks = admission_of(tier, true_on_all=lambda conditions: [False for _ in conditions])
+    monkeypatch.setattr(scheduler_hooks, "admission", lacks)
+    scheduler = Scheduler("h1")
+    for rids in ([], ["h1"], []):
+        monkeypatch.setattr(tier, "admissible", lambda *, idle, rids=rids: rids)
+        scheduler_hooks.around_broadcast(lambda _receiver, _received, local: local, None, [])
+        scheduler.step(looks=False)
+    assert waited[0] == waited[2] > waited[1]
+
+
+def test_no_head_start_is_begun_for_a_request_that_has_been_admitted(tier: Tier) -> None:
+    scheduler = Scheduler("h1")
+    started = HeadStart("gone", "gone head start", 2, 8)
+    scheduler_hooks.around_broadcast(lambda *_: [started], None, None)
+    scheduler_hooks.around_new_batch(Scheduler.make_batch, scheduler, running_batch=scheduler.running_batch)
+    assert scheduler.queue == ["h1"]
 
 
 def test_it_does_not_wait_while_other_schedulers_wait_for_it(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,10 @@ class Tier:
 
     def scheduled(self, _rids: object) -> None: ...
 
-    def admit(self, _rids: object, *, still_read: object) -> None: ...
+    def has(self, _rid: str, _pages: int, *, late: bool) -> bool:
+        return late
+
+    def admit(self, _rids: object, *, late: object) -> None: ...
 
 
 @pytest.mark.parametrize("first_rank", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_never_longer_than_the_timeout(
     assert requests.admissible() == []
     clock.advance(0.02)
     assert requests.admissible() == ["a"]
-    requests.admit(["a"], still_read=requests.still_read(["a"]))
+    requests.admit(["a"], late=requests.late(["a"]))
     assert requests.ready("a", keys_of(range(10))) == 0
     assert requests.stats()["requests_admitted_late"] == 1
     disk.set()
@@ -91,7 +92,7 @@ def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_lef
         ask(requests, rid, keys)
     clock.advance(TIMEOUT.base_s + 0.01)
     late = requests.admissible()
-    requests.admit(late, still_read=requests.still_read(late))
+    requests.admit(late, late=requests.late(late))
     assert not requests.held
     for rid, keys in rids.items():
         assert store.wait(rid, PATIENCE_S).done
@@ -110,8 +111,8 @@ def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
     clock.advance(TIMEOUT.base_s - 0.03)
     late = ranks[0].admissible()
     assert late == ["first"]
-    assert ranks[0].still_read(late) == {"first"}
-    ranks[1].admit(["other"], still_read=["other"])
+    assert ranks[0].late(late) == {"first"}
+    ranks[1].admit(["other"], late=["other"])
     disk.set()
     assert store.wait("other", PATIENCE_S).done
     assert ranks[1].ready("other", keys_of(range(10))) == 10
@@ -253,6 +254,45 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_before_it_i
     requests.admit(["a"])
     assert requests.ready("a", keys_of(range(20, 25))) == 5
     assert requests.stats()["lookups_not_ahead"] == 0
+    requests.clear()
+
+
+def test_what_other_ranks_save_later_is_asked_for_again(store: LocalStore) -> None:
+    """The rank that saves a node's pages may be slower than the one that proposes."""
+    nothing_to_save = threading.Event()
+    nothing_to_save.set()
+    requests = unplanned(store, HoldRule(), one_rank=False)
+    ask(requests, "a", keys_of(range(20, 25)), saved=nothing_to_save)
+    for pages in range(4):
+        save(store, range(20, 20 + pages))
+        assert not requests.has("a", 5)
+    save(store, range(20, 25))
+    assert not requests.has("a", 5)
+    assert requests.has("a", 5)
+    requests.admit(["a"])
+    assert requests.ready("a", keys_of(range(20, 25))) == 5
+    requests.clear()
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_retracted_request_whose_time_is_up_keeps_what_it_has(
+    store: LocalStore, in_memory: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, is_saved: bool
+) -> None:
+    """Its pages are asked for again only once more of them are saved, and then waited for."""
+    saved = threading.Event()
+    requests = unplanned(in_memory, TIMEOUT, one_rank=False)
+    ask(requests, "a", keys_of(range(10)), saved=saved)
+    for name in ("prefetch", "wait"):
+        monkeypatch.setattr(in_memory, name, Mock(wraps=getattr(in_memory, name)))
+    clock.advance(TIMEOUT.base_s + 0.01)
+    assert requests.admissible() == ["a"]
+    if is_saved:
+        saved.set()
+    assert not requests.has("a", 10, late=True)
+    requests.admit(["a"], late=["a"])
+    assert requests.ready("a", keys_of(range(10))) == 10
+    spied: Any = in_memory
+    assert spied.prefetch.call_count == spied.wait.call_count == is_saved
     requests.clear()
 
 
