@@ -171,6 +171,19 @@ class Client:
                 if not answer["success"]:
                     raise RequestFailed(f"{path}: {answer['message']}")
 
+    def begin_pause(self) -> Callable[[], None]:
+        """Asks schedulers to make no more batches, and returns a function that waits until they have heard it."""
+        answer = self._post("/pause_generation", {"mode": "in_place"}, False, ANSWER_WAIT_S)
+
+        def wait() -> None:
+            next(answer)
+
+        return wait
+
+    def go_on(self) -> None:
+        """After a pause."""
+        next(self._post("/continue_generation", {}, False, ANSWER_WAIT_S))
+
     def healthy(self) -> bool:
         """Whether a one-token request comes through; takes a second by SGLang's own design."""
         try:

@@ -19,7 +19,7 @@ import numpy as np
 import zmq
 
 from sglang_hcache.prefetch import messages as m
-from sglang_hcache.prefetch.client import ASK_S, NOTHING_YET, StoreClient
+from sglang_hcache.prefetch.client import NOTHING_YET, StoreClient
 from sglang_hcache.prefetch.connection import Connection, Unavailable
 from sglang_hcache.storage.contract import Progress, Stats
 from sglang_hcache.storage.eviction import Keep
@@ -27,6 +27,7 @@ from sglang_hcache.storage.index_check import Entry
 from sglang_hcache.storage.layout import ChunkDamaged, Record, read_header, verify
 from sglang_hcache.storage.store import READ_THREADS, LocalStore
 
+LOCATE_S = 30.0  # on a thread of ours; a session with a prefetcher that does not answer ends sooner
 READ_S = 30.0  # the longest a page is waited for
 LATE_S = 1.0  # the same for a page that nobody needs any more, but at least
 LATE = 4  # times as long as recent pages took: it may be on its way
@@ -86,7 +87,7 @@ class RemoteFiles:
         if not wanted:
             return {}
         try:
-            present = self._connection.ask(m.Lookup(keys=wanted), m.Found, ASK_S).present
+            present = self._connection.ask(m.Lookup(keys=wanted), m.Found, LOCATE_S).present
         except Unavailable:
             return {}
         return {key: SOMEWHERE for key, there in zip(wanted, present, strict=False) if there}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -133,6 +134,7 @@ def made(workshop: Workshop) -> Made:
     store = workshop.folder / "store-filled"
     with started_together(workshop.stock(), workshop.tiered(store)) as (stock, tiered):
         tiered.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=1)))
+        tiered.tier_state()  # comes from the prefetcher behind all pages that have been stored
         tiered.stop()
         return Made({name: scenario(stock) for name, scenario in SCENARIOS.items()}, store)
 
@@ -154,12 +156,16 @@ def fresh_store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def store_of(server: Server) -> str | None:
+    return dict(itertools.pairwise(server.args)).get("--hcache-dir")
+
+
 @contextmanager
 def started_together(*servers: Server) -> Iterator[tuple[Server, ...]]:
     """Servers that start at the same time, most of which is imports, and are killed at the end."""
     with ExitStack() as stack:
-        for server in reversed(servers):
-            server.shares_prefetcher = server is not servers[-1]
+        for number, server in reversed([*enumerate(servers)]):
+            server.shares_prefetcher = any(store_of(other) == store_of(server) for other in servers[number + 1 :])
             stack.callback(server.kill)
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start, servers))
@@ -172,24 +178,22 @@ def told_by_all(ask: Callable[[Server], Told], *servers: Server) -> list[Told]:
         return list(pool.map(ask, servers))
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float, *, look_every_s: float = 0.1) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(look_every_s)
+        time.sleep(0.1)
 
 
-def sent_together(server: Server, requests: Sequence[Request], *, busy_tokens: int) -> list[Answer]:
-    """Answers to requests that a scheduler finds all at once, and while it has no room for them.
-
-    busy_tokens: of another prompt, which takes the room for many chunks, in which what the others want is read.
-    """
-    prefilled = server.log_text().count("Prefill batch")
-    busy = server.begin(Request(random_prompt(busy_tokens, seed=1000), 1))
-    wait_until(lambda: server.log_text().count("Prefill batch") > prefilled, 60, look_every_s=0.001)
+def sent_together(server: Server, requests: Sequence[Request]) -> list[Answer]:
+    """Answers to requests that are all there, with their pages in memory, when a scheduler makes its next batch."""
     with stopped(server.pids("sglang::scheduler")):
         answers = [begin(server, request) for request in requests]
-    busy()
+        paused = server.begin_pause()
+        let_it_come(server)
+    paused()
+    wait_until(lambda: server.tier_state()["requests_held_now"] == 0, 60)
+    server.go_on()
     return [answer() for answer in answers]
 
 
@@ -226,7 +230,7 @@ def update_weights(server: Server, model: Path) -> None:
 
 
 def wait_for_stores(server: Server) -> None:
-    """Of all ranks, each with one for the weights that it has now."""
+    """Of the first rank of each replica, with one for the weights that it has now."""
     wait_until(lambda: all(state["prefetcher"] == "ok" for state in server.tier_states()), 30)
 
 

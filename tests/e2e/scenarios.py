@@ -6,6 +6,7 @@ fixed order, so that two runs can be compared answer by answer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -52,6 +53,17 @@ def evict_everything(server: Server, seed: int = 900) -> None:
     length = POOL_TOKENS * 3 // 8
     for i in range(4):
         server.generate(random_prompt(length, seed=seed + i), 1)
+    if "hcache" in server.args:
+        settle(server)
+
+
+def settle(server: Server) -> None:
+    """Wait until all is written that can be, and slots for new pages are there: what comes next will be stored."""
+    deadline = time.monotonic() + 30
+    while (state := server.tier_state())["pages_dirty"] and any(one["state"] == "ok" for one in state["volumes"]):
+        assert time.monotonic() < deadline, "it is not written in time"
+        time.sleep(0.05)
+    server.tier_state()  # comes from the prefetcher behind the slots that were asked for
 
 
 def evicted_prefix(server: Server) -> list[Answer]:

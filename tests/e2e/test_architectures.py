@@ -121,7 +121,8 @@ def test_bfloat16_stays_within_the_spread_of_the_prefix_cache(workshop: Workshop
     """SGLang's own prefix cache changes log-probabilities in bf16 a little; the tier changes them no more."""
     spec = ModelSpec("llama", dtype="bfloat16")
     prompts = [random_prompt(PROMPT_TOKENS, seed=40 + i) for i in range(6)]
-    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, ARGS)) as (server, tiered):
+    room = (*ARGS, "--hicache-ratio", "8")
+    with started_together(workshop.stock(spec, ARGS), workshop.tiered(fresh_store, spec, room)) as (server, tiered):
         fresh = [server.send(tail_logprobs(prompt, 4)) for prompt in prompts]
         for prompt in prompts:
             server.flush_cache()

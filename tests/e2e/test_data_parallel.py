@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import re
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
 from sglang_hcache.metrics import EVERY_S
-from tests.e2e.conftest import Workshop, started_together, wait_until
+from tests.e2e.conftest import PATIENT, Workshop, begin, started_together, stopped, wait_until
 from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
 
 PROMPT_TOKENS = 700
 RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for
 RANKS = int(os.environ.get("HCACHE_GROUP_RANKS", "1"))  # that have the same requests
-ARGS = ("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics")
+ARGS = (
+    *("--page-size", "64", "--max-total-tokens", "2048", "--chunked-prefill-size", "512", "--enable-metrics"),
+    *("--hicache-ratio", "8"),
+)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_what_one_has_stored_another_restores(
 ) -> None:
     """SGLang gives requests to the two in turn; together they have room for less than what is asked for at once."""
     cores = "|".join(str(rank % 2) for rank in range(2 * RANKS))
-    args, env = (*ARGS, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": cores}
+    args, env = (*ARGS, *parallelism), {"SGLANG_CPU_OMP_THREADS_BIND": cores, **PATIENT}
     requests = [tail_logprobs(random_prompt(PROMPT_TOKENS, seed=60 + i), 4) for i in range(5)]
     with started_together(workshop.tiered(fresh_store, ModelSpec(architecture), args, env=env)) as (server,):
         fresh = [server.send(requests[0])]
@@ -43,8 +45,9 @@ def test_what_one_has_stored_another_restores(
         by_the_other = server.send(requests[0])
         fresh += [server.send(request) for request in requests[1:]]
         server.tier_states()  # comes from the prefetcher behind all pages that have been stored
-        with ThreadPoolExecutor(len(requests)) as pool:
-            at_once = list(pool.map(server.send, requests))
+        with stopped(server.pids("sglang::scheduler")):
+            asked = [begin(server, request) for request in requests]
+        at_once = [answer() for answer in asked]
         states = server.tier_states()
         restored = {group_of(state["scheduler"]): state["tokens_restored"] for state in states}
         wait_until(lambda: restored_by_metrics(server) == restored, 2 * EVERY_S + 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from bench.harness import Answer, ModelSpec, Server, random_prompt
 from sglang_hcache.planner.hf_config import shape_of_config
-from tests.e2e.conftest import Workshop, only_on_disk, started_together, wait_until
+from tests.e2e.conftest import PATIENT, Workshop, only_on_disk, started_together, wait_until
 from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs
 
 KNOWN_RATES_PLUGIN = Path(__file__).parent / "known_rates"
@@ -21,8 +22,8 @@ PREFIX = 48 * PAGE
 PREFIXES = range(3)
 ARGS = (*SERVER_ARGS, "--max-total-tokens", "8192", "--chunked-prefill-size", "512")
 BYTES = PREFIX * 256 * 4 * 4  # of a prefix, as hidden states
-READ_S = 1.0  # of a prefix
-PREFILL_S = 2.0  # likewise, by the rates that the server is told: so long that waiting pays in any case
+READ_S = 2.0  # of a prefix
+PREFILL_S = 4.0  # likewise, by the rates that the server is told: so long that waiting pays in any case
 RATES: dict[str, float] = dict.fromkeys(
     ("projection_flop_per_s", "memory_bytes_per_s", "bus_bytes_per_s", "scatter_bytes_per_s"), 1e12
 )
@@ -40,7 +41,8 @@ def evenly_matched(workshop: Workshop, store: Path, args: tuple[str, ...], env: 
     """Plans what it restores, with a drive that is about as fast as the engine."""
     tier = ("--hicache-backend", "hcache", "--hcache-representation", "hidden", "--hcache-dir", str(store))
     slow = ("--hcache-read-limit", str(BYTES / READ_S / 1e9), "--hicache-storage-prefetch-policy", "wait_complete")
-    env = {"PYTHONPATH": str(KNOWN_RATES_PLUGIN), "HCACHE_RATES": json.dumps(rates(workshop)), **env}
+    plugins = os.pathsep.join([str(KNOWN_RATES_PLUGIN), PATIENT["PYTHONPATH"]])
+    env = {"PYTHONPATH": plugins, "HCACHE_RATES": json.dumps(rates(workshop)), **env}
     return Server(workshop.model(SPEC), (*args, *tier, *slow), log=workshop.log("head-start"), env=env)
 
 

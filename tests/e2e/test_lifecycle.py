@@ -21,6 +21,7 @@ from tests.e2e.conftest import (
     nothing_is_held,
     only_on_disk,
     started_together,
+    stopped,
     told_by_all,
     wait_until,
 )
@@ -156,7 +157,8 @@ def test_what_a_paused_engine_had_decoded_is_restored(servers: tuple[Server, ...
 
 def test_all_are_aborted_while_they_are_held(server: Server) -> None:
     only_on_disk(server)
-    victims = [Victim(server, f"held {index}", prefix) for index, prefix in enumerate(PREFIXES)]
+    with stopped(server.pids("sglang::scheduler")):
+        victims = [Victim(server, f"held {index}", prefix) for index, prefix in enumerate(PREFIXES)]
     wait_until(lambda: server.tier_state()["requests_held_now"] > 4, 10)
     tell(server, "/abort_request", abort_all=True)
     wait_until(lambda: nothing_is_held(server), 10)

@@ -20,6 +20,7 @@ from tests.e2e.scenarios import (
 
 PAGE_BYTES = PAGE * LLAMA.layers * LLAMA.hidden_size * 4  # as hidden states
 READ_S = 0.03  # of a page, by the second node
+ROOM = ("--hicache-ratio", "16")  # pages are lost where a prefetcher that is slow to give slots has few to give
 
 
 class Node(Server):
@@ -34,7 +35,7 @@ def test_ranks_on_two_nodes_restore_alike(
 ) -> None:
     """Whichever of them reads faster."""
     stores, meet_at = [tmp_path / "first", tmp_path / "second"], f"127.0.0.1:{free_port()}"
-    args = (*SERVER_ARGS, "--tp", "2", "--nnodes", "2", "--dist-init-addr", meet_at)
+    args = (*SERVER_ARGS, *ROOM, "--tp", "2", "--nnodes", "2", "--dist-init-addr", meet_at)
     slow_drive = ("--hcache-read-limit", str(PAGE_BYTES / READ_S / 1e9))
     first, second = (
         workshop.tiered_by(
@@ -60,7 +61,7 @@ def test_ranks_on_two_nodes_restore_alike(
     assert_equal([*evicted, read], [*reference["evicted_prefix"], reference["evicted_prefix"][1]])
     assert_equal(conversation, reference["conversation"])
     assert state["representation"] == "hidden"
-    assert state["loads_failed"] == state["pages_leased"] == 0
+    assert state["loads_failed"] == state["pages_leased"] == state["pages_incomplete"] == 0
     of_each = [pages_in(store) for store in stores]
     assert of_each[0] == of_each[1] > PREFIX_TOKENS // PAGE, "both have all hidden states"
     assert "leak" not in first.log_text() + second.log_text()

@@ -38,7 +38,7 @@ Reference = dict[str, list[Answer]]
 
 KILLS = int(os.environ.get("HCACHE_SERVER_KILLS", "3"))
 PREFIX_TOKENS = 1200
-BASE_S = 3.0
+BASE_S = 6.0
 HUNG_S = 10.0  # after which a client gives a silent prefetcher up
 
 
@@ -125,7 +125,7 @@ def test_a_hung_prefetcher_holds_requests_no_longer_than_allowed(server: Server,
     held_s = meanwhile["requests_held_s"] - state["requests_held_s"]
     assert meanwhile["requests_admitted_late"] == state["requests_admitted_late"] + 1
     assert answer.ttft_s >= BASE_S
-    assert BASE_S <= held_s < BASE_S + 2.0
+    assert BASE_S <= held_s < HUNG_S
     assert answer.cached_host == 0
     assert_equal([answer], [reference["evicted_prefix"][0]])
 
@@ -198,6 +198,8 @@ def test_server_and_prefetcher_killed_at_once(workshop: Workshop, tmp_path: Path
         wait_until(lambda: server.tier_state()["pages_dirty"] == 0, 30)
         prefetcher = server.tier_state()["prefetcher_pid"]
         server.send(tail_logprobs(random_prompt(PREFIX_TOKENS, seed=7)))
+        for scheduler in server.pids("sglang::scheduler"):
+            os.kill(scheduler, signal.SIGSTOP)  # it would start another prefetcher
         os.kill(prefetcher, signal.SIGKILL)
         server.kill()
     with started_together(workshop.tiered(store)) as (server,):

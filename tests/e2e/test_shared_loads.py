@@ -49,7 +49,7 @@ def ask_together(server: Server, wanted: list[Answer]) -> tuple[dict[str, int], 
     server.send(tail_logprobs(random_prompt(PREFIX, seed=1)))
     only_on_disk(server)
     before = server.tier_state()
-    answers = sent_together(server, list(map(tail_logprobs, PROMPTS)), busy_tokens=6144)
+    answers = sent_together(server, list(map(tail_logprobs, PROMPTS)))
     after = server.tier_state()
     assert_equal(answers, wanted)
     assert nothing_is_held(server)

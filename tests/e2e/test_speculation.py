@@ -160,7 +160,7 @@ def test_what_requests_have_in_common_is_loaded_once(algorithm: str, speculating
     wanted = [server.send(request) for request in requests]
     only_on_disk(server)
     before = server.tier_state()
-    assert_equal(sent_together(server, requests, busy_tokens=3328), wanted)
+    assert_equal(sent_together(server, requests), wanted)
     after = server.tier_state()
     of_each = 0 if algorithm == "STANDALONE" else PAGE
     assert after["tokens_restored"] - before["tokens_restored"] == len(prefix) + 2 * of_each

@@ -13,7 +13,7 @@ from tests.e2e.conftest import Workshop, started_together, told_by_all
 from tests.e2e.scenarios import FLOAT32_TOLERANCE, PAGE, assert_equal, whole_pages
 
 ARGS = ("--page-size", str(PAGE), "--max-total-tokens", "2048", "--chunked-prefill-size", "256", "--sleep-on-idle")
-ROOM = ("--hicache-ratio", "8")
+ROOM = ("--hicache-ratio", "16")
 HIDDEN, KV = ModelSpec("lighton_ocr"), ModelSpec("qwen2_5_vl")  # the latter has M-RoPE
 
 CAT, DOG, BIRD, FISH = map(image_of, range(4))

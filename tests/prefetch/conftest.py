@@ -19,8 +19,8 @@ Join = Callable[..., PrefetchClient]
 
 def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers, to a goodbye as well, are waited for, however long a prefetcher takes for them."""
-    for module in (client, remote):
-        monkeypatch.setattr(module, "ASK_S", PATIENCE_S)
+    monkeypatch.setattr(client, "ASK_S", PATIENCE_S)
+    monkeypatch.setattr(remote, "LOCATE_S", PATIENCE_S)
     monkeypatch.setattr(connection, "FAREWELL_S", PATIENCE_S)
 
 

@@ -10,5 +10,5 @@ def register() -> None:
         from sglang_hcache.queueing import prefetch_queue, step_waits
 
         prefetch_queue.ANSWER_WAIT_S = prefetch_queue.KNOWN_WAIT_S = prefetch_queue.LONGEST_WAIT_S
-        prefetch_queue.OTHERS_WAIT_S = prefetch_queue.LONGEST_WAIT_S
+        prefetch_queue.OTHERS_WAIT_S = prefetch_queue.LOOKUP_WAIT_S = prefetch_queue.LONGEST_WAIT_S
         step_waits.STEP_WAIT_S = prefetch_queue.LONGEST_WAIT_S
