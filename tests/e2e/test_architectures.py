@@ -39,9 +39,11 @@ REPRESENTATIONS = {
 SCHEDULING = {
     "olmoe": ("--disable-overlap-schedule",),
     "gemma": ("--enable-mixed-chunk",),
+    "phi3": ("--kv-cache-dtype", "fp8_e5m2"),
+    "gemma3": ("--kv-cache-dtype", "fp8_e4m3"),
 }
 TIER = {
-    "phi3": ("--hicache-write-policy", "write_back"),
+    "phi3": ("--hicache-write-policy", "write_back", "--hcache-representation", "hidden", "--hicache-ratio", "8"),
     "stablelm": ("--hicache-write-policy", "write_through_selective"),
     "gptj": ("--hicache-storage-prefetch-policy", "best_effort"),
 }
