@@ -171,14 +171,9 @@ class Client:
                 if not answer["success"]:
                     raise RequestFailed(f"{path}: {answer['message']}")
 
-    def begin_pause(self) -> Callable[[], None]:
-        """Asks schedulers to make no more batches, and returns a function that waits until they have heard it."""
-        answer = self._post("/pause_generation", {"mode": "in_place"}, False, ANSWER_WAIT_S)
-
-        def wait() -> None:
-            next(answer)
-
-        return wait
+    def pause(self) -> None:
+        """Schedulers make no more batches once they read this; what they are asked later, they answer behind it."""
+        next(self._post("/pause_generation", {"mode": "in_place"}, False, ANSWER_WAIT_S))
 
     def go_on(self) -> None:
         """After a pause."""

@@ -53,7 +53,7 @@ METRICS = tuple(
             "requests_admitted_late",
             "hcache_requests_admitted_late_total",
             _C,
-            "Requests held until their time was up, or another rank's",
+            "Requests admitted before all ranks had their pages, as their time was up",
         ),
         ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
         ("head_starts", "hcache_head_starts_total", _C, "Head starts begun"),

@@ -71,7 +71,7 @@ class Admission:
         self._head_starts = HeadStarts()
         self.names = PageNames()
         self._to_begin: list[HeadStart] = []  # in this step
-        self._idle = False  # since the last look there was nothing to do but to wait for pages
+        self._idle = False  # in the last step, if any since the last look, there was nothing to do but to wait
         self._ranks_lack = False  # pages of requests that are proposed, as it was when ranks last agreed
         self._looked = False  # in this step, who need not wait any more: not in each, with --scheduler-recv-interval
         # Requests that were queued, and are held, while a batch is made.

@@ -24,6 +24,7 @@ from sglang_hcache.storage.store import READ_THREADS
 
 ANSWER_WAIT_S = 0.01  # for the answer that all is in memory or nowhere; a hold would last a step, which is longer
 KNOWN_WAIT_S = 0.1  # pages that are not known by then to be in memory are taken to be on drives
+ASK_AGAIN_S = 0.02  # between two questions for what another rank saves
 OTHERS_WAIT_S = 0.1  # at least, for ranks that are slower; as long again as this one has waited, if that is more
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
 LONGEST_WAIT_S = 60.0  # a disk that hangs must not hang a request
@@ -119,7 +120,7 @@ class PrefetchQueue:
         if self._one_rank and saved is not None and saved.is_set():
             saved = None
         request = self._ask(rid, keys, prompt)
-        request.saved = saved
+        request.saved, request.saved_by_others = saved, saved is not None and saved.is_set()
         if self._one_rank and saved is None and self._wait_until_known(rid):
             request.there = len(self._store.progress(rid).slots)
             self._plan_wait(request, Ahead(), done=True)
@@ -163,7 +164,7 @@ class PrefetchQueue:
         return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
 
     def enough(self, rid: str) -> int:
-        """How many pages of a request that is admissible each rank should have."""
+        """How many pages of an admissible request each rank should have before it goes."""
         request = self._requests.get(rid)
         if self._takes_what_is_there:
             return 0
@@ -174,7 +175,8 @@ class PrefetchQueue:
     def has(self, rid: str, pages: int, *, late: bool = False) -> bool:
         """Whether this rank has so many pages of a held request, or all that it will get.
 
-        What is, or was, being saved of a retracted one is asked for again, unless it goes in any case.
+        Pages of a retracted one are asked for again once they are saved, and again while other ranks may save more.
+        late: it goes in any case, and would lose what it has.
         """
         request = self._requests.get(rid)
         if request is None:
@@ -183,8 +185,9 @@ class PrefetchQueue:
             return False
         slots, done, known = self._progress(rid, request)
         enough = len(slots) >= pages
-        if done and request.retracted and not (enough or late):
-            self._ask_again(rid, request)  # another rank may have saved more of it by now
+        if done and request.saved_by_others and not (enough or late):
+            if time.monotonic() - request.asked_at > ASK_AGAIN_S:
+                self._ask_again(rid, request)
             return False
         return request.saved is None and (done or (known and enough))
 
@@ -222,8 +225,9 @@ class PrefetchQueue:
             request = self._requests.get(rid)
             self.requests_admitted_late += request is not None and rid in late
             if request is not None and request.saved is not None and request.saved.is_set():
-                self._ask_again(rid, request)
-                self._wait_until_known(rid)
+                request = self._ask_again(rid, request)
+            if request is not None and request.retracted:
+                self._wait_until_known(rid)  # it may have been asked for just now
             goes_on = request is None or rid in late or self._takes_what_is_there
             if self._end_hold(rid) and not goes_on:
                 self._meter.end(rid)
@@ -385,11 +389,12 @@ class PrefetchQueue:
             self._ask_again(rid, request)
         return request.saved is not None
 
-    def _ask_again(self, rid: str, request: Request) -> None:
+    def _ask_again(self, rid: str, request: Request) -> Request:
         """Ask for the pages of a retracted request again, as more of them may be in the store by now."""
         again = self._ask(rid, request.keys, request.prompt, arrived_at=request.arrived_at)
-        again.retracted = True
+        again.retracted, again.saved_by_others = True, request.saved_by_others
         self._measure(rid, again)
+        return again
 
     def _longest_s(self, pages: int) -> float:
         return self._rule.longest_s(pages * self._page_tokens)

@@ -39,10 +39,11 @@ class Request:
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
     waits_until: float  # monotonic; reading goes on as long as the request is queued
-    others_until: float = math.inf  # monotonic; it is admissible, and other ranks are waited for
+    others_until: float = math.inf  # monotonic; how long other ranks are waited for, once it is admissible here
     late: bool = False  # its time is up, on the rank that proposes
     saved: threading.Event | None = None  # set once what it was retracted with is in the store
-    retracted: bool = False  # and has been saved, by this rank or another
+    saved_by_others: bool = False  # this rank saves none of it
+    retracted: bool = False  # and asked for again since
     there: int = 0  # pages, when it was last looked at
     wait: Wait | None = None
     head_start: HeadStartState = HeadStartState.NOT_THOUGHT_OF

@@ -186,12 +186,11 @@ def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
 
 
 def sent_together(server: Server, requests: Sequence[Request]) -> list[Answer]:
-    """Answers to requests that are all there, with their pages in memory, when a scheduler makes its next batch."""
+    """Answers to requests that have all come, with their pages in memory, when a scheduler makes a batch of them."""
     with stopped(server.pids("sglang::scheduler")):
         answers = [begin(server, request) for request in requests]
-        paused = server.begin_pause()
-        let_it_come(server)
-    paused()
+        server.pause()
+    # What schedulers tell comes behind the requests and the pause.
     wait_until(lambda: server.tier_state()["requests_held_now"] == 0, 60)
     server.go_on()
     return [answer() for answer in answers]

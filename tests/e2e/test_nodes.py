@@ -33,7 +33,7 @@ class Node(Server):
 def test_ranks_on_two_nodes_restore_alike(
     workshop: Workshop, tmp_path: Path, reference: dict[str, list[Answer]]
 ) -> None:
-    """Whichever of them reads faster."""
+    """Though the second one reads much more slowly: no node restores what another lacks."""
     stores, meet_at = [tmp_path / "first", tmp_path / "second"], f"127.0.0.1:{free_port()}"
     args = (*SERVER_ARGS, *ROOM, "--tp", "2", "--nnodes", "2", "--dist-init-addr", meet_at)
     slow_drive = ("--hcache-read-limit", str(PAGE_BYTES / READ_S / 1e9))

@@ -290,11 +290,12 @@ def test_news_of_other_ranks_is_looked_for_often(tier: Tier, monkeypatch: pytest
 
 
 def test_no_head_start_is_begun_for_a_request_that_has_been_admitted(tier: Tier) -> None:
-    scheduler = Scheduler("h1")
-    started = HeadStart("gone", "gone head start", 2, 8)
+    scheduler = Scheduler("first", "admitted")
+    started = HeadStart("admitted", "its head start", 2, 8)
     scheduler_hooks.around_broadcast(lambda *_: [started], None, None)
-    scheduler_hooks.around_new_batch(Scheduler.make_batch, scheduler, running_batch=scheduler.running_batch)
-    assert scheduler.queue == ["h1"]
+    scheduler.step(looks=False)
+    assert scheduler.saw == ["first", "admitted"]
+    assert scheduler.queue == ["first"]
 
 
 def test_it_does_not_wait_while_other_schedulers_wait_for_it(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

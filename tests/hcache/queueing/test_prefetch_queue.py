@@ -12,7 +12,7 @@ import pytest
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing import prefetch_queue, step_waits
 from sglang_hcache.queueing.load_planner import Planner, RestoreAll
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy
+from sglang_hcache.queueing.prefetch_queue import ASK_AGAIN_S, HoldRule, PrefetchPolicy
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
@@ -164,15 +164,16 @@ def test_only_for_as_long_again_as_the_faster_rank_took(
         rank.clear()
 
 
-def test_a_rank_that_will_get_no_more_is_not_waited_for(store: LocalStore, in_memory: LocalStore) -> None:
-    """It has lost a page, and so the pages behind it are of no use to any rank."""
-    lost = unplanned(LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, []), HoldRule(), one_rank=False)
-    ranks = [unplanned(in_memory, HoldRule(), one_rank=False), lost]
+def test_a_rank_that_will_get_no_more_is_not_waited_for(in_memory: LocalStore) -> None:
+    """It has none of them, and what one rank lacks is of no use to any."""
+    lost = LocalStore(LAYOUT, bytes(16), 8 * LAYOUT.record_bytes, [])
+    ranks = [unplanned(mine, HoldRule(), one_rank=False) for mine in (in_memory, lost)]
     for rank in ranks:
         ask(rank, "a", keys_of(range(10)))
     assert agree(ranks) == ["a"]
     for rank in ranks:
         rank.clear()
+    lost.close()
 
 
 @pytest.mark.parametrize("aborted", [True, False])
@@ -257,19 +258,35 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_before_it_i
     requests.clear()
 
 
-def test_what_other_ranks_save_later_is_asked_for_again(store: LocalStore) -> None:
+@pytest.mark.parametrize("late", [True, False])
+def test_what_other_ranks_save_later_is_asked_for_again(
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
     """The rank that saves a node's pages may be slower than the one that proposes."""
+    spied: Any = store
+    monkeypatch.setattr(store, "prefetch", Mock(wraps=store.prefetch))
     nothing_to_save = threading.Event()
     nothing_to_save.set()
     requests = unplanned(store, HoldRule(), one_rank=False)
     ask(requests, "a", keys_of(range(20, 25)), saved=nothing_to_save)
     for pages in range(4):
         save(store, range(20, 20 + pages))
-        assert not requests.has("a", 5)
+        for _ in range(3):
+            assert not requests.has("a", 5)
+        clock.advance(ASK_AGAIN_S + 0.001)
+    assert spied.prefetch.call_count == 2 + 3, "not in every step"
     save(store, range(20, 25))
     assert not requests.has("a", 5)
-    assert requests.has("a", 5)
-    requests.admit(["a"])
+    if late:  # and not answered yet
+        with monkeypatch.context() as silent:
+            silent.setattr(store, "progress", lambda _owner: Progress((), False, known=False))
+            assert not requests.has("a", 5, late=True)
+            silent.setattr(store, "wait", Mock(wraps=store.wait))
+            requests.admit(["a"], late=["a"])
+            assert spied.wait.call_count == 1
+    else:
+        assert requests.has("a", 5)
+        requests.admit(["a"])
     assert requests.ready("a", keys_of(range(20, 25))) == 5
     requests.clear()
 
