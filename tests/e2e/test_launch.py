@@ -39,6 +39,7 @@ if __name__ == "__main__":
 """
 
 
+HANGS_S = 600.0  # six of them import SGLang at once, beside other tests
 Run = subprocess.CompletedProcess[str]
 
 LAUNCH_SERVER = (sys.executable, "-W", "ignore", "-m", "sglang.launch_server")
@@ -72,7 +73,7 @@ def launched(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> di
 
     def launch(command: tuple[str, ...]) -> Run:
         return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment, check=False
+            command, cwd=folder, capture_output=True, text=True, timeout=HANGS_S, env=environment, check=False
         )
 
     with ThreadPoolExecutor(len(commands)) as pool:
