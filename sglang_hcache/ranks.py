@@ -102,6 +102,14 @@ def all_ranks(condition: bool) -> bool:
     return all(_of_all(condition))
 
 
+def _of_all(value: T) -> list[T]:
+    parallel = get_parallel()
+    if parallel.tp_size == 1:
+        return [value]
+    values: list[T] = parallel.tp_group.all_gather_object(value)
+    return values
+
+
 # ---- a collective of the ranks with the same requests, in steps in which some may be admitted ----
 
 
@@ -110,11 +118,3 @@ def true_on_all(conditions: Sequence[bool], group: ProcessGroup) -> list[bool]:
     flags = torch.tensor(conditions, dtype=torch.int)
     all_reduce(flags, op=ReduceOp.MIN, group=group)
     return flags.to(torch.bool).tolist()
-
-
-def _of_all(value: T) -> list[T]:
-    parallel = get_parallel()
-    if parallel.tp_size == 1:
-        return [value]
-    values: list[T] = parallel.tp_group.all_gather_object(value)
-    return values

@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,7 @@ from bench.harness import (
 )
 from sglang_hcache.cli.inspect import inspect
 from tests.e2e.preloaded import NOT_READ_AT_IMPORT, Preloaded
-from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs
+from tests.e2e.scenarios import LLAMA, PREFIX_TOKENS, SCENARIOS, SERVER_ARGS, TIER, tail_logprobs, wait_until
 
 # Servers run side by side: threads that wait for each other at every operation are many times slower on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -176,13 +175,6 @@ def told_by_all(ask: Callable[[Server], Told], *servers: Server) -> list[Told]:
     """What each of the servers, asked at the same time, says."""
     with ThreadPoolExecutor(len(servers)) as pool:
         return list(pool.map(ask, servers))
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.1)
 
 
 def sent_together(server: Server, requests: Sequence[Request]) -> list[Answer]:

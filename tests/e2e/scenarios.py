@@ -48,6 +48,13 @@ def tail_logprobs(prompt: Sequence[int], new_tokens: int = 16, **extra: Any) -> 
     return Request(prompt, new_tokens, logprobs_from=len(prompt) - 8, **extra)
 
 
+def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.1)
+
+
 def evict_everything(server: Server, seed: int = 900) -> None:
     """Other traffic: enough distinct tokens to fill the pool more than once."""
     length = POOL_TOKENS * 3 // 8
@@ -59,10 +66,12 @@ def evict_everything(server: Server, seed: int = 900) -> None:
 
 def settle(server: Server) -> None:
     """Wait until all is written that can be, and slots for new pages are there: what comes next will be stored."""
-    deadline = time.monotonic() + 30
-    while (state := server.tier_state())["pages_dirty"] and any(one["state"] == "ok" for one in state["volumes"]):
-        assert time.monotonic() < deadline, "it is not written in time"
-        time.sleep(0.05)
+
+    def written() -> bool:
+        state = server.tier_state()
+        return not (state["pages_dirty"] and any(one["state"] == "ok" for one in state["volumes"]))
+
+    wait_until(written, 30)
     server.tier_state()  # comes from the prefetcher behind the slots that were asked for
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from bench.harness import ModelSpec, Server, random_prompt
 from sglang_hcache.metrics import EVERY_S
-from tests.e2e.conftest import PATIENT, Workshop, begin, started_together, stopped, wait_until
-from tests.e2e.scenarios import assert_equal, tail_logprobs, whole_pages
+from tests.e2e.conftest import PATIENT, Workshop, begin, started_together, stopped
+from tests.e2e.scenarios import assert_equal, tail_logprobs, wait_until, whole_pages
 
 PROMPT_TOKENS = 700
 RESTORED_TOKENS = whole_pages(PROMPT_TOKENS - 9)  # all but the last tokens, whose log-probabilities are asked for

@@ -13,8 +13,8 @@ import pytest
 
 from bench.harness import Answer, ModelSpec, Server, random_prompt
 from sglang_hcache.planner.hf_config import shape_of_config
-from tests.e2e.conftest import PATIENT, Workshop, only_on_disk, started_together, wait_until
-from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs
+from tests.e2e.conftest import PATIENT, Workshop, only_on_disk, started_together
+from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, tail_logprobs, wait_until
 
 KNOWN_RATES_PLUGIN = Path(__file__).parent / "known_rates"
 SPEC = ModelSpec("llama", hidden_size=256, layers=4, max_position_embeddings=8192)

@@ -23,9 +23,8 @@ from tests.e2e.conftest import (
     started_together,
     stopped,
     told_by_all,
-    wait_until,
 )
-from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal
+from tests.e2e.scenarios import PAGE, SERVER_ARGS, assert_equal, wait_until
 
 PREFIXES = [random_prompt(9 * PAGE + 50 * index, seed=index) for index in range(8)]
 TEN_PAGES_A_SECOND = ("--hcache-read-limit", "0.001", "--hicache-storage-prefetch-policy", "wait_complete")

@@ -11,8 +11,8 @@ import pytest
 from bench.harness import Server, random_prompt
 from sglang_hcache import __version__
 from sglang_hcache.metrics import EVERY_S, METRICS, numbers_of
-from tests.e2e.conftest import Workshop, started_together, wait_until
-from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, whole_pages
+from tests.e2e.conftest import Workshop, started_together
+from tests.e2e.scenarios import SERVER_ARGS, evict_everything, tail_logprobs, wait_until, whole_pages
 
 NAMES = {metric.stat: metric.name for metric in METRICS}
 

@@ -21,7 +21,7 @@ import pytest
 
 from bench.harness import Answer, Server, free_port, random_prompt
 from sglang_hcache.prefetch.endpoint import endpoint_for, is_running
-from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, pages_in, started_together, wait_until
+from tests.e2e.conftest import Workshop, nothing_is_held, only_on_disk, pages_in, started_together
 from tests.e2e.scenarios import (
     LLAMA,
     PAGE,
@@ -31,6 +31,7 @@ from tests.e2e.scenarios import (
     assert_equal,
     evict_everything,
     tail_logprobs,
+    wait_until,
     whole_pages,
 )
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from bench.harness import Server, random_prompt
-from tests.e2e.conftest import Workshop, started_together, wait_until
-from tests.e2e.scenarios import FLOAT32_TOLERANCE, PAGE, SERVER_ARGS, evict_everything, whole_pages
+from tests.e2e.conftest import Workshop, started_together
+from tests.e2e.scenarios import FLOAT32_TOLERANCE, PAGE, SERVER_ARGS, evict_everything, wait_until, whole_pages
 
 
 def post(server: Server, path: str, **body: object) -> Any:
