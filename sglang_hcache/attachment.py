@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+
 import torch
 
 from sglang_hcache.device.pinning import PinnedMemory
@@ -18,6 +21,8 @@ from sglang_hcache.startup.representation import Stored
 from sglang_hcache.storage.layout import positions
 
 Client = PrefetchClient | RemoteClient
+
+logger = logging.getLogger(__name__)
 
 
 class Attachment:
@@ -53,14 +58,21 @@ class Attachment:
         self._copy_out = _copy_out_of(self._device)
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else -1
         self._pinned: dict[Client, PinnedMemory] = {}
+        self._staging: torch.Tensor | None = None  # kept for the next store: by then the device may be full
 
     def opened(self, store: Client) -> None:
         """Pin the store's memory, a second per ten gigabytes: not on the scheduler's thread once it serves."""
+        began = time.monotonic()
         if torch.cuda.is_available():
+            logger.info(
+                "hcache: waiting for %.1f GB of host memory to be allocated and pinned", store.memory.nbytes / 1e9
+            )
             if isinstance(store, PrefetchClient):
                 store.wait_until_memory_taken()  # else pinning would allocate the memory page by page
             torch.cuda.set_device(self._gpu)  # a new thread starts with device 0, whatever this rank's is
         self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
+        if torch.cuda.is_available():
+            logger.info("hcache: host memory is ready after %.1f s", time.monotonic() - began)
 
     def closing(self, store: Client) -> None:
         if torch.cuda.is_available():
@@ -97,7 +109,7 @@ class Attachment:
             )
             for place, number in enumerate(stored.order)
         }
-        return restorer_for(
+        restorer = restorer_for(
             HostPages(
                 torch.from_numpy(store.memory),
                 positions(store.memory, layout),
@@ -108,7 +120,10 @@ class Attachment:
             self._events,
             pinned=self._pinned[store].pinned,
             copy_engine=self._copy_engine,
+            buffer=self._staging,
         )
+        self._staging = restorer.buffer
+        return restorer
 
     def _make_no_saver(self) -> NoSaver:
         if self._capture is not None:

@@ -11,6 +11,7 @@ import torch
 # The most that is copied in one piece. A copy engine does not interrupt a copy, nor serve other streams between
 # consecutive copies of one stream: at 50 GB/s, SGLang's own small copies wait 0.7 ms for a piece of this size.
 COPY_BYTES = 32 << 20
+DELAY_CYCLES = 5_000_000  # of a GPU; two to four milliseconds
 
 
 class Event(Protocol):
@@ -37,6 +38,9 @@ class Stream(Protocol):
 
     def end_copy(self) -> None:
         """Let small copies of other streams run before the next large copy on this one."""
+
+    def delay(self) -> None:
+        """Keep the stream busy for milliseconds, so that what is timed next does not wait for launches."""
 
     def keep(self, tensor: torch.Tensor) -> None:
         """The tensor's memory is not used for something else before what is queued here now is done."""
@@ -75,6 +79,9 @@ class ImmediateStream:
     def end_copy(self) -> None:
         pass
 
+    def delay(self) -> None:
+        pass
+
     def keep(self, tensor: torch.Tensor) -> None:
         pass
 
@@ -108,6 +115,10 @@ class CudaStream:
             if self._mark is None:
                 self._mark = torch.empty(1, device=self._stream.device)
             self._mark.fill_(0)
+
+    def delay(self) -> None:
+        with self.active():
+            torch.cuda._sleep(DELAY_CYCLES)
 
     def keep(self, tensor: torch.Tensor) -> None:
         tensor.record_stream(self._stream)

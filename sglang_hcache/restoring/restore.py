@@ -1,12 +1,13 @@
 """Restore: chunks in host memory become K and V on the device, layer by layer, ahead of the forward.
 
-Two streams: one copies a few layers' rows of all pages into one half of a staging buffer, while the other projects
-the other half into the pool. Needs torch and numpy only, and Triton where chunks are copied by a kernel.
+Two streams: one copies a few layers' rows of all pages into a staging buffer, as far ahead as that has room, while
+the other projects what is there into the pool. Needs torch and numpy only, and Triton where a kernel copies chunks.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sglang_hcache.device.ring import ALIGNMENT, Ring
 from sglang_hcache.device.streams import COPY_BYTES, Event, Stream, current_stream, new_stream
 from sglang_hcache.restoring.copiers import Copier, IndexCopier, copier_of, to_device
 from sglang_hcache.restoring.host_pages import HostPages
@@ -24,7 +26,7 @@ from sglang_hcache.restoring.layer_events import LayerEvents
 class Staging:
     """How much is copied at once."""
 
-    half_rows: int  # in one half of the buffer; on a GPU they bound its size, on a CPU rows stay in the caches
+    half_rows: int  # at once, in half of the buffer; on a GPU they bound its size, on a CPU rows stay in the caches
     together_bytes: int  # layers of a small load are copied together, up to so much
 
     @classmethod
@@ -53,10 +55,9 @@ class _Step(NamedTuple):
 
 
 class _Copied(NamedTuple):
-    """A step's rows, uint8 `[layers, pages, page_bytes]`: in this half of the staging buffer, from the event on."""
+    """A step's rows, uint8 `[layers, pages, page_bytes]`: in the staging buffer, from the event on."""
 
     step: _Step
-    half: int
     rows: torch.Tensor
     event: Event
 
@@ -79,7 +80,9 @@ class Restorer:
         before: Sequence[Stream],
         events: LayerEvents,
         staging: Staging,
+        buffer: torch.Tensor | None = None,
     ) -> None:
+        """buffer: of another restorer, of pages of the same layout, that is not used any more."""
         self._pages = pages
         self._device = device
         self._copier = copier
@@ -88,8 +91,11 @@ class Restorer:
         self._half_pages = max(1, staging.half_rows // pages.page_tokens)
         half_bytes = self._half_pages * max(layer.page_bytes for layer in pages.layers)
         self._together_bytes = min(staging.together_bytes, half_bytes)
-        self._halves = [torch.empty(half_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._projected: list[Event | None] = [None, None]  # of each half: from here on it may be overwritten
+        if buffer is None:
+            buffer = torch.empty(2 * -(-half_bytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8, device=device)
+        self.buffer = buffer
+        self._ring = Ring(buffer, copying)
+        self._not_ended = 0  # bytes copied since the last `end_copy`
         for stream in before:  # their memory may have been another tensor's
             copying.wait(stream.record())
 
@@ -135,15 +141,18 @@ class Restorer:
             positions = torch.zeros_like(slots)
         stored, copies, projections = self._pages.layers[0], [], []
         for _ in range(repeats + 1):
+            self._copying.delay()
             copying = self._copying.record(timed=True)
-            rows = self._copy(0, step, places).rows
+            rows = self._copy(step, places).rows
             copied = self._copying.record(timed=True)
             self._projecting.wait(copied)
+            self._projecting.delay()
             projecting = self._projecting.record(timed=True)
             with self._projecting.active():
                 typed = rows[0].view(stored.dtype).view(len(slots), -1)
                 stored.projector.project(0, typed, positions, slots)
             projected = self._projecting.record(timed=True)
+            self._ring.sent(projected)
             projected.synchronize()
             copies.append(copying.elapsed_time(copied) / 1000)
             projections.append(projecting.elapsed_time(projected) / 1000)
@@ -167,8 +176,8 @@ class Restorer:
         """The batch's steps in order, each issued when it is asked for."""
         places = self._places(chunks)
         of_windows = self._places(windows) if windows else places
-        for turn, step in enumerate(self._steps(len(chunks), len(windows))):
-            yield self._copy(turn % 2, step, of_windows if step.windowed else places)
+        for step in self._steps(len(chunks), len(windows)):
+            yield self._copy(step, of_windows if step.windowed else places)
 
     def _steps(self, n_pages: int, n_window_pages: int) -> Iterator[_Step]:
         """In the order of layers; a layer of many pages takes several steps, small ones share a step."""
@@ -193,19 +202,19 @@ class Restorer:
             last += 1
         return last
 
-    def _copy(self, half: int, step: _Step, places: torch.Tensor) -> _Copied:
+    def _copy(self, step: _Step, places: torch.Tensor) -> _Copied:
         page_bytes, n_pages = self._pages.layers[step.layers[0]].page_bytes, step.pages.stop - step.pages.start
         shape = (len(step.layers), n_pages, page_bytes)
-        rows = self._halves[half][: shape[0] * shape[1] * shape[2]].view(shape)
+        rows = self._ring.take(math.prod(shape)).view(shape)
         if n_pages < len(places):
             places = places[step.pages]
-        if (projected := self._projected[half]) is not None:
-            self._copying.wait(projected)
         with self._copying.active():
             self._copier.copy(self._pages, step.layers, places, rows)
-        if rows.nbytes >= COPY_BYTES:  # before the event, or the product that it starts would delay this kernel
+        self._not_ended += rows.nbytes
+        if self._not_ended >= COPY_BYTES:  # before the event, or the product that it starts would delay this kernel
             self._copying.end_copy()
-        return _Copied(step, half, rows, self._copying.record())
+            self._not_ended = 0
+        return _Copied(step, rows, self._copying.record())
 
     def _project(self, index: int, copied: _Copied, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """On the projecting stream, which is the current one."""
@@ -221,7 +230,7 @@ class Restorer:
             event = self._projecting.record(timed=end == n_tokens and layer == len(layers) - 1)
             if end == n_tokens:
                 self._events.restored(index, event)
-        self._projected[copied.half] = event
+        self._ring.sent(event)
 
 
 def restorer_for(
@@ -233,11 +242,12 @@ def restorer_for(
     pinned: bool,
     copy_engine: bool = True,
     copier: Copier | None = None,
+    buffer: torch.Tensor | None = None,
 ) -> Restorer:
     """Make a restorer with streams of its own, whose projection waits for SGLang's two streams.
 
     pinned: whether the GPU can read the pages' memory directly. copy_engine: whether the copy engine may be used.
-    copier: overrides the one that these two select.
+    copier: overrides the one that these two select. buffer: see `Restorer`.
     """
     copying = new_stream(device, urgency=2)  # a kernel's few blocks fill the bus, if they are let in
     return Restorer(
@@ -249,4 +259,5 @@ def restorer_for(
         before=[current_stream(device), current_stream(device, forward_stream)],
         events=events,
         staging=Staging.on(device),
+        buffer=buffer,
     )

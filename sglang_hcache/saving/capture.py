@@ -8,7 +8,6 @@ rows go to a sink; padding stays behind.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from sglang_hcache.device.streams import Event, Stream, current_stream
+from sglang_hcache.device.ring import ALIGNMENT, Ring
+from sglang_hcache.device.streams import Event, current_stream
 
 if TYPE_CHECKING:
     from sglang_hcache.codec import Codec
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SPARE = 4  # the outbox has room for a full forward and 1 / _SPARE of another
-_ALIGNMENT = 256  # bytes; each piece of the outbox begins at a multiple of it
 _UNUSABLE = -1  # in `seen`: a module was called with something other than `[tokens, width]`
 
 _library = torch.library.Library("hcache", "FRAGMENT")
@@ -86,42 +85,6 @@ class CaptureSink(Protocol):
         """A forward that was not captured has overwritten these device slots: discard what is held of them."""
 
 
-class Outbox:
-    """A ring of device memory, uint8, where rows wait until they have been copied to the host.
-
-    When it is full, new rows enter once the oldest have been copied. The stream waits for that, not the caller; it
-    rarely has to, as a forward takes longer than the copy of its rows over the bus.
-    """
-
-    def __init__(self, memory: torch.Tensor, stream: Stream) -> None:
-        self._memory = memory
-        self._stream = stream
-        self._next = 0
-        self._taken = range(0)  # last
-        self._away: deque[tuple[range, Event]] = deque()
-
-    def take(self, size: int) -> torch.Tensor:
-        """Reserve `size` bytes for work queued on the stream from now on; call `sent` afterwards."""
-        begin = -(-self._next // _ALIGNMENT) * _ALIGNMENT
-        if begin + size > len(self._memory):
-            begin = 0
-        self._next = begin + size
-        overlapping = [
-            i for i, (place, _) in enumerate(self._away) if place.start < self._next and begin < place.stop
-        ]
-        if overlapping:
-            for _ in range(overlapping[-1] + 1):
-                _, event = self._away.popleft()
-            if not event.query():
-                self._stream.wait(event)
-        self._taken = range(begin, self._next)
-        return self._memory[begin : self._next]
-
-    def sent(self, event: Event) -> None:
-        """Note that the piece taken last, and all before it, may be overwritten once the event has passed."""
-        self._away.append((self._taken, event))
-
-
 def capture_bytes(layers: int, *, rows: int, width: int, dtype: torch.dtype) -> int:
     """What a `Capture` takes of a GPU's memory."""
     return layers * (2 * rows + rows // _SPARE) * width * dtype.itemsize
@@ -167,13 +130,13 @@ class Capture:
             if self._staging.device.type == "cpu":
                 self._staging = self._staging.new_empty(0)
 
-    def _new_outbox(self) -> Outbox | None:
+    def _new_outbox(self) -> Ring | None:
         layers, rows = self._staging.shape[:2]
         if self._staging.device.type == "cpu" or not layers:
             return None
-        size = layers * (rows + rows // _SPARE) * self._row_bytes + _ALIGNMENT
+        size = layers * (rows + rows // _SPARE) * self._row_bytes + ALIGNMENT
         memory = torch.empty(size, dtype=torch.uint8, device=self._staging.device)
-        return Outbox(memory, current_stream(str(memory.device)))
+        return Ring(memory, current_stream(str(memory.device)))
 
     @property
     def _row_bytes(self) -> int:

@@ -481,6 +481,8 @@ def test_loads_under_way_land_though_the_weights_are_changed(stored: HCacheLinke
     promise(stored)
     assert stored.load("a", transfer(range(2), (5, 6)))
     index = stored.start_layer_wise_loading()
+    assert stored._restorer is not None
+    staging = stored._restorer.buffer
     stored.weights_changed()
     stored.renew_store()
     assert stored.finish_layer_wise_loading(index)
@@ -491,6 +493,7 @@ def test_loads_under_way_land_though_the_weights_are_changed(stored: HCacheLinke
 
     until(served_again)
     assert stored.lookup("b", transfer(range(2))) == range(1, 1)
+    assert stored._restorer.buffer is staging, "the device may have no memory left"
 
 
 def test_requests_are_held_on_where_the_store_is_lost(tier: HCacheLinker, monkeypatch: pytest.MonkeyPatch) -> None:

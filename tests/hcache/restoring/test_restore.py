@@ -101,6 +101,9 @@ class FakeStream:
     def end_copy(self) -> None:
         pass
 
+    def delay(self) -> None:
+        pass
+
     def keep(self, tensor: torch.Tensor) -> None:
         pass
 
@@ -310,7 +313,7 @@ def test_the_time_of_a_batch_counts_its_first_copy() -> None:
 
 
 def test_a_large_copy_is_ended_before_its_product_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends it would wait for the product's blocks, and the next copy for that."""
+    """What ends it would wait for the product's blocks, and the next copy for that. Small ones are ended together."""
     monkeypatch.setattr(restore, "COPY_BYTES", 5 * PAGE * WIDTH * 4)
     calls: list[str] = []
 
@@ -332,10 +335,11 @@ def test_a_large_copy_is_ended_before_its_product_may_begin(monkeypatch: pytest.
         host_pages(Pool(4)), device="cpu", copier=Copier(), copying=Copying(), projecting=stream, before=[stream],
         events=LayerEvents(stream, 4), staging=Staging(1024, 0),
     )  # fmt: skip
-    for pages, step in ((5, ["copy", "end", "record"]), (4, ["copy", "record"])):
+    ended = ["copy", "end", "record"]
+    for pages, expected in ((5, 4 * ended), (4, 2 * ["copy", "record", *ended])):
         calls.clear()
         restorer.run(some_loads(0, pages))
-        assert calls == 4 * step
+        assert calls == expected
 
 
 def test_a_load_of_nothing_is_no_work() -> None:

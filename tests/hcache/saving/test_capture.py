@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import pytest
 import torch
 
 from sglang_hcache.codec import LossyCodec
+from sglang_hcache.device.ring import Ring
 from sglang_hcache.device.streams import Event, ImmediateStream
 from sglang_hcache.model import AttentionSite
-from sglang_hcache.saving.capture import Capture, Outbox, write_rows
+from sglang_hcache.saving.capture import Capture, write_rows
 from sglang_hcache.saving.open_pages import OpenPages
 from sglang_hcache.storage.layout import ROOT, ChunkLayout, positions
 from sglang_hcache.storage.store import LocalStore
@@ -154,48 +154,9 @@ def test_what_a_graph_has_recorded_ends_capture_before_it_is_replayed(
     assert sink.dropped == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_rows_in_the_outbox_stay_until_they_are_away(seed: int) -> None:
-    """Forwards of random sizes, and a bus that is behind by a random number of them."""
-    chance = random.Random(seed)
-    memory = torch.zeros(100 << 8, dtype=torch.uint8)
-    copied, waits = 0, 0
-
-    class Sent(_Passed):
-        def __init__(self, number: int, place: torch.Tensor) -> None:
-            self.number, self.place = number, place
-
-        def query(self) -> bool:
-            return self.number < copied
-
-    class Forward(ImmediateStream):
-        def wait(self, event: Event) -> None:
-            assert isinstance(event, Sent)
-            copy(event.number + 1)
-
-    def copy(upto: int) -> None:
-        nonlocal copied
-        while copied < upto:
-            assert torch.equal(sent[copied].place, torch.full_like(sent[copied].place, copied))
-            copied += 1
-
-    sent: list[Sent] = []
-    outbox = Outbox(memory, Forward())
-    for number in range(200):
-        before = copied
-        place = outbox.take(chance.choice([256, 1000, 80 << 8]))
-        waits += copied > before
-        place.fill_(number)
-        sent.append(Sent(number, place))
-        outbox.sent(sent[-1])
-        copy(max(copied, number - chance.randrange(6)))
-    copy(200)
-    assert waits
-
-
 def through_an_outbox(capture: Capture) -> None:
     """As on a GPU; what is not written is no number."""
-    capture._outbox = Outbox(torch.full((4 * LAYERS * 2 * ROWS * WIDTH,), 0xFF, dtype=torch.uint8), ImmediateStream())
+    capture._outbox = Ring(torch.full((4 * LAYERS * 2 * ROWS * WIDTH,), 0xFF, dtype=torch.uint8), ImmediateStream())
 
 
 # Zeros of both signs, numbers too small to be normal, infinities, and NaNs, quiet and signalling, with payloads.
@@ -279,21 +240,6 @@ def test_rows_are_handed_over_encoded(outbox: bool, capture: Capture, modules: l
         assert sink.rows.shape == (1, count, codec.row_bytes)
         step = hidden[:count].abs().amax(1, keepdim=True) / 254
         assert ((codec.decode(sink.rows[0]) - hidden[:count]).abs() <= step * 1.001).all()
-
-
-def test_small_forwards_behind_a_full_one_wait_for_nothing() -> None:
-    class Never(ImmediateStream):
-        def wait(self, event: Event) -> None:
-            pytest.fail("the forward waited")
-
-    class UnderWay(_Passed):
-        def query(self) -> bool:
-            return False
-
-    outbox = Outbox(torch.zeros(100 << 8, dtype=torch.uint8), Never())
-    for size in (80, 5, 5, 5, 5):
-        outbox.take(size << 8)
-        outbox.sent(UnderWay())
 
 
 class Decoder(torch.nn.Module):
