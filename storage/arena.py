@@ -35,9 +35,9 @@ class Arena:
     A slot is free, open (whoever reserved it fills it) or cached (it holds a page). A cached slot can be leased,
     by several at once. Only cached slots that are neither leased nor dirty are evicted, least recently used first.
     Using a page means using all pages before it, so a page is evicted after those that follow it: `_queue` holds
-    the listed pages that no listed page follows. Listed are evictable pages, and those leased since, until their turn
-    comes; a page that is not listed, as a dirty one, does not hold back the page before it. Not thread-safe; no call
-    blocks, and all but `resize`, `evict_all` and `check` take microseconds.
+    the listed pages that no listed page follows. All evictable pages are listed; one that is leased stays listed
+    until eviction comes to it. A page that is not listed, as a dirty one, does not hold back the page before it. Not
+    thread-safe; no call blocks, and all but `resize`, `evict_all` and `check` take microseconds.
 
     `memory`: uint8 [slots or more, record_bytes], rows aligned to pages of memory. `slots`: how many of them are in
     use. Slots that `resize` has cut off have no state, except those that are still open or hold a page that is leased

@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +147,12 @@ def run_parallel(jobs: Sequence[Callable[[], object]], depth: int) -> None:
             except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
                 errors.append(error)
 
-    threads = [threading.Thread(target=work, name="hcache-io", daemon=True) for _ in range(min(depth, len(jobs)) - 1)]
-    for thread in threads:
-        thread.start()
+    threads = list[threading.Thread]()
+    with suppress(RuntimeError):  # the limit of threads is reached: those that could be started do it all
+        for _ in range(min(depth, len(jobs)) - 1):
+            thread = threading.Thread(target=work, name="hcache-io", daemon=True)
+            thread.start()
+            threads.append(thread)
     work()
     for thread in threads:
         thread.join()

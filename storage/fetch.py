@@ -26,7 +26,7 @@ class Fetch:
     keys: Sequence[bytes]
     places: Mapping[bytes, Place]
     priority: int
-    came: int = 0  # so many others came before it, into the waiting room
+    came: int = 0  # how many others had come to the waiting room before it
     admitted: bool = False
     ready: int = 0
     began_at: float = field(default_factory=time.monotonic)
@@ -98,7 +98,7 @@ class Fetches:
         self._queues = defaultdict[PageFiles, _Queue](lambda: _Queue(threading.Condition(lock)))
         self._order = itertools.count()
         self._waiting_room: list[Fetch] = []  # sorted by turn: exactly those that are not admitted
-        self._refused: Need | None = None  # the first one's when it last did not fit: a lower bound of its need now
+        self._refused: Need | None = None  # of the first one, when last tried; by now it needs at least as much
         self._closed = False
         self.changed: set[str] = set()
         self.hits_host = 0
@@ -129,10 +129,15 @@ class Fetches:
         return max(0.0, fetch.ended_at - fetch.began_at) if fetch else 0.0
 
     def cut(self, owner: str) -> None:
-        """What is not there yet is not waited for any more."""
+        """What is not in memory yet is not waited for any more."""
         if fetch := self._by_owner.get(owner):
-            self._leave_waiting_room(fetch)
-            self._cut(fetch, fetch.ready)
+            if fetch.admitted:
+                self._cut(fetch, fetch.ready)
+            else:
+                self._leave_waiting_room(fetch)
+                slots = map(self._arena.slot_of, fetch.keys)
+                self._cut(fetch, next((i for i, slot in enumerate(slots) if slot is None), len(fetch.keys)))
+                self._lease_cached(fetch)
             self.admit_waiting()
 
     def release(self, owner: str) -> None:
@@ -256,7 +261,7 @@ class Fetches:
             slot = self._arena.slot_of(key)
             is_new = not self._arena.is_leased(slot) if slot is not None else key not in self._reads
             if is_new:
-                if not room:
+                if room <= 0:
                     self._cut(fetch, index)
                     break
                 room -= 1

@@ -15,6 +15,7 @@ import resource
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ ENTRY_VERSION = 2
 
 ENTRY = struct.Struct("<16sI8sIIQ")
 _OLD_SIZES = (28,)
+_READ_AHEAD_BYTES = 4 << 20
 _MOST_LAST_USE = (1 << 32) - 1
 
 
@@ -98,7 +100,15 @@ class Unreadable(Exception):
     """The index cannot be read to its end."""
 
 
+def _read_ahead(file: Path) -> None:
+    """Bring the file into memory: the walk reads it in the order of keys, for which a slow drive takes too long."""
+    with suppress(OSError), file.open("rb", buffering=0) as data:
+        while data.read(_READ_AHEAD_BYTES):
+            pass
+
+
 def _entries(source: Path) -> Iterator[tuple[bytes, bytes]]:
+    _read_ahead(source / "data.mdb")
     try:
         with lmdb.open(str(source), readonly=True, lock=False, create=False) as env, env.begin() as txn:
             seen = 0

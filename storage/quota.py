@@ -16,7 +16,7 @@ LOCK_WAIT_S = 30.0
 EVICTING_S = 300.0  # as above, where others may be evicting one after the other, each some ten seconds
 BATCH = 20  # a twentieth of the quota is evicted at once
 SEGMENTS = 8  # at least so many segments fit in the quota
-FILL = 0.9  # of what a directory could have, where nobody says how much it may take, or it was full
+FILL = 0.9  # of what it takes and what is free, without a wanted limit, or once the disk was full
 # Where nobody says, more is left to others, who may need the disk to live; but not where that leaves nearly nothing.
 KEEP_PART, KEEP_BYTES = 0.05, 10 * 10**9  # of the file system, whichever is more
 LEAST_FILL = 0.25

@@ -26,6 +26,7 @@ SEGMENT_BYTES = 256 << 20
 RETRY_S = 30.0
 CLOSE_WAIT_S = 5.0  # twice at most: who stops a prefetcher, or a scheduler, gives it 15 s
 READ_THREADS = 8  # for each volume
+FIRST_LOOKUP = 64  # pages of a prompt that are looked up on file at first
 BUG_PAUSE_S = 1.0  # of a thread that failed: it may fail again at once
 
 logger = logging.getLogger(__name__)
@@ -183,8 +184,7 @@ class LocalStore:
         priority: int = 0,
         page_priority: int = 0,
     ) -> None:
-        wanted, looked_up = list(dict.fromkeys(keys)), set[bytes]()
-        places: dict[bytes, Place] = {}
+        wanted, places, looked_up = self._look_up(list(dict.fromkeys(keys)))
         begun = False
         while not begun:
             with self._lock:
@@ -203,6 +203,24 @@ class LocalStore:
         if waits:  # what is in memory now may be on file only when there is room
             places |= self._files.locate(key for key in run if key not in places)
         self._tell_progress()
+
+    def _look_up(self, keys: list[bytes]) -> tuple[list[bytes], dict[bytes, Place], set[bytes]]:
+        """The keys up to the first that is nowhere, or some more; where they are on file; which were looked up there.
+
+        More and more at a time: of a prompt that was never seen only a few are looked up.
+        """
+        places, looked_up = dict[bytes, Place](), set[bytes]()
+        first, count = 0, FIRST_LOOKUP
+        while first < len(keys):
+            with self._lock:
+                missing = [key for key in keys[first : first + count] if self._arena.slot_of(key) is None]
+            found = self._files.locate(missing)
+            places |= found
+            looked_up.update(missing)
+            first, count = first + count, 4 * count
+            if len(found) < len(missing):
+                break
+        return keys[:first], places, looked_up
 
     def _begin(self, fetch: Fetch, slots: Sequence[int | None]) -> bool:
         """Whether it waits for room. `slots`: of its pages, where they are in memory."""

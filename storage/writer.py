@@ -40,7 +40,8 @@ class _VolumeQueue:
     queue: deque[tuple[int, bytes, bytes]] = field(default_factory=deque)  # slot, key, parent
     batch: dict[int, bytes] = field(default_factory=dict)  # being written; slot → key
     former: dict[int, bytes] = field(default_factory=dict)  # the batch before it
-    keep: list[bytes] = field(default_factory=list)  # of what is in no queue: what others follow, or may; grows
+    # Not to be evicted, though in no queue: pages written just now, and those that pages being written follow; grows.
+    keep: list[bytes] = field(default_factory=list)
     touched: Counter[bytes] = field(default_factory=Counter)
     touch_at: float = 0.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import mmap
 import queue
 import threading
@@ -36,6 +37,8 @@ LOOK_S = 0.1  # between two looks whether somebody still needs it
 POLL_S = 0.5
 CLOSE_FLUSH_S = 5.0
 SOMEWHERE = Entry("", 0)  # the prefetcher knows where
+
+logger = logging.getLogger(__name__)
 
 # Figures on files: only the prefetcher knows them.
 FIGURES_OF_PREFETCHER = (
@@ -236,7 +239,10 @@ class RemoteClient(StoreClient):
         def look_up() -> None:
             if self._pending.get(owner) != ticket:
                 return
-            self._store.prefetch(owner, wanted, priority=priority, page_priority=page_priority)
+            try:
+                self._store.prefetch(owner, wanted, priority=priority, page_priority=page_priority)
+            except Exception:  # a bug of ours: the request goes on without these pages, and others are looked up
+                logger.exception("hcache: pages could not be looked up at the prefetcher.")
             with self._lock:
                 current = self._pending.get(owner) == ticket
                 if current:

@@ -32,6 +32,7 @@ SOON_MS = 5  # while records are on their way, pages being written for those who
 LAST_WORDS_S = 0.2  # after the end of a client's process: what it has sent before that may still be on its way
 WAITING_S = 1.0  # between two messages to a client whose pages cannot be served yet
 TAKE_S = 0.01  # spent on messages before progress is announced again; a prefetch of 2,000 pages takes about 5 ms
+QUIET_S = 2.0  # a client that has been sent nothing for so long is told that the prefetcher lives
 EXPIRE_S = 10.0  # a client that is not heard of: it says something every second. On another host its session ends
 UNUSED_S = 30.0  # a prefetcher that nobody has spoken to ends after this
 FLUSH_S = 60.0
@@ -236,12 +237,17 @@ class Server:
         self._send(session, m.Ready(answers=prefetch, first=first, slots=list(places), done=done), payload)
 
     def _serve_waiting(self) -> None:
-        """Retry grants, flushes and messages that had to wait; say `Waiting` to clients without a welcome."""
+        """Retry grants, flushes and messages that had to wait; tell clients that have heard nothing that all is well.
+
+        Those without a welcome are told `Waiting`.
+        """
         for session in list(self._by_number.values()):
             if not session.has_ended:
                 self._grant(session)
             self._answer_flushes(session)
             session.send_kept()
+            if not session.outbox and time.monotonic() - session.sent_at > QUIET_S:
+                self._send(session, m.Alive(answers=0))  # its questions may be far back in the queue
         if self._unwelcomed and time.monotonic() >= self._told_at + WAITING_S:
             self._told_at = time.monotonic()
             waiting = m.encode(m.Waiting(pages=self._spaces.unwritten))
@@ -288,7 +294,8 @@ class Server:
         self._spaces.open(hello, opened)
 
     def _welcome(self, peer: Peer, hello: m.Hello, space: Space, pidfd: int) -> None:
-        session = Session(next(self._numbers), peer, hello, space, pidfd, time.monotonic())
+        now = time.monotonic()
+        session = Session(next(self._numbers), peer, hello, space, pidfd, heard_at=now, sent_at=now)
         space.sessions.add(session.number)
         self._by_peer[peer] = self._by_number[session.number] = session
         if pidfd >= 0:
@@ -314,12 +321,18 @@ class Server:
 
     def _prefetch(self, session: Session, message: m.Prefetch) -> None:
         by_arrival = as_priority(arrived_at=time.time())  # another host asks page by page, and has a clock of its own
-        session.space.store.prefetch(
-            session.ask(message).store_owner,
-            message.keys,
-            priority=by_arrival if session.remote else message.priority,
-            page_priority=message.page_priority,
-        )
+        asked = session.ask(message)
+        try:
+            session.space.store.prefetch(
+                asked.store_owner,
+                message.keys,
+                priority=by_arrival if session.remote else message.priority,
+                page_priority=message.page_priority,
+            )
+        except Exception:
+            asked.done = True
+            self._send(session, m.Ready(answers=message.seq, first=asked.announced, slots=[], done=True))
+            raise
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:
         if asked := session.asked.get(message.prefetch):
@@ -421,6 +434,7 @@ class Server:
         """False where nobody is there to hear it."""
         head = m.encode(msgspec.structs.replace(message, session=session.number))
         frames = [head, *payload]
+        session.sent_at = time.monotonic()
         put = Put.FULL if session.outbox else session.peer.put(frames)
         if put is Put.FULL and not session.keep(frames) and not session.broken:
             session.broken = True

@@ -55,6 +55,7 @@ class Session:
     space: Space
     pidfd: int  # -1 for a client on another host
     heard_at: float  # monotonic
+    sent_at: float  # it was last sent something; monotonic
     ended_at: float = math.inf  # its process; monotonic
     received: int = 0  # seq of the last message from it
     credit: int = 0  # pages that a client on another host can take

@@ -47,6 +47,14 @@ def test_a_second_hello_is_refused_and_harms_nobody(directory: Path, join: Join)
     assert client.alive
 
 
+def test_who_is_told_nothing_is_told_that_the_prefetcher_lives(directory: Path, join: Join) -> None:
+    """Its questions may be far back in a long queue, and a client kills a prefetcher that is silent."""
+    join()
+    with Raw(directory) as raw:
+        raw.open(grant=0)
+        assert raw.hear(m.Alive).answers == 0
+
+
 @pytest.mark.parametrize(
     ("message", "reason", "fatal"),
     [
@@ -253,7 +261,10 @@ def test_too_much_at_once_waits_for_room(join: Join) -> None:
     assert not client.progress("second").done
     client.prefetch("third", keys_of(range(30, 50)))
     client.cut("third")
-    assert client.wait("third", PATIENCE_S) == ((), True, True), "it may be cut while it waits"
+    slots, *is_over = client.wait("third", PATIENCE_S)
+    assert is_over == [True, True], "it may be cut while it waits"
+    assert slots
+    assert all(holds(client.memory[slot], 30 + i) for i, slot in enumerate(slots))
     client.release("first")
     assert len(client.wait("second", PATIENCE_S).slots) == 30
     client.release("second")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import threading
@@ -205,6 +206,19 @@ def test_jobs_run_at_once_but_no_more_than_asked_for() -> None:
     run_parallel([job] * 9, 3)
     assert most == 3
     run_parallel([], 3)
+
+
+def test_where_threads_cannot_be_started_it_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, done, calls = threading.Thread.start, list[int](), itertools.count()
+
+    def refuse(thread: threading.Thread) -> None:
+        if next(calls):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    run_parallel([partial(done.append, i) for i in range(9)], 4)
+    assert sorted(done) == list(range(9))
 
 
 class Jobs(list[Callable[[], object]]):

@@ -86,6 +86,24 @@ def test_nobody_waits_behind_one_who_has_given_up() -> None:
         assert fetches.waiting == 0
 
 
+def test_one_that_is_cut_while_it_waits_keeps_what_is_in_memory_as_far_as_there_is_room() -> None:
+    arena = Arena(SLOTS, 4096)
+    for page in (0, 1, 2, 4):
+        slot = arena.reserve()
+        assert slot is not None
+        arena.cache(key_of(page), slot, Backing.CLEAN)
+    fetches = Fetches(arena, LIMIT, held_lock())
+    fetches.start(fetch_of("first", [0, 7, 8]))
+    for owner, pages, there in (("a", [0, 1, 2, 3, 4], 3), ("b", [4, 5, 6, 7], 0), ("c", [0, 9, 1, 2, 4], 1)):
+        fetches.start(fetch_of(owner, pages))
+        assert not fetches.progress(owner).known
+        fetches.cut(owner)
+        slots, *is_over = fetches.progress(owner)
+        assert slots == tuple(arena.slot_of(key_of(page)) for page in pages[:there])
+        assert is_over == [True, True]
+        fetches.check()
+
+
 def test_one_that_waits_needs_more_once_others_leave_what_it_shares_with_them() -> None:
     fetches = Fetches(Arena(SLOTS, 4096), LIMIT, held_lock())
     fetches.start(fetch_of("first", [0, 1]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.layout import ROOT
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
 from sglang_hcache.storage.stripe import Place, Stripe
@@ -415,4 +416,33 @@ def test_a_page_that_is_read_into_a_slot_that_is_in_use_no_more_is_a_miss(
     store.check()
     assert not store.used_behind()
     assert served(store, range(10)) == list(range(10))
+    store.close()
+
+
+def test_of_a_prompt_that_was_never_seen_little_is_looked_up_on_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    save(store, range(10))
+    assert store.flush(30)
+    store.drop_host()
+    locate, asked = Stripe.locate, list[int]()
+
+    def counted(files: Stripe, keys: Iterable[bytes]) -> dict[bytes, Place]:
+        wanted = list(keys)
+        if wanted:
+            asked.append(len(wanted))
+        return locate(files, wanted)
+
+    monkeypatch.setattr(Stripe, "locate", counted)
+    monkeypatch.setattr(stores, "FIRST_LOOKUP", 2)
+    store.prefetch("cold", keys_of(range(100, 5000)))
+    assert asked == [2]
+    asked.clear()
+    store.prefetch("warm", keys_of([*range(10), *range(5000, 9000)]))
+    assert asked == [2, 8, 32]
+    slots, *is_over = store.wait("warm", 30)
+    assert is_over == [True, True]
+    assert [page for page, slot in enumerate(slots) if holds(store.memory[slot], page)] == list(range(10))
+    store.release("warm")
     store.close()
