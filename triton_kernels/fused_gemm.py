@@ -1,7 +1,7 @@
 """K and V by one kernel, a program of which makes one head by two products, of half a head each.
 
 Each half has one column of every pair that RoPE turns, so the epilogue needs no column of another thread. For heads
-of any size, normed or not, on any GPU; the input is read twice.
+of any size, normed one by one or not at all, on any GPU; the input is read twice.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ every platform question with PyTorch's native operators, so the unpatched server
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,27 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+_GPU = Path("/dev/nvidiactl")  # in a container, too, if it has been given one
+_HIDDEN = ("", "-1")
+
+logger = logging.getLogger(__name__)
+
 
 def activate() -> str | None:
     """Entry point of group `sglang.srt.platforms`: the name of a class, or None.
 
-    None is returned if there is an accelerator, or if the user asks for SGLang's own CPU engine.
+    None is returned if there is an accelerator, be it one that torch cannot use, or if the user asks for SGLang's own
+    CPU engine.
     """
     if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        return None
+    if _GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _HIDDEN:
+        logger.error(
+            "hcache: there is an NVIDIA GPU that torch %s cannot use, so no model is served on the CPU instead. "
+            "Update its driver, to one for CUDA %s; or, to serve on the CPU, set CUDA_VISIBLE_DEVICES to nothing",
+            torch.__version__,
+            torch.version.cuda,
+        )
         return None
     return "sglang_hcache.cpu.platform.TorchCpuPlatform"
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spec
 
@@ -181,6 +183,10 @@ def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
         (get_lora().enable_lora, "with LoRA the projection depends on the request"),
         (runner.model_config.model_is_mrope, "positions of several dimensions (M-RoPE) are not stored"),
         (
+            any(map(_is_quantised, sites)),
+            "its projection is quantised: its products may share memory with those of the forward beside them",
+        ),
+        (
             any(site.rotates_by_forward for site in sites),
             "with LongRoPE a token's K depends on the longest prompt of its forward",
         ),
@@ -194,6 +200,12 @@ def why_never_hidden(runner: Any, sites: Sequence[AttentionSite]) -> str | None:
         ),
     )
     return next((why for holds, why in obstacles if holds), None)
+
+
+def _is_quantised(site: AttentionSite) -> bool:
+    """Marlin's products, for one, keep a layer's locks in memory that two of them may not use at once."""
+    linear = [module for module in site.module.modules() if isinstance(module, LinearBase)]
+    return any(type(module.quant_method) is not UnquantizedLinearMethod for module in linear)
 
 
 def _try(

@@ -10,6 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -175,6 +177,21 @@ def test_a_rotation_by_all_tokens_of_a_forward_cannot_be_replayed(monkeypatch: p
     site = AttentionSite(module, SimpleNamespace(layer_id=0), inspect.signature(module.forward))
     runner = SimpleNamespace(model_config=SimpleNamespace(model_is_mrope=False))
     assert "LongRoPE" in str(representation.why_never_hidden(runner, [site]))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_quantised_projections_are_not_replayed_beside_a_forward(
+    quantised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of Marlin's products of a layer may not run at once, which the self-test does not show."""
+    formats(monkeypatch, Attention())  # sets the scene
+    linear = ReplicatedLinear(WIDTH, WIDTH)
+    if quantised:
+        linear.quant_method = Fp8LinearMethod(Fp8Config())
+    module = Attention(linear)
+    site = AttentionSite(module, SimpleNamespace(layer_id=0), inspect.signature(module.forward))
+    runner = SimpleNamespace(model_config=SimpleNamespace(model_is_mrope=False))
+    assert ("quantised" in str(representation.why_never_hidden(runner, [site]))) is quantised
 
 
 def test_positions_that_a_model_shifts_in_place_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
