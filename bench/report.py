@@ -66,8 +66,9 @@ def progress(line: str) -> None:
 def _command() -> str:
     """As it was called, without the folders of files."""
     spec = sys.modules["__main__"].__spec__
+    threads = [f"OMP_NUM_THREADS={count}"] if (count := os.environ.get("OMP_NUM_THREADS")) else []
     arguments = map(_without_folder, sys.argv[1:])
-    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *arguments])
+    return shlex.join([*threads, "python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *arguments])
 
 
 def _without_folder(argument: str) -> str:
