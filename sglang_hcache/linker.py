@@ -125,6 +125,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             pools.page_tokens,
             one_rank=self._one_rank,
             planner=self._planner,
+            others_save=not self._registration.saves,
             reads_at_once=reads_at_once(self._config),
             in_whole=pools.window_pages > 0,
         )
@@ -248,11 +249,6 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
     def cancel_queued_load(self, rid: str) -> bool:
         return self._loads.cancel(rid)
 
-    def scheduled(self, rids: Sequence[str]) -> None:
-        """These requests are in the next batch: what they have leased and do not load is not needed any more."""
-        for rid in rids:
-            self.forget_request(rid)
-
     def forget_request(self, rid: str) -> None:
         """Give back what a request has leased, unless its load is queued or under way."""
         self._saving.pop(rid, None)
@@ -331,7 +327,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         self._saver.clear()
 
     def not_inserted(self, slots: torch.Tensor) -> None:
-        """These device slots stay in use, but SGLang does not offer them: what was captured of them is not kept."""
+        """SGLang does not offer these device slots as they are: what was captured of them is not kept."""
         self._saver.discard(slots)
 
     def weights_changed(self) -> None:

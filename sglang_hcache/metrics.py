@@ -18,7 +18,7 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 
 
 class Durations(deque[float]):
-    """Seconds that something took, each time, until a look takes them; the latest, where nobody looks."""
+    """Durations that are not published yet, in seconds; beyond `KEPT` the oldest are dropped."""
 
     def __init__(self) -> None:
         super().__init__(maxlen=KEPT)

@@ -1,7 +1,7 @@
 """Where the package meets SGLang: every hook it attaches is named here.
 
-SGLang calls `register` in the launcher and in every process it starts. Only what gives the flags is attached
-then; what serves them is attached in a scheduler process whose server was started with them.
+SGLang calls `register` in the launcher and in every process it starts. It attaches the hooks that add the flags;
+those that serve are attached in a scheduler process whose server was started with `--hicache-backend hcache`.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         (f"{_WRAPPER}.release_request", hooks.before_release_request, before),
         (f"{_WRAPPER}._offload_node", hooks.before_offload_node, before),
         (f"{_CACHE}.check_hicache_events", hooks.around_check_events, around),
+        (f"{_CACHE}.free_kv_row", hooks.before_rows_freed, before),
         (f"{_SESSION}.try_cache_finished_req", hooks.around_turn, around),
         (f"{_SCHEDULER}.load_lora_adapter", hooks.around_load_adapter, around),
         (f"{_SCHEDULER}._add_request_to_queue", hooks.after_request_queued, after),
@@ -107,6 +108,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
             hooks.before_memory_released,
             before,
         ),
+        (f"{_WEIGHTS}.update_weights_from_disk", hooks.before_weights_from_disk, before),
         (f"{_WEIGHTS}.update_weights_from_disk", hooks.after_weights_from_disk, after),
         (f"{_WEIGHTS}.begin_weight_update", hooks.after_weights_changed, after),  # RDMA may write from now on
         (f"{_WEIGHTS}.end_weight_update", hooks.after_weights_changed, after),

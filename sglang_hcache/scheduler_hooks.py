@@ -118,10 +118,20 @@ def around_check_events(original: Callable[..., None], cache: Any) -> None:
 def before_release_req(*, req: Any, tree_cache: Any, **_others: object) -> None:
     """Save what a running request has computed before SGLang frees it, for lack of memory or to pause the engine.
 
-    SGLang queues the request again. Of a request that it aborts, nothing is kept.
+    SGLang queues the request again. Nothing is kept of one that it aborts, or whose K and V it keeps out of its tree:
+    a load of its prefix has failed, for example.
     """
-    if admission is not None and req.to_finish is None:
+    if admission is not None and req.to_finish is None and not req.skip_radix_cache_insert:
         admission.retracted(tree_cache, req)
+
+
+def before_rows_freed(cache: Any, kv: Any, ranges: Sequence[tuple[int, int]]) -> None:
+    """A request ends: what it has computed but not inserted in the tree, as the last tokens that fill no page."""
+    if linker is not None and capture is not None and capture.sink is not None:
+        row = cache.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        for begin, end in ranges:
+            if begin < end:
+                linker.not_inserted(row[begin:end].clone())  # another request's, soon
 
 
 def after_request_made(_result: None, req: Any, *_args: object, **_kwargs: object) -> None:
@@ -167,6 +177,12 @@ def before_memory_released(_manager: object, _request: object) -> None:
 def after_weights_changed(_result: object, _updater: object, *_args: object, **_kwargs: object) -> None:
     if linker is not None:
         linker.weights_changed()
+
+
+def before_weights_from_disk(_updater: object, *_args: object, **_kwargs: object) -> None:
+    """It may capture CUDA graphs anew, which no other thread may disturb by waiting for the device."""
+    if linker is not None:
+        linker.drain()
 
 
 def after_weights_from_disk(result: tuple[bool, str], _updater: object, *_args: object, **_kwargs: object) -> None:

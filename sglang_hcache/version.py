@@ -1,3 +1,3 @@
-"""The package's version, for all that may not import the package itself."""
+"""The package's version, in a module that any layer may import."""
 
 VERSION = "0.1.0"

@@ -5,8 +5,9 @@ What one rank would admit rides on SGLang's own broadcast of requests; all ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.queueing.load_planner import Prompt
 from sglang_hcache.queueing.page_names import PageNames
-from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
+from sglang_hcache.queueing.prefetch_queue import Admit, PrefetchQueue
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
 
@@ -29,18 +30,9 @@ class Tier(Protocol):
     def retracted(
         self, rid: str, keys: Sequence[bytes], parent: bytes, slots: torch.Tensor, windowed_tokens: int
     ) -> None: ...
-    def scheduled(self, rids: Sequence[str]) -> None: ...
     def forget_request(self, rid: str) -> None: ...
     def renew_store(self) -> None: ...
     def wait_for_news(self, timeout_s: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Admit:
-    """These requests are held no more, from this step on, if all ranks have as many of their pages."""
-
-    pages: dict[str, int]  # by request
-    late: frozenset[str]  # of these, those that go in any case; their pages are read until they are scheduled
 
 
 class Admission:
@@ -71,9 +63,9 @@ class Admission:
         self._head_starts = HeadStarts()
         self.names = PageNames()
         self._to_begin: list[HeadStart] = []  # in this step
-        self._idle = False  # in the last step, if any since the last look, there was nothing to do but to wait
-        self._ranks_lack = False  # pages of requests that are proposed, as it was when ranks last agreed
-        self._looked = False  # in this step, who need not wait any more: not in each, with --scheduler-recv-interval
+        self._idle = False  # the last batch, if any since `broadcast`, could only have been of held requests
+        self._ranks_lack = False  # when ranks last agreed, some lacked pages of a proposed request
+        self._looked = False  # `broadcast` has run in this step; with --scheduler-recv-interval it does not in each
         # Requests that were queued, and are held, while a batch is made.
         self._held_meanwhile: list[Any] | None = None
 
@@ -89,9 +81,8 @@ class Admission:
         for rid in self._head_starts.over():
             self._prefetches.head_start_over(rid)
         if recv_reqs is not None:
-            if rids := self._prefetches.admissible(idle=self._idle and not recv_reqs):
-                pages = {rid: self._prefetches.enough(rid) for rid in rids}
-                local = [*local, Admit(pages, self._prefetches.late(rids))]
+            if admit := self._prefetches.propose(idle=self._idle and not recv_reqs):
+                local = [*local, admit]
             if start := self._prefetches.take_head_start():
                 local = [*local, start]
         self._idle = self._ranks_lack = False  # a paused engine makes no batches, but looks
@@ -146,18 +137,27 @@ class Admission:
         self._tier.renew_store()
         self._shared.publish(scheduler.tree_cache)
         self._begin_head_starts(scheduler)
+        with self._without_held(scheduler) as any_held:
+            busy = scheduler.waiting_queue or not running_batch.is_empty() or scheduler.chunked_req is not None
+            self._idle = any_held and not (busy or self._others_wait_for_us)
+            looked, self._looked = self._looked, False
+            if self._idle and looked:
+                self._tier.wait_for_news(_RANKS_WAIT_S if self._ranks_lack else _IDLE_WAIT_S)
+            result = make()
+        batch, *_ = result
+        if batch is not None:
+            self._scheduled(scheduler, batch.reqs)
+        return result
+
+    @contextmanager
+    def _without_held(self, scheduler: Any) -> Iterator[bool]:
+        """Take held requests out of the queue, and put them back in their places; whether there are any."""
         before, held = scheduler.waiting_queue, set(self._prefetches.held)
-        self._idle, looked, self._looked = False, self._looked, False
         if held:
             scheduler.waiting_queue = [req for req in before if req.rid not in held]
-            busy = scheduler.waiting_queue or not running_batch.is_empty() or scheduler.chunked_req is not None
-            if not (busy or self._others_wait_for_us):
-                self._idle = True
-                if looked:
-                    self._tier.wait_for_news(_RANKS_WAIT_S if self._ranks_lack else _IDLE_WAIT_S)
         self._held_meanwhile = held_meanwhile = list[Any]()
         try:
-            result = make()
+            yield bool(held)
         finally:
             self._held_meanwhile = None
         if held:
@@ -166,10 +166,6 @@ class Admission:
             scheduler.waiting_queue = [req for req in before if id(req) in still_there or req.rid in held]
             scheduler.waiting_queue += [req for req in left if id(req) not in known]
         scheduler.waiting_queue += held_meanwhile
-        batch, *_ = result
-        if batch is not None:
-            self._scheduled(scheduler, batch.reqs)
-        return result
 
     def add(self, add: Callable[[], Any], adder: Any, req: Any) -> Any:
         """Of a batch that is being made."""
@@ -183,8 +179,8 @@ class Admission:
 
     def _scheduled(self, scheduler: Any, reqs: list[Any]) -> None:
         self._head_starts.scheduled(reqs)
-        self._tier.scheduled([req.rid for req in reqs])
         for req in reqs:
+            self._tier.forget_request(req.rid)  # what it has leased and does not load is not needed any more
             self._shared.forget(req.rid)
             self.names.forget(req)
             # SGLang leaves a hit there that the last lookup did not find again.

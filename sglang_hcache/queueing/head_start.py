@@ -60,7 +60,9 @@ class HeadStarts:
                 yield rid
 
     def scheduled(self, reqs: Iterable[Any]) -> None:
-        """Requests are in a batch: what heads prefilled for them is no hit, what heads restored is a host hit."""
+        """Correct the hits of requests that are in a batch: what their heads have restored is a hit of the host tier,
+        and what these have prefilled is none.
+        """
         for req in reqs:
             if (head := self._heads.pop(req.rid, None)) is None:
                 continue

@@ -9,11 +9,10 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
-from sglang_hcache.config import PREFETCH_TIMEOUT_S
 from sglang_hcache.metrics import Durations
 from sglang_hcache.queueing.head_start import HeadStart
+from sglang_hcache.queueing.hold_rule import LONGEST_WAIT_S, HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import Planner, Prompt
 from sglang_hcache.queueing.read_meter import ReadMeter
 from sglang_hcache.queueing.request import HeadStartState, Request
@@ -27,37 +26,21 @@ KNOWN_WAIT_S = 0.1  # pages that are not known by then to be in memory are taken
 ASK_AGAIN_S = 0.02  # between two questions for what another rank saves
 OTHERS_WAIT_S = 0.1  # at least, for ranks that are slower; as long again as this one has waited, if that is more
 LOOKUP_WAIT_S = 0.02  # a lookup may wait this long for pages that nobody asked for before
-LONGEST_WAIT_S = 60.0  # a disk that hangs must not hang a request
-
-
-class PrefetchPolicy(StrEnum):
-    """How long a request is held while its pages are on the way; the names are SGLang's."""
-
-    BEST_EFFORT = "best_effort"  # until it is known which are in memory: it takes these
-    WAIT_COMPLETE = "wait_complete"  # until those are there that the planner finds worth it, or all without a planner
-    TIMEOUT = "timeout"  # the same, for a time that grows with their number at most
 
 
 @dataclass(frozen=True)
-class HoldRule:
-    """When a held request is admitted."""
+class Admit:
+    """These requests are held no more, from this step on, if all ranks have as many of their pages."""
 
-    policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
-    base_s: float = PREFETCH_TIMEOUT_S[0]
-    per_ki_token_s: float = PREFETCH_TIMEOUT_S[1]  # for each 1,024 tokens on the way
-
-    def longest_s(self, tokens: int) -> float:
-        """How long a request may be held for the pages of so many tokens."""
-        if self.policy is PrefetchPolicy.TIMEOUT:
-            return min(self.base_s + self.per_ki_token_s * tokens / 1024, max(self.base_s, LONGEST_WAIT_S))
-        return LONGEST_WAIT_S
+    pages: dict[str, int]  # by request
+    late: frozenset[str]  # of these, those that go in any case; their pages are read until they are scheduled
 
 
 class PrefetchQueue:
     """What requests have asked for, by request id; for the scheduler's thread.
 
-    One rank proposes whom to hold no longer (`admissible`); all agree on it (`has`) and carry it out (`admit`), so
-    that all build the same batches. `queued` holds the same requests everywhere, as all ranks queue the same ones,
+    One rank proposes whom to hold no longer (`propose`); all agree on it (`has`) and carry it out (`admit`), so that
+    all build the same batches. `queued` holds the same requests everywhere, as all ranks queue the same ones,
     whatever their stores answer; only what all ranks do at once (`admit`, `forget`) ends a hold, never the loss of a
     store.
     """
@@ -70,10 +53,11 @@ class PrefetchQueue:
         *,
         one_rank: bool,
         planner: Planner,
+        others_save: bool = False,
         reads_at_once: int = READ_THREADS,
         in_whole: bool = False,
     ) -> None:
-        """`one_rank`: there is no other to agree with.
+        """`one_rank`: there is no other to agree with. `others_save`: another rank saves the pages of this one.
 
         `reads_at_once`: pages that are read at the same time, on all drives. `in_whole`: a part of a hit may be of no
         use, as a load must end where pages have their windowed layers.
@@ -81,6 +65,7 @@ class PrefetchQueue:
         self._store = store
         self._planner = planner
         self._one_rank = one_rank
+        self._others_save = others_save
         self._rule = rule
         self._page_tokens = page_tokens
         self._reads_at_once = reads_at_once
@@ -114,13 +99,13 @@ class PrefetchQueue:
     ) -> None:
         """A request has been queued whose pages from some point on, `keys`, are not on the device.
 
-        saved: given for a request that was retracted and whose pages are being saved; set once they are in the
-        store. Where another rank saves them for this one, it is set already.
+        saved: given for a request that was retracted and whose pages are being saved; set once those that this rank
+        saves are in the store.
         """
         if self._one_rank and saved is not None and saved.is_set():
             saved = None
         request = self._ask(rid, keys, prompt)
-        request.saved, request.saved_by_others = saved, saved is not None and saved.is_set()
+        request.saved = saved
         if self._one_rank and saved is None and self._wait_until_known(rid):
             request.there = len(self._store.progress(rid).slots)
             self._plan_wait(request, Ahead(), done=True)
@@ -133,11 +118,20 @@ class PrefetchQueue:
     def held(self) -> Collection[str]:
         return self._held.keys()
 
-    def admissible(self, *, idle: bool = False) -> list[str]:
-        """Held requests that need not wait any longer, as far as this rank knows; to be asked in each step.
+    def propose(self, *, idle: bool = False) -> Admit | None:
+        """Whom to hold no longer, as far as this rank knows; to be asked in each step.
 
         idle: the engine has nothing to do but to wait for them.
         """
+        if not (rids := self.admissible(idle=idle)):
+            return None
+        return Admit({rid: self._pages_to_have(rid) for rid in rids}, frozenset(filter(self._goes_in_any_case, rids)))
+
+    def admissible(self, *, idle: bool = False) -> list[str]:
+        """Held requests that need not wait any longer. It also times reads, and may plan a head start."""
+        if not self._held:
+            self._meter.look(self._planner)
+            return []
         now = time.monotonic()
         free = [rid for rid in self._held if rid not in self._requests]
         leaving, ahead = free.copy(), self._ahead
@@ -153,30 +147,19 @@ class PrefetchQueue:
                     request.others_until = now + max(OTHERS_WAIT_S, now - request.asked_at)
                     leaving.append(rid)
             ahead.add(request, held=held)
-        for waited in map(self._requests.get, leaving):
-            if waited is not None and waited.wait is not None and waited.wait.tries:
+        for rid in leaving:
+            waited = self._requests.get(rid)
+            tries = waited is not None and waited.wait is not None and waited.wait.tries
+            if waited is not None and tries and self._store.progress(rid).known:  # else it may all be in memory
                 self._meter.try_reading(waited.keys[waited.there :])
         self._meter.look(self._planner, leaving=leaving)
         return free
-
-    def late(self, rids: Iterable[str]) -> frozenset[str]:
-        """Which of these wait for no rank: those whose time is up, and those not asked of the present store."""
-        return frozenset(rid for rid in rids if (request := self._requests.get(rid)) is None or request.late)
-
-    def enough(self, rid: str) -> int:
-        """How many pages of an admissible request each rank should have before it goes."""
-        request = self._requests.get(rid)
-        if self._takes_what_is_there:
-            return 0
-        if request is None or request.wait is None:
-            return sys.maxsize
-        return request.wait.enough if request.late else min(request.there, request.wait.enough)
 
     def has(self, rid: str, pages: int, *, late: bool = False) -> bool:
         """Whether this rank has so many pages of a held request, or all that it will get.
 
         Pages of a retracted one are asked for again once they are saved, and again while other ranks may save more.
-        late: it goes in any case, and would lose what it has.
+        late: it is admitted whatever the answer; asking again would give back the pages that it has.
         """
         request = self._requests.get(rid)
         if request is None:
@@ -185,7 +168,7 @@ class PrefetchQueue:
             return False
         slots, done, known = self._progress(rid, request)
         enough = len(slots) >= pages
-        if done and request.saved_by_others and not (enough or late):
+        if done and request.retracted and self._others_save and not (enough or late):
             if time.monotonic() - request.asked_at > ASK_AGAIN_S:
                 self._ask_again(rid, request)
             return False
@@ -311,6 +294,20 @@ class PrefetchQueue:
             "tokens_found": self.pages_found * self._page_tokens,
         }
 
+    def _goes_in_any_case(self, rid: str) -> bool:
+        """Whether it waits for no rank: its time is up, or it was not asked of the present store."""
+        request = self._requests.get(rid)
+        return request is None or request.late
+
+    def _pages_to_have(self, rid: str) -> int:
+        """How many pages of an admissible request each rank should have before it goes."""
+        request = self._requests.get(rid)
+        if self._takes_what_is_there:
+            return 0
+        if request is None or request.wait is None:
+            return sys.maxsize
+        return request.wait.enough if request.late else min(request.there, request.wait.enough)
+
     def _wait_until_known(self, rid: str) -> bool:
         """Wait a moment for the answer; whether all of it is in memory or nowhere, so that no drive reads for it."""
         return self._waits.there_within(self._store, rid, ANSWER_WAIT_S, until_known=True)
@@ -369,11 +366,10 @@ class PrefetchQueue:
         now = time.monotonic()
         request = self._requests[rid] = Request(
             tuple(keys),
-            {key: i for i, key in enumerate(keys)},
             prompt,
-            time.time() if arrived_at is None else arrived_at,
-            now,
-            now + self._longest_s(len(keys)),
+            arrived_at=time.time() if arrived_at is None else arrived_at,
+            asked_at=now,
+            waits_until=now + self._longest_s(len(keys)),
         )
         self._store.prefetch(
             rid,
@@ -392,7 +388,7 @@ class PrefetchQueue:
     def _ask_again(self, rid: str, request: Request) -> Request:
         """Ask for the pages of a retracted request again, as more of them may be in the store by now."""
         again = self._ask(rid, request.keys, request.prompt, arrived_at=request.arrived_at)
-        again.retracted, again.saved_by_others = True, request.saved_by_others
+        again.retracted = True
         self._measure(rid, again)
         return again
 

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from sglang_hcache.queueing.load_planner import Prompt
@@ -20,7 +20,7 @@ class Wait:
 
     enough: int  # pages
     pass_s: float  # of the engine, from then on
-    tries: bool  # to see how fast drives are: what is being read when it waits no more is timed
+    tries: bool  # once it waits no more, the reads still under way are timed, to see how fast drives are
 
 
 class HeadStartState(Enum):
@@ -34,15 +34,13 @@ class HeadStartState(Enum):
 @dataclass
 class Request:
     keys: tuple[bytes, ...]
-    place: dict[bytes, int]  # of each key in `keys`
     prompt: Prompt
     arrived_at: float  # by the clock that is the same for all who share a prefetcher
     asked_at: float  # monotonic
     waits_until: float  # monotonic; reading goes on as long as the request is queued
     others_until: float = math.inf  # monotonic; how long other ranks are waited for, once it is admissible here
     late: bool = False  # its time is up, on the rank that proposes
-    saved: threading.Event | None = None  # set once what it was retracted with is in the store
-    saved_by_others: bool = False  # this rank saves none of it
+    saved: threading.Event | None = None  # set once what this rank saves of what it was retracted with is stored
     retracted: bool = False  # and asked for again since
     there: int = 0  # pages, when it was last looked at
     wait: Wait | None = None
@@ -52,6 +50,10 @@ class Request:
     planned: int = 0  # of these, to be restored
     planned_before: bool = False  # after a lookup that has found pages: the planner counts a request once
     tries_bus: bool = False
+    place: dict[bytes, int] = field(init=False)  # of each key in `keys`
+
+    def __post_init__(self) -> None:
+        self.place = {key: i for i, key in enumerate(self.keys)}
 
     def prompt_before(self, keys: Sequence[bytes], page_tokens: int) -> Prompt:
         """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""

@@ -15,8 +15,8 @@ from sglang_hcache.config import HCacheConfig
 from sglang_hcache.model import Pools, Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
+from sglang_hcache.queueing.hold_rule import HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import LoadPlanner, Planner, RestoreAll
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy
 from sglang_hcache.ranks import taking_turns
 from sglang_hcache.restoring.projector import PoolReader
 from sglang_hcache.saving.capture import Capture

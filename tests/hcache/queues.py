@@ -10,8 +10,9 @@ import pytest
 from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
+from sglang_hcache.queueing.hold_rule import HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import LoadPlanner, Planner, Prompt, RestoreAll
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.storage.contract import ChunkStore
 from tests.hcache.conftest import until
 from tests.storage.pages import LAYOUT
@@ -26,13 +27,13 @@ def planner(ssd_bytes_per_s: float, bus_bytes_per_s: float = 1e10) -> LoadPlanne
 
 
 def queue_of(
-    store: ChunkStore, rule: HoldRule, believes: Planner, *, one_rank: bool, in_whole: bool = False
+    store: ChunkStore, rule: HoldRule, believes: Planner, *, one_rank: bool, **options: bool
 ) -> PrefetchQueue:
-    return PrefetchQueue(store, rule, LAYOUT.page_tokens, one_rank=one_rank, planner=believes, in_whole=in_whole)
+    return PrefetchQueue(store, rule, LAYOUT.page_tokens, one_rank=one_rank, planner=believes, **options)
 
 
-def unplanned(store: ChunkStore, rule: HoldRule, *, one_rank: bool) -> PrefetchQueue:
-    return queue_of(store, rule, RestoreAll(LAYOUT.page_tokens), one_rank=one_rank)
+def unplanned(store: ChunkStore, rule: HoldRule, *, one_rank: bool, **options: bool) -> PrefetchQueue:
+    return queue_of(store, rule, RestoreAll(LAYOUT.page_tokens), one_rank=one_rank, **options)
 
 
 def ask(requests: PrefetchQueue, rid: str, keys: Sequence[bytes], *, saved: threading.Event | None = None) -> None:
@@ -47,12 +48,19 @@ def timed(believes: LoadPlanner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return told
 
 
+def late_of(requests: PrefetchQueue) -> frozenset[str]:
+    """Which it proposes to admit in any case."""
+    proposed = requests.propose()
+    return proposed.late if proposed is not None else frozenset()
+
+
 def agree(ranks: Sequence[PrefetchQueue]) -> list[str]:
     """What ranks with the same requests admit in one step, the first of which proposes."""
-    proposed = ranks[0].admissible()
-    late, pages = ranks[0].late(proposed), {rid: ranks[0].enough(rid) for rid in proposed}
-    lacking = {rid for rank in ranks for rid in proposed if not rank.has(rid, pages[rid], late=rid in late)}
-    admitted = [rid for rid in proposed if rid in late or rid not in lacking]
+    if (proposed := ranks[0].propose()) is None:
+        return []
+    pages, late = proposed.pages, proposed.late
+    lacking = {rid for rank in ranks for rid in pages if not rank.has(rid, pages[rid], late=rid in late)}
+    admitted = [rid for rid in pages if rid in late or rid not in lacking]
     for rank in ranks:
         rank.admit(admitted, late=late & lacking)
     return admitted

@@ -23,6 +23,7 @@ from sglang_hcache.queueing import admission
 from sglang_hcache.queueing.admission import Admission, missing_pages
 from sglang_hcache.queueing.head_start import HeadStart
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.prefetch_queue import Admit
 from sglang_hcache.queueing.shared_loads import SharedLoads
 from sglang_hcache.storage.layout import ROOT
 
@@ -75,8 +76,8 @@ class Tier:
     def new_step(self) -> None:
         pass
 
-    def admissible(self, *, idle: bool) -> list[str]:
-        return []
+    def propose(self, *, idle: bool) -> Admit | None:
+        return None
 
     def take_head_start(self) -> None:
         return None
@@ -84,7 +85,7 @@ class Tier:
     def renew_store(self) -> None:
         pass
 
-    def scheduled(self, _rids: object) -> None:
+    def forget_request(self, _rid: str) -> None:
         pass
 
 
@@ -242,9 +243,7 @@ def test_what_is_admitted_goes_to_the_ranks_with_the_same_requests(
         return [*local_reqs, *(recv_reqs if first and recv_reqs is not None else from_all)]
 
     admitted: list[tuple[list[str], set[str]]] = []
-    monkeypatch.setattr(tier, "admissible", lambda *, idle: ["h1", "h2"])
-    monkeypatch.setattr(tier, "late", lambda rids: frozenset(rids[1:]), raising=False)
-    monkeypatch.setattr(tier, "enough", len, raising=False)
+    monkeypatch.setattr(tier, "propose", lambda *, idle: Admit({"h1": 2, "h2": 2}, frozenset({"h2"})))
     monkeypatch.setattr(tier, "has", lambda rid, _pages, *, late: rid == "h1", raising=False)
     monkeypatch.setattr(tier, "admit", lambda rids, *, late: admitted.append(([*rids], {*late})), raising=False)
     received = scheduler_hooks.around_broadcast(broadcast, None, list(from_all), ["an abort"])
@@ -265,7 +264,7 @@ def test_ranks_agree_on_each_request_unless_its_time_is_up(tier: Tier, monkeypat
     monkeypatch.setattr(tier, "has", lambda rid, pages, *, late: here[rid] >= pages, raising=False)
     monkeypatch.setattr(tier, "admit", lambda rids, *, late: admitted.append(([*rids], {*late})), raising=False)
     monkeypatch.setattr(scheduler_hooks, "admission", admission_of(tier, true_on_all=true_on_all))
-    proposal = admission.Admit(pages, frozenset({"late", "late, but there"}))
+    proposal = Admit(pages, frozenset({"late", "late, but there"}))
     scheduler_hooks.around_broadcast(lambda *_: [proposal], None, None)
     assert asked == [[True, False, True, True, False]]
     assert admitted == [(["all have it", "late", "late, but there"], {"late"})]
@@ -275,15 +274,13 @@ def test_news_of_other_ranks_is_looked_for_often(tier: Tier, monkeypatch: pytest
     """It wakes them, and not this one."""
     waited = list[float]()
     monkeypatch.setattr(tier, "wait_for_news", waited.append)
-    monkeypatch.setattr(tier, "late", lambda _rids: frozenset(), raising=False)
-    monkeypatch.setattr(tier, "enough", len, raising=False)
     monkeypatch.setattr(tier, "has", lambda _rid, _pages, *, late: True, raising=False)
     monkeypatch.setattr(tier, "admit", lambda rids, *, late: None, raising=False)
     lacks = admission_of(tier, true_on_all=lambda conditions: [False for _ in conditions])
     monkeypatch.setattr(scheduler_hooks, "admission", lacks)
     scheduler = Scheduler("h1")
-    for rids in ([], ["h1"], []):
-        monkeypatch.setattr(tier, "admissible", lambda *, idle, rids=rids: rids)
+    for proposed in (None, Admit({"h1": 2}, frozenset()), None):
+        monkeypatch.setattr(tier, "propose", lambda *, idle, proposed=proposed: proposed)
         scheduler_hooks.around_broadcast(lambda _receiver, _received, local: local, None, [])
         scheduler.step(looks=False)
     assert waited[0] == waited[2] > waited[1]
@@ -400,11 +397,14 @@ def test_windowed_layers_have_the_last_pages_of_what_is_retracted(retracted: lis
     assert [(len(slots), windowed) for _, _, slots, windowed in retracted] == [(6, 2)]
 
 
-@pytest.mark.parametrize("why", ["aborted", "its session keeps it"])
+@pytest.mark.parametrize("why", ["aborted", "its load has failed", "its session keeps it"])
 def test_what_does_not_come_back_is_not_saved(why: str, retracted: list[Retracted]) -> None:
+    """Nor what SGLang keeps out of its tree, as it was computed from pages that never came."""
     req, tree = running(committed=8, protected=0), tree_with(0)
     if why == "aborted":
         req.to_finish = FINISH_ABORT()
+    elif why == "its load has failed":
+        req.skip_radix_cache_insert = True
     else:
         req.session = SimpleNamespace(session_id="s", streaming=True)
         tree.session.slots["s"] = SessionSlot(kv=req.kv)
@@ -432,6 +432,20 @@ def test_a_turn_whose_session_has_the_prefix_asks_for_nothing(turn: int) -> None
     )
     keys, _ = missing_pages(tree, req)
     assert keys == ([b"\x00"] if turn == 1 else [])
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_what_is_freed_without_being_inserted_is_not_kept(
+    captures: bool, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last tokens of a request fill no page."""
+    never: list[int] = []
+    monkeypatch.setattr(tier, "not_inserted", lambda slots: never.extend(slots.tolist()), raising=False)
+    monkeypatch.setattr(scheduler_hooks, "capture", SimpleNamespace(sink=object() if captures else None))
+    rows = torch.arange(20).reshape(2, 10)
+    cache: Any = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=rows))
+    scheduler_hooks.before_rows_freed(cache, ReqKvInfo(req_pool_idx=1), [(4, 6), (8, 8), (9, 10)])
+    assert never == ([14, 15, 19] if captures else [])
 
 
 @pytest.mark.parametrize("kept", [True, False])

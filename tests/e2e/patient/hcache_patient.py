@@ -8,7 +8,8 @@ import sys
 def register() -> None:
     if "sglang.srt.managers.scheduler" in sys.modules:
         from sglang_hcache.queueing import prefetch_queue, step_waits
+        from sglang_hcache.queueing.hold_rule import LONGEST_WAIT_S
 
-        prefetch_queue.ANSWER_WAIT_S = prefetch_queue.KNOWN_WAIT_S = prefetch_queue.LONGEST_WAIT_S
-        prefetch_queue.OTHERS_WAIT_S = prefetch_queue.LOOKUP_WAIT_S = prefetch_queue.LONGEST_WAIT_S
-        step_waits.STEP_WAIT_S = prefetch_queue.LONGEST_WAIT_S
+        prefetch_queue.ANSWER_WAIT_S = prefetch_queue.KNOWN_WAIT_S = LONGEST_WAIT_S
+        prefetch_queue.OTHERS_WAIT_S = prefetch_queue.LOOKUP_WAIT_S = LONGEST_WAIT_S
+        step_waits.STEP_WAIT_S = LONGEST_WAIT_S

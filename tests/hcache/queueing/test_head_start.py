@@ -11,9 +11,10 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_hcache.queueing import admission
-from sglang_hcache.queueing.admission import Admission, Admit
+from sglang_hcache.queueing.admission import Admission
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
 from sglang_hcache.queueing.load_planner import Prompt
+from sglang_hcache.queueing.prefetch_queue import Admit
 from sglang_hcache.queueing.shared_loads import SharedLoads
 
 START = HeadStart("a", "a head start", pages=2, tokens=8)
@@ -143,9 +144,9 @@ class Tier:
 
     def new_step(self) -> None: ...
 
-    def admissible(self, *, idle: bool) -> list[str]:
+    def propose(self, *, idle: bool) -> Admit | None:
         self.idle.append(idle)
-        return []
+        return None
 
     def take_head_start(self) -> HeadStart | None:
         return START if self.idle[-1] and not self.begun else None
@@ -161,7 +162,7 @@ class Tier:
 
     def wait_for_news(self, _timeout_s: float) -> None: ...
 
-    def scheduled(self, _rids: object) -> None: ...
+    def forget_request(self, _rid: str) -> None: ...
 
     def has(self, _rid: str, _pages: int, *, late: bool) -> bool:
         return late

@@ -11,12 +11,13 @@ import pytest
 
 from sglang_hcache.prefetch.no_store import NoStore
 from sglang_hcache.queueing import prefetch_queue, step_waits
+from sglang_hcache.queueing.hold_rule import HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import Planner, RestoreAll
-from sglang_hcache.queueing.prefetch_queue import ASK_AGAIN_S, HoldRule, PrefetchPolicy
+from sglang_hcache.queueing.prefetch_queue import ASK_AGAIN_S
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
-from tests.hcache.queues import TIMEOUT, agree, ask, planner, queue_of, unplanned, wait_until_admissible
+from tests.hcache.queues import TIMEOUT, agree, ask, late_of, planner, queue_of, unplanned, wait_until_admissible
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import FINGERPRINT, LAYOUT, holds, key_of, keys_of, save
 
@@ -62,7 +63,7 @@ def test_never_longer_than_the_timeout(
     assert requests.admissible() == []
     clock.advance(0.02)
     assert requests.admissible() == ["a"]
-    requests.admit(["a"], late=requests.late(["a"]))
+    requests.admit(["a"], late=late_of(requests))
     assert requests.ready("a", keys_of(range(10))) == 0
     assert requests.stats()["requests_admitted_late"] == 1
     disk.set()
@@ -78,6 +79,23 @@ def test_long_prompts_are_not_held_for_minutes(base_s: float, longest_s: list[fl
     assert [rule.longest_s(tokens) for tokens in (0, 1 << 16, 1 << 20)] == longest_s
 
 
+def test_a_long_queue_of_requests_that_are_not_held_costs_nothing(
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each step of the scheduler."""
+    requests = queue_of(store, TIMEOUT, planner(ssd_bytes_per_s=1e10), one_rank=False)
+    for first in range(20, 40):
+        ask(requests, str(first), keys_of([first]))
+    clock.advance(TIMEOUT.base_s + 0.01)
+    late = late_of(requests)
+    assert len(late) == 20
+    requests.admit(late, late=late)
+    monkeypatch.setattr(requests._ahead, "add", lambda *_, **__: pytest.fail("it looks at each"))
+    assert requests.propose() is None
+    assert requests.propose(idle=True) is None
+    requests.clear()
+
+
 def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_left(
     store: LocalStore, disk: threading.Event, clock: Clock
 ) -> None:
@@ -91,8 +109,8 @@ def test_in_a_long_queue_what_did_not_fit_in_memory_is_read_when_others_have_lef
     for rid, keys in rids.items():
         ask(requests, rid, keys)
     clock.advance(TIMEOUT.base_s + 0.01)
-    late = requests.admissible()
-    requests.admit(late, late=requests.late(late))
+    late = late_of(requests)
+    requests.admit(late, late=late)
     assert not requests.held
     for rid, keys in rids.items():
         assert store.wait(rid, PATIENCE_S).done
@@ -109,9 +127,7 @@ def test_ranks_read_on_for_the_same_requests_whatever_their_clocks_say(
         ask(rank, name, keys_of(range(10)))
         clock.advance(0.02)
     clock.advance(TIMEOUT.base_s - 0.03)
-    late = ranks[0].admissible()
-    assert late == ["first"]
-    assert ranks[0].late(late) == {"first"}
+    assert late_of(ranks[0]) == {"first"}
     ranks[1].admit(["other"], late=["other"])
     disk.set()
     assert store.wait("other", PATIENCE_S).done
@@ -258,6 +274,18 @@ def test_what_another_rank_saves_of_a_retracted_request_is_asked_for_before_it_i
     requests.clear()
 
 
+def test_what_it_saves_itself_is_there_once_it_is_saved(store: LocalStore) -> None:
+    """On the CPU it is saved at once."""
+    saved = threading.Event()
+    saved.set()
+    save(store, range(20, 23))
+    requests = unplanned(store, HoldRule(), one_rank=False)
+    ask(requests, "a", keys_of(range(20, 25)), saved=saved)
+    assert not requests.has("a", 5), "it asks for it now"
+    assert requests.has("a", 5), "no more will come"
+    requests.clear()
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_what_other_ranks_save_later_is_asked_for_again(
     store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, late: bool
@@ -267,7 +295,7 @@ def test_what_other_ranks_save_later_is_asked_for_again(
     monkeypatch.setattr(store, "prefetch", Mock(wraps=store.prefetch))
     nothing_to_save = threading.Event()
     nothing_to_save.set()
-    requests = unplanned(store, HoldRule(), one_rank=False)
+    requests = unplanned(store, HoldRule(), one_rank=False, others_save=True)
     ask(requests, "a", keys_of(range(20, 25)), saved=nothing_to_save)
     for pages in range(4):
         save(store, range(20, 20 + pages))

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from sglang_hcache.prefetch.no_store import NoStore
-from sglang_hcache.queueing import prefetch_queue
+from sglang_hcache.queueing import hold_rule
 from sglang_hcache.queueing.head_start import HeadStart
+from sglang_hcache.queueing.hold_rule import HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import Prompt, RestoreAll
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.storage.store import LocalStore
 from tests.hcache.conftest import Clock
-from tests.hcache.queues import planner, timed
+from tests.hcache.queues import late_of, planner, timed
 from tests.prefetch.clients import PATIENCE_S
 from tests.storage.pages import LAYOUT, holds, key_of, keys_of
 
@@ -139,11 +140,11 @@ def test_a_head_start_takes_time_of_no_hold(store: LocalStore, clock: Clock) -> 
     start = head_start_of(requests)
     assert start is not None
     requests.begin_head_start(start, [], Prompt(1, 0))
-    clock.advance(prefetch_queue.LONGEST_WAIT_S - 0.01)
+    clock.advance(hold_rule.LONGEST_WAIT_S - 0.01)
     assert requests.admissible(idle=True) == []
     clock.advance(0.02)
     assert requests.admissible(idle=True) == ["a"]
-    assert requests.late(["a"]) == {"a"}
+    assert late_of(requests) == {"a"}
     requests.clear()
 
 
@@ -160,7 +161,7 @@ def test_after_a_head_start_drives_have_the_time_of_a_hold(store: LocalStore, cl
     assert requests.admissible() == []
     clock.advance(0.02)
     assert requests.admissible() == ["a"]
-    assert requests.late(["a"]) == {"a"}
+    assert late_of(requests) == {"a"}
     requests.clear()
 
 

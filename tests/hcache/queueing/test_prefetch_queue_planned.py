@@ -9,8 +9,8 @@ import pytest
 
 from sglang_hcache.planner.rate_tracker import PROBE_EVERY, PROBE_PAGES
 from sglang_hcache.queueing import prefetch_queue
+from sglang_hcache.queueing.hold_rule import HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import Prompt
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy
 from sglang_hcache.storage.contract import Progress
 from sglang_hcache.storage.fetch import Fetches, Read
 from sglang_hcache.storage.layout import Record

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_hcache.queueing import prefetch_queue
+from sglang_hcache.queueing.hold_rule import HoldRule, PrefetchPolicy
 from sglang_hcache.queueing.load_planner import Prompt
-from sglang_hcache.queueing.prefetch_queue import HoldRule, PrefetchPolicy, PrefetchQueue
+from sglang_hcache.queueing.prefetch_queue import PrefetchQueue
 from sglang_hcache.storage import store as stores
 from sglang_hcache.storage.contract import AGEING
 from sglang_hcache.storage.eviction import Keep

@@ -16,7 +16,7 @@ PAGES = [bytes([page]) for page in range(12)]
 def requests(draw: st.DrawFn) -> Request:
     """For pages that others may want, too, of which some are there, which may be more than it waits for."""
     keys = tuple(draw(st.lists(st.sampled_from(PAGES), unique=True, max_size=8)))
-    request = Request(keys, {}, Prompt(1, 0), arrived_at=0.0, asked_at=0.0, waits_until=0.0)
+    request = Request(keys, Prompt(1, 0), arrived_at=0.0, asked_at=0.0, waits_until=0.0)
     request.there = draw(st.integers(0, len(keys)))
     request.wait = draw(st.sampled_from([None, Wait(draw(st.integers(0, len(keys))), pass_s=0.5, tries=False)]))
     return request
