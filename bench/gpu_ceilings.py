@@ -99,33 +99,41 @@ def _product(model: Model, tokens: int, scale: Scale) -> dict[str, float]:
 
 
 def projections(run: Run) -> dict[str, Any]:
-    """`project_kv` in all forms that are right, timed as the products were; `ratio`: their time over the best's."""
-    products, found = run.sections["ceilings"]["gemm"], {}
-    for model in run.scale.models:
-        checked = zip(_forms(model), run.sections["numerics"][model.name], strict=True)
-        forms = [form for form, errors in checked if is_right(errors)]
-        if not forms:
-            raise RuntimeError(f"no form is right for {model.name}")
-        found[model.name] = [
-            _projection(model, row["tokens"], row["ms"], forms, run.scale) for row in products[model.name]
-        ]
-    return found
+    """`project_kv` in all forms that are right, beside the product alone; `ratio`: its time over the best form's."""
+    return {
+        model.name: run.isolated(f"projection, {model.name}", partial(_projections, run, model))
+        for model in run.scale.models
+    }
 
 
-def _projection(
-    model: Model, tokens: int, product_ms: float, forms: list[Fused | None], scale: Scale
-) -> dict[str, Any]:
-    projections = projections_in_turns(model.shape, scale.dtype)
-    rows = noise(tokens, model.shape.width, dtype=scale.dtype)
+def _projections(run: Run, model: Model) -> dict[str, Any]:
+    checked = zip(_forms(model), run.sections["numerics"][model.name], strict=True)
+    forms = [form for form, errors in checked if is_right(errors)]
+    return {"rows": [_projection(run, model, tokens, forms) for tokens in _gemm_rows(run.scale)]}
+
+
+def _projection(run: Run, model: Model, tokens: int, forms: list[Fused | None]) -> dict[str, Any]:
+    """Raises ValueError where no form could be timed."""
+    dtype = run.scale.dtype
+    projections = projections_in_turns(model.shape, dtype)
+    rows = noise(tokens, model.shape.width, dtype=dtype)
     slots, positions = torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)
-    pool = pool_of(model.shape, tokens, scale.dtype)
+    pool = pool_of(model.shape, tokens, dtype)
+    product_ms = _product(model, tokens, run.scale)["ms"]
 
-    def project(form: Fused | None) -> None:
-        project_kv(rows, next(projections), positions, slots, *pool, fused=form)
+    def timed(form: Fused | None) -> dict[str, float]:
+        def project() -> None:
+            project_kv(rows, next(projections), positions, slots, *pool, fused=form)
 
-    ms = {form: 1e3 * seconds(partial(project, form), calls=CALLS) for form in forms}
-    times = [{"fused": asdict(form) if form else None, "ms": took} for form, took in ms.items()]
-    return {"tokens": tokens, "ratio": product_ms / min(ms.values()), "forms": times}
+        return {"ms": 1e3 * seconds(project, calls=CALLS)}
+
+    times = [
+        {"fused": asdict(form) if form else None}
+        | run.isolated(f"projection, {model.name}, {tokens}, {form}", partial(timed, form))
+        for form in forms
+    ]
+    best_ms = min(form["ms"] for form in times if "ms" in form)
+    return {"tokens": tokens, "product_ms": product_ms, "ratio": product_ms / best_ms, "forms": times}
 
 
 def numerics(run: Run) -> dict[str, Any]:

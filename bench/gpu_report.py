@@ -1,4 +1,4 @@
-"""What the figures of `bench.gpu_restore` say: comparisons, and a table of one line a figure."""
+"""What the figures of `bench.gpu_restore` say: comparisons, a line for each figure, and a short table of goals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.exactness import MOST_ERROR, is_right
+
+FROM_TOKENS = 1024  # shorter restores and products are measured, but have no goal
 
 COPIERS = ("by engine", "by kernel")
 CAPTURES = {"prefill": "3 %", "decode": "1 %", "decode, staged by copies": "1 %"}
@@ -29,7 +31,9 @@ def compare(sections: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
             {"tokens": n} | {f"{kind} / hidden": times[kind][n] / hidden[n] for kind in KINDS[1:] if n in times[kind]}
             for n in hidden
         ]
-        faster = [row["tokens"] for row in rows if row.get("prefill / hidden", 0) > 1]
+        gains = {row["tokens"]: row["prefill / hidden"] for row in rows if "prefill / hidden" in row}
+        slower_at = max((n for n, gain in gains.items() if gain <= 1), default=0)
+        faster = [n for n in gains if n > slower_at]
         found[model] = {"rows": rows, "restore_faster_from": min(faster, default=None)}
     return found
 
@@ -58,7 +62,48 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     for model, comparison in report.get("comparison", {}).items():
         for row in comparison["rows"]:
             yield f"{model}, {row['tokens']}: " + _cells({k: v for k, v in row.items() if k != "tokens"}, ".2f")
-        yield f"{model}: restoring is faster than prefill from {comparison['restore_faster_from']} tokens on"
+    yield from goals(report)
+
+
+def goals(report: dict[str, Any]) -> Iterator[str]:
+    """A short table: the worst of what was measured, of all models, beside the goal."""
+    sections = report["sections"]
+    restores = [
+        row["ratio"]
+        for name, section in sections.items()
+        for row in section.get("rows", [])
+        if name.startswith("restore hidden") and "ratio" in row and row["tokens"] >= FROM_TOKENS
+    ]
+    products = [
+        row["ratio"]
+        for found in sections.get("projection", {}).values()
+        for row in (found.get("rows", []) if isinstance(found, dict) else [])
+        if row["tokens"] >= FROM_TOKENS
+    ]
+    compared = report.get("comparison", {})
+    over_kv = [
+        row["restore KV / hidden"]
+        for comparison in compared.values()
+        for row in comparison["rows"]
+        if "restore KV / hidden" in row and row["tokens"] >= 4 * FROM_TOKENS
+    ]
+    errors = [form["ratio"] for _, forms in _numerics(sections) for form in forms if "ratio" in form]
+    found = (
+        ("project_kv's throughput / the product's", "≥ 0.85", min(products, default=None)),
+        ("restore / max(copy, projection)", "≤ 1.10", max(restores, default=None)),
+        ("restore as K and V / as hidden states", "≥ 1.9", min(over_kv, default=None)),
+        ("error / the forward's own", "≤ 1.5", max(errors, default=None)),
+    )
+    yield "goal, and the worst measured:"
+    for name, goal, worst in found:
+        yield f"  {name:42} {goal:7} {'not measured' if worst is None else f'{worst:.2f}'}"
+    for name, section in sections.items():
+        for kind, goal in CAPTURES.items():
+            if name.startswith("capture") and "slow_down" in (part := section.get(kind, {})):
+                yield f"  {f'slow-down by capture, {kind}':42} ≤ {goal:5} {100 * part['slow_down']:.2f} %"
+    for model, comparison in compared.items():
+        if (tokens := comparison.get("restore_faster_from")) is not None:
+            yield f"  {f'restoring beats prefill, {model}':42} {'':7} from {tokens} tokens on"
 
 
 def _numerics(sections: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -71,6 +116,12 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Sections, their rows and parts: whatever can fail by itself."""
     for name, section in sections.items():
         yield name, section
+        if name == "projection":
+            for model, found in section.items():
+                if isinstance(found, dict):
+                    yield f"{name}, {model}", found
+                    forms = [form for row in found.get("rows", []) for form in row["forms"]]
+                    yield from ((f"{name}, {model}, {form['fused'] or 'cuBLAS'}", form) for form in forms)
         if name == "numerics":
             for model, forms in _numerics(sections):
                 yield from ((f"{name}, {model}, {form['fused'] or 'cuBLAS'}", form) for form in forms)
@@ -112,9 +163,9 @@ def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
         yield f"no copy engine: {copiers['no_engine']}"
     for page_bytes, found in copiers.get("gb_s", {}).items():
         yield f"pages of {int(page_bytes) >> 10} KiB, GB/s: " + _cells(found, ".1f")
-    for model, rows in sections.get("projection", {}).items():
-        if isinstance(rows, list):
-            ratios = {row["tokens"]: row["ratio"] for row in rows}
+    for model, found in sections.get("projection", {}).items():
+        if isinstance(found, dict) and "rows" in found:
+            ratios = {row["tokens"]: row["ratio"] for row in found["rows"]}
             yield f"project_kv / product (≥ 0.85 from 1,024 on), {model}: " + _cells(ratios, ".2f")
 
 

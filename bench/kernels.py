@@ -138,11 +138,16 @@ def on_gpu(
         report["errors"][model] = [
             {"fused": asdict(form) if form else None, "wrong": form not in right} | errors[form] for form in forms
         ]
-        rows = [measure(shape, n, right) for n in tokens] if right else []
+        rows = list[dict[str, Any]]()
         report["models"][model] = {"shape": asdict(shape), "rows": rows}
-        report["launched"] = launched()
-        print(f"{model}: {[round(row['ratio'], 3) for row in report['models'][model]['rows']]}", file=sys.stderr)
+        try:
+            rows += (measure(shape, n, right) for n in tokens if right)
+        except Exception as error:  # noqa: BLE001 - the other models are measured all the same
+            report["models"][model]["error"] = f"{type(error).__name__}: {error}"
+        print(f"{model}: {[round(row['ratio'], 3) for row in rows]}", file=sys.stderr)
         keep(report)
+    report["launched"] = launched()
+    keep(report)
     return report
 
 
@@ -193,6 +198,8 @@ def main() -> None:
         emit(arguments, None, report, lines(report))
     if report.get("failed") or report.get("spills"):
         sys.exit("bench.kernels: not all configurations compile without spills")
+    if failed := [model for model, found in report.get("models", {}).items() if "error" in found]:
+        sys.exit(f"bench.kernels: {', '.join(failed)} could not be measured")
     if wrong := sum(form["wrong"] for forms in report.get("errors", {}).values() for form in forms):
         sys.exit(f"bench.kernels: {wrong} forms are wrong")
 

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,7 +240,22 @@ def test_what_was_measured_is_kept_after_each_shape_and_handed_back(
         seen.append(len(found["models"]))
 
     on_gpu((8,), {"tiny": TINY, "other": other}, keep)
-    assert seen == [1, 2]
+    assert seen == [1, 2, 2], "at last with the kernels that were launched"
+
+
+def test_a_shape_that_cannot_be_measured_says_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, measure = dataclasses.replace(TINY, width=2 * TINY.width), kernels.measure
+
+    def fails(shape: Shape, tokens: int, forms: Sequence[Fused | None]) -> dict[str, Any]:
+        if shape == TINY and tokens == 16:
+            raise RuntimeError("no shared memory is left")
+        return measure(shape, tokens, forms)
+
+    monkeypatch.setattr(kernels, "measure", fails)
+    found = on_gpu((8, 16), {"tiny": TINY, "other": other})["models"]
+    assert [row["tokens"] for row in found["tiny"]["rows"]] == [8]
+    assert found["tiny"]["error"] == "RuntimeError: no shared memory is left"
+    assert [row["tokens"] for row in found["other"]["rows"]] == [8, 16]
 
 
 def test_other_benches_hand_their_results_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,11 +525,66 @@ def test_a_form_that_fails_says_nothing_of_the_others(monkeypatch: pytest.Monkey
     bad, good = found["tiny"]
     assert bad["error"] == "RuntimeError: no shared memory is left"
     assert good["ratio"] < 1.5
-    run.sections["ceilings"] = {"gemm": {"tiny": [{"tokens": 64, "ms": 1.0}]}}
-    (row,) = gpu_ceilings.projections(run)["tiny"]
+    run.sections["projection"] = gpu_ceilings.projections(run)
+    (row,) = run.sections["projection"]["tiny"]["rows"]
     assert [form["fused"] for form in row["forms"]] == [None]
     assert gpu_report.failed(on_cpu(run.sections))
     assert any("no shared memory" in line for line in gpu_report.table(on_cpu(run.sections)))
+
+
+def test_a_form_that_fails_only_when_it_is_timed_costs_its_own_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = [Fused(16, 32, 4, 2), None]
+    monkeypatch.setattr(gpu_ceilings, "_forms", lambda model: forms)
+
+    def project_kv(*arguments: Any, fused: Any = None) -> None:
+        if fused is not None:
+            raise RuntimeError("no shared memory is left")
+        project.project_kv(*arguments, fused=fused)
+
+    monkeypatch.setattr(gpu_ceilings, "project_kv", project_kv)
+    run = gpu_run.Run(ONE_LENGTH, None, deadline=math.inf)  # type: ignore[arg-type]
+    run.sections["numerics"] = {"tiny": [RIGHT, RIGHT]}
+    run.sections["projection"] = gpu_ceilings.projections(run)
+    (row,) = run.sections["projection"]["tiny"]["rows"]
+    bad, good = row["forms"]
+    assert bad["error"] == "RuntimeError: no shared memory is left"
+    assert row["ratio"] == row["product_ms"] / good["ms"]
+    assert gpu_report.failed(on_cpu(run.sections))
+    run.sections["numerics"] = {"tiny": [RIGHT | {"ratio": 9.0}, RIGHT | {"ratio": 9.0}]}
+    assert "error" in gpu_ceilings.projections(run)["tiny"], "none is right"
+
+
+def test_the_last_lines_are_a_short_table_of_the_worst_figures() -> None:
+    def rows(*ratios: float) -> dict[str, Any]:
+        return {"rows": [{"tokens": 256 << i, "ratio": ratio, "forms": []} for i, ratio in enumerate(ratios)]}
+
+    sections = {
+        "numerics": {"a": [RIGHT], "b": [RIGHT | {"ratio": 1.25}]},
+        "projection": {"a": rows(0.1, 0.2, 0.95, 0.91), "b": rows(0.1, 0.1, 0.97), "took_s": 1.0},
+        "restore hidden, a": rows(9.0, 3.0, 1.05, 1.2),
+        "capture, a": {"prefill": {"slow_down": 0.021}, "decode": {"error": "lost"}},
+    }
+    compared = {"a": {"rows": [{"tokens": 4096, "restore KV / hidden": 1.93}], "restore_faster_from": 1024}}
+    lines = [" ".join(line.split()) for line in gpu_report.goals({"sections": sections, "comparison": compared})]
+    assert lines == [
+        "goal, and the worst measured:",
+        "project_kv's throughput / the product's ≥ 0.85 0.91",
+        "restore / max(copy, projection) ≤ 1.10 1.20",
+        "restore as K and V / as hidden states ≥ 1.9 1.93",
+        "error / the forward's own ≤ 1.5 1.25",
+        "slow-down by capture, prefill ≤ 3 % 2.10 %",
+        "restoring beats prefill, a from 1024 tokens on",
+    ]
+
+
+@pytest.mark.parametrize(("prefill_ms", "since"), [([2, 2, 2], 64), ([2, 0.5, 2], 256), ([0.5, 2, 0.5], None)])
+def test_restoring_is_faster_from_where_it_stays_so(prefill_ms: list[float], since: int | None) -> None:
+    lengths = (64, 128, 256)
+    sections = {
+        "restore hidden, a": {"rows": [{"tokens": n, "ms": 1.0} for n in lengths]},
+        "prefill, a": {"rows": [{"tokens": n, "ms": ms} for n, ms in zip(lengths, prefill_ms, strict=True)]},
+    }
+    assert gpu_report.compare(sections, ["a"])["a"]["restore_faster_from"] == since
 
 
 def test_nothing_is_measured_on_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
