@@ -22,7 +22,7 @@ from sglang_hcache.cli.common import CommandFailed, count, explain, human, print
 from sglang_hcache.cli.forecast import hit_of, limit, stored_line, times
 from sglang_hcache.config import DEFAULT_PAGE_SIZE
 from sglang_hcache.planner.cost import costs_of
-from sglang_hcache.planner.hf_config import UnknownConfig, shape_of_config, why_not_hidden
+from sglang_hcache.planner.hf_config import QUANTISED, UnknownConfig, shape_of_config, why_not_hidden
 from sglang_hcache.planner.machine import GPUS, Machine, machine_of
 from sglang_hcache.planner.save import plan_save
 from sglang_hcache.planner.shape import ModelShape
@@ -97,7 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = find_gpu(arguments.gpu)
     machine = find_machine(gpu, arguments)
     _refuse_what_no_server_serves(shape, machine.ranks)
-    report = advise(shape, machine, arguments, not_hidden=find_why_not_hidden(arguments.model))
+    not_hidden = find_why_not_hidden(arguments.model) or (QUANTISED if arguments.weight_bits else "")
+    report = advise(shape, machine, arguments, not_hidden=not_hidden)
     report["weights"] = weights(shape, machine.ranks * GPUS[gpu].memory_bytes, arguments.offload)
     if arguments.plot is not None:
         plot(report, arguments.plot)

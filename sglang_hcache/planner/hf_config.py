@@ -8,6 +8,8 @@ from typing import Any
 
 from sglang_hcache.planner.shape import Latent, ModelShape
 
+QUANTISED = "products of quantised weights are not run beside the forward's"
+
 logger = logging.getLogger(__name__)
 
 # Their MLP has two matrices; all others have a gate.
@@ -94,7 +96,7 @@ def why_not_hidden(config: Mapping[str, Any]) -> str:
             return "with LongRoPE a token's K depends on the longest prompt of its forward"
         if rotation.get("mrope_section"):
             return "positions of several dimensions (M-RoPE) are not stored"
-    return ""
+    return QUANTISED if _quantization(config) else ""
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,8 +142,7 @@ def _windows(config: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int
 
 def _weight_bits(config: Mapping[str, Any]) -> float:
     """Bits per quantised parameter, the most if they differ; 0 if none is. Only `_QUANTIZED_BITS` includes scales."""
-    quantized = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(quantized, Mapping):
+    if not (quantized := _quantization(config)):
         return 0.0
     groups = _part(quantized, "config_groups").values()
     given: list[Any] = [quantized.get("bits"), *(_part(group, "weights").get("num_bits") for group in groups)]
@@ -152,6 +153,12 @@ def _weight_bits(config: Mapping[str, Any]) -> float:
         method = quantized.get("quant_method")
         logger.warning("hcache: weights by quant_method %r are counted as if they were not quantised", method)
     return max(known, default=0.0)
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its parameters; {} where weights are not quantised."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _part(value: Any, name: str) -> Mapping[str, Any]:

@@ -161,6 +161,7 @@ def test_what_a_server_refuses_is_refused(tmp_path: Path, capsys: pytest.Capture
         ({"rope_parameters": {"rope_type": "longrope"}}, "with LongRoPE"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "with LongRoPE"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "(M-RoPE)"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
     ],
 )
 def test_where_hidden_states_do_not_do_kv_is_stored(
@@ -275,6 +276,8 @@ def test_quantised_weights_take_less(capsys: pytest.CaptureFixture[str]) -> None
     assert saved_s == pytest.approx(saved_bytes / (0.8 * 3350e9), rel=1e-6)
     assert main(["advise", "Llama-3-70B", "--gpu", "H100", "--weight-bits", "4.25"]) == 0
     assert "Llama-3-70B (4.25 bits a weight) on H100" in capsys.readouterr().out
+    report = advise(capsys, "Llama-2-7B", "--gpu", "H100", "--weight-bits", 4.25)
+    assert [layers["representation"] for layers in report["layers"]] == ["kv"]
 
 
 def test_tokens_have_a_suffix(capsys: pytest.CaptureFixture[str]) -> None:
