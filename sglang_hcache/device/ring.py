@@ -27,6 +27,9 @@ class Ring:
 
     def take(self, size: int) -> torch.Tensor:
         """A piece of `size` bytes for work queued on the stream from now on."""
+        if self._away and self._away[-1][1].query():  # all has been read; the beginning may still be in a cache
+            self._away.clear()
+            self._next = 0
         begin = -(-self._next // ALIGNMENT) * ALIGNMENT
         wraps = begin + size > len(self.memory)
         if wraps:

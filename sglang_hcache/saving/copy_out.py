@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -40,37 +40,61 @@ def spread(copying: Executor | None, copy: Callable[[T], None], items: Sequence[
         pass
 
 
-class InlineCopyOut:
-    """On the CPU there is no copy to wait for: a job is done when `submit` returns."""
+class CopyOut(Protocol):
+    """Called on the scheduler's thread; jobs run in the order in which they are submitted."""
 
-    copying: Executor | None = None
+    copying: Executor | None  # threads that jobs may use for copies
 
     def expect(self, forward_bytes: int) -> None:
-        """Nothing is held."""
+        """Make room for several forwards of up to `forward_bytes` each."""
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a host copy of a small tensor; it is complete when the next job runs."""
-        return tensor
 
     def rows_to_host(self, rows: torch.Tensor, made: Event | None = None) -> torch.Tensor | None:
         """Return a host copy of rows that only the next job may read; None if jobs lag so far that there is no room.
 
         made: the event at which the rows are complete; by default, the end of what the current stream has queued now.
         """
-        return rows
 
     def record(self) -> Event:
         """Return an event that passes once all that was given to `to_host` or `rows_to_host` may be overwritten."""
-        return ImmediateStream().record()
 
     def submit(self, job: Job) -> None:
-        job()
+        """Have the job run once all copies made so far are complete."""
 
     def drain(self) -> None:
         """Return when all submitted jobs are done."""
 
     def close(self) -> None:
         """Do what is left, then stop."""
+
+
+class InlineCopyOut:
+    """On the CPU there is no copy to wait for: a job is done when `submit` returns."""
+
+    copying: Executor | None = None
+
+    def expect(self, forward_bytes: int) -> None:
+        pass
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def rows_to_host(self, rows: torch.Tensor, made: Event | None = None) -> torch.Tensor | None:
+        return rows
+
+    def record(self) -> Event:
+        return ImmediateStream().record()
+
+    def submit(self, job: Job) -> None:
+        job()
+
+    def drain(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Ring:
@@ -116,8 +140,7 @@ def _pieces(host: torch.Tensor, tensor: torch.Tensor) -> Iterator[tuple[torch.Te
 class StreamCopyOut:
     """Runs copies on their own stream, and jobs on one thread, each after the copies issued before its submission.
 
-    stream: the one for copies. current: the one on which the tensors are made. Its attribute `copying` holds threads
-    that jobs may use for copies.
+    stream: the one for copies. current: the one on which the tensors are made.
     """
 
     def __init__(self, stream: Stream, current: Stream) -> None:
@@ -189,6 +212,3 @@ class StreamCopyOut:
                 # The thread must outlive a failed copy or job; what it held is simply not stored.
                 logger.exception("hcache: a page could not be kept")
             self._ring.give_back(taken)
-
-
-CopyOut = InlineCopyOut | StreamCopyOut

@@ -61,6 +61,15 @@ def test_a_piece_stays_until_it_has_been_read(seed: int) -> None:
     assert waits
 
 
+def test_where_all_has_been_read_the_same_memory_is_used_again() -> None:
+    ring = Ring(torch.zeros(100 << 8, dtype=torch.uint8), ImmediateStream())
+    places = set()
+    for _ in range(5):
+        places.add(ring.take(10 << 8).data_ptr())
+        ring.sent(_Passed())
+    assert len(places) == 1
+
+
 def test_small_pieces_behind_a_large_one_wait_for_nothing() -> None:
     class Never(ImmediateStream):
         def wait(self, event: Event) -> None:
