@@ -33,13 +33,13 @@ from sglang_hcache.storage.index import Index, Size, Used
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
 from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
-from sglang_hcache.storage.quota import Quota, census, opening
+from sglang_hcache.storage.locks import LOCK_WAIT_S, census, opening
+from sglang_hcache.storage.paths import folder_of
+from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import sweep_folder
-from sglang_hcache.storage.tree import folder_of
 
-LOCK_WAIT_S = 30.0
 IDLE_S = 300.0  # without a write, until others may evict what lies in the segments that were written
 WRITES_IN_FLIGHT = 4
 

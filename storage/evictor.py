@@ -19,11 +19,12 @@ import numpy as np
 
 from sglang_hcache.storage.eviction import Ints, Keep, choose
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import EVICTING_S, Quota, bytes_below, evicting, is_busy
+from sglang_hcache.storage.locks import EVICTING_S, evicting, is_busy
+from sglang_hcache.storage.paths import bytes_below, folder_of, is_segment_name, segment_file
+from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import size_described, sweep
 from sglang_hcache.storage.table import Places, Table
-from sglang_hcache.storage.tree import folder_of, is_segment_name, segment_file
 
 ROUNDS = 4  # of evicting, where another process gets in between
 TURN_S = 60.0  # waited for others of this process that choose, too; one of them may hang

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from sglang_hcache.storage.files import lock_within, make_private
-from sglang_hcache.storage.segment import SegmentWriter
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk
 
-LOCK_WAIT_S = 30.0
-EVICTING_S = 300.0  # as above, where others may be evicting one after the other, each some ten seconds
 BATCH = 20  # a twentieth of the quota is evicted at once
 SEGMENTS = 8  # at least so many segments fit in the quota
 FILL = 0.9  # of what it takes and what is free, without a wanted limit, or once the disk was full
@@ -73,63 +67,3 @@ class Quota:
         slack = bytes_below(self._path / "index") // 4 + min(SLACK, self.limit // 32)
         self.used = bytes_on_disk(self._path)
         return self.used + growth + slack - self.limit
-
-
-def evicting(path: Path, timeout_s: float = LOCK_WAIT_S) -> AbstractContextManager[None]:
-    """While it lasts nobody else who keeps the directory's quota grows or evicts there."""
-    return _directory_lock(path / "segments", timeout_s)
-
-
-def census(folder: Path) -> AbstractContextManager[None]:
-    """While it lasts no process creates, adopts or deletes a segment in this folder of a fingerprint."""
-    return _directory_lock(folder, LOCK_WAIT_S)
-
-
-def opening(path: Path) -> AbstractContextManager[None]:
-    """While it lasts nobody else locks `hcache.lock`. Who has locked it before knows that the index was checked."""
-    return _directory_lock(path, LOCK_WAIT_S)
-
-
-def bytes_on_disk(path: Path) -> int:
-    """What the segments of all fingerprints and the index take of the disk, including what is preallocated."""
-    return bytes_below(path / "index") + sum(map(bytes_below, folders_in(path / "segments")))
-
-
-def folders_in(path: Path) -> list[Path]:
-    """The folders in a directory; [] if it does not exist."""
-    try:
-        return [Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-
-
-def bytes_below(folder: Path) -> int:
-    """What the files of a folder take of the disk; nothing where there is none."""
-    total = 0
-    for entry in os.scandir(folder) if folder.exists() else ():
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except FileNotFoundError:
-            continue
-        total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
-    return total
-
-
-def is_busy(file: Path) -> bool:
-    """Whether some process writes the segment, or the file is missing or not a regular one."""
-    writer = SegmentWriter.adopt(file, 1)
-    if writer is None:
-        return True
-    writer.close()
-    return False
-
-
-@contextmanager
-def _directory_lock(folder: Path, timeout_s: float) -> Iterator[None]:
-    make_private(folder)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        lock_within(fd, exclusive=True, timeout_s=timeout_s)
-        yield
-    finally:
-        os.close(fd)

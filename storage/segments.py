@@ -11,9 +11,9 @@ from pathlib import Path
 from sglang_hcache.storage.direct import DirectIO
 from sglang_hcache.storage.files import make_private, sync_directory
 from sglang_hcache.storage.index import Used
-from sglang_hcache.storage.quota import census
+from sglang_hcache.storage.locks import census
+from sglang_hcache.storage.paths import segment_file, segment_files
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
-from sglang_hcache.storage.tree import segment_file, segment_files
 
 OPEN_READERS = 128  # files kept open for reading
 ADOPT_AT_MOST = 64  # files with free records kept open for writing

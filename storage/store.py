@@ -14,12 +14,10 @@ from sglang_hcache.storage.arena import Arena
 from sglang_hcache.storage.contract import Progress, Stats, WritePolicy
 from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.fetch import Fetch, Fetches, Read
-from sglang_hcache.storage.files import device_of
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, ChunkLayout, Record, seal
-from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.stripe import PageFiles, Place, Stripe
-from sglang_hcache.storage.volume import Volume, belong_together
+from sglang_hcache.storage.volumes import figures, open_volumes
 from sglang_hcache.storage.writer import Writer
 
 SEGMENT_BYTES = 256 << 20
@@ -80,7 +78,7 @@ class LocalStore:
         self._closed = False
         self._hits_file = self._reserve_failed = 0
         contents = Contents(layout, fingerprint, segment_bytes, dict(about or {}))
-        self._volumes = [] if files is not None else _open_volumes(directories, contents, quota_bytes, retry_s)
+        self._volumes = [] if files is not None else open_volumes(directories, contents, quota_bytes, retry_s)
         self._files = Stripe(self._volumes if files is None else [files])
         self._writer = Writer(
             self._arena,
@@ -286,7 +284,6 @@ class LocalStore:
             assert self._arena.opened >= self._fetches.reading
 
     def stats(self) -> Stats:
-        volumes = self._volumes
         with self._lock:
             arena, writer, fetches = self._arena, self._writer, self._fetches
             stats: Stats = {
@@ -307,27 +304,7 @@ class LocalStore:
                 "pages_write_skipped": writer.skipped,
                 "reserve_failed": self._reserve_failed,
             }
-        stats["pages_file"] = sum(volume.pages for volume in volumes)
-        stats["pages_damaged"] = sum(volume.damage.pages for volume in volumes)
-        stats["pages_unreadable"] = sum(volume.reads_failed for volume in volumes)
-        stats["files_damaged"] = sum(volume.damage.files for volume in volumes)
-        stats["index_rebuilt"] = sum(volume.damage.index_rebuilt for volume in volumes)
-        stats["pages_evicted"] = sum(volume.quota.evicted for volume in volumes if volume.quota)
-        idle = [v.quota.evicted_idle_s for v in volumes if v.quota and v.quota.evicted_idle_s is not None]
-        if idle:
-            stats["evicted_idle_s"] = min(idle)
-        stats["volumes"] = [
-            {
-                "path": str(v.path),
-                "state": v.state,
-                "pages": v.pages,
-                "bytes": v.bytes_on_disk,
-                "quota_bytes": v.quota.limit if v.quota else 0,
-                "pages_evicted": v.quota.evicted if v.quota else 0,
-            }
-            for v in volumes
-        ]
-        return stats
+        return stats | figures(self._volumes)
 
     def close(self) -> bool:
         """False where a drive hangs: then a thread of ours may still come to write to `memory`, or read from it."""
@@ -404,31 +381,9 @@ class LocalStore:
                 self._on_progress(owner)
 
 
-def _open_volumes(
-    directories: Sequence[Path], contents: Contents, quota_bytes: int | None, retry_s: float
-) -> list[Volume]:
-    volumes = []
-    for path, sharers in zip(map(Path, directories), _sharers(directories), strict=True):
-        quota = Quota(path, quota_bytes, contents.layout.record_bytes, sharers)
-        volumes.append(Volume(path, contents, retry_s=retry_s, quota=quota))
-    belong_together(volumes)
-    return volumes
-
-
 def _join(threads: Sequence[threading.Thread], timeout_s: float) -> bool:
     """Wait for all, so long in all; whether they have ended."""
     deadline = time.monotonic() + timeout_s
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in threads)
-
-
-def _sharers(directories: Sequence[Path]) -> list[int]:
-    """For each, how many of them are on its file system; 1 where that cannot be told."""
-    devices: list[int | Path] = []
-    for directory in directories:
-        try:
-            devices.append(device_of(Path(directory).absolute()))
-        except OSError:
-            devices.append(directory)
-    return [devices.count(device) for device in devices]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.index import Index, Size, Used
-from sglang_hcache.storage.quota import census, folders_in
+from sglang_hcache.storage.locks import census
+from sglang_hcache.storage.paths import fingerprint_of, folders_in, segment_file, segment_files
 from sglang_hcache.storage.segment import SegmentWriter
 from sglang_hcache.storage.segments import Segments
-from sglang_hcache.storage.tree import fingerprint_of, segment_file, segment_files
 
 AT_ONCE = 256  # segments that are open; the index is read again for the next ones if it has changed
 

@@ -22,10 +22,10 @@ from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_file import copy_checked
-from sglang_hcache.storage.quota import opening
+from sglang_hcache.storage.locks import opening
+from sglang_hcache.storage.paths import fingerprint_of
 from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from sglang_hcache.storage.table import Table
-from sglang_hcache.storage.tree import fingerprint_of
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, or of 1024 with an i
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -29,8 +29,8 @@ from sglang_hcache.storage.about import About, read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
 from sglang_hcache.storage.layout import ChunkDamaged, Record, verify
+from sglang_hcache.storage.paths import folder_of, segment_file
 from sglang_hcache.storage.segment import SegmentReader
-from sglang_hcache.storage.tree import folder_of, segment_file
 
 Pages = dict[bytes, tuple[Path, Entry]]  # by key: the directory, and where in it
 

@@ -40,11 +40,11 @@ from sglang_hcache.storage.index import Index, Size
 from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, Entry
 from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
-from sglang_hcache.storage.quota import census
+from sglang_hcache.storage.locks import census
+from sglang_hcache.storage.paths import folder_of, segment_file, segment_files
 from sglang_hcache.storage.segment import SegmentReader
 from sglang_hcache.storage.sweep import sweep_folder
 from sglang_hcache.storage.table import Table
-from sglang_hcache.storage.tree import folder_of, segment_file, segment_files
 
 REPAIRED, UNREPAIRED, FAILED = 1, 2, 3
 

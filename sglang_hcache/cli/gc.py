@@ -39,10 +39,10 @@ from sglang_hcache.storage.directory import open_shared, seal_if_last
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import bytes_below, bytes_on_disk, evicting
+from sglang_hcache.storage.locks import evicting
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk, segment_files
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table, starts_of
-from sglang_hcache.storage.tree import segment_files
 
 T = TypeVar("T")
 

@@ -25,9 +25,9 @@ from sglang_hcache.storage.about import NAME, read_about
 from sglang_hcache.storage.directory import Contents
 from sglang_hcache.storage.files import make_private
 from sglang_hcache.storage.layout import Record
+from sglang_hcache.storage.paths import folder_of, segment_files
 from sglang_hcache.storage.store import SEGMENT_BYTES
 from sglang_hcache.storage.stripe import PageFiles, Stripe
-from sglang_hcache.storage.tree import folder_of, segment_files
 from sglang_hcache.storage.volume import Volume, belong_together
 
 BATCH_PAGES = 16

@@ -15,7 +15,7 @@ from sglang_hcache.cli.common import add_common, count, duration, fingerprint_fo
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.eviction import Mask
-from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk
 from sglang_hcache.storage.table import Table
 
 

@@ -16,12 +16,12 @@ import pytest
 from sglang_hcache.cli import common
 from sglang_hcache.cli.main import main
 from sglang_hcache.page_hash import page_hash
-from sglang_hcache.storage import quota
+from sglang_hcache.storage import locks
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.files import lock_within
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_file import copy_checked
-from sglang_hcache.storage.quota import bytes_on_disk
+from sglang_hcache.storage.paths import bytes_on_disk
 from tests.cli.stores import found, make, make_prefix, run
 from tests.prefetch.clients import until
 from tests.storage.child import start_child
@@ -127,7 +127,7 @@ def test_of_two_that_read_an_index_nobody_uses_both_check_it(tmp_path: Path, mon
     with ThreadPoolExecutor() as pool:
         with common.alone(tmp_path):
             waiting = Mock(side_effect=lock_within)
-            monkeypatch.setattr(quota, "lock_within", waiting)
+            monkeypatch.setattr(locks, "lock_within", waiting)
             table = pool.submit(common.read_table, tmp_path, Damage())
             assert until(lambda: waiting.called)
             assert not table.done()

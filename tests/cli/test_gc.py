@@ -15,7 +15,7 @@ from sglang_hcache.cli.main import main
 from sglang_hcache.storage import evictor
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_file import is_sealed
-from sglang_hcache.storage.quota import bytes_below, bytes_on_disk
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk
 from tests.cli.stores import damage_entry, found, make, run
 from tests.storage.pages import (
     FINGERPRINT,

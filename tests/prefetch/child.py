@@ -11,6 +11,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sglang_hcache.storage.fetch import Fetches, Read
 from sglang_hcache.storage.layout import ROOT, Record
 from sglang_hcache.storage.rate_limit import RateLimit
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter
-from sglang_hcache.storage.stripe import PageFiles
+from sglang_hcache.storage.stripe import PageFiles, Place, Stripe
 from tests.prefetch.clients import PATIENCE_S, Gone, fetched, figures, save, supervisor_of
 from tests.prefetch.raw import Raw
 from tests.storage.pages import keys_of
@@ -59,6 +60,19 @@ def read_when_told(directory: Path, _: str) -> None:
         read(reader, slot, out)
 
     SegmentReader.read = read  # type: ignore[method-assign, assignment]
+    process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
+
+
+def fail_to_look_up(directory: Path, page: str) -> None:
+    """Be a prefetcher with a bug in each prefetch of a page."""
+
+    def locate(files: Stripe, keys: Iterable[bytes], locate: Any = Stripe.locate) -> dict[bytes, Place]:
+        if keys_of([int(page)])[0] in (wanted := list(keys)):
+            raise ZeroDivisionError
+        found: dict[bytes, Place] = locate(files, wanted)
+        return found
+
+    Stripe.locate = locate  # type: ignore[method-assign, assignment]
     process.serve(ServerConfig(endpoint_for([str(directory)]).address, (str(directory),)))
 
 

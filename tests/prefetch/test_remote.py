@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -235,6 +236,19 @@ def test_a_page_in_the_clients_memory_is_not_sent_again(prefetcher: Prefetcher) 
     assert b.stats()["pages_sent"] == 8
     a.close()
     b.close()
+
+
+def test_a_lookup_that_fails_costs_its_own_request_only(
+    prefetcher: Prefetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = prefetcher.remote()
+    save(client, range(8))
+    with monkeypatch.context() as broken:
+        broken.setattr(client._store, "prefetch", Mock(side_effect=ZeroDivisionError))
+        client.prefetch("bad", keys_of(range(8)))
+        assert client.wait("bad", PATIENCE_S) == ((), True, True)
+    assert fetch(client, range(8)) == 8
+    client.close()
 
 
 def test_what_the_prefetcher_counts_of_files_is_what_its_clients_report(

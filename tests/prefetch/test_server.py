@@ -336,6 +336,22 @@ def test_pages_are_announced_as_they_come_and_in_their_order(directory: Path, jo
     assert_nothing_held(client)
 
 
+def test_a_prefetch_that_fails_brings_nothing_and_nobody_waits_for_it(directory: Path, join: Join) -> None:
+    process = child("fail_to_look_up", directory, "666")
+    assert until(endpoint_for([str(directory)]).socket.exists)
+    client = join()
+    assert client.prefetcher_pid == process.pid
+    save(client, range(4))
+    client.prefetch("bad", keys_of([0, 666]))
+    assert client.wait("bad", PATIENCE_S) == ((), True, True)
+    client.prefetch("good", keys_of(range(4)))
+    assert len(client.wait("good", PATIENCE_S).slots) == 4
+    assert figures(client)["refused_failed"] == 1
+    client.release("bad")
+    client.release("good")
+    assert_nothing_held(client)
+
+
 def test_what_is_in_memory_is_announced_at_once(directory: Path, join: Join) -> None:
     """Though it is nothing: a client that must guess would take what is in memory for what is on a drive."""
     process = child("read_when_told", directory)

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from sglang_hcache.storage import directory as directory_module
-from sglang_hcache.storage import evictor, segment
+from sglang_hcache.storage import evictor, locks, segment
 from sglang_hcache.storage import quota as quotas
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Contents, Directory
 from sglang_hcache.storage.files import allocate
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.layout import ROOT, seal
-from sglang_hcache.storage.quota import Quota, bytes_on_disk
+from sglang_hcache.storage.paths import bytes_on_disk
+from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.store import LocalStore
 from tests.prefetch.clients import until
 from tests.storage.child import start_child
@@ -192,7 +193,7 @@ def test_pages_that_others_evict_are_not_counted_any_more(tmp_path: Path) -> Non
 
 def test_others_that_evict_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many pages that takes longer than any other lock is kept."""
-    monkeypatch.setattr(quotas, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.1)
     store = open_store(tmp_path, quota_bytes=QUOTA)
     lock = os.open(tmp_path / "segments", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)

@@ -12,10 +12,10 @@ import lmdb
 import pytest
 
 from sglang_hcache.cli.common import alone
-from sglang_hcache.storage import directory, evictor, index_file, quota
+from sglang_hcache.storage import directory, evictor, index_file, locks
 from sglang_hcache.storage.files import lock_within
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.quota import evicting
+from sglang_hcache.storage.locks import evicting
 from sglang_hcache.storage.segments import Segments
 from tests.prefetch.clients import until
 from tests.storage.pages import (
@@ -151,7 +151,7 @@ def test_an_index_is_checked_also_by_who_waited_for_a_command(
     with ThreadPoolExecutor(2) as pool:
         with alone(tmp_path):
             waiting = Mock(side_effect=lock_within)
-            monkeypatch.setattr(quota, "lock_within", waiting)
+            monkeypatch.setattr(locks, "lock_within", waiting)
             opened = [pool.submit(open_store, tmp_path, fingerprint=letter * 16) for letter in (b"f", b"g")]
             assert until(lambda: waiting.call_count == 2)
             assert not any(one.done() for one in opened)

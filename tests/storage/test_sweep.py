@@ -15,7 +15,8 @@ from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.directory import Contents, Directory
 from sglang_hcache.storage.index import Index, Used
 from sglang_hcache.storage.layout import ROOT, seal
-from sglang_hcache.storage.quota import Quota, bytes_on_disk
+from sglang_hcache.storage.paths import bytes_on_disk
+from sglang_hcache.storage.quota import Quota
 from tests.storage.pages import (
     FINGERPRINT,
     LAYOUT,

@@ -1,9 +1,13 @@
-"""Where segments lie in a directory: segments/<fingerprint>/<name>.seg, both in lower-case hexadecimal digits."""
+"""Where segments lie in a directory, and how much they take.
+
+segments/<fingerprint>/<name>.seg, both in lower-case hexadecimal digits; the index is in index/.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -38,3 +42,28 @@ def segment_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
             if suffix == _SUFFIX and is_segment_name(name) and entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):  # a server may delete it meanwhile
                     yield name, entry.stat(follow_symlinks=False)
+
+
+def bytes_on_disk(path: Path) -> int:
+    """What the segments of all fingerprints and the index take of the disk, including what is preallocated."""
+    return bytes_below(path / "index") + sum(map(bytes_below, folders_in(path / "segments")))
+
+
+def folders_in(path: Path) -> list[Path]:
+    """The folders in a directory; [] if it does not exist."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def bytes_below(folder: Path) -> int:
+    """What the files of a folder take of the disk; nothing where there is none."""
+    total = 0
+    for entry in os.scandir(folder) if folder.exists() else ():
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return total
