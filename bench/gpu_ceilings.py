@@ -109,11 +109,17 @@ def projections(run: Run) -> dict[str, Any]:
 def _projections(run: Run, model: Model) -> dict[str, Any]:
     checked = zip(_forms(model), run.sections["numerics"][model.name], strict=True)
     forms = [form for form, errors in checked if is_right(errors)]
-    return {"rows": [_projection(run, model, tokens, forms) for tokens in _gemm_rows(run.scale)]}
+    if not forms:
+        raise RuntimeError(f"no form is right for {model.name}")
+    tried = (
+        (n, run.isolated(f"projection, {model.name}, {n}", partial(_projection, run, model, n, forms)))
+        for n in _gemm_rows(run.scale)
+    )
+    return {"rows": [{"tokens": n} | found for n, found in tried]}
 
 
 def _projection(run: Run, model: Model, tokens: int, forms: list[Fused | None]) -> dict[str, Any]:
-    """Raises ValueError where no form could be timed."""
+    """Without a ratio where no form could be timed."""
     dtype = run.scale.dtype
     projections = projections_in_turns(model.shape, dtype)
     rows = noise(tokens, model.shape.width, dtype=dtype)
@@ -132,8 +138,8 @@ def _projection(run: Run, model: Model, tokens: int, forms: list[Fused | None]) 
         | run.isolated(f"projection, {model.name}, {tokens}, {form}", partial(timed, form))
         for form in forms
     ]
-    best_ms = min(form["ms"] for form in times if "ms" in form)
-    return {"tokens": tokens, "product_ms": product_ms, "ratio": product_ms / best_ms, "forms": times}
+    best_ms = min((form["ms"] for form in times if "ms" in form), default=None)
+    return {"product_ms": product_ms, "forms": times} | ({"ratio": product_ms / best_ms} if best_ms else {})
 
 
 def numerics(run: Run) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from bench.exactness import MOST_ERROR, is_right
 
-FROM_TOKENS = 1024  # shorter restores and products are measured, but have no goal
+# Tokens; shorter restores and products are measured, but have no goal.
+RESTORES_FROM, PRODUCTS_FROM = 4096, 1024
 
 COPIERS = ("by engine", "by kernel")
 CAPTURES = {"prefill": "3 %", "decode": "1 %", "decode, staged by copies": "1 %"}
@@ -72,20 +73,20 @@ def goals(report: dict[str, Any]) -> Iterator[str]:
         row["ratio"]
         for name, section in sections.items()
         for row in section.get("rows", [])
-        if name.startswith("restore hidden") and "ratio" in row and row["tokens"] >= FROM_TOKENS
+        if name.startswith("restore hidden") and "ratio" in row and row["tokens"] >= RESTORES_FROM
     ]
     products = [
         row["ratio"]
         for found in sections.get("projection", {}).values()
         for row in (found.get("rows", []) if isinstance(found, dict) else [])
-        if row["tokens"] >= FROM_TOKENS
+        if "ratio" in row and row["tokens"] >= PRODUCTS_FROM
     ]
     compared = report.get("comparison", {})
     over_kv = [
         row["restore KV / hidden"]
         for comparison in compared.values()
         for row in comparison["rows"]
-        if "restore KV / hidden" in row and row["tokens"] >= 4 * FROM_TOKENS
+        if "restore KV / hidden" in row and row["tokens"] >= RESTORES_FROM
     ]
     errors = [form["ratio"] for _, forms in _numerics(sections) for form in forms if "ratio" in form]
     found = (
@@ -102,8 +103,9 @@ def goals(report: dict[str, Any]) -> Iterator[str]:
             if name.startswith("capture") and "slow_down" in (part := section.get(kind, {})):
                 yield f"  {f'slow-down by capture, {kind}':42} ≤ {goal:5} {100 * part['slow_down']:.2f} %"
     for model, comparison in compared.items():
-        if (tokens := comparison.get("restore_faster_from")) is not None:
-            yield f"  {f'restoring beats prefill, {model}':42} {'':7} from {tokens} tokens on"
+        tokens = comparison["restore_faster_from"]
+        since = "at no length" if tokens is None else f"from {tokens} tokens on"
+        yield f"  {f'restoring beats prefill, {model}':42} {'':7} {since}"
 
 
 def _numerics(sections: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -120,8 +122,10 @@ def _parts(sections: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             for model, found in section.items():
                 if isinstance(found, dict):
                     yield f"{name}, {model}", found
-                    forms = [form for row in found.get("rows", []) for form in row["forms"]]
-                    yield from ((f"{name}, {model}, {form['fused'] or 'cuBLAS'}", form) for form in forms)
+                    for row in found.get("rows", []):
+                        yield f"{name}, {model}, {row['tokens']}", row
+                        for form in row.get("forms", []):
+                            yield f"{name}, {model}, {row['tokens']}, {form['fused'] or 'cuBLAS'}", form
         if name == "numerics":
             for model, forms in _numerics(sections):
                 yield from ((f"{name}, {model}, {form['fused'] or 'cuBLAS'}", form) for form in forms)
@@ -165,7 +169,7 @@ def _ceilings(sections: dict[str, Any]) -> Iterator[str]:
         yield f"pages of {int(page_bytes) >> 10} KiB, GB/s: " + _cells(found, ".1f")
     for model, found in sections.get("projection", {}).items():
         if isinstance(found, dict) and "rows" in found:
-            ratios = {row["tokens"]: row["ratio"] for row in found["rows"]}
+            ratios = {row["tokens"]: row["ratio"] for row in found["rows"] if "ratio" in row}
             yield f"project_kv / product (≥ 0.85 from 1,024 on), {model}: " + _cells(ratios, ".2f")
 
 

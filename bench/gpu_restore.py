@@ -153,7 +153,8 @@ def _free_bytes() -> int:
 def sections(models: tuple[Model, ...]) -> Sections:
     """The most important first: what comes last is left out when time is up.
 
-    The fused kernels come behind a model's restores, which need none: one that hangs or crashes costs the rest.
+    The fused kernels come behind a model's restores, which need none without a `tuned.json`: one that hangs or
+    crashes costs the rest.
     """
     first: Sections = [("ceilings", ceilings), ("overhead", overhead)]
     per_model = [

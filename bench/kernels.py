@@ -160,6 +160,7 @@ def table(report: dict[str, Any], known: Sequence[dict[str, Any]] = ()) -> dict[
             "rows": [{"tokens": row["tokens"], "fused": row["best"]} for row in model["rows"]],
         }
         for model in report["models"].values()
+        if model["rows"] and "error" not in model
     ]
     replaced = [(entry["capability"], entry["shape"]) for entry in measured]
     return {"entries": [*(e for e in known if (e["capability"], e["shape"]) not in replaced), *measured]}

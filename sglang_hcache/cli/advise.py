@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = find_gpu(arguments.gpu)
     machine = find_machine(gpu, arguments)
     _refuse_what_no_server_serves(shape, machine.ranks)
-    not_hidden = find_why_not_hidden(arguments.model) or (QUANTISED if arguments.weight_bits else "")
+    not_hidden = find_why_not_hidden(arguments.model) or (QUANTISED if 0 < (arguments.weight_bits or 0) < 16 else "")
     report = advise(shape, machine, arguments, not_hidden=not_hidden)
     report["weights"] = weights(shape, machine.ranks * GPUS[gpu].memory_bytes, arguments.offload)
     if arguments.plot is not None:

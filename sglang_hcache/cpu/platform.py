@@ -31,7 +31,7 @@ def activate() -> str | None:
     """
     if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None
-    if _GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _HIDDEN:
+    if torch.version.cuda and _GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in _HIDDEN:
         logger.error(
             "hcache: there is an NVIDIA GPU that torch %s cannot use, so no model is served on the CPU instead. "
             "Update its driver, to one for CUDA %s; or, to serve on the CPU, set CUDA_VISIBLE_DEVICES to nothing",

@@ -243,6 +243,7 @@ class RemoteClient(StoreClient):
                 self._store.prefetch(owner, wanted, priority=priority, page_priority=page_priority)
             except Exception:  # a bug of ours: the request goes on without these pages, and others are looked up
                 logger.exception("hcache: pages could not be looked up at the prefetcher.")
+                self._store.release(owner)  # it may still have what it asked for before
             with self._lock:
                 current = self._pending.get(owner) == ticket
                 if current:

@@ -52,8 +52,8 @@ class _StoreAndStop(AttentionBackend):  # type: ignore[misc]  # SGLang is untype
 class ReplayProjector:
     """Calls the model's own attention module on the stored inputs and stops it where it would attend.
 
-    Whatever the module does to K and V (norms, biases, partial or scaled RoPE, quantised weights) is done by
-    its own code. It computes Q as well, for nothing.
+    Whatever the module does to K and V (norms, biases, partial or scaled RoPE) is done by its own code. It computes Q
+    as well, for nothing.
     """
 
     name = "replay"

@@ -276,8 +276,9 @@ def test_quantised_weights_take_less(capsys: pytest.CaptureFixture[str]) -> None
     assert saved_s == pytest.approx(saved_bytes / (0.8 * 3350e9), rel=1e-6)
     assert main(["advise", "Llama-3-70B", "--gpu", "H100", "--weight-bits", "4.25"]) == 0
     assert "Llama-3-70B (4.25 bits a weight) on H100" in capsys.readouterr().out
-    report = advise(capsys, "Llama-2-7B", "--gpu", "H100", "--weight-bits", 4.25)
-    assert [layers["representation"] for layers in report["layers"]] == ["kv"]
+    for bits, stored in ((4.25, "kv"), (16, "hidden")):
+        report = advise(capsys, "Llama-2-7B", "--gpu", "H100", "--weight-bits", bits)
+        assert [layers["representation"] for layers in report["layers"]] == [stored]
 
 
 def test_tokens_have_a_suffix(capsys: pytest.CaptureFixture[str]) -> None:

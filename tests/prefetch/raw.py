@@ -21,6 +21,10 @@ QUESTIONS = 100
 T = TypeVar("T", bound=m.Message)
 
 
+def is_unasked(message: m.FromServer) -> bool:
+    return isinstance(message, m.Alive) and not message.answers
+
+
 class Raw:
     def __init__(self, directory: Path) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -58,16 +62,16 @@ class Raw:
         self.send(m.encode(msgspec.structs.replace(message, session=self.session, seq=self.seq)))
         return self.seq
 
-    def hear(self, kind: type[T], timeout_s: float = PATIENCE_S) -> T:
-        """The next message of a kind; others can be heard later."""
+    def hear(self, kind: type[T], timeout_s: float = PATIENCE_S, *, unasked: bool = False) -> T:
+        """The next message of a kind; others can be heard later. unasked: a sign of life that was not asked for."""
         for message in self._unheard:
-            if isinstance(message, kind):
+            if isinstance(message, kind) and is_unasked(message) is unasked:
                 self._unheard.remove(message)
                 return message
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0 and self.socket.poll(int(1000 * left)):
             message = m.decode_from_server(self.socket.recv())
-            if isinstance(message, kind):
+            if isinstance(message, kind) and is_unasked(message) is unasked:
                 return message
             self._unheard.append(message)
         raise TimeoutError(f"no {kind.__name__} in {timeout_s} s (process {os.getpid()})")

@@ -52,7 +52,7 @@ def test_who_is_told_nothing_is_told_that_the_prefetcher_lives(directory: Path, 
     join()
     with Raw(directory) as raw:
         raw.open(grant=0)
-        assert raw.hear(m.Alive).answers == 0
+        assert raw.hear(m.Alive, unasked=True).answers == 0
 
 
 @pytest.mark.parametrize(

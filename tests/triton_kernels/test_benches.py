@@ -550,6 +550,11 @@ def test_a_form_that_fails_only_when_it_is_timed_costs_its_own_figure(monkeypatc
     assert bad["error"] == "RuntimeError: no shared memory is left"
     assert row["ratio"] == row["product_ms"] / good["ms"]
     assert gpu_report.failed(on_cpu(run.sections))
+    run.deadline = 0.0
+    (skipped,) = gpu_ceilings._projections(run, ONE_LENGTH.models[0])["rows"]
+    assert skipped == {"tokens": 64, "skipped": "out of time"}
+    assert not gpu_report.failed(on_cpu({"projection": {"tiny": {"rows": [skipped]}}})), "it is marked, and no error"
+    run.deadline = math.inf
     run.sections["numerics"] = {"tiny": [RIGHT | {"ratio": 9.0}, RIGHT | {"ratio": 9.0}]}
     assert "error" in gpu_ceilings.projections(run)["tiny"], "none is right"
 
@@ -561,10 +566,13 @@ def test_the_last_lines_are_a_short_table_of_the_worst_figures() -> None:
     sections = {
         "numerics": {"a": [RIGHT], "b": [RIGHT | {"ratio": 1.25}]},
         "projection": {"a": rows(0.1, 0.2, 0.95, 0.91), "b": rows(0.1, 0.1, 0.97), "took_s": 1.0},
-        "restore hidden, a": rows(9.0, 3.0, 1.05, 1.2),
+        "restore hidden, a": rows(9.0, 3.0, 2.0, 2.0, 1.05, 1.2),
         "capture, a": {"prefill": {"slow_down": 0.021}, "decode": {"error": "lost"}},
     }
-    compared = {"a": {"rows": [{"tokens": 4096, "restore KV / hidden": 1.93}], "restore_faster_from": 1024}}
+    compared: dict[str, Any] = {
+        "a": {"rows": [{"tokens": 4096, "restore KV / hidden": 1.93}], "restore_faster_from": 1024},
+        "b": {"rows": [], "restore_faster_from": None},
+    }
     lines = [" ".join(line.split()) for line in gpu_report.goals({"sections": sections, "comparison": compared})]
     assert lines == [
         "goal, and the worst measured:",
@@ -574,6 +582,7 @@ def test_the_last_lines_are_a_short_table_of_the_worst_figures() -> None:
         "error / the forward's own ≤ 1.5 1.25",
         "slow-down by capture, prefill ≤ 3 % 2.10 %",
         "restoring beats prefill, a from 1024 tokens on",
+        "restoring beats prefill, b at no length",
     ]
 
 

@@ -19,6 +19,7 @@ from sglang_hcache.cpu import platform
         (False, True, {}, False),
         (False, True, {"CUDA_VISIBLE_DEVICES": "0"}, False),
         (False, True, {"CUDA_VISIBLE_DEVICES": ""}, True),
+        (False, True, {"CUDA_VISIBLE_DEVICES": "-1"}, True),
     ],
 )
 def test_it_is_active_where_there_is_nothing_faster(
@@ -32,6 +33,7 @@ def test_it_is_active_where_there_is_nothing_faster(
 ) -> None:
     """A GPU whose driver is too old for torch is no reason to serve on the CPU without a word."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(platform, "_GPU", tmp_path if gpu else tmp_path / "none")
     for name in ("SGLANG_USE_CPU_ENGINE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
