@@ -509,17 +509,18 @@ def test_the_engines_ceiling_by_pages_slices_nothing_while_it_is_timed(monkeypat
     assert "__getitem__" not in called
 
 
+def fails_if_fused(*arguments: Any, fused: Any = None) -> None:
+    if fused is not None:
+        raise RuntimeError("no shared memory is left")
+    project.project_kv(*arguments, fused=fused)
+
+
 def test_a_form_that_fails_says_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     forms = [Fused(16, 32, 4, 2), None]
     monkeypatch.setattr(gpu_ceilings, "_forms", lambda model: forms)
 
-    def project_kv(*arguments: Any, fused: Any = None) -> None:
-        if fused is not None:
-            raise RuntimeError("no shared memory is left")
-        project.project_kv(*arguments, fused=fused)
-
     for module in (exactness, gpu_ceilings):
-        monkeypatch.setattr(module, "project_kv", project_kv)
+        monkeypatch.setattr(module, "project_kv", fails_if_fused)
     run = gpu_run.Run(ONE_LENGTH, None, deadline=math.inf)  # type: ignore[arg-type]
     run.sections["numerics"] = found = gpu_ceilings.numerics(run)
     bad, good = found["tiny"]
@@ -536,12 +537,7 @@ def test_a_form_that_fails_only_when_it_is_timed_costs_its_own_figure(monkeypatc
     forms = [Fused(16, 32, 4, 2), None]
     monkeypatch.setattr(gpu_ceilings, "_forms", lambda model: forms)
 
-    def project_kv(*arguments: Any, fused: Any = None) -> None:
-        if fused is not None:
-            raise RuntimeError("no shared memory is left")
-        project.project_kv(*arguments, fused=fused)
-
-    monkeypatch.setattr(gpu_ceilings, "project_kv", project_kv)
+    monkeypatch.setattr(gpu_ceilings, "project_kv", fails_if_fused)
     run = gpu_run.Run(ONE_LENGTH, None, deadline=math.inf)  # type: ignore[arg-type]
     run.sections["numerics"] = {"tiny": [RIGHT, RIGHT]}
     run.sections["projection"] = gpu_ceilings.projections(run)

@@ -26,17 +26,6 @@ from tests.storage.pages import lease
 WIDTH, PAGE, LAYERS, ROWS = 8, 16, 2, 40
 
 
-class _Passed:
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pytest.fail("the forward waited")
-
-    def elapsed_time(self, end: Event) -> float:
-        raise NotImplementedError
-
-
 class Attention(torch.nn.Module):
     def forward(self, positions: torch.Tensor, hidden_states: Any, forward_batch: Any) -> Any:
         return hidden_states
