@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from sglang_hcache.device.capture_mode import beside_captures
 from sglang_hcache.device.pinning import PinnedMemory
 from sglang_hcache.device.streams import current_stream, new_stream
 from sglang_hcache.prefetch.client import PrefetchClient
@@ -70,7 +71,8 @@ class Attachment:
             if isinstance(store, PrefetchClient):
                 store.wait_until_memory_taken()  # else pinning would allocate the memory page by page
             torch.cuda.set_device(self._gpu)  # a new thread starts with device 0, whatever this rank's is
-        self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
+        with beside_captures():
+            self._pinned[store] = PinnedMemory(torch.from_numpy(store.memory))
         if torch.cuda.is_available():
             logger.info("hcache: host memory is ready after %.1f s", time.monotonic() - began)
 
@@ -78,7 +80,8 @@ class Attachment:
         if torch.cuda.is_available():
             torch.cuda.set_device(self._gpu)
         if memory := self._pinned.pop(store, None):
-            memory.release()
+            with beside_captures():
+                memory.release()
 
     def attach(self, store: Client, *, saves: bool) -> tuple[Saver, Restorer]:
         """To a store that has been opened. saves: False where another rank saves the same pages."""

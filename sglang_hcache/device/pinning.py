@@ -41,7 +41,10 @@ class PinnedMemory:
     def release(self) -> None:
         """No copy from it, or to it, may be under way."""
         while self._parts:
-            torch.cuda.cudart().cudaHostUnregister(self._parts.pop())
+            if int(error := torch.cuda.cudart().cudaHostUnregister(self._parts.pop())):
+                _forget_error()
+                reason = torch.cuda.cudart().cudaGetErrorString(error)
+                logger.warning("hcache: CUDA keeps a part of host memory registered (%s)", reason)
         self.pinned = False
 
 

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from sglang_hcache.device.capture_mode import beside_captures
 from sglang_hcache.device.pinning import PinnedMemory
 from sglang_hcache.device.streams import COPY_BYTES, Event, ImmediateStream, Stream
 
@@ -43,7 +44,9 @@ def spread(copying: Executor | None, copy: Callable[[T], None], items: Sequence[
 class CopyOut(Protocol):
     """Called on the scheduler's thread; jobs run in the order in which they are submitted."""
 
-    copying: Executor | None  # threads that jobs may use for copies
+    @property
+    def copying(self) -> Executor | None:
+        """Threads that jobs may use for copies."""
 
     def expect(self, forward_bytes: int) -> None:
         """Make room for several forwards of up to `forward_bytes` each."""
@@ -147,7 +150,7 @@ class StreamCopyOut:
         self._stream = stream
         self._current = current
         self._ring = _Ring(0)
-        self.copying: Executor | None = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="hcache-copying")
+        self.copying = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="hcache-copying")
         self._jobs: queue.SimpleQueue[tuple[Event | None, Job, int] | None] = queue.SimpleQueue()
         self._taken = 0  # pieces of the ring since the last submission
         self._thread = threading.Thread(target=self._run, name="hcache-hostwork", daemon=True)
@@ -197,18 +200,18 @@ class StreamCopyOut:
         self._jobs.put(None)
         self._thread.join()
         self._ring.release()
-        if self.copying is not None:
-            self.copying.shutdown()
+        self.copying.shutdown()
 
     def _run(self) -> None:
         self._stream.adopt()
-        while item := self._jobs.get():
-            event, job, taken = item
-            try:
-                if event is not None:
-                    event.synchronize()
-                job()
-            except Exception:
-                # The thread must outlive a failed copy or job; what it held is simply not stored.
-                logger.exception("hcache: a page could not be kept")
-            self._ring.give_back(taken)
+        with beside_captures():
+            while item := self._jobs.get():
+                event, job, taken = item
+                try:
+                    if event is not None:
+                        event.synchronize()
+                    job()
+                except Exception:
+                    # The thread must outlive a failed copy or job; what it held is simply not stored.
+                    logger.exception("hcache: a page could not be kept")
+                self._ring.give_back(taken)

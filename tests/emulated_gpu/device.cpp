@@ -12,6 +12,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -56,6 +57,8 @@ bool lazy = false;
 int seldom = 50; // not lazy: one in so many pieces of work is late, by up to a millisecond
 thread_local int64_t current = 0;
 thread_local std::vector<Work>* capturing = nullptr; // a graph's work
+std::atomic<int> captures = 0; // of all threads
+thread_local int capture_mode = 0; // 0: while anybody captures a graph, this thread may not wait; 2: it may
 
 struct WithoutGil { // while the caller waits
   PyThreadState* state = PyGILState_Check() ? PyEval_SaveThread() : nullptr;
@@ -114,7 +117,7 @@ void enqueue(Work work) {
 }
 
 void wait_for(const Mark& mark, bool by_host = true) {
-  TORCH_CHECK(!(by_host && capturing), "operation not permitted when stream is capturing");
+  TORCH_CHECK(!(by_host && (capturing || (captures && capture_mode == 0))), "operation not permitted when stream is capturing");
   WithoutGil free;
   std::unique_lock lock(guard);
   if (mark.queue) mark.queue->allowed = std::max(mark.queue->allowed, mark.place);
@@ -480,8 +483,8 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
 
 struct Graph {
   std::vector<Work> work;
-  void begin() { capturing = &work; }
-  void end() { capturing = nullptr; }
+  void begin() { capturing = &work; captures++; }
+  void end() { capturing = nullptr; captures--; }
   void replay() { for (auto& one : work) enqueue(one); }
 };
 
@@ -516,6 +519,10 @@ int cuMemcpyBatchAsync(void** targets, void** sources, size_t* sizes, size_t n, 
 int cuGetProcAddress_v2(const char* name, void** found, int version, uint64_t, int* status) {
   *found = version >= 12080 && std::string(name) == "cuMemcpyBatchAsync" ? (void*)cuMemcpyBatchAsync : nullptr;
   if (status) *status = *found ? 0 : 1;
+  return 0;
+}
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode);
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {

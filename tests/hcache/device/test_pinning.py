@@ -16,6 +16,7 @@ class Runtime:
         self._limit = limit
         self._left = total
         self.error = 0
+        self.keeps: set[int] = set()  # addresses that it does not let go
         self.registered: list[int] = []
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
@@ -27,6 +28,9 @@ class Runtime:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
+        if address in self.keeps:
+            self.error = 1
+            return self.error
         self.registered.remove(address)
         return 0
 
@@ -56,6 +60,19 @@ def test_memory_is_registered_until_it_is_released(runtime: Runtime) -> None:
     memory.release()
     memory.release()
     assert not runtime.registered
+
+
+def test_a_part_that_stays_registered_is_a_warning_and_no_error_later_on(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pinning, "_MOST_AT_ONCE", 100)
+    rows = torch.zeros(7, 30, dtype=torch.uint8)
+    memory = PinnedMemory(rows)
+    runtime.keeps = {rows[3].data_ptr()}
+    memory.release()
+    assert runtime.registered == [rows[3].data_ptr()], "all others are released"
+    assert "keeps a part of host memory registered" in caplog.text
+    runtime.launch()
 
 
 def test_a_refusal_is_one_warning_and_no_error_later_on(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
