@@ -23,6 +23,7 @@ from sglang_hcache.ranks import (
     ranks_of_a_node,
     replica,
 )
+from sglang_hcache.startup.computing import computing
 from sglang_hcache.startup.fingerprint import checkpoint_identity, file_digest, fingerprint, process_identity
 from sglang_hcache.startup.representation import Stored
 from sglang_hcache.storage.layout import ChunkLayout
@@ -39,20 +40,7 @@ _NOT_WEIGHTS_ALONE = (
     *("kt_weight_path", "modelopt_checkpoint_restore_path", "rl_quant_profile", "forward_hooks"),
     *("decrypted_config_file", "decrypted_draft_config_file"),
 )
-# Flags that change how the model computes with the same weights.
-_COMPUTING = (
-    *("modelopt_quant", "enable_tf32_matmul", "enable_deterministic_inference", "rl_on_policy_target"),
-    *("flashinfer_mxfp4_moe_precision", "enable_w4a4_mxfp4_megamoe", "speculative_enable_w4a4_mxfp4_megamoe"),
-    *("deepep_dispatcher_output_dtype", "flashinfer_a2a_dispatch_type"),  # of what is sent to experts
-    "enable_precise_embedding_interpolation",  # of an image's positions, in its encoder
-)
-_COMPUTING_BY_ENVIRONMENT = (
-    *("SGLANG_FP8_IGNORED_LAYERS", "SGLANG_FP4_IGNORED_LAYERS", "SGLANG_FORCE_FP8_MARLIN"),
-    *("SGLANG_HUMMING_ONLINE_QUANT_CONFIG", "SGLANG_HUMMING_INPUT_QUANT_CONFIG"),
-    *("SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16", "SGLANG_NVFP4_CKPT_FP8_GEMM_IN_ATTN"),
-    *("SGLANG_DEEPEP_BF16_DISPATCH", "SGLANG_MOE_NVFP4_DISPATCH"),
-    "SGLANG_EXTERNAL_MODEL_PACKAGE",  # has classes of its own for models
-)
+_CHOOSES_WEIGHTS = ("pattern", "qlora_adapter_name_or_path")  # in --model-loader-extra-config
 
 
 class Registration:
@@ -144,6 +132,9 @@ class Registration:
             for name in _NOT_WEIGHTS_ALONE:
                 if getattr(self._server_args, name):
                     raise OSError(f"--{name.replace('_', '-')} changes the model")
+            for name in _CHOOSES_WEIGHTS:
+                if name in str(self._server_args.model_loader_extra_config):
+                    raise OSError(f"--model-loader-extra-config chooses them by {name}")
             path, revision, cache = self._model_config.model_path, model.revision, model.download_dir
             parts: list[object] = [checkpoint_identity(path, memo, revision=revision, cache=cache)]
             if self._stored.drafts:
@@ -195,8 +186,7 @@ class Registration:
             parts.append(("windowed_layers", windowed))
         if self._pools.drafts:
             parts.append(("draft_kv", [str(pool.dtype) for pool in self._pools.drafts]))
-        parts += [(name, value) for name in _COMPUTING if (value := getattr(self._server_args, name))]
-        parts += [(name, value) for name in _COMPUTING_BY_ENVIRONMENT if (value := os.environ.get(name))]
+        parts += computing(self._server_args, self._model_config)
         if not self._stored.same_on_all_ranks:
             parallel = get_parallel()
             parts.append(("rank", (parallel.attn_tp_rank, parallel.attn_tp_size)))

@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 from unittest.mock import Mock
 
 import pytest
+import sglang
 import torch
+import transformers
 from sglang.srt.runtime_context import derive_attention_ranks
 
 from sglang_hcache import ranks
@@ -51,6 +53,11 @@ SERVER = {
     "speculative_enable_w4a4_mxfp4_megamoe": None,
     "deepep_dispatcher_output_dtype": "auto",
     "flashinfer_a2a_dispatch_type": None,
+    "fp8_gemm_runner_backend": "auto",
+    "fp4_gemm_runner_backend": "auto",
+    "moe_runner_backend": "auto",
+    "moe_a2a_backend": "none",
+    "model_loader_extra_config": "{}",
     "kt_weight_path": None,
     "modelopt_checkpoint_restore_path": None,
     "rl_quant_profile": None,
@@ -140,7 +147,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             SimpleNamespace(
                 model_path=str(model),
                 dtype=torch.float32,
-                quantization=None,
+                quantization=arguments.get("quantization"),
                 hf_config=SimpleNamespace(mm_vision_tower=encoder),
                 **{name: arguments.get(name, "auto") for name in ("model_config_parser", "model_impl")},
             ),
@@ -211,8 +218,52 @@ def test_pages_of_the_same_weights_that_are_computed_with_in_another_way(say: Sa
         {"load_format": "pt"},
         {"model_config_parser": "mistral"},
         {"model_impl": "transformers"},
+        {"quantization": "modelopt_fp4"},
+        {"quantization": "modelopt_fp4", "fp4_gemm_runner_backend": "marlin"},
+        {"quantization": "modelopt_fp4", "moe_runner_backend": "marlin"},
     ]
     assert len({say(model, **way).fingerprint for way in ways}) == len(ways)
+    plain = say(model).fingerprint
+    assert say(model, moe_runner_backend="triton").fingerprint == plain, "of weights that are not quantised"
+    assert say(model, model_loader_extra_config='{"num_threads": 8}').fingerprint == plain
+
+
+def test_quantised_weights_are_computed_with_as_the_gpu_can(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = checkpoint(tmp_path / "model", b"weights"), {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda now=capability: now)
+        found[capability] = [say(model, quantization=name).fingerprint for name in (None, "modelopt_fp4")]
+    plain, quantised = zip(*found.values(), strict=True)
+    assert plain[0] == plain[1]
+    assert quantised[0] != quantised[1]
+
+
+@pytest.mark.parametrize("package", [sglang, transformers])
+def test_another_version_of_the_models_code_has_no_pages(
+    package: ModuleType, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "model", b"weights")
+    before = say(model).fingerprint
+    monkeypatch.setattr(package, "__version__", "99.0")
+    assert say(model).fingerprint != before
+
+
+def test_code_of_models_in_a_package_of_its_own_is_known_by_what_it_says(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, package = checkpoint(tmp_path / "model", b"weights"), tmp_path / "our_models"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "inner" / "rope.py").write_text("BASE = 10_000\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "our_models")
+    before = say(model).fingerprint
+    assert say(model).fingerprint == before
+    (package / "inner" / "rope.py").write_text("BASE = 50_000\n")
+    assert say(model).fingerprint != before
 
 
 def test_by_its_name_a_model_is_read_in_another_way(say: Say, tmp_path: Path) -> None:
@@ -229,7 +280,15 @@ def test_by_its_name_a_model_is_read_in_another_way(say: Say, tmp_path: Path) ->
         "SGLANG_FP8_IGNORED_LAYERS",
         "SGLANG_FP4_IGNORED_LAYERS",
         "SGLANG_DEEPEP_BF16_DISPATCH",
-        "SGLANG_EXTERNAL_MODEL_PACKAGE",
+        "SGLANG_NIXL_EP_BF16_DISPATCH",
+        "SGLANG_HUMMING_USE_F16_ACCUM",
+        "SGLANG_HUMMING_INPUT_QUANT_CONFIG",
+        "SGLANG_FLASHINFER_CUTEDSL_NVFP4_W4A16",
+        "SGLANG_FORCE_FP8_MARLIN",
+        "SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR",
+        "SGLANG_SIMULATE_UNIFORM_EXPERTS",
+        "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS",
+        "SGLANG_MORI_DISPATCH_DTYPE",
     ],
 )
 def test_the_environment_decides_how_it_is_computed(
@@ -240,6 +299,7 @@ def test_the_environment_decides_how_it_is_computed(
     monkeypatch.setenv(name, "lm_head")
     assert say(model).fingerprint != before
     monkeypatch.delenv(name)
+    monkeypatch.setenv("SGLANG_LOG_REQUEST_HEADERS", "x-request-id")
     assert say(model).fingerprint == before
 
 
@@ -253,6 +313,7 @@ def test_the_environment_decides_how_it_is_computed(
         "a dump of former weights",
         "a configuration of another name",
         "weights of experts elsewhere",
+        "weights of files that a pattern names",
         "an id that was never fetched",
     ],
 )
@@ -275,6 +336,8 @@ def test_what_cannot_be_identified_goes_to_no_file(
         arguments = {"decrypted_config_file": "plain.json"}
     elif what == "weights of experts elsewhere":
         arguments = {"kt_weight_path": str(tmp_path)}
+    elif what == "weights of files that a pattern names":
+        arguments = {"model_loader_extra_config": '{"pattern": "v1-rank-{rank}.safetensors"}'}
     else:
         model = "nobody/never-fetched"
     with caplog.at_level(logging.WARNING):
