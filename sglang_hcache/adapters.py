@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang_hcache.ranks import if_all_alike, of_first_rank, of_nodes_first_rank
+from sglang_hcache.ranks import if_all_alike, of_first_rank, of_nodes_first_rank, shares_requests
 from sglang_hcache.startup.fingerprint import adapter_identity
 
 logger = logging.getLogger(__name__)
 
 
 class Adapters:
-    """The adapters of one scheduler process. All ranks call each method but `name_by_content` in the same step."""
+    """The adapters of one scheduler process. Ranks with the same requests call each method in the same step."""
 
     def __init__(self, memo: Path, cache: str | None) -> None:
         """memo: as for `adapter_identity`. cache: where SGLang keeps what it has loaded from a hub."""
@@ -30,7 +30,8 @@ class Adapters:
     def loaded_at_start(self, adapters: Iterable[Any]) -> None:
         """Adapters given at start: one that cannot be identified gets an identity that is never used again."""
         for adapter in adapters:
-            self._contents[adapter.lora_id] = self._content(adapter.lora_path) or of_first_rank(uuid.uuid4().hex)
+            never_again = of_first_rank(uuid.uuid4().hex)  # of all ranks, whichever of them can identify it
+            self._contents[adapter.lora_id] = self._content(adapter.lora_path) or never_again
 
     def load(self, load: Callable[[], Any], request: Any) -> Any:
         """Run SGLang's `load` of an adapter while it serves; if its content is unknown, SGLang's random id stays."""
@@ -47,7 +48,9 @@ class Adapters:
             req.extra_key = req.extra_key.removesuffix(req.lora_id) + content
 
     def _content(self, path: str) -> str | None:
-        """The same on all ranks; None where it is unknown, or not the same on all nodes."""
+        """The same on all ranks with the same requests; None where it is unknown, or not the same on all nodes."""
+        if not shares_requests():
+            return self._on_disk(path)
         return if_all_alike(of_nodes_first_rank(lambda: self._on_disk(path)))
 
     def _on_disk(self, path: str) -> str | None:

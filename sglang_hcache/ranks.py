@@ -33,6 +33,11 @@ def ranks_of_a_node() -> int:
     return max(1, int(parallel.tp_size) // int(parallel.nnodes))
 
 
+def shares_requests() -> bool:
+    """Whether other ranks have the same requests. Ranks that have not may take their steps at different times."""
+    return bool(get_parallel().attn_tp_size > 1)
+
+
 def first_of_its_requests() -> bool:
     """Whether it is the first rank on its node that has its requests."""
     parallel = get_parallel()

@@ -11,6 +11,7 @@ import torch
 from sglang_hcache import metrics
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.queueing.admission import Admission, usable_tokens
+from sglang_hcache.queueing.head_start import is_head_start
 from sglang_hcache.queueing.page_names import Names
 from sglang_hcache.saving.capture import Capture
 from sglang_hcache.startup.capture_choice import capture_of
@@ -161,6 +162,11 @@ def around_broadcast(
 def around_new_batch(original: Callable[..., Any], scheduler: Any, *, running_batch: Any, **others: Any) -> Any:
     make = partial(original, scheduler, running_batch=running_batch, **others)
     return make() if admission is None else admission.make_batch(make, scheduler, running_batch)
+
+
+def around_abort_output(original: Callable[..., None], scheduler: Any, abort: Any, req: Any) -> None:
+    if not is_head_start(req):
+        original(scheduler, abort, req)
 
 
 def around_add(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -82,6 +82,11 @@ class HeadStarts:
             self._aborted.add(rid)
 
 
+def is_head_start(req: Any) -> bool:
+    """Whether nobody has sent this request, and nobody is to hear of it."""
+    return getattr(req, "is_head_start", False)
+
+
 def _head_of(scheduler: Any, req: Any, start: HeadStart) -> Any:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -101,7 +106,7 @@ def _head_of(scheduler: Any, req: Any, start: HeadStart) -> Any:
     head.extra_key, head.cache_salt = req.extra_key, req.cache_salt
     head.tokenizer = req.tokenizer
     head.logprob_start_len = -1
-    head.finished_output = True  # to nobody
+    head.finished_output = head.is_head_start = True  # to nobody
     scheduler.init_req_max_new_tokens(head)
     head.time_stats.set_wait_queue_entry_time()
     head.arrival_processed_tokens = req.arrival_processed_tokens

@@ -21,7 +21,7 @@ from sglang_hcache.adapters import Adapters
 
 @pytest.fixture(autouse=True)
 def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    parallel = SimpleNamespace(tp_rank=0, tp_size=1, nnodes=1)
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1, attn_tp_size=1, nnodes=1)
     monkeypatch.setattr(ranks, "get_parallel", lambda: parallel)
     return parallel
 
@@ -133,7 +133,7 @@ def test_ranks_that_have_others_under_its_name_do_not_call_it_by_content(
     folder = train(tmp_path / "one", b"first")
     alike, _ = started(tmp_path, folder)
     content = key(alike, load(alike, folder))
-    parallel.tp_size = parallel.nnodes = 2
+    parallel.tp_size = parallel.attn_tp_size = parallel.nnodes = 2
     for elsewhere, named in ((content, True), ("another", False), (None, False)):
         gather = Mock(side_effect=lambda value, elsewhere=elsewhere: [value, elsewhere])
         parallel.tp_group = SimpleNamespace(all_gather_object=gather)
@@ -141,6 +141,14 @@ def test_ranks_that_have_others_under_its_name_do_not_call_it_by_content(
         lora_id = load(adapters, folder)
         assert key(adapters, lora_id) == (content if named else lora_id)
         assert gather.call_count == 4, "on each rank: what its node has, and whether that is the same, twice"
+
+
+def test_ranks_with_requests_of_their_own_wait_for_nobody(tmp_path: Path, parallel: SimpleNamespace) -> None:
+    """With data-parallel attention they may load it in different steps, and a collective would meet another one."""
+    folder = train(tmp_path / "one", b"first")
+    adapters, (lora_id,) = started(tmp_path, folder)
+    parallel.tp_size, parallel.tp_group = 2, Mock(spec=[])
+    assert key(adapters, load(adapters, folder)) == key(adapters, lora_id)
 
 
 def test_a_hub_is_looked_for_where_sglang_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from array import array
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_hcache import scheduler_hooks
 from sglang_hcache.queueing import admission
 from sglang_hcache.queueing.admission import Admission
 from sglang_hcache.queueing.head_start import HeadStart, HeadStarts, divisible
@@ -49,6 +52,10 @@ def test_it_is_the_beginning_of_the_same_prompt_in_the_same_namespace() -> None:
     head.update_finish_state()
     assert head.finished()
     assert head.finished_output, "SGLang sends it to nobody"
+    told = Mock()
+    for one in (head, req):
+        scheduler_hooks.around_abort_output(told, scheduler(), AbortReq(rid=one.rid), one)
+    assert [call.args[2] for call in told.call_args_list] == [req], "nor does anybody hear that it was aborted"
     assert req.sampling_params.max_new_tokens == 50
 
 
