@@ -13,6 +13,7 @@ LINKER_CLASS = "HCacheLinker"
 LINKER_MODULE = "sglang_hcache.linker"
 
 DEFAULT_PAGE_SIZE = 64  # tokens
+LEAST_PAGE_SIZE = 16  # with less, headers and alignment outweigh the payload
 PREFETCH_TIMEOUT_S = 1.0, 0.25  # in all, and for every 1,024 tokens
 
 

@@ -20,6 +20,7 @@ from sglang_hcache.config import (
     CODEC_CHOICES,
     COPIER_CHOICES,
     DEFAULT_PAGE_SIZE,
+    LEAST_PAGE_SIZE,
     PLAN_CHOICES,
     PREFETCH_TIMEOUT_S,
     REPRESENTATION_CHOICES,
@@ -55,6 +56,12 @@ _CONFLICTS: dict[str, tuple[object, str, str]] = {
     "enable_multi_layer_eagle": (False, "several draft models are not supported yet", "drop it"),
     "enable_mis": (False, "multi-item scoring works without the radix cache", "drop one"),
     "dllm_algorithm": (None, "batches of a diffusion model start no loads", "drop it"),
+    "hicache_storage_backend_extra_config": (
+        *(None, "it belongs to SGLang's own HiCache"),
+        "use --hcache-prefetch-timeout and --hcache-dir instead",
+    ),
+    "hicache_storage_prefetch_retry_poll_interval": (8, "it belongs to SGLang's own HiCache", "drop it"),
+    "hicache_storage_prefetch_retry_max_attempts": (8, "it belongs to SGLang's own HiCache", "drop it"),
     "hicache_io_backend": ("kernel", "the tier moves pages in its own way", "drop it"),
     "hicache_mem_layout": ("page_first", "the tier has a layout of its own", "drop it"),
     "hicache_host_memory_mode": ("cache", "the tier's memory is a cache", "drop it"),
@@ -250,6 +257,8 @@ def translate(values: MutableMapping[str, Any]) -> None:
     read_bytes_per_s = _bytes_of("--hcache-read-limit", ours["hcache_read_limit"], "gigabytes a second")
     prefetcher, keys = ours["hcache_prefetcher"], ours["hcache_keys"]
     _refuse_conflicts(values)
+    if (pages_of := values.get("page_size")) is not None and pages_of < LEAST_PAGE_SIZE:
+        raise FlagError(f"--page-size {pages_of} is below {LEAST_PAGE_SIZE}: drop it to use {DEFAULT_PAGE_SIZE}")
     _check_host_size(values)
     _check_prefetcher(prefetcher, keys, {name: ours[name] for name in _LOCAL})
     base_s, per_ki_token_s = _prefetch_timeout(ours["hcache_prefetch_timeout"])

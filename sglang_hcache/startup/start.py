@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_memory, get_parallel, get_spec
 
 from sglang_hcache import windows
-from sglang_hcache.config import HCacheConfig
+from sglang_hcache.config import LEAST_PAGE_SIZE, HCacheConfig
 from sglang_hcache.model import Pools, Unsupported, check_pool, draft_pools
 from sglang_hcache.prefetch.messages import Hello
 from sglang_hcache.prefetch.supervisor import LocalSupervisor, RemoteSupervisor, SessionSupervisor
@@ -27,8 +27,6 @@ from sglang_hcache.startup.representation import Stored, formats_of
 from sglang_hcache.startup.synthetic_forward import most_tokens
 from sglang_hcache.storage.store import READ_THREADS
 
-_MIN_PAGE_TOKENS = 16  # below, headers and alignment outweigh the payload
-
 
 def supported_pools(params: Any, model_config: Any, components: set[Any], forward_tokens: int) -> Pools:
     """The KV pools of a model and its draft models, if the tier can serve it. Raises Unsupported.
@@ -40,8 +38,8 @@ def supported_pools(params: Any, model_config: Any, components: set[Any], forwar
     if model_config.is_encoder_decoder:
         raise Unsupported("its forward takes all of an encoder's tokens from a cache or none; pages end in them")
     pool = check_pool(params.token_to_kv_pool_allocator.get_kvcache(), components)
-    if params.page_size < _MIN_PAGE_TOKENS:
-        raise Unsupported(f"--page-size {params.page_size} is below {_MIN_PAGE_TOKENS}; drop it to use 64")
+    if params.page_size < LEAST_PAGE_SIZE:  # SGLang may choose another one than its flag says
+        raise Unsupported(f"pages of {params.page_size} tokens are smaller than {LEAST_PAGE_SIZE}")
     drafts = draft_pools(params, get_spec(), pool)
     if not isinstance(pool, SWAKVPool):
         return Pools(pool, drafts, params.page_size)

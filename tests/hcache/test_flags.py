@@ -104,6 +104,11 @@ def test_a_page_size_that_was_asked_for_stays(tmp_path: Path) -> None:
     assert switched_on(tmp_path, page_size=128)["page_size"] == 128
 
 
+def test_pages_that_are_too_small(tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="--page-size 1 is below 16: drop it to use 64"):
+        switched_on(tmp_path, page_size=1)
+
+
 def test_without_the_backend_nothing_changes() -> None:
     values = {"model_path": "m", "page_size": None, "hicache_backend": "sglang", "hcache_dir": None}
     translate(values)
@@ -122,6 +127,8 @@ def test_without_the_backend_nothing_changes() -> None:
         ("enable_multi_layer_eagle", True),
         ("dllm_algorithm", "LowConfidence"),
         ("enable_mis", True),
+        ("hicache_storage_backend_extra_config", '{"prefetch_timeout_base": 5}'),
+        ("hicache_storage_prefetch_retry_max_attempts", 3),
         ("hicache_io_backend", "direct"),
         ("hicache_mem_layout", "layer_first"),
         ("disaggregation_mode", "prefill"),
