@@ -81,11 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens after the prefix (default: 64)",
     )
-    parser.add_argument(
-        "--layerwise",
-        action="store_true",
-        help="allow the first layers to be recomputed from tokens (no server supports this yet)",
-    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the times to FILE; needs matplotlib")
 
@@ -189,7 +184,7 @@ def advise(
         layout = plan_save(
             costs,
             *planned[tier],
-            layerwise=arguments.layerwise,
+            layerwise=False,
             mixed=machine.ranks == 1,
             hidden=not not_hidden,
         ).layout
@@ -219,9 +214,9 @@ def advise(
                 shape,
                 machine,
                 planned[tier],
-                drives=arguments.drives if tier == "ssd" else 0,
+                tier=tier,
+                drives=arguments.drives,
                 offloaded=arguments.offload,
-                layerwise=arguments.layerwise,
                 hidden=not not_hidden,
             )
             for tier in tiers

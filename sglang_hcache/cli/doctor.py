@@ -23,7 +23,7 @@ from sglang_hcache.planner.machine import Machine
 from sglang_hcache.planner.shape import ModelShape
 from sglang_hcache.planner.timeline import Layout
 from sglang_hcache.startup.kept import CALIBRATION, KeptLayout
-from sglang_hcache.storage.probe import read_bytes_per_s
+from sglang_hcache.storage.probe import measure_read_rate
 
 LENGTHS = (1024, 8192, 65536)  # tokens
 PLANNED = 8192  # tokens that limits are told for
@@ -106,7 +106,7 @@ def _read(files: list[Path]) -> tuple[list[Measured], dict[str, str]]:
 def _drive(directory: Path) -> float | str:
     """Bytes a second, or why it cannot be measured."""
     try:
-        return read_bytes_per_s(directory)
+        return measure_read_rate(directory)
     except OSError as error:
         return error.strerror or str(error)
 
@@ -127,7 +127,8 @@ def examine(measured: Measured, layout: Layout, drives: int) -> dict[str, Any]:
     """What one file says, and what follows from it."""
     about, shape, machine = measured.about, measured.shape, measured.machine
     costs, page_tokens = costs_of(shape, machine), about["page_tokens"]
-    tiers = {"host": 0, "ssd": drives} if machine.ssd_bytes_per_s else {"host": 0}
+    lower = machine.lower_tier
+    tiers = ["host", lower.name] if lower.bytes_per_s else ["host"]
     return {
         "about": about,
         "stored": [{"representation": kind, "layers": [first, last]} for kind, first, last in layout.ranges()],
@@ -145,10 +146,11 @@ def examine(measured: Measured, layout: Layout, drives: int) -> dict[str, Any]:
                 shape,
                 machine,
                 [hit_of(PLANNED, tier, NEW_TOKENS, page_tokens)],
-                drives=of_tier,
+                tier=tier,
+                drives=drives,
                 hidden=bool(about.get("projector")),
             )["text"]
-            for tier, of_tier in tiers.items()
+            for tier in tiers
         },
     }
 
@@ -160,13 +162,16 @@ def _print(report: dict[str, Any]) -> None:
         print(stored_line(one["representation"], *one["layers"]))
     print(f"  prefill {rates['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s, attention ", end="")
     print(f"{rates['attention_flop_per_s'] / 1e12:.3g}, projection {rates['projection_flop_per_s'] / 1e12:.3g}")
-    print(f"  host to device {rates['bus_bytes_per_s'] / 1e9:.3g} GB/s, drives ", end="")
-    print(f"{rates['ssd_bytes_per_s'] / 1e9:.3g} GB/s" if rates["ssd_bytes_per_s"] else "none")
+    print(f"  host to device {rates['bus_bytes_per_s'] / 1e9:.3g} GB/s, ", end="")
+    if rates["remote_bytes_per_s"]:
+        print(f"the prefetcher's host {rates['remote_bytes_per_s'] / 1e9:.3g} GB/s")
+    else:
+        print("drives", f"{rates['ssd_bytes_per_s'] / 1e9:.3g} GB/s" if rates["ssd_bytes_per_s"] else "none")
     for tier, rows in report["times"].items():
         for row in rows:
             share = row["restored_tokens"] / row["tokens"]
             print(
-                f"  {row['tokens']:>6} tokens from {tier:>4}: {row['plan_s']:.3g} s, {share:.0%} restored "
+                f"  {row['tokens']:>6} tokens from {tier:>6}: {row['plan_s']:.3g} s, {share:.0%} restored "
                 f"(prefilled {row['recompute_s']:.3g} s)"
             )
         print(f"  {report['limits'][tier]}")

@@ -20,7 +20,7 @@ _STORED_AS = {"none": "nothing", "hidden": "hidden states", "kv": "KV"}
 
 
 def hit_of(tokens: int, tier: str, new_tokens: int, page_tokens: int = DEFAULT_PAGE_SIZE) -> Hit:
-    """A prefix that is all in one tier, host memory or files."""
+    """A prefix that is all in one tier: host memory, or the machine's lower tier, whichever that is."""
     pages = tokens // page_tokens
     host, lower = (pages, 0) if tier == "host" else (0, pages)
     return Hit(page_tokens, host, lower, new_tokens=new_tokens)
@@ -33,8 +33,11 @@ class Upgrade:
     machine: Machine
 
 
-def upgrades(machine: Machine, drives: int) -> Iterator[Upgrade]:
-    if drives:
+def upgrades(machine: Machine, tier: str, drives: int) -> Iterator[Upgrade]:
+    if tier == "remote":
+        text = "twice the link to the prefetcher's host"
+        yield Upgrade("link", text, replace(machine, remote_bytes_per_s=2 * machine.remote_bytes_per_s))
+    elif tier == "ssd":
         text = "a second drive" if drives == 1 else f"one drive more than the {drives}"
         yield Upgrade("SSD", text, _more(machine, (drives + 1) / drives))
     yield Upgrade("bus", "twice the bus", replace(machine, bus_bytes_per_s=2 * machine.bus_bytes_per_s))
@@ -69,20 +72,20 @@ def limit(
     machine: Machine,
     hits: Sequence[Hit],
     *,
+    tier: str,
     drives: int,
     offloaded: float = 0.0,
-    layerwise: bool = False,
     hidden: bool = True,
 ) -> dict[str, Any]:
-    """What a plan for the faster machine would gain for the hits; `drives`: that they are read from, 0 for none."""
+    """What a plan for a faster machine would gain for hits that are all in this tier; `drives`: of the machine."""
 
     def planned_s(machine: Machine) -> float:
         costs = costs_of(shape, machine, offloaded=offloaded)
-        layout = plan_save(costs, *hits, layerwise=layerwise, mixed=machine.ranks == 1, hidden=hidden).layout
+        layout = plan_save(costs, *hits, layerwise=False, mixed=machine.ranks == 1, hidden=hidden).layout
         return sum(plan_load(costs, layout, hit).seconds for hit in hits)
 
     now_s = planned_s(machine)
-    found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, drives)]
+    found = [(now_s / planned_s(one.machine), one) for one in upgrades(machine, tier, drives)]
     best, upgrade = max(found, key=lambda pair: pair[0])
     costs = costs_of(shape, machine, offloaded=offloaded)
     alone_s = sum(recompute_s(costs, hit) for hit in hits)
@@ -90,7 +93,7 @@ def limit(
     what = f"restoring is {upgrade.name}-bound" if restores else "recomputing is faster than restoring"
     text = f"{what}: {upgrade.text} would give {best:.1f}×"
     needed = None
-    if drives and not restores:
+    if tier == "ssd" and not restores:
         needed = next(
             (
                 n

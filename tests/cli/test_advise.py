@@ -320,7 +320,7 @@ def test_every_model_and_gpu_can_be_asked_for(capsys: pytest.CaptureFixture[str]
         if shape.layers <= 40:
             assert main(["advise", name, "--gpu", "H100"]) == 0
     for gpu in GPUS:
-        assert main(["advise", "Llama-2-7B", "--gpu", gpu, "--tp", "2", "--offload", "0.5", "--layerwise"]) == 0
+        assert main(["advise", "Llama-2-7B", "--gpu", gpu, "--tp", "2", "--offload", "0.5"]) == 0
     assert "layers 0–" in capsys.readouterr().out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def measured(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_rates(directory: Path, about: Any, name: str = "a") -> None:
-    kept = {"about": about, "rates": vars(SLOW_DRIVE)}
+def write_rates(directory: Path, about: Any, name: str = "a", machine: Machine = SLOW_DRIVE) -> None:
+    kept = {"about": about, "rates": vars(machine)}
     (directory / "calibration" / f"{name}.json").write_text(json.dumps(kept))
 
 
@@ -46,6 +47,17 @@ def test_it_says_what_limits(measured: Path, capsys: pytest.CaptureFixture[str])
     assert "layers 0–7: hidden states\n" in said
     assert "a second drive would give" in said
     assert "drives 0.1 GB/s" in said
+
+
+def test_a_prefetcher_on_another_host_is_the_lower_tier(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow_link = replace(SLOW_DRIVE, ssd_bytes_per_s=0.0, remote_bytes_per_s=1e8)
+    write_rates(measured, ABOUT | {"prefetcher": "tcp://store:7070"}, machine=slow_link)
+    assert main(["doctor", "--dir", str(measured)]) == 0
+    said = capsys.readouterr().out
+    assert "host to device 20 GB/s, the prefetcher's host 0.1 GB/s\n" in said
+    assert "8192 tokens from remote: " in said
+    assert "twice the link to the prefetcher's host would give" in said
+    assert "second drive" not in said
 
 
 def test_json_holds_rates_times_and_limits(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
