@@ -3,12 +3,14 @@
     python -m bench.together [--json] [--rounds N] [--prefix-tokens N] [--requests N] [--save]
 
 Method: an MHA Llama in float32 is served without a tier, and with it, with the default representation and plan
-(`auto`) and with hidden states, all of which are restored (`hidden`); with the tier a second time, where each
-request loads the prefix for itself (`apart`): one server after another. In each round a prefix that was served
-before is on disk only; while an unrelated prompt of 512 tokens is prefilled, the requests arrive, each with the
-prefix and 64 tokens never seen before. The KV pool has room for a copy of the prefix for each. Figures are of
-all requests of all rounds: the median time to the first token, and that of the last request of a round, median
-over the rounds; `restored_tokens` is of a round. The greedy answers of all servers are compared token by token.
+(`auto`) and with hidden states, all of which are restored (`hidden`): one server after another. Each is served by
+`--schedule-policy fcfs`, SGLang's default, and by `lpm`, which puts requests that share a prefix behind the first
+of them; with the tier also such that each request loads the prefix for itself (`apart`). In each round a prefix
+that was served before is on disk only; while an unrelated prompt of 512 tokens is prefilled, the requests arrive,
+each with the prefix and 64 tokens never seen before. The KV pool has room for a copy of the prefix for each.
+Figures are of all requests of all rounds: the median time to the first token, and that of the last request of a
+round, median over the rounds; `restored_tokens` is of a round. The greedy answers of all servers are compared token
+by token.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ TIERS: dict[str, list[str]] = {
     "auto": [],
     "hidden": ["--hcache-representation", "hidden", "--hcache-plan", "always"],
 }
-MODES = ("recompute", *(f"{tier} {how}" for tier in TIERS for how in ("apart", "shared")))
+MODES = (
+    *("recompute", "recompute lpm"),
+    *(f"{tier} {how}" for tier in TIERS for how in ("apart", "shared", "shared lpm")),
+)
 NEW_TOKENS, ANSWER_TOKENS, OTHER_TOKENS = 64, 4, 512
 MODEL = ModelSpec("llama", hidden_size=768, layers=6, heads=12, intermediate=2112, max_position_embeddings=8192)
 
@@ -65,16 +70,13 @@ class Measured:
 def measure(case: Case, mode: str, folder: Path) -> Measured:
     pool_tokens = case.requests * (case.prefix_tokens + 2 * NEW_TOKENS) + 4 * OTHER_TOKENS
     args = ["--max-total-tokens", str(pool_tokens), "--page-size", "64"]
-    if mode != "recompute":
-        args += [
-            "--hicache-backend",
-            "hcache",
-            "--hcache-dir",
-            str(folder / f"store {mode}"),
-            *TIERS[mode.split(maxsplit=1)[0]],
-        ]
+    what, *how = mode.split()
+    if what in TIERS:
+        args += ["--hicache-backend", "hcache", "--hcache-dir", str(folder / f"store {mode}"), *TIERS[what]]
+    if "lpm" in how:
+        args += ["--schedule-policy", "lpm"]
     apart = {"PYTHONPATH": os.pathsep.join((str(APART), os.environ.get("PYTHONPATH", "")))}
-    env = apart if mode.endswith("apart") else {}
+    env = apart if "apart" in how else {}
     measured = Measured()
     with Server(make_model(folder / "model", MODEL), args, log=folder / f"{mode}.log", env=env) as server:
         for round_ in range(case.rounds + 1):  # the first one warms up
@@ -108,6 +110,10 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     measured = {mode: measure(case, mode, folder) for mode in MODES}
     ttft_s = {mode: found.ttft_s() for mode, found in measured.items()}
     wanted = [*itertools.chain(*measured["recompute"].rounds)]
+
+    def ratio(slow: str, fast: str) -> dict[str, float]:
+        return {which: ttft_s[slow][which] / ttft_s[fast][which] for which in ("median", "last")}
+
     return {
         "prefix_tokens": case.prefix_tokens,
         "new_tokens": NEW_TOKENS,
@@ -116,19 +122,9 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         "model": {"hidden_size": MODEL.hidden_size, "layers": MODEL.layers, "dtype": MODEL.dtype},
         "ttft_s": ttft_s,
         "restored_tokens": {mode: statistics.median(found.restored_tokens) for mode, found in measured.items()},
-        "ratio_recompute": {
-            tier: {
-                which: ttft_s["recompute"][which] / ttft_s[f"{tier} shared"][which] for which in ("median", "last")
-            }
-            for tier in TIERS
-        },
-        "ratio_apart": {
-            tier: {
-                which: ttft_s[f"{tier} apart"][which] / ttft_s[f"{tier} shared"][which]
-                for which in ("median", "last")
-            }
-            for tier in TIERS
-        },
+        "ratio_recompute": {tier: ratio("recompute", f"{tier} shared") for tier in TIERS},
+        "ratio_recompute_lpm": {tier: ratio("recompute lpm", f"{tier} shared lpm") for tier in TIERS},
+        "ratio_apart": {tier: ratio(f"{tier} apart", f"{tier} shared") for tier in TIERS},
         "tokens_equal": all(
             compare(answer, other).same_tokens
             for found in measured.values()
@@ -145,7 +141,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> Iterator[str]:
     for mode in MODES:
         times, restored = report["ttft_s"][mode], report["restored_tokens"][mode]
-        yield f"{mode:>13}: {times['median']:6.2f} s median, {times['last']:6.2f} s last; {restored:,.0f} restored"
+        yield f"{mode:>17}: {times['median']:6.2f} s median, {times['last']:6.2f} s last; {restored:,.0f} restored"
 
 
 def main() -> None:
