@@ -99,16 +99,7 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         )
         self.adapters = Adapters(self._config.checkpoint_memo, get_model().download_dir)
         self.adapters.loaded_at_start(get_lora().lora_paths or ())
-        try:
-            self._supervisor = supervisor_of(
-                self._config,
-                self._registration.hello,
-                opened=self._attachment.opened,
-                closing=self._attachment.closing,
-            )
-            store = self._supervisor.start()
-        except (Unavailable, OSError) as error:
-            raise RuntimeError(f"--hicache-backend hcache cannot reach or start a prefetcher: {error}") from None
+        store = self._first_store()
         self._renewing = not store.alive
         self._restorer: Restorer | None = None
         self._saver: Saver = NoSaver()
@@ -119,17 +110,35 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what was computed so far ran on a stream that SGLang's forwards do not use
         self._forwards = ForwardTimer(self._planner, current_stream(pools.device))
+        self._begin_admission(params, store)
+        self._log_start()
+
+    def _first_store(self) -> Client | NoStore:
+        """Raises RuntimeError where there is no prefetcher, and none can be started."""
+        try:
+            self._supervisor = supervisor_of(
+                self._config,
+                self._registration.hello,
+                opened=self._attachment.opened,
+                closing=self._attachment.closing,
+            )
+            return self._supervisor.start()
+        except (Unavailable, OSError) as error:
+            raise RuntimeError(f"--hicache-backend hcache cannot reach or start a prefetcher: {error}") from None
+
+    def _begin_admission(self, params: Any, store: Client | NoStore) -> None:
+        """From now on the scheduler's steps are ours to see."""
         self.prefetch_queue = PrefetchQueue(
             store,
             hold_rule(self._config),
-            pools.page_tokens,
+            self._page_tokens,
             one_rank=self._one_rank,
             planner=self._planner,
             others_save=not self._registration.saves,
             reads_at_once=reads_at_once(self._config),
-            in_whole=pools.window_pages > 0,
+            in_whole=self._window_pages > 0,
         )
-        self._loads = Loads(self.layer_done_counter, pools.page_tokens, self._planner, self.prefetch_queue.forget)
+        self._loads = Loads(self.layer_done_counter, self._page_tokens, self._planner, self.prefetch_queue.forget)
         self._shared = SharedLoads(of_first_rank(self._least_shared_pages()), self.prefetch_queue.put_off)
         scheduler_hooks.linker = self
         scheduler_hooks.admission = Admission(
@@ -138,9 +147,8 @@ class HCacheLinker(UnifiedCacheLinker):  # type: ignore[misc]  # SGLang is untyp
             self._shared,
             true_on_all=list if self._one_rank else partial(true_on_all, group=params.attn_tp_cache_group),
             others_wait_for_us=bool(get_parallel().attn_dp_enabled),
-            drafts=bool(pools.drafts),
+            drafts=bool(self._pools.drafts),
         )
-        self._log_start()
 
     def _least_shared_pages(self) -> int:
         """How many leading pages requests must have in common for `SharedLoads` to close a batch; 0: it closes none.

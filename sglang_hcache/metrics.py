@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -24,100 +23,96 @@ class Durations(deque[float]):
         super().__init__(maxlen=KEPT)
 
 
-class Kind(StrEnum):
-    COUNTER = "counter"
-    GAUGE = "gauge"
-
-
 class Metric(NamedTuple):
     stat: str  # its name in what `numbers_of` makes of `HCacheLinker.stats`
     name: str
-    kind: Kind
     help: str  # docs/metrics.md has the same
 
+    @property
+    def kind(self) -> str:
+        """By Prometheus's convention for names."""
+        return "counter" if self.name.endswith("_total") else "gauge"
 
-_C, _G = Kind.COUNTER, Kind.GAUGE
 
 METRICS = tuple(
     Metric(*row)
     for row in (
         # of the scheduler process
-        ("tokens_restored", "hcache_restored_tokens_total", _C, "Tokens restored instead of prefilled"),
-        ("loads_accepted", "hcache_loads_accepted_total", _C, "Loads accepted: one per request that is restored"),
-        ("loads_refused", "hcache_loads_refused_total", _C, "Loads refused because their lease had ended: prefilled"),
-        ("loads_failed", "hcache_loads_failed_total", _C, "Loads that failed: SGLang aborted their requests"),
-        ("loads_shared", "hcache_loads_shared_total", _C, "Batches closed for a request to wait for a load in them"),
-        ("requests_held", "hcache_requests_held_total", _C, "Requests held in the queue to wait for pages"),
-        ("requests_held_now", "hcache_held_requests", _G, "Requests held now"),
+        ("tokens_restored", "hcache_restored_tokens_total", "Tokens restored instead of prefilled"),
+        ("loads_accepted", "hcache_loads_accepted_total", "Loads accepted: one per request that is restored"),
+        ("loads_refused", "hcache_loads_refused_total", "Loads refused because their lease had ended: prefilled"),
+        ("loads_failed", "hcache_loads_failed_total", "Loads that failed: SGLang aborted their requests"),
+        ("loads_shared", "hcache_loads_shared_total", "Batches closed for a request to wait for a load in them"),
+        ("requests_held", "hcache_requests_held_total", "Requests held in the queue to wait for pages"),
+        ("requests_held_now", "hcache_held_requests", "Requests held now"),
         (
             "requests_admitted_late",
             "hcache_requests_admitted_late_total",
-            _C,
             "Requests admitted before all ranks had their pages, as their time was up",
         ),
-        ("lookups_not_ahead", "hcache_lookups_not_ahead_total", _C, "Lookups whose pages had not been prefetched"),
-        ("head_starts", "hcache_head_starts_total", _C, "Head starts begun"),
-        ("tokens_ahead", "hcache_head_start_tokens_total", _C, "Tokens that head starts covered"),
-        ("tokens_looked_up", "hcache_looked_up_tokens_total", _C, "Tokens that requests looked up, in whole pages"),
-        ("tokens_found", "hcache_found_tokens_total", _C, "Looked-up tokens that were in memory in time"),
-        ("plans", "hcache_plans_total", _C, "Hits for which a plan was made"),
-        ("pages_left_to_prefill", "hcache_pages_left_to_prefill_total", _C, "Pages of hits left to prefill"),
-        ("slower_bus", "hcache_slower_bus_ratio", _G, "Time of copies to the device, over that at start"),
-        ("slower_ssd", "hcache_slower_ssd_ratio", _G, "Time of reads from files, over that at start"),
-        ("slower_remote", "hcache_slower_remote_ratio", _G, "Time of reads from another host, over that at start"),
-        ("slower_projection", "hcache_slower_projection_ratio", _G, "Time of projections, over that at start"),
-        ("slower_prefill", "hcache_slower_prefill_ratio", _G, "Time of prefills, over that at start"),
-        ("tokens_captured", "hcache_captured_tokens_total", _C, "Tokens whose hidden states were captured"),
-        ("tokens_not_captured", "hcache_not_captured_tokens_total", _C, "Tokens that were not captured"),
-        ("tokens_not_encoded", "hcache_not_encoded_tokens_total", _C, "Tokens that the codec could not encode"),
-        ("pages_saved", "hcache_saved_pages_total", _C, "New pages committed to the store"),
-        ("pages_incomplete", "hcache_incomplete_pages_total", _C, "New pages not stored for lack of rows or a slot"),
-        ("reserve_failed", "hcache_reserve_failed_total", _C, "Times no slot was free for a new page"),
-        ("pages_granted", "hcache_granted_pages", _G, "Slots granted to this process for new pages"),
-        ("layers_hidden", "hcache_hidden_layers", _G, "Layers stored as hidden states"),
-        ("layers_kv", "hcache_kv_layers", _G, "Layers stored as K and V"),
-        ("layers_windowed", "hcache_windowed_layers", _G, "Layers in a KV pool for sliding windows"),
-        ("layers_draft", "hcache_draft_layers", _G, "Layers of a draft model, stored as K and V"),
-        ("bytes_per_token", "hcache_token_bytes", _G, "Stored bytes per token, all layers"),
-        ("page_size", "hcache_page_tokens", _G, "Tokens per page"),
-        ("page_bytes", "hcache_page_bytes", _G, "Bytes of a page in memory or in a file"),
+        ("lookups_not_ahead", "hcache_lookups_not_ahead_total", "Lookups whose pages had not been prefetched"),
+        ("head_starts", "hcache_head_starts_total", "Head starts begun"),
+        ("tokens_ahead", "hcache_head_start_tokens_total", "Tokens that head starts covered"),
+        ("tokens_looked_up", "hcache_looked_up_tokens_total", "Tokens that requests looked up, in whole pages"),
+        ("tokens_found", "hcache_found_tokens_total", "Looked-up tokens that were in memory in time"),
+        ("plans", "hcache_plans_total", "Hits for which a plan was made"),
+        ("pages_left_to_prefill", "hcache_pages_left_to_prefill_total", "Pages of hits left to prefill"),
+        ("slower_bus", "hcache_slower_bus_ratio", "Time of copies to the device, over that at start"),
+        ("slower_ssd", "hcache_slower_ssd_ratio", "Time of reads from files, over that at start"),
+        ("slower_remote", "hcache_slower_remote_ratio", "Time of reads from another host, over that at start"),
+        ("slower_projection", "hcache_slower_projection_ratio", "Time of projections, over that at start"),
+        ("slower_prefill", "hcache_slower_prefill_ratio", "Time of prefills, over that at start"),
+        ("tokens_captured", "hcache_captured_tokens_total", "Tokens whose hidden states were captured"),
+        ("tokens_not_captured", "hcache_not_captured_tokens_total", "Tokens that were not captured"),
+        ("tokens_not_encoded", "hcache_not_encoded_tokens_total", "Tokens that the codec could not encode"),
+        ("pages_saved", "hcache_saved_pages_total", "New pages committed to the store"),
+        ("pages_incomplete", "hcache_incomplete_pages_total", "New pages not stored for lack of rows or a slot"),
+        ("reserve_failed", "hcache_reserve_failed_total", "Times no slot was free for a new page"),
+        ("pages_granted", "hcache_granted_pages", "Slots granted to this process for new pages"),
+        ("layers_hidden", "hcache_hidden_layers", "Layers stored as hidden states"),
+        ("layers_kv", "hcache_kv_layers", "Layers stored as K and V"),
+        ("layers_windowed", "hcache_windowed_layers", "Layers in a KV pool for sliding windows"),
+        ("layers_draft", "hcache_draft_layers", "Layers of a draft model, stored as K and V"),
+        ("bytes_per_token", "hcache_token_bytes", "Stored bytes per token, all layers"),
+        ("page_size", "hcache_page_tokens", "Tokens per page"),
+        ("page_bytes", "hcache_page_bytes", "Bytes of a page in memory or in a file"),
         # of the prefetcher
-        ("prefetcher_up", "hcache_prefetcher_up", _G, "1 if the prefetcher answers, else 0"),
-        ("prefetcher_restarts", "hcache_prefetcher_restarts_total", _C, "Prefetchers that replaced a lost one"),
-        ("prefetcher_clients", "hcache_prefetcher_clients", _G, "Processes that use the same prefetcher"),
-        ("prefetcher_uptime_s", "hcache_prefetcher_uptime_seconds", _G, "Seconds since the prefetcher was started"),
-        ("pages_dropped", "hcache_dropped_pages_total", _C, "Pages from other hosts for which it had no slot"),
-        ("messages_refused", "hcache_messages_refused_total", _C, "Messages the prefetcher refused, of all clients"),
+        ("prefetcher_up", "hcache_prefetcher_up", "1 if the prefetcher answers, else 0"),
+        ("prefetcher_restarts", "hcache_prefetcher_restarts_total", "Prefetchers that replaced a lost one"),
+        ("prefetcher_clients", "hcache_prefetcher_clients", "Processes that use the same prefetcher"),
+        ("prefetcher_uptime_s", "hcache_prefetcher_uptime_seconds", "Seconds since the prefetcher was started"),
+        ("pages_dropped", "hcache_dropped_pages_total", "Pages from other hosts for which it had no slot"),
+        ("messages_refused", "hcache_messages_refused_total", "Messages the prefetcher refused, of all clients"),
         # of the store: the same from all who share its pages
-        ("pages_total", "hcache_host_capacity_pages", _G, "Host memory, in slots of a page"),
-        ("bytes_total", "hcache_host_capacity_bytes", _G, "Host memory"),
-        ("pages_host", "hcache_host_pages", _G, "Pages in host memory"),
-        ("bytes_host", "hcache_host_bytes", _G, "Bytes of the pages in host memory"),
-        ("pages_free", "hcache_free_pages", _G, "Slots that are unused"),
-        ("pages_dirty", "hcache_dirty_pages", _G, "Pages in memory not yet written to a file"),
-        ("pages_leased", "hcache_leased_pages", _G, "Pages in memory leased to requests"),
-        ("pages_open", "hcache_open_pages", _G, "Slots being filled, or granted for that"),
-        ("pages_reading", "hcache_reading_pages", _G, "Pages being read"),
-        ("prefetches_waiting", "hcache_prefetches_waiting", _G, "Prefetches waiting for slots"),
-        ("hits_host", "hcache_host_hit_pages_total", _C, "Requested pages that were in memory"),
-        ("hits_file", "hcache_file_hit_pages_total", _C, "Requested pages read from files"),
-        ("bytes_read", "hcache_read_bytes_total", _C, "Bytes of pages read from files"),
-        ("pages_written", "hcache_written_pages_total", _C, "Pages written to files"),
-        ("bytes_written", "hcache_written_bytes_total", _C, "Bytes of pages written to files"),
-        ("pages_write_failed", "hcache_write_failed_pages_total", _C, "Pages that no directory could take"),
-        ("pages_write_skipped", "hcache_write_skipped_pages_total", _C, "Pages not written, as drives were behind"),
-        ("pages_file", "hcache_file_pages", _G, "Pages of this model in files"),
-        ("bytes_file", "hcache_file_bytes", _G, "Disk space in use, of all models"),
-        ("quota_bytes", "hcache_file_capacity_bytes", _G, "Disk quota, of all models; 0: no directory"),
-        ("pages_evicted", "hcache_evicted_pages_total", _C, "Pages of any model evicted for this model's writes"),
-        ("evicted_idle_s", "hcache_evicted_idle_seconds", _G, "Since the last use of pages evicted last, median"),
-        ("pages_damaged", "hcache_damaged_pages_total", _C, "Pages on file that failed verification: dropped"),
-        ("pages_unreadable", "hcache_unreadable_pages_total", _C, "Pages that a drive could not read: misses"),
-        ("pages_damaged_on_the_way", "hcache_damaged_on_the_way_pages_total", _C, "Pages corrupted between hosts"),
-        ("files_damaged", "hcache_damaged_files_total", _C, "Files that were damaged or unusable"),
-        ("index_rebuilt", "hcache_index_rebuilt_total", _C, "Indexes rebuilt from the segment files"),
-        ("volumes", "hcache_volumes", _G, "Directories in use; 0 where pages are in memory only"),
-        ("volumes_failed", "hcache_failed_volumes", _G, "Directories that take no writes"),
+        ("pages_total", "hcache_host_capacity_pages", "Host memory, in slots of a page"),
+        ("bytes_total", "hcache_host_capacity_bytes", "Host memory"),
+        ("pages_host", "hcache_host_pages", "Pages in host memory"),
+        ("bytes_host", "hcache_host_bytes", "Bytes of the pages in host memory"),
+        ("pages_free", "hcache_free_pages", "Slots that are unused"),
+        ("pages_dirty", "hcache_dirty_pages", "Pages in memory not yet written to a file"),
+        ("pages_leased", "hcache_leased_pages", "Pages in memory leased to requests"),
+        ("pages_open", "hcache_open_pages", "Slots being filled, or granted for that"),
+        ("pages_reading", "hcache_reading_pages", "Pages being read"),
+        ("prefetches_waiting", "hcache_prefetches_waiting", "Prefetches waiting for slots"),
+        ("hits_host", "hcache_host_hit_pages_total", "Requested pages that were in memory"),
+        ("hits_file", "hcache_file_hit_pages_total", "Requested pages read from files"),
+        ("bytes_read", "hcache_read_bytes_total", "Bytes of pages read from files"),
+        ("pages_written", "hcache_written_pages_total", "Pages written to files"),
+        ("bytes_written", "hcache_written_bytes_total", "Bytes of pages written to files"),
+        ("pages_write_failed", "hcache_write_failed_pages_total", "Pages that no directory could take"),
+        ("pages_write_skipped", "hcache_write_skipped_pages_total", "Pages not written, as drives were behind"),
+        ("pages_file", "hcache_file_pages", "Pages of this model in files"),
+        ("bytes_file", "hcache_file_bytes", "Disk space in use, of all models"),
+        ("quota_bytes", "hcache_file_capacity_bytes", "Disk quota, of all models; 0: no directory"),
+        ("pages_evicted", "hcache_evicted_pages_total", "Pages of any model evicted for this model's writes"),
+        ("evicted_idle_s", "hcache_evicted_idle_seconds", "Since the last use of pages evicted last, median"),
+        ("pages_damaged", "hcache_damaged_pages_total", "Pages on file that failed verification: dropped"),
+        ("pages_unreadable", "hcache_unreadable_pages_total", "Pages that a drive could not read: misses"),
+        ("pages_damaged_on_the_way", "hcache_damaged_on_the_way_pages_total", "Pages corrupted between hosts"),
+        ("files_damaged", "hcache_damaged_files_total", "Files that were damaged or unusable"),
+        ("index_rebuilt", "hcache_index_rebuilt_total", "Indexes rebuilt from the segment files"),
+        ("volumes", "hcache_volumes", "Directories in use; 0 where pages are in memory only"),
+        ("volumes_failed", "hcache_failed_volumes", "Directories that take no writes"),
     )
 )  # fmt: skip
 
@@ -161,7 +156,7 @@ class Publisher:
         names, registry = tuple(labels), registry or REGISTRY
         self._parents: dict[str, Any] = {
             metric.stat: Counter(metric.name, metric.help, names, registry=registry)
-            if metric.kind is Kind.COUNTER
+            if metric.kind == "counter"
             else Gauge(metric.name, metric.help, names, registry=registry, multiprocess_mode="mostrecent")
             for metric in METRICS
         }
@@ -188,7 +183,7 @@ class Publisher:
             if (value := numbers.get(metric.stat)) is None:
                 continue
             figure, last = self._parents[metric.stat].labels(**self._labels), self._last.get(metric.stat, 0)
-            if metric.kind is Kind.COUNTER:
+            if metric.kind == "counter":
                 figure.inc(value - last if value >= last else value)
                 self._last[metric.stat] = value
             else:

@@ -1,4 +1,7 @@
-"""What a fingerprint stands for: a small JSON file beside its segments, for people and tools; the store reads none.
+"""What a fingerprint stands for: a small JSON file beside its segments.
+
+It is for people and tools. A store reads only the layout, of fingerprints not its own: to know the size of pages that
+it evicts where the index does not say.
 
 {"layout": {"page_tokens": int, "layer_bytes": [int]}, "checksum": xxh3_64 of the rest's JSON, and strings: what the
 store's user says of the pages}

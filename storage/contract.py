@@ -38,6 +38,10 @@ class Progress(NamedTuple):
     done: bool  # no more will come
     known: bool = True  # whether `slots` counts all leading pages in memory: the others must be read
 
+    def ends_wait(self, *, until_known: bool) -> bool:
+        """Of a `wait` for all that was asked for or, if `until_known`, for all that need not be read."""
+        return self.known if until_known else self.done
+
 
 class ChunkStore(Protocol):
     """Pages by key (32 bytes), as records in slots of host memory, with files behind it.

@@ -28,13 +28,12 @@ from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.direct import run_parallel
 from sglang_hcache.storage.eviction import Keep
 from sglang_hcache.storage.evictor import Evictor
-from sglang_hcache.storage.files import is_still, lock_within, make_private, remove, try_lock
+from sglang_hcache.storage.files import is_still, make_private
 from sglang_hcache.storage.index import Index, Size, Used
 from sglang_hcache.storage.index_check import PARENT_BYTES, Entry
-from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Record, read_header, verify
-from sglang_hcache.storage.locks import LOCK_WAIT_S, census, opening
-from sglang_hcache.storage.paths import folder_of
+from sglang_hcache.storage.locks import census, open_shared, seal_if_last
+from sglang_hcache.storage.paths import folder_of, index_folder, lock_file
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.segment import SegmentReader, SegmentWriter, runs
 from sglang_hcache.storage.segments import Segments
@@ -82,7 +81,7 @@ class Directory:
         with ExitStack() as opened:
             self._lock = open_shared(path, damage)
             opened.callback(os.close, self._lock)
-            self._index = Index(path / "index", self._fingerprint)
+            self._index = Index(index_folder(path), self._fingerprint)
             opened.callback(seal_if_last, path, self._lock, self._index)
             opened.callback(self._index.close)
             self._segments = Segments(folder, layout.record_bytes, self._at_most())
@@ -165,7 +164,7 @@ class Directory:
 
     def is_lost(self) -> bool:
         """Whether it has to be opened anew: its index is broken, or other files lie there now. Raises OSError."""
-        if not is_still(self._path / "hcache.lock", self._lock):
+        if not is_still(lock_file(self._path), self._lock):
             self._index.condemn()
         return self._index.condemned
 
@@ -278,33 +277,3 @@ class Directory:
             lost = {key: entry for key, entry in found.items() if key not in known}
             self._index.put_many(lost.items())
             self._damage.rebuilt(self._index.path, len(lost))
-
-
-def open_shared(path: Path, damage: Damage) -> int:
-    """Hold the directory's lock; if nobody else does, check the index first."""
-    with opening(path):
-        while True:
-            lock = _open_lock(path / "hcache.lock", damage)
-            try:
-                if try_lock(lock, exclusive=True):
-                    prepare(path / "index", damage)
-                lock_within(lock, exclusive=False, timeout_s=LOCK_WAIT_S)
-                if is_still(path / "hcache.lock", lock):
-                    return lock
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
-
-
-def seal_if_last(path: Path, lock: int, index: Index) -> None:
-    """If nobody else holds the directory's lock, seal a sound, closed index: the next opening need not check it."""
-    if index.sound and is_still(path / "hcache.lock", lock) and try_lock(lock, exclusive=True):
-        seal_closed(path / "index")
-
-
-def _open_lock(path: Path, damage: Damage) -> int:
-    if os.path.lexists(path) and not path.is_file():
-        damage.file(path, "it is not a regular file")
-        remove(path)
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -20,7 +20,7 @@ import numpy as np
 from sglang_hcache.storage.eviction import Ints, Keep, choose
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.locks import EVICTING_S, evicting, is_busy
-from sglang_hcache.storage.paths import bytes_below, folder_of, is_segment_name, segment_file
+from sglang_hcache.storage.paths import bytes_below, folder_of, index_folder, is_segment_name, segment_file
 from sglang_hcache.storage.quota import Quota
 from sglang_hcache.storage.segments import Segments
 from sglang_hcache.storage.sweep import size_described, sweep
@@ -137,7 +137,7 @@ class Evictor:
 
     def _unaccounted(self, own: Table) -> int:
         """Bytes that the segments take beyond what the pages in them do."""
-        return self._quota.used - bytes_below(self._path / "index") - int(own.record_bytes.sum())
+        return self._quota.used - bytes_below(index_folder(self._path)) - int(own.record_bytes.sum())
 
     def _sweep(self, reuse: Segments | None) -> int:
         return sweep(self._path, self._index, reuse, unlisted=True)

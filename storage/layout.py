@@ -39,7 +39,7 @@ _FIXED = struct.Struct("<8sII16s32s32sI4x")
 Record = npt.NDArray[np.uint8]
 
 
-def unseal(record: Record) -> None:
+def erase_header(record: Record) -> None:
     """No header is found in it any more."""
     record[: len(_MAGIC)] = 0
 

@@ -17,6 +17,14 @@ _NAME = re.compile("[0-9a-f]{16}")
 _FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 
+def lock_file(path: Path) -> Path:
+    return path / "hcache.lock"
+
+
+def index_folder(path: Path) -> Path:
+    return path / "index"
+
+
 def folder_of(path: Path, fingerprint: bytes) -> Path:
     return path / "segments" / fingerprint.hex()
 
@@ -46,7 +54,7 @@ def segment_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 def bytes_on_disk(path: Path) -> int:
     """What the segments of all fingerprints and the index take of the disk, including what is preallocated."""
-    return bytes_below(path / "index") + sum(map(bytes_below, folders_in(path / "segments")))
+    return bytes_below(index_folder(path)) + sum(map(bytes_below, folders_in(path / "segments")))
 
 
 def folders_in(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ _PIECE_BYTES = 1 << 20
 _DEPTH = 8
 
 
-def read_bytes_per_s(directory: Path, *, n_bytes: int = 64 << 20) -> float:
+def measure_read_rate(directory: Path, *, n_bytes: int = 64 << 20) -> float:
     """Of a file of `n_bytes`, written for this and removed, in pieces of 1 MiB, several at once.
 
     Past the page cache where the file system allows it; else the figure is the page cache's. Raises OSError.

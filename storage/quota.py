@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from sglang_hcache.storage.paths import bytes_below, bytes_on_disk
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk, index_folder
 
 BATCH = 20  # a twentieth of the quota is evicted at once
 SEGMENTS = 8  # at least so many segments fit in the quota
@@ -64,6 +64,6 @@ class Quota:
 
     def excess(self, growth: int) -> int:
         """By how much the quota would be exceeded after growing so much; not positive where it would not."""
-        slack = bytes_below(self._path / "index") // 4 + min(SLACK, self.limit // 32)
+        slack = bytes_below(index_folder(self._path)) // 4 + min(SLACK, self.limit // 32)
         self.used = bytes_on_disk(self._path)
         return self.used + growth + slack - self.limit

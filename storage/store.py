@@ -241,12 +241,10 @@ class LocalStore:
             return self._fetches.progress(owner, first)
 
     def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
-        def is_over() -> bool:
-            progress = self._fetches.progress(owner)
-            return progress.known if until_known else progress.done
-
         with self._lock:
-            self._progressed.wait_for(is_over, timeout_s)
+            self._progressed.wait_for(
+                lambda: self._fetches.progress(owner).ends_wait(until_known=until_known), timeout_s
+            )
             return self._fetches.progress(owner)
 
     def took_s(self, owner: str) -> float:

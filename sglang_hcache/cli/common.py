@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -12,18 +11,17 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
 
 from sglang_hcache.config import default_directory, directories_of
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.files import lock_within, try_lock
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.index_file import copy_checked
-from sglang_hcache.storage.locks import opening
-from sglang_hcache.storage.paths import fingerprint_of
+from sglang_hcache.storage.locks import locked
+from sglang_hcache.storage.paths import fingerprint_of, index_folder, lock_file
 from sglang_hcache.storage.stripe_manifest import NAME, read_siblings
 from sglang_hcache.storage.table import Table
 
@@ -155,10 +153,10 @@ def read_table(path: Path, damage: Damage) -> Table:
     """
     require(path)
     try:
-        with _lock(path) as alone, tempfile.TemporaryDirectory(prefix="hcache-") as copy:
+        with locked(path) as alone, tempfile.TemporaryDirectory(prefix="hcache-") as copy:
             if not alone:
-                return _read(path / "index")
-            data = path / "index" / "data.mdb"
+                return _read(index_folder(path))
+            data = index_folder(path) / "data.mdb"
             if not data.exists():
                 return Table.join([])
             reason = copy_checked(data, Path(copy, "data.mdb"), damage)
@@ -193,10 +191,10 @@ def other_owner(path: Path) -> str | None:
 
 def is_open(path: Path) -> bool:
     """Whether some process has the directory open. Changes nothing."""
-    if not (path / "hcache.lock").exists():
+    if not lock_file(path).exists():
         return False
     try:
-        with _lock(path) as nobody:
+        with locked(path) as nobody:
             return not nobody
     except TimeoutError:
         return True
@@ -213,47 +211,10 @@ def _user(number: int) -> str:
 def alone(path: Path) -> Iterator[None]:
     """Nobody else has the directory open."""
     require(path)
-    with _lock(path) as yes:
+    with locked(path) as yes:
         if not yes:
             raise CommandFailed(f"{path} is in use by another process; stop it first")
         yield
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold the directory's lock, and yield whether it is exclusive: then no other process can open the directory."""
-    with ExitStack() as gate:
-        gate.enter_context(opening(path))
-        fd = _open_lock(path)
-        try:
-            exclusive = try_lock(fd, exclusive=True)
-            if not exclusive:
-                lock_within(fd, exclusive=False, timeout_s=30)
-                gate.close()
-            yield exclusive
-        finally:
-            os.close(fd)
-
-
-def _open_lock(path: Path) -> int:
-    """Open the lock file; if there is none, create one that the server can open, too.
-
-    It is opened for writing, which an exclusive lock needs on NFS, or for reading if the file system is read-only, as
-    a failing drive leaves it.
-    """
-    name, flags = path / "hcache.lock", os.O_CLOEXEC | os.O_NOFOLLOW
-    with suppress(FileNotFoundError):
-        try:
-            return os.open(name, flags | os.O_RDWR)
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise
-            return os.open(name, flags | os.O_RDONLY)
-    fd = os.open(name, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    if os.geteuid() == 0:
-        owner = (path / "segments").stat()
-        os.fchown(fd, owner.st_uid, owner.st_gid)
-    return fd
 
 
 def _read(path: Path) -> Table:

@@ -41,7 +41,7 @@ from sglang_hcache.storage.index_check import FINGERPRINT_BYTES, PARENT_BYTES, E
 from sglang_hcache.storage.index_file import prepare, seal_closed
 from sglang_hcache.storage.layout import ChunkDamaged, ChunkLayout, Header, read_header, verify
 from sglang_hcache.storage.locks import census
-from sglang_hcache.storage.paths import folder_of, segment_file, segment_files
+from sglang_hcache.storage.paths import folder_of, index_folder, segment_file, segment_files
 from sglang_hcache.storage.segment import SegmentReader
 from sglang_hcache.storage.sweep import sweep_folder
 from sglang_hcache.storage.table import Table
@@ -139,11 +139,11 @@ def _print(report: Report) -> None:
 def check(path: Path, *, repair: bool) -> Report:
     report, damage = Report(path), Damage()
     if repair:
-        prepare(path / "index", damage)
+        prepare(index_folder(path), damage)
     listed, sizes = _listed(path, damage, repair)
     if damage.files:
         lost = count(damage.pages, "entry", "entries") if damage.pages else "everything"
-        report.add(path / "index", f"damaged; {lost} in it lost", repaired=repair)
+        report.add(index_folder(path), f"damaged; {lost} in it lost", repaired=repair)
     for folder in sorted((path / "segments").iterdir()):
         if not is_fingerprint(folder):
             _stray(folder, report, repair)
@@ -160,7 +160,7 @@ def check(path: Path, *, repair: bool) -> Report:
     for fingerprint, pages in listed.items():
         _check_lost(fingerprint, pages, report, repair)
     if repair:
-        seal_closed(path / "index")
+        seal_closed(index_folder(path))
     return report
 
 
@@ -202,7 +202,7 @@ def _check_lost(fingerprint: bytes, pages: dict[tuple[str, int], bytes], report:
     folder = folder_of(report.path, fingerprint)
     report.add(folder, f"missing, but the index lists {count(len(pages), 'page')} in it", repaired=repair)
     if repair:
-        index = Index(report.path / "index", fingerprint)
+        index = Index(index_folder(report.path), fingerprint)
         index.delete_many((key, Entry(*place)) for place, key in pages.items())
         index.close()
 
@@ -213,7 +213,7 @@ def _listed(
     """The pages in the index: keys by fingerprint and place; and the sizes of those that it lists in full."""
     found: dict[bytes, dict[tuple[str, int], bytes]] = defaultdict(dict)
     if repair:
-        index = Index(path / "index", b"")
+        index = Index(index_folder(path), b"")
         table = Table.read(index)
         index.close()
     else:
@@ -279,7 +279,7 @@ def _forgive(model: _Model, path: Path) -> None:
 
 
 def _repair(model: _Model, report: Report) -> None:
-    index = Index(report.path / "index", model.fingerprint)
+    index = Index(index_folder(report.path), model.fingerprint)
     try:
         report.repaired += index.delete_many(model.bad)
         if model.unlisted:

@@ -35,12 +35,11 @@ from sglang_hcache.cli.common import (
 )
 from sglang_hcache.cli.prompt import TOKENS, Prompt, add_namespace, prompt_of, tokens_in
 from sglang_hcache.storage.damage import Damage
-from sglang_hcache.storage.directory import open_shared, seal_if_last
 from sglang_hcache.storage.eviction import ORPHAN_S, Ints, Mask, choose
 from sglang_hcache.storage.evictor import ROUNDS, drop, freeable
 from sglang_hcache.storage.index import Index
-from sglang_hcache.storage.locks import evicting
-from sglang_hcache.storage.paths import bytes_below, bytes_on_disk, segment_files
+from sglang_hcache.storage.locks import evicting, open_shared, seal_if_last
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk, index_folder, segment_files
 from sglang_hcache.storage.sweep import sweep
 from sglang_hcache.storage.table import Table, starts_of
 
@@ -108,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _require_room(directories: Sequence[Path], to_size: int) -> None:
     """Deleting every page leaves the index."""
     for path in directories:
-        least = bytes_below(path / "index")
+        least = bytes_below(index_folder(path))
         if to_size < least:
             raise CommandFailed(f"--to-size must be at least {least}B, the size of the index of {path}")
 
@@ -167,7 +166,7 @@ def _collect(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             damages.append(Damage())
             lock = open_shared(path, damages[-1])
             opened.callback(os.close, lock)
-            indexes.append(Index(path / "index", b""))
+            indexes.append(Index(index_folder(path), b""))
             opened.callback(seal_if_last, path, lock, indexes[-1])
             opened.callback(indexes[-1].close)
         before = [bytes_on_disk(path) for path in arguments.dir]

@@ -15,7 +15,7 @@ from sglang_hcache.cli.common import add_common, count, duration, fingerprint_fo
 from sglang_hcache.storage.about import read_about
 from sglang_hcache.storage.damage import Damage
 from sglang_hcache.storage.eviction import Mask
-from sglang_hcache.storage.paths import bytes_below, bytes_on_disk
+from sglang_hcache.storage.paths import bytes_below, bytes_on_disk, index_folder
 from sglang_hcache.storage.table import Table
 
 
@@ -46,7 +46,7 @@ def _directory(path: Path, table: Table, orphan: Mask, damage: Damage) -> dict[s
     return {
         "path": str(path),
         "bytes": bytes_on_disk(path),
-        "index_bytes": bytes_below(path / "index"),
+        "index_bytes": bytes_below(index_folder(path)),
         "free_bytes": shutil.disk_usage(path).free,
         "index_damaged": damage.files > 0,
         "damaged_entries": damage.pages,

@@ -85,7 +85,7 @@ class StoreClient:
             return f"gone: {error}"
         return "ok"
 
-    def _ring(self) -> None:
+    def _notify(self) -> None:
         os.eventfd_write(self._news, 1)
 
 
@@ -169,12 +169,8 @@ class PrefetchClient(StoreClient):
             return self._progress(owner)
 
     def wait(self, owner: str, timeout_s: float, *, until_known: bool = False) -> Progress:
-        def is_over() -> bool:
-            progress = self._progress(owner)
-            return progress.known if until_known else progress.done
-
         with self._lock:
-            self._changed.wait_for(is_over, timeout_s)
+            self._changed.wait_for(lambda: self._progress(owner).ends_wait(until_known=until_known), timeout_s)
             return self._progress(owner)
 
     def took_s(self, owner: str) -> float:
@@ -244,11 +240,11 @@ class PrefetchClient(StoreClient):
                 prefetch.ended_at = time.monotonic() if message.done else 0.0
                 self._changed.notify_all()
                 if message.done:
-                    self._ring()
+                    self._notify()
 
     def _ended(self) -> None:
         with self._lock:
             for prefetch in self._by_owner.values():
                 prefetch.done = True
             self._changed.notify_all()
-        self._ring()
+        self._notify()

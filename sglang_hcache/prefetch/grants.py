@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sglang_hcache.prefetch.messages import MAX_KEYS
 from sglang_hcache.prefetch.session import Session
 from sglang_hcache.prefetch.spaces import Space
-from sglang_hcache.storage.layout import unseal
+from sglang_hcache.storage.layout import erase_header
 
 MOST = 0.25  # of an arena's slots, for pages that are being filled
 
@@ -31,7 +31,7 @@ def grant(session: Session, savers: Sequence[Session], *, heard_since: float) ->
         left -= min(len(other.granted), share) if stopped else len(other.granted)
     wanted, slots = min(session.wanted, left, share - len(session.granted), MAX_KEYS), list[int]()
     while len(slots) < wanted and store.available and (slot := store.reserve()) is not None:
-        unseal(store.memory[slot])  # no header of a former page may look like this one's
+        erase_header(store.memory[slot])  # no header of a former page may look like this one's
         slots.append(slot)
     session.granted.update(slots)
     session.wanted -= len(slots)

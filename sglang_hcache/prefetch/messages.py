@@ -157,7 +157,7 @@ class Waiting(Message):
 
 
 class Refused(Message):
-    """A message was not understood or not allowed; `reason` is one of the counters' names in `Figures`."""
+    """A message was not understood or not allowed; `Figures` count them as `refused_{reason}`."""
 
     reason: str
     text: str

@@ -194,7 +194,7 @@ class RemoteClient(StoreClient):
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         slots = max(1, hello.host_bytes // layout.record_bytes)
         self._region = mmap.mmap(-1, slots * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._files = RemoteFiles(connection, self._ring)
+        self._files = RemoteFiles(connection, self._notify)
         self._store = LocalStore(
             layout,
             hello.fingerprint,
@@ -315,7 +315,7 @@ class RemoteClient(StoreClient):
 
     def _progressed(self, owner: str) -> None:
         if self.progress(owner).done:
-            self._ring()
+            self._notify()
 
 
 def _number(stats: Stats, name: str) -> int:

@@ -123,7 +123,7 @@ class Server:
 
     def stop(self) -> None:
         self._stopping = True
-        self._ring()
+        self._notify()
 
     # ---- the loop's parts ----
 
@@ -494,11 +494,11 @@ class Server:
 
     def _later(self, job: Callable[[], None]) -> None:
         self._jobs.append(job)
-        self._ring()
+        self._notify()
 
     def _progressed(self, fingerprint: bytes, owner: str) -> None:
         self._progress.append((fingerprint, owner))
-        self._ring()
+        self._notify()
 
-    def _ring(self) -> None:
+    def _notify(self) -> None:
         os.eventfd_write(self._wake, 1)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_head_start, plan_load
@@ -23,7 +23,7 @@ _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
 
 @dataclass(frozen=True)
 class Prompt:
-    """Of a request's prompt, what no page of the hit covers."""
+    """Of a request's prompt, what no page of the hit covers, and how the queue may serve it."""
 
     new_tokens: int  # after the hit
     device_tokens: int  # before it, in the KV pool
@@ -71,13 +71,8 @@ class LoadPlanner:
         least_pages: to be restored whether it pays or not.
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
-        hit = Hit(
-            self._page_tokens,
-            host_pages,
-            new_tokens=prompt.new_tokens + missing_pages * self._page_tokens,
-            device_tokens=prompt.device_tokens,
-            bus_queue_s=tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token),
-        )
+        queue_s = tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
+        hit = self._hit(host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s)
         return plan_load(costs, self._layout, hit, least_pages=least_pages).pages
 
     def trial_pages(self, host_pages: int, *, again: bool) -> int:
@@ -107,8 +102,8 @@ class LoadPlanner:
         missing_pages: after it, which are not to be had. start_s: until the engine is done with the requests before.
         queued_pages: what is read for others first.
         """
-        prompt = replace(prompt, new_tokens=prompt.new_tokens + missing_pages * self._page_tokens)
-        hit = self._partly_read(host_pages, lower_pages, prompt, start_s=start_s, queued_pages=queued_pages)
+        queues_s = {"start_s": start_s, "lower_queue_s": self.read_s(queued_pages)}
+        hit = self._hit(host_pages, prompt, lower_pages, missing_pages=missing_pages, **queues_s)
         return plan_load(self._now(), self._layout, hit).pages
 
     def head_start(
@@ -118,8 +113,8 @@ class LoadPlanner:
 
         begun_pages: the first to be read; their reads go on in any case.
         """
-        hit = self._partly_read(host_pages, lower_pages, prompt, queued_pages=queued_pages)
-        in_vain_s = self.read_s(begun_pages) if begun_pages else 0.0
+        hit = self._hit(host_pages, prompt, lower_pages, lower_queue_s=self.read_s(queued_pages))
+        in_vain_s = self.read_s(begun_pages)
         plan = plan_head_start(self._now(), self._layout, hit, in_vain_s=in_vain_s)
         return 0 if plan is None else plan.pages
 
@@ -136,8 +131,8 @@ class LoadPlanner:
         return self._tracker.due(self._lower_tier)
 
     def read_s(self, pages: int) -> float:
-        """Seconds to read so many pages from the lower tier into host memory, with nobody else reading."""
-        return self._read_s(self._now(), pages)
+        """Seconds to read so many pages, if any, from the lower tier into host memory, with nobody else reading."""
+        return self._read_s(self._now(), pages) if pages else 0.0
 
     def pages_read_within(self, seconds: float) -> int:
         """How many pages can be read in this time, by the same rates as `read_s`."""
@@ -146,8 +141,7 @@ class LoadPlanner:
 
     def pass_s(self, host_pages: int, prompt: Prompt, *, missing_pages: int) -> float:
         """Seconds that the engine takes for a request with a hit in host memory and pages after it that are not."""
-        new_tokens = prompt.new_tokens + missing_pages * self._page_tokens
-        hit = Hit(self._page_tokens, host_pages, new_tokens=new_tokens, device_tokens=prompt.device_tokens)
+        hit = self._hit(host_pages, prompt, missing_pages=missing_pages)
         return plan_load(self._now(), self._layout, hit).seconds
 
     # ---- what really happened ----
@@ -193,18 +187,17 @@ class LoadPlanner:
         factors = {f"slower_{resource}": round(self._tracker.factor(resource), 3) for resource in Resource}
         return {"plans": self.plans, "pages_left_to_prefill": self.pages_left_to_prefill, **factors}
 
-    def _partly_read(
-        self, host_pages: int, lower_pages: int, prompt: Prompt, *, start_s: float = 0.0, queued_pages: int = 0
+    def _hit(
+        self, host_pages: int, prompt: Prompt, lower_pages: int = 0, *, missing_pages: int = 0, **queues_s: float
     ) -> Hit:
-        """The next `lower_pages` are on a lower tier, which has other pages to read before."""
+        """Pages in host memory, then on the lower tier, then nowhere."""
         return Hit(
             self._page_tokens,
             host_pages,
             lower_pages,
-            new_tokens=prompt.new_tokens,
+            new_tokens=prompt.new_tokens + missing_pages * self._page_tokens,
             device_tokens=prompt.device_tokens,
-            start_s=start_s,
-            lower_queue_s=self.read_s(queued_pages) if queued_pages else 0.0,
+            **queues_s,
         )
 
     def _read_s(self, costs: Costs, pages: int) -> float:

@@ -30,6 +30,6 @@ class StepWaits:
         progress = store.wait(owner, timeout_s, until_known=until_known)
         now = time.monotonic()
         self._left_s -= now - began
-        if not (progress.known if until_known else progress.done):
+        if not progress.ends_wait(until_known=until_known):
             self._next_at = now + NO_WAIT_S
         return progress.done

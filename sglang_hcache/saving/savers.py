@@ -252,7 +252,7 @@ class PageSaver:
         self._copy_out.drain()
 
     def stats(self) -> dict[str, int]:
-        return {**self._counts, "pages_open": len(self._open) if self._open is not None else 0}
+        return dict(self._counts)
 
 
 class KVRows:

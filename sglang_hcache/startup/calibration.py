@@ -31,7 +31,7 @@ from sglang_hcache.restoring.restore import restorer_for
 from sglang_hcache.startup.kept import CALIBRATION, Kept
 from sglang_hcache.startup.representation import Formats, LayerFormat
 from sglang_hcache.startup.synthetic_forward import leaving_no_trace, most_at_once, most_tokens, prefill_random_prompt
-from sglang_hcache.storage.probe import read_bytes_per_s
+from sglang_hcache.storage.probe import measure_read_rate
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
     total = 0.0
     for directory in directories:
         try:
-            total += read_bytes_per_s(Path(directory))
+            total += measure_read_rate(Path(directory))
         except OSError as error:
             logger.info("hcache: %s cannot be tried (%s)", directory, error)
             total += _NO_PROBE_BYTES_PER_S

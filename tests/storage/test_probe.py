@@ -11,7 +11,7 @@ import pytest
 
 from sglang_hcache.storage import probe
 from sglang_hcache.storage.direct import File
-from sglang_hcache.storage.probe import read_bytes_per_s
+from sglang_hcache.storage.probe import measure_read_rate
 
 
 def test_a_drive_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,11 +33,11 @@ def test_a_drive_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(File, "write", takes(100, File.write))
     monkeypatch.setattr(os, "fsync", takes(100, os.fsync))
     monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now))
-    assert read_bytes_per_s(tmp_path, n_bytes=8 << 20) == 2 << 20
+    assert measure_read_rate(tmp_path, n_bytes=8 << 20) == 2 << 20
     assert sorted(offsets) == list(range(0, 8 << 20, 1 << 20))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
-        read_bytes_per_s(tmp_path / "missing")
+        measure_read_rate(tmp_path / "missing")

@@ -12,7 +12,7 @@ import lmdb
 import pytest
 
 from sglang_hcache.cli.common import alone
-from sglang_hcache.storage import directory, evictor, index_file, locks
+from sglang_hcache.storage import evictor, index_file, locks
 from sglang_hcache.storage.files import lock_within
 from sglang_hcache.storage.index import Index
 from sglang_hcache.storage.locks import evicting
@@ -147,7 +147,7 @@ def test_an_index_is_checked_also_by_who_waited_for_a_command(
     store.close()
     (tmp_path / "index" / "closed.xxh3").unlink()
     prepared = Mock(side_effect=index_file.prepare)
-    monkeypatch.setattr(directory, "prepare", prepared)
+    monkeypatch.setattr(locks, "prepare", prepared)
     with ThreadPoolExecutor(2) as pool:
         with alone(tmp_path):
             waiting = Mock(side_effect=lock_within)
