@@ -46,9 +46,10 @@ class HeadStarts:
         self._aborted: set[str] = set()
 
     def begin(self, scheduler: Any, start: HeadStart) -> Any | None:
-        """The request that is to be queued; None where the one it is for is gone."""
-        req = next((req for req in scheduler.waiting_queue if req.rid == start.rid), None)
-        if req is None:
+        """The request that is to be queued; None where the one it is for is gone, or clients need the place."""
+        queue, most = scheduler.waiting_queue, scheduler.max_queued_requests
+        req = next((req for req in queue if req.rid == start.rid), None)
+        if req is None or (most is not None and len(queue) + 1 >= most):
             return None
         head = self._heads[start.rid] = _head_of(scheduler, req, start)
         return head

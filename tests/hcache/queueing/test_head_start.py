@@ -32,6 +32,7 @@ def request(rid: str = "a", **options: Any) -> Any:
 def scheduler(*requests: Any, is_generation: bool = True, is_eagle: bool = False) -> Any:
     return SimpleNamespace(
         waiting_queue=list(requests),
+        max_queued_requests=None,
         is_generation=is_generation,
         tree_cache=SimpleNamespace(tree_core=SimpleNamespace(is_eagle=is_eagle)),
         init_req_max_new_tokens=lambda _req: None,
@@ -57,6 +58,13 @@ def test_it_is_the_beginning_of_the_same_prompt_in_the_same_namespace() -> None:
         scheduler_hooks.around_abort_output(told, scheduler(), AbortReq(rid=one.rid), one)
     assert [call.args[2] for call in told.call_args_list] == [req], "nor does anybody hear that it was aborted"
     assert req.sampling_params.max_new_tokens == 50
+
+
+def test_it_takes_no_place_in_the_queue_that_a_client_could_have() -> None:
+    one = scheduler(request("a"), request("b"))
+    for most, begun in ((3, False), (4, True)):
+        one.max_queued_requests = most
+        assert (HeadStarts().begin(one, START) is not None) == begun
 
 
 def test_who_is_gone_gets_none() -> None:
