@@ -106,6 +106,7 @@ class Table:
 
     @cached_property
     def _segments(self) -> tuple[Numbers, Numbers]:
+        """Names are told apart by a hash of 64 bits, by SplitMix64's and xxHash's factors: sorting text is slow."""
         text = self.value.view(_HALVES)["segment"].astype(np.uint64)
         mixed = (text[:, 0] * np.uint64(0x9E3779B97F4A7C15)) ^ (text[:, 1] * np.uint64(0xC2B2AE3D27D4EB4F))
         mixed ^= (self.group * np.int64(1024) + self.volume).astype(np.uint64) * np.uint64(0x165667B19E3779F9)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import resource
 import signal
 import socket
@@ -13,15 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from io import TextIOWrapper
-from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 
 import zmq
 
 from sglang_hcache.prefetch.endpoint import Endpoint, InstanceLock
+from sglang_hcache.prefetch.logs import logging_to, logging_to_stderr
 from sglang_hcache.prefetch.server import Server, ServerConfig
-from sglang_hcache.storage.files import make_private
 from sglang_hcache.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -30,18 +27,14 @@ FAILED = 1
 SWITCH_S = 0.0005  # an index lookup may wait this long for other threads; with Python's 5 ms many take seconds
 TOUCH_S = 30.0  # how often lock and socket are touched; a server waits twice as long for a prefetcher run by hand
 ASIDE_S = 1.0  # between two looks whether a prefetcher that servers started has ended
-LOG_DATES = "%F %T"
 LOG_NAME = "prefetcher.log"  # in the first directory
-LOG_BYTES = 5_000_000  # of each of two files: this one, and the one before it
-LOG_WAIT_S = 2.0  # for what is still to be written when the prefetcher ends, to it and to stderr
-LOG_RECORDS = 10_000  # that may wait for each of them; of a terminal that is stopped, or a pipe that nobody reads
 
 
 def serve(config: ServerConfig) -> int:
     """Run until stopped; the process's exit status. Where another one serves the endpoint there is nothing to do."""
     logging.getLogger().setLevel(logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written is not for stderr, which may hang
-    with _logging_by(_Stderr()):
+    with logging_to_stderr():
         return _serve(config)
 
 
@@ -131,64 +124,6 @@ def _kept_fresh(lock: InstanceLock) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-class _PrivateFile(RotatingFileHandler):
-    """A file that only this user can read, and one former file beside it; opened by the first record."""
-
-    def _open(self) -> TextIOWrapper:
-        path = Path(self.baseFilename)
-        make_private(path.parent)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return open(os.open(path, flags, 0o600), "a", encoding="utf-8", errors="replace")
-
-
-class _Stderr(logging.Handler):
-    """Writes to what our stderr was at start; it may be gone together with whoever started us.
-
-    It bypasses `sys.stderr` and takes no lock: at exit Python would wait for a thread that hangs holding either.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._fd = sys.stderr.fileno() if sys.stderr else -1
-        self.setFormatter(logging.Formatter("[%(asctime)s prefetcher] %(message)s", LOG_DATES))
-
-    def handle(self, record: logging.LogRecord) -> bool:
-        with contextlib.suppress(OSError):
-            os.write(self._fd, f"{self.format(record)}\n".encode(errors="replace"))
-        return True
-
-
-class _Records(queue.SimpleQueue[logging.LogRecord | None]):
-    """Those that wait to be written, and None at the end; a record that finds no room is dropped."""
-
-    def put_nowait(self, item: logging.LogRecord | None) -> None:
-        if item is None or self.qsize() < LOG_RECORDS:
-            super().put_nowait(item)
-
-
-def logging_to(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Log to a file, too, where one can be had."""
-    file = _PrivateFile(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
-    file.setFormatter(logging.Formatter("[%(asctime)s %(process)d] %(message)s", LOG_DATES))
-    return _logging_by(file)
-
-
-@contextlib.contextmanager
-def _logging_by(written_by: logging.Handler) -> Iterator[None]:
-    """Log through this handler in a thread of its own: a disk or terminal may hang, which must not block us."""
-    records = _Records()
-    handler, listener = QueueHandler(records), QueueListener(records, written_by)
-    logging.getLogger().addHandler(handler)
-    listener.start()
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        stopping = threading.Thread(target=listener.stop, daemon=True)
-        stopping.start()
-        stopping.join(LOG_WAIT_S)
 
 
 def notify(state: str) -> None:

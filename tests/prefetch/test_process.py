@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_hcache.prefetch import endpoint, process
+from sglang_hcache.prefetch import endpoint, logs, process
 from sglang_hcache.prefetch.endpoint import InstanceLock, endpoint_for, is_running
 from sglang_hcache.prefetch.process import raise_process_limits
 from sglang_hcache.prefetch.server import ServerConfig
@@ -269,7 +269,7 @@ def test_by_hand_it_waits_for_one_that_a_server_started(
 def test_its_log_outlives_whoever_started_it(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patience = f"from sglang_hcache.prefetch import process; process.LOG_WAIT_S = {PATIENCE_S}"
+    patience = f"from sglang_hcache.prefetch import logs; logs.LOG_WAIT_S = {PATIENCE_S}"
     (tmp_path / "sitecustomize.py").write_text(patience)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     starter = child("join", directory, 0)
@@ -290,10 +290,10 @@ def test_its_log_outlives_whoever_started_it(
 
 
 def test_its_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LOG_BYTES", 20_000)
-    monkeypatch.setattr(process, "LOG_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(logs, "LOG_BYTES", 20_000)
+    monkeypatch.setattr(logs, "LOG_WAIT_S", PATIENCE_S)
     log, path = logging.getLogger("sglang_hcache.test"), tmp_path / "new" / "prefetcher.log"
-    with process.logging_to(path):
+    with logs.logging_to(path):
         for line in range(1000):
             log.warning("line %d, with what fills a line", line)
     files = sorted(file.name for file in path.parent.iterdir())
@@ -315,10 +315,10 @@ def wait_for_the_log_only(directory: str) -> None:
     release = InstanceLock.release
 
     def released(lock: InstanceLock) -> None:  # between the end of the one and that of the other
-        process.LOG_WAIT_S = 0.1
+        logs.LOG_WAIT_S = 0.1
         release(lock)
 
-    process.LOG_WAIT_S = PATIENCE_S
+    logs.LOG_WAIT_S = PATIENCE_S
     InstanceLock.release = released  # type: ignore[method-assign, assignment]
     sys.exit(process.serve(ServerConfig(endpoint_for([directory]).address, (directory,))))
 
