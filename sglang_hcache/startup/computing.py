@@ -12,7 +12,7 @@ from typing import Any
 import sglang
 import torch
 import transformers
-from sglang.srt.environ import EnvField, Envs
+from sglang.srt.environ import Envs
 
 from sglang_hcache.startup.fingerprint import file_digest
 
@@ -43,8 +43,8 @@ def computing(server_args: Any, model_config: Any) -> Iterator[tuple[str, object
     for name in _FLAGS:
         if value := getattr(server_args, name):
             yield name, value
-    for name in sorted(name for name, field in vars(Envs).items() if isinstance(field, EnvField)):
-        if _CHANGES_VALUES.search(name) and (value := os.environ.get(name)):
+    for name, value in sorted(os.environ.items()):
+        if value and _CHANGES_VALUES.search(name) and (name.startswith("SGLANG_") or name in vars(Envs)):
             yield name, value
 
 

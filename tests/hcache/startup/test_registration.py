@@ -289,6 +289,7 @@ def test_by_its_name_a_model_is_read_in_another_way(say: Say, tmp_path: Path) ->
         "SGLANG_SIMULATE_UNIFORM_EXPERTS",
         "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS",
         "SGLANG_MORI_DISPATCH_DTYPE",
+        "USE_TRITON_W8A8_FP8_KERNEL",
     ],
 )
 def test_the_environment_decides_how_it_is_computed(
@@ -300,6 +301,7 @@ def test_the_environment_decides_how_it_is_computed(
     assert say(model).fingerprint != before
     monkeypatch.delenv(name)
     monkeypatch.setenv("SGLANG_LOG_REQUEST_HEADERS", "x-request-id")
+    monkeypatch.setenv("OTHERS_FP8_KERNEL", "1")
     assert say(model).fingerprint == before
 
 
