@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -111,6 +112,12 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
+def _end_as_if_interrupted() -> None:
+    """SIGTERM ends this process as Ctrl-C does, so that no server in a `with` is left behind."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 class Launcher(Protocol):
     """What `subprocess.Popen` has of a process."""
 
@@ -184,6 +191,7 @@ class Server(Client):
     def start(self) -> None:
         if self._launcher is not None:
             raise RuntimeError("the server was started already")
+        _end_as_if_interrupted()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with self.log.open("wb") as log:

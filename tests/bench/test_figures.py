@@ -75,6 +75,11 @@ def test_replays(name: str, workload: str, row: str) -> None:
     assert not without["different"] + with_it["different"] + without["failed"] + with_it["failed"]
 
 
+def test_requests_that_come_together_by_lpm() -> None:
+    kv, hidden = (result("together")["ratio_recompute_lpm"][tier]["median"] for tier in ("auto", "hidden"))
+    assert f"they came to {kv:.1f} × as K and V and {hidden:.1f} × as hidden states" in " ".join(README.split())
+
+
 def test_the_time_of_a_queued_request() -> None:
     measured = result("ttft")["ttft_ssd_s"]
     queued, idle = measured["queued"], measured["idle"]

@@ -1,13 +1,41 @@
-"""Servers are asked in an order that favours none."""
+"""Servers are asked in an order that favours none, and stopped whatever ends a bench."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
+import psutil
 import pytest
 
 from bench.harness import in_turn
+
+BENCH = """
+import sys
+from pathlib import Path
+from bench.harness import Server
+
+class Sleeper(Server):
+    def command(self):
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+with Sleeper(Path("model"), log=Path(sys.argv[1])):
+    pass
+"""
+
+
+def test_a_bench_that_is_terminated_leaves_no_server_behind(tmp_path: Path) -> None:
+    root, deadline = Path(__file__).parents[2], time.monotonic() + 60
+    with subprocess.Popen([sys.executable, "-c", BENCH, str(tmp_path / "log")], cwd=root) as bench:
+        while not (servers := psutil.Process(bench.pid).children()):
+            assert time.monotonic() < deadline, "it has started none"
+            time.sleep(0.05)
+        bench.terminate()
+    assert psutil.wait_procs(servers, timeout=30)[1] == []
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd", "abcdef"])
