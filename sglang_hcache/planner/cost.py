@@ -45,9 +45,11 @@ class Costs:
 
     def prefill_s(self, tokens: float, context_tokens: float = 0) -> float:
         """A whole pass with no I/O but the weights', the first logits included."""
-        compute_s = float(self.layer_s(tokens, context_tokens))
-        last_layer_s = min(compute_s, self.weights_bus_s)
-        return self.layers * max(compute_s, self.weights_bus_s) + last_layer_s + self.head_s
+        return self.pass_s(float(self.layer_s(tokens, context_tokens)), self.weights_bus_s)
+
+    def pass_s(self, compute_s: float, copies_s: float) -> float:
+        """A whole pass, the first logits included, of which each layer takes so long to copy and then to compute."""
+        return self.layers * max(compute_s, copies_s) + min(compute_s, copies_s) + self.head_s
 
 
 def costs_of(shape: ModelShape, machine: Machine, *, offloaded: float = 0.0) -> Costs:

@@ -107,7 +107,7 @@ def _highest(sums: list[Floats], table: Floats) -> Floats:
     return highest
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def _basis(page_tokens: int, host_pages: int, lower_pages: int) -> Floats:
     """`Basis` for 1, 2, … all pages, one row each."""
     hit = Hit(page_tokens, host_pages, lower_pages)

@@ -54,7 +54,8 @@ class Hit:
     new_tokens: int = 1  # of the prompt after the hit: prefilled in any case
     device_tokens: int = 0  # before the hit, in the KV pool
     start_s: float = 0.0  # until the engine could start this request
-    bus_queue_s: float = 0.0  # of copies ahead of this one
+    bus_queue_s: float = 0.0  # of other loads' copies, of which the pass waits for a layer's before it computes it
+    beside_layer_s: float = 0.0  # of a layer's compute for other requests in the same pass
     lower_queue_s: float = 0.0  # of reads ahead of this one's
 
     def __post_init__(self) -> None:
@@ -98,19 +99,20 @@ class Stages(NamedTuple):
 def stages(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, basis: Basis) -> Stages:
     """`counts`: layers stored as nothing, hidden states, KV; integers or arrays of them."""
     one, tokens = basis.one, basis.tokens
-    whole = one * costs.layer_s(hit.prefill_tokens, hit.device_tokens)
+    whole = one * (costs.layer_s(hit.prefill_tokens, hit.device_tokens) + hit.beside_layer_s)
     saved_s = costs.linear_s_per_token + hit.device_tokens * costs.attention_s_per_pair
     tail = whole - tokens * saved_s - basis.squared * (costs.attention_s_per_pair / 2)
     project = one * costs.projection_pass_s + tokens * costs.projection_s_per_token
     compute = (whole, tail + project, tail + tokens * costs.scatter_s_per_token)
 
-    weights, latency = one * costs.weights_bus_s, one * costs.bus_latency_s
+    weights = one * (costs.weights_bus_s + hit.bus_queue_s / costs.layers)  # and others' copies
+    latency = one * costs.bus_latency_s
     copies = (
         weights,
         weights + latency + tokens * costs.hidden_bus_s_per_token,
         weights + latency + tokens * costs.kv_bus_s_per_token,
     )
-    bus = _bounds(copies, compute, counts, one * hit.bus_queue_s)
+    bus = _bounds(copies, compute, counts, 0 * one)
     if not costs.streams:
         return Stages(bus, [])
     reads = (
@@ -166,8 +168,9 @@ def restore_s(costs: Costs, counts: tuple[Any, Any, Any], hit: Hit, tokens: Vect
 
 
 def recompute_s(costs: Costs, hit: Hit) -> float:
-    """Seconds to the first token when nothing is restored."""
-    return hit.start_s + costs.prefill_s(hit.prefill_tokens, hit.device_tokens)
+    """Seconds to the first token when nothing is restored; the pass has others' copies and compute in it as well."""
+    compute_s = float(costs.layer_s(hit.prefill_tokens, hit.device_tokens)) + hit.beside_layer_s
+    return hit.start_s + costs.pass_s(compute_s, costs.weights_bus_s + hit.bus_queue_s / costs.layers)
 
 
 def maximum(sums: list[Vector]) -> Vector:

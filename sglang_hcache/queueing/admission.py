@@ -111,7 +111,8 @@ class Admission:
 
         SGLang queues some requests while it makes a batch, once their grammar is ready: if held, they are not in it.
         """
-        keys, prompt = missing_pages(scheduler.tree_cache, req)
+        with self.names.of(req):
+            keys, prompt = missing_pages(scheduler.tree_cache, req)
         if keys:
             whole = divisible(scheduler, req, drafts=self._drafts)
             self._tier.queued(req.rid, keys, replace(prompt, turn=_turn(scheduler, req), divisible=whole))
@@ -136,6 +137,7 @@ class Admission:
         """
         self._tier.renew_store()
         self._shared.publish(scheduler.tree_cache)
+        self._prefetches.batch_begins()
         self._begin_head_starts(scheduler)
         with self._without_held(scheduler) as any_held:
             busy = scheduler.waiting_queue or not running_batch.is_empty() or scheduler.chunked_req is not None
@@ -169,7 +171,11 @@ class Admission:
 
     def add(self, add: Callable[[], Any], adder: Any, req: Any) -> Any:
         """Of a batch that is being made."""
-        return self._shared.add(add, adder, req)
+        before = len(adder.can_run_list)
+        result = self._shared.add(add, adder, req)
+        for added in adder.can_run_list[before:]:
+            self._prefetches.batched(added.extend_len, added.prefix_len)
+        return result
 
     def released(self, rid: str) -> None:
         """SGLang is done with a request, or it was aborted."""

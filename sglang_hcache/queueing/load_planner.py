@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sglang_hcache.planner.cost import Costs, costs_of
 from sglang_hcache.planner.load import plan_head_start, plan_load
@@ -19,6 +20,9 @@ _REFRESH_S = 0.1  # shortest time between two updates of the costs from the rate
 _CLEARLY_FASTER = 1.5  # a forward beside a load counts if this many times faster than expected: less may be noise
 _LEAST_SHARED_TOKENS = 512  # without measured rates: restoring this many takes about as long as a forward
 _LEAST_TOKENS = 32  # a forward, or a load, of fewer says little about rates
+
+# Where SGLang sorts requests by their hits, it asks for the same plans in every step.
+_plan_load = lru_cache(maxsize=1024)(plan_load)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,16 @@ class LoadPlanner:
         self._tracker = RateTracker(calibrated)
         self._costs, self._costs_at = self._calibrated, 0.0
         self._lower_tier = Resource(calibrated.lower_tier.name)
+        self._batch: list[tuple[int, int]] = []  # tokens and context of requests in the batch that is being made
         self.plans = self.pages_left_to_prefill = 0
+
+    def batch_begins(self) -> None:
+        """Another batch is being made."""
+        self._batch.clear()
+
+    def batched(self, tokens: int, context_tokens: int) -> None:
+        """So many tokens of a request are prefilled in the batch that is being made."""
+        self._batch.append((tokens, context_tokens))
 
     def pages(
         self,
@@ -65,15 +78,16 @@ class LoadPlanner:
         queued_pages: int = 0,
         least_pages: int = 0,
     ) -> int:
-        """How many leading pages to restore of a hit in host memory.
+        """How many leading pages to restore of a hit in host memory, in the batch that is being made.
 
         missing_pages: after it, which are not there. queued_pages: of other loads, which the bus has to carry first.
         least_pages: to be restored whether it pays or not.
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
         queue_s = tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
-        hit = self._hit(host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s)
-        return plan_load(costs, self._layout, hit, least_pages=least_pages).pages
+        beside_s = sum(float(costs.layer_s(*one)) - costs.layer_pass_s for one in self._batch)
+        hit = self._hit(host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s, beside_layer_s=beside_s)
+        return _plan_load(costs, self._layout, hit, least_pages=least_pages).pages
 
     def trial_pages(self, host_pages: int, *, again: bool) -> int:
         """How many of a hit in host memory to restore in any case, to see how fast that is.
@@ -139,10 +153,14 @@ class LoadPlanner:
         latency_s, page_s = self._reading_s(self._now())
         return int(max(0.0, seconds - latency_s) / page_s)
 
-    def pass_s(self, host_pages: int, prompt: Prompt, *, missing_pages: int) -> float:
-        """Seconds that the engine takes for a request with a hit in host memory and pages after it that are not."""
-        hit = self._hit(host_pages, prompt, missing_pages=missing_pages)
-        return plan_load(self._now(), self._layout, hit).seconds
+    def pass_s(self, host_pages: int, prompt: Prompt, *, missing_pages: int) -> tuple[float, float]:
+        """Seconds that the engine takes for a request with a hit in host memory and pages after it that are not.
+
+        By itself; and in a pass with others, which read the model's weights in any case.
+        """
+        costs, hit = self._now(), self._hit(host_pages, prompt, missing_pages=missing_pages)
+        alone_s = plan_load(costs, self._layout, hit).seconds
+        return alone_s, max(0.0, alone_s - costs.layers * costs.layer_pass_s - costs.head_s)
 
     # ---- what really happened ----
 
@@ -232,6 +250,10 @@ class RestoreAll:
     def least_shared_pages(self) -> int:
         return -(-_LEAST_SHARED_TOKENS // self._page_tokens)
 
+    def batch_begins(self) -> None: ...
+
+    def batched(self, *_: object) -> None: ...
+
     def pages(self, host_pages: int, *_: object, **__: object) -> int:
         return host_pages
 
@@ -255,8 +277,8 @@ class RestoreAll:
     def pages_read_within(self, _seconds: float) -> int:
         return sys.maxsize
 
-    def pass_s(self, *_: object, **__: object) -> float:
-        return 0.0
+    def pass_s(self, *_: object, **__: object) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def prefilled(self, *_: object, **__: object) -> None: ...
 

@@ -54,6 +54,9 @@ class KeysOf(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __iter__(self) -> Iterator[bytes]:
+        return map(bytes.fromhex, self._names)
+
     @overload
     def __getitem__(self, index: int) -> bytes: ...
     @overload

@@ -246,6 +246,14 @@ class PrefetchQueue:
         )
         return request.planned
 
+    def batch_begins(self) -> None:
+        """Hits are looked up to be restored in another batch."""
+        self._planner.batch_begins()
+
+    def batched(self, tokens: int, context_tokens: int) -> None:
+        """The batch also prefills so many tokens of a request."""
+        self._planner.batched(tokens, context_tokens)
+
     def put_off(self, rid: str) -> None:
         """The request's load is put off, and all may be on the device by its next lookup: do not count this one."""
         if (request := self._requests.get(rid)) is not None:

@@ -19,7 +19,8 @@ class Wait:
     """What a held request waits for; planned when it is first looked at."""
 
     enough: int  # pages
-    pass_s: float  # of the engine, from then on
+    pass_s: float  # of the engine, from then on, by itself
+    beside_s: float  # the same, in a pass with others
     tries: bool  # once it waits no more, the reads still under way are timed, to see how fast drives are
 
 

@@ -32,7 +32,7 @@ class Ahead:
 
     def add(self, request: Request, *, held: bool) -> None:
         if request.wait is not None:
-            self.pass_s += request.wait.pass_s
+            self.pass_s += request.wait.beside_s if self.pass_s else request.wait.pass_s
             if held:
                 self._added.append(request)
 
@@ -88,8 +88,8 @@ def plan_wait(planner: Planner, request: Request, ahead: Ahead, *, done: bool, i
     if in_whole and 2 * enough > pages:
         enough = pages
     tries = not done and pages - there >= MEASURED_PAGES and enough < pages and planner.tries_drives()
-    pass_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
-    return Wait(enough, pass_s, tries)
+    pass_s, beside_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
+    return Wait(enough, pass_s, beside_s, tries)
 
 
 def head_start_pages(planner: Planner, request: Request, ahead: Ahead, *, reads_at_once: int) -> int:

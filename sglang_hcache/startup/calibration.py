@@ -177,6 +177,8 @@ def _drives(directories: Sequence[str], read_limit: float | None) -> float:
 class KeptRates:
     """The rates kept by an earlier start with the same `about`; else measured, and kept, as are rates learned later.
 
+    `calibrated`: as they were measured. `machine`: by what was learned since, which changes with the load.
+
     about: everything that the rates depend on. A file that cannot be read or written costs a measurement. That runs
     the model, which takes all ranks, so `agree` tells whether all of them have kept rates.
     """
@@ -193,10 +195,10 @@ class KeptRates:
         self._looked_at = time.monotonic()
         kept = self._read()
         if agree(kept is not None) and kept is not None:
-            self.machine = kept
+            self.calibrated, self.machine = kept
             return
         began = time.perf_counter()
-        self.machine = measure()
+        self.calibrated = self.machine = measure()
         logger.info("hcache: calibrated in %.1f s", time.perf_counter() - began)
         self._write()
 
@@ -211,16 +213,16 @@ class KeptRates:
             self.machine = machine
             threading.Thread(target=self._write, name="hcache-rates", daemon=True).start()
 
-    def _read(self) -> Machine | None:
+    def _read(self) -> tuple[Machine, Machine] | None:
         found = self._kept.read()
         try:
-            return Machine(**found["rates"]) if found is not None else None
+            return (Machine(**found["calibrated"]), Machine(**found["rates"])) if found is not None else None
         except (ValueError, KeyError, TypeError):
             return None
 
     def _write(self) -> None:
         try:
-            self._kept.write(rates=asdict(self.machine))
+            self._kept.write(rates=asdict(self.machine), calibrated=asdict(self.calibrated))
         except OSError as error:
             logger.info("hcache: the calibration cannot be kept (%s)", error)
 

@@ -73,7 +73,7 @@ def plan(config: HCacheConfig, runner: Any, capture: Capture | str, pools: Pools
                 config,
                 formats,
                 shape,
-                kept.machine,
+                kept.calibrated,  # learned rates change with the load, and another layout loses all stored pages
                 page_tokens=page_tokens,
                 most_tokens=most_tokens(runner, page_tokens),
                 mixed=get_parallel().attn_tp_size == 1,  # else hidden states would be stored by each of the ranks

@@ -61,6 +61,7 @@ def test_rates_decide_what_is_restored(
 
     fast = dict.fromkeys(("projection_flop_per_s", "scatter_bytes_per_s"), 1e13) | {"bus_bytes_per_s": 1e11}
     found["rates"] |= {"gemm_flop_per_s": 1e9, "attention_flop_per_s": 1e9} | fast
+    found["calibrated"] = found["rates"]
     kept.write_text(json.dumps(found))
     (layout,) = (fresh_store / "layouts").glob("*.json")
     layout.write_text(json.dumps(json.loads(layout.read_text()) | {"hidden": 1, "kv": 2}))

@@ -84,6 +84,7 @@ def hits(draw: st.DrawFn, most_pages: int = 200) -> Hit:
         start_s=draw(st.floats(0, 0.2)),
         bus_queue_s=draw(st.floats(0, 0.2)),
         lower_queue_s=draw(st.floats(0, 0.2)),
+        beside_layer_s=draw(st.floats(0, 0.02)),
     )
     return hit if hit.pages else replace(hit, host_pages=1)
 
@@ -96,15 +97,14 @@ def plain_restore_s(costs: Costs, kinds: list[str], hit: Hit, pages: int) -> flo
     begin_s, read_done_s = hit.start_s, hit.lower_queue_s + costs.lower_latency_s
     if lower and not costs.streams:
         begin_s = max(begin_s, read_done_s + sum(read_s[kind] for kind in kinds))
-    gpu_s, bus_s, queued = 0.0, 0.0, False
+    gpu_s = bus_s = 0.0
     for kind in kinds:
-        bus_s += costs.weights_bus_s
+        bus_s += costs.weights_bus_s + hit.bus_queue_s / len(kinds)
         if kind == "none":
-            gpu_s = max(gpu_s, bus_s) + costs.layer_s(hit.prefill_tokens, hit.device_tokens)
+            gpu_s = max(gpu_s, bus_s) + costs.layer_s(hit.prefill_tokens, hit.device_tokens) + hit.beside_layer_s
             continue
-        bus_s += costs.bus_latency_s + (0 if queued else hit.bus_queue_s)
+        bus_s += costs.bus_latency_s
         bus_s += tokens * (costs.hidden_bus_s_per_token if kind == "hidden" else costs.kv_bus_s_per_token)
-        queued = True
         ready_s = bus_s
         if costs.streams and lower:
             read_done_s += read_s[kind]
@@ -114,5 +114,5 @@ def plain_restore_s(costs: Costs, kinds: list[str], hit: Hit, pages: int) -> flo
             gpu_s += costs.project_s(tokens)
         if kind == "kv":
             gpu_s += tokens * costs.scatter_s_per_token
-        gpu_s += costs.layer_s(hit.prefill_tokens - tokens, hit.device_tokens + tokens)
+        gpu_s += costs.layer_s(hit.prefill_tokens - tokens, hit.device_tokens + tokens) + hit.beside_layer_s
     return begin_s + gpu_s + costs.head_s

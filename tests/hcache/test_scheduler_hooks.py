@@ -79,6 +79,9 @@ class Tier:
     def propose(self, *, idle: bool) -> Admit | None:
         return None
 
+    def batch_begins(self) -> None:
+        pass
+
     def take_head_start(self) -> None:
         return None
 

@@ -159,6 +159,8 @@ class Tier:
 
     def new_step(self) -> None: ...
 
+    def batch_begins(self) -> None: ...
+
     def propose(self, *, idle: bool) -> Admit | None:
         self.idle.append(idle)
         return None

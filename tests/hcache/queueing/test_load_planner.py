@@ -54,9 +54,11 @@ def test_waiting_behind_others_reads_costs_their_time() -> None:
     assert fast.worth_waiting_for(4, 60, PROMPT, queued_pages=60_000) == 4
 
 
-def test_loads_that_the_bus_carries_first_count() -> None:
-    assert planner().pages(8, PROMPT, queued_pages=64) == 8
-    assert planner().pages(8, PROMPT, queued_pages=10_000) == 0
+def test_other_loads_on_the_bus_count() -> None:
+    """The pass waits for them in any case: what is prefilled meanwhile costs nothing, if it ends before they do."""
+    slow = planner(replace(CPU, bus_bytes_per_s=3e7))
+    assert [slow.pages(8, PROMPT, queued_pages=queued) for queued in (0, 8, 64)] == [7, 5, 0]
+    assert planner().pages(8, PROMPT, queued_pages=10_000) == 8, "their copies end sooner than the last layer would"
 
 
 def test_to_wait_for_another_load_pays_where_that_takes_longer_than_a_forward() -> None:
@@ -71,7 +73,7 @@ def test_to_wait_for_another_load_pays_where_that_takes_longer_than_a_forward() 
 
 
 def test_a_plan_restores_what_others_would_load_however_busy_the_bus_is() -> None:
-    assert planner().pages(8, PROMPT, queued_pages=10_000, least_pages=3) >= 3
+    assert planner(replace(CPU, bus_bytes_per_s=3e7)).pages(8, PROMPT, queued_pages=64, least_pages=3) >= 3
 
 
 def test_before_pages_that_are_missing_there_is_time_to_restore_more() -> None:
@@ -82,8 +84,20 @@ def test_before_pages_that_are_missing_there_is_time_to_restore_more() -> None:
 
 def test_the_engine_is_expected_to_be_busy_with_what_is_missing() -> None:
     fast = planner()
+    costs = costs_of(SHAPE, CPU)
     assert fast.pass_s(64, PROMPT, missing_pages=0) < fast.pass_s(32, PROMPT, missing_pages=32)
-    assert fast.pass_s(0, PROMPT, missing_pages=64) == pytest.approx(costs_of(SHAPE, CPU).prefill_s(65 * PAGE))
+    alone_s, beside_s = fast.pass_s(0, PROMPT, missing_pages=64)
+    assert alone_s == pytest.approx(costs.prefill_s(65 * PAGE))
+    assert alone_s - beside_s == pytest.approx(costs.layers * costs.layer_pass_s + costs.head_s), "read once for all"
+
+
+def test_beside_much_compute_for_others_more_is_restored() -> None:
+    slow = planner(replace(CPU, bus_bytes_per_s=1e7))
+    alone = slow.pages(8, PROMPT)
+    slow.batched(64 * PAGE, 0)
+    assert slow.pages(8, PROMPT) == 8 > alone
+    slow.batch_begins()
+    assert slow.pages(8, PROMPT) == alone
 
 
 def test_a_remote_store_is_the_lower_tier_where_there_is_one() -> None:

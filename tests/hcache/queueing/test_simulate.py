@@ -25,7 +25,7 @@ def test_of_those_that_wait_the_shortest_goes_first() -> None:
 @given(costs(), hits(), st.sampled_from([Restore.ALL, Restore.PLANNED, Restore.NOTHING]))
 @settings(max_examples=150, deadline=None)
 def test_alone_a_simulated_request_takes_what_the_planner_expects(found: Costs, hit: Hit, restore: Restore) -> None:
-    hit = replace(hit, start_s=0.0, bus_queue_s=0.0, lower_queue_s=0.0)
+    hit = replace(hit, start_s=0.0, bus_queue_s=0.0, lower_queue_s=0.0, beside_layer_s=0.0)
     hit = replace(hit, host_pages=max(1, hit.host_pages))
     layout = Layout(0, found.layers // 2, found.layers - found.layers // 2)
     counts = (layout.none, layout.hidden, layout.kv)

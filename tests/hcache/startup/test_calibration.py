@@ -60,7 +60,9 @@ def test_rates_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path) -> None
 
 def test_what_was_learned_is_kept_where_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def at_next_start() -> Machine:
-        return KeptRates(tmp_path, ABOUT, lambda: pytest.fail("measured again"), agree=bool).machine
+        kept = KeptRates(tmp_path, ABOUT, lambda: pytest.fail("measured again"), agree=bool)
+        assert kept.calibrated == MACHINE, "by which the layout is chosen: another one would lose all pages"
+        return kept.machine
 
     def written() -> None:
         for thread in threading.enumerate():
