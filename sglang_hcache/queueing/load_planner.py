@@ -58,16 +58,17 @@ class LoadPlanner:
         self._tracker = RateTracker(calibrated)
         self._costs, self._costs_at = self._calibrated, 0.0
         self._lower_tier = Resource(calibrated.lower_tier.name)
-        self._batch: list[tuple[int, int]] = []  # tokens and context of requests in the batch that is being made
+        self._beside_s = 0.0  # of a layer's compute for the requests in the batch that is being made
         self.plans = self.pages_left_to_prefill = 0
 
     def batch_begins(self) -> None:
         """Another batch is being made."""
-        self._batch.clear()
+        self._beside_s = 0.0
 
     def batched(self, tokens: int, context_tokens: int) -> None:
         """So many tokens of a request are prefilled in the batch that is being made."""
-        self._batch.append((tokens, context_tokens))
+        costs = self._now()
+        self._beside_s += float(costs.layer_s(tokens, context_tokens)) - costs.layer_pass_s
 
     def pages(
         self,
@@ -85,8 +86,9 @@ class LoadPlanner:
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
         queue_s = tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
-        beside_s = sum(float(costs.layer_s(*one)) - costs.layer_pass_s for one in self._batch)
-        hit = self._hit(host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s, beside_layer_s=beside_s)
+        hit = self._hit(
+            host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s, beside_layer_s=self._beside_s
+        )
         return _plan_load(costs, self._layout, hit, least_pages=least_pages).pages
 
     def trial_pages(self, host_pages: int, *, again: bool) -> int:
