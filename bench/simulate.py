@@ -87,7 +87,7 @@ def _serve(costs: Costs, hit: Hit, method: Method, now_s: float, busy: _Busy) ->
     """When the first token is there."""
     pages = hit.pages if method.restore is Restore.ALL else 0
     if method.restore is Restore.PLANNED:
-        queued = replace(hit, start_s=max(0.0, busy.gpu_s - now_s), bus_queue_s=max(0.0, busy.bus_s - now_s))
+        queued = replace(hit, start_s=max(0.0, busy.gpu_s - now_s))
         pages = plan_load(costs, method.layout, queued).pages
     tokens = pages * hit.page_tokens
     lower_tokens = tokens - min(pages, hit.host_pages) * hit.page_tokens

@@ -91,6 +91,7 @@ def _serving_hooks() -> list[tuple[str, Callable[..., Any], HookType]]:
         (f"{_SCHEDULER}.load_lora_adapter", hooks.around_load_adapter, around),
         (f"{_SCHEDULER}._add_request_to_queue", hooks.after_request_queued, after),
         (f"{_SCHEDULER}._get_new_batch_prefill_raw", hooks.around_new_batch, around),
+        (f"{_ADDER}.add_chunked_req", hooks.after_chunk_added, after),
         (f"{_ADDER}.add_one_req", hooks.around_add, around),
         (f"{_SCHEDULER}.send_abort_output", hooks.around_abort_output, around),
         (f"{_SCHEDULER}.emit_metrics_constants", hooks.after_metrics_constants, after),

@@ -174,6 +174,12 @@ def around_add(original: Callable[..., Any], adder: Any, req: Any, *args: Any, *
     return add() if admission is None else admission.add(add, adder, req)
 
 
+def after_chunk_added(_result: Any, adder: Any, _req: Any) -> None:
+    """A prompt that is longer than a chunk goes on in the next batch, before others are looked up for it."""
+    if admission is not None:
+        admission.added(adder.can_run_list)
+
+
 def before_memory_released(_manager: object, _request: object) -> None:
     """SGLang takes the KV pool's memory away, and flushes its cache only afterwards."""
     if linker is not None:

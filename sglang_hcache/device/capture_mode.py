@@ -25,11 +25,15 @@ def beside_captures() -> Iterator[None]:
     try:
         yield
     finally:
-        _exchange(former)
+        if former is not None:
+            _exchange(former)
 
 
-def _exchange(mode: int) -> int:
-    """Set the calling thread's mode, and return the one that it had."""
+def _exchange(mode: int) -> int | None:
+    """Set the calling thread's mode, and return the one that it had; None where the driver does not."""
     value = ctypes.c_int(mode)
-    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(value))
-    return value.value
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # torch has loaded it
+    except OSError:
+        return None
+    return None if driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(value)) else value.value

@@ -173,9 +173,13 @@ class Admission:
         """Of a batch that is being made."""
         before = len(adder.can_run_list)
         result = self._shared.add(add, adder, req)
-        for added in adder.can_run_list[before:]:
-            self._prefetches.batched(added.extend_len, added.prefix_len)
+        self.added(adder.can_run_list[before:])
         return result
+
+    def added(self, reqs: Sequence[Any]) -> None:
+        """They are in the batch that is being made, each with what it prefills there."""
+        for req in reqs:
+            self._prefetches.batched(req.extend_len, req.prefix_len)
 
     def released(self, rid: str) -> None:
         """SGLang is done with a request, or it was aborted."""

@@ -81,14 +81,14 @@ class LoadPlanner:
     ) -> int:
         """How many leading pages to restore of a hit in host memory, in the batch that is being made.
 
-        missing_pages: after it, which are not there. queued_pages: of other loads, which the bus has to carry first.
+        missing_pages: after it, which are not there. queued_pages: of other loads in it.
         least_pages: to be restored whether it pays or not.
         """
         costs, tokens = self._now(), queued_pages * self._page_tokens
         queue_s = tokens * self._per_token(costs.hidden_bus_s_per_token, costs.kv_bus_s_per_token)
-        hit = self._hit(
-            host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s, beside_layer_s=self._beside_s
-        )
+        made_s = tokens * self._per_token(costs.projection_s_per_token, costs.scatter_s_per_token)
+        beside_s = self._beside_s + made_s / self._layout.layers
+        hit = self._hit(host_pages, prompt, missing_pages=missing_pages, bus_queue_s=queue_s, beside_layer_s=beside_s)
         return _plan_load(costs, self._layout, hit, least_pages=least_pages).pages
 
     def trial_pages(self, host_pages: int, *, again: bool) -> int:

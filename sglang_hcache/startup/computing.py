@@ -45,12 +45,23 @@ def computing(server_args: Any, model_config: Any) -> Iterator[tuple[str, object
             yield name, value
     for name, value in sorted(os.environ.items()):
         if value and _CHANGES_VALUES.search(name) and (name.startswith("SGLANG_") or name in vars(Envs)):
-            yield name, value
+            yield name, _content_of(value)
+
+
+def _content_of(value: str) -> str:
+    """Of the file, where it names one, as SGLang reads some from: their digest."""
+    try:
+        return file_digest(Path(value)) if Path(value).is_file() else value
+    except OSError:  # too long for a name, say
+        return value
 
 
 def _code_of(package: str) -> list[tuple[str, str]]:
     """Each file of a package that SGLang has imported, by its digest."""
     spec = importlib.util.find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()
-    files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
-    return [(file.name, file_digest(file)) for file in files]
+    return sorted((str(file.relative_to(folder)), file_digest(file)) for folder in folders for file in _code(folder))
+
+
+def _code(folder: str) -> Iterator[Path]:
+    return (file for file in Path(folder).rglob("*") if file.suffix in (".py", ".so"))

@@ -67,6 +67,7 @@ class Registration:
         self._host_share, self._host_bytes = self._wanted_host_memory()
         scales = server_args.quantization_param_path
         self._scales = file_digest(Path(scales)) if scales else None  # as they have been loaded
+        self._computing = tuple(computing(server_args, model_config))  # likewise
         self._this_server = of_first_rank(process_identity())
         self._weights_changes = 0
         self._weights = of_nodes_first_rank(lambda: self._weights_on_disk(config.checkpoint_memo))
@@ -186,7 +187,7 @@ class Registration:
             parts.append(("windowed_layers", windowed))
         if self._pools.drafts:
             parts.append(("draft_kv", [str(pool.dtype) for pool in self._pools.drafts]))
-        parts += computing(self._server_args, self._model_config)
+        parts += self._computing
         if not self._stored.same_on_all_ranks:
             parallel = get_parallel()
             parts.append(("rank", (parallel.attn_tp_rank, parallel.attn_tp_size)))

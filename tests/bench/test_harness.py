@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from bench.harness import in_turn
 
 BENCH = """
 import sys
+import time
 from pathlib import Path
 from bench.harness import Server
 
@@ -23,18 +23,23 @@ class Sleeper(Server):
     def command(self):
         return [sys.executable, "-c", "import time; time.sleep(60)"]
 
+    def _wait_until_it_answers(self, began):
+        print("started", flush=True)
+        time.sleep(60)
+
 with Sleeper(Path("model"), log=Path(sys.argv[1])):
     pass
 """
 
 
 def test_a_bench_that_is_terminated_leaves_no_server_behind(tmp_path: Path) -> None:
-    root, deadline = Path(__file__).parents[2], time.monotonic() + 60
-    with subprocess.Popen([sys.executable, "-c", BENCH, str(tmp_path / "log")], cwd=root) as bench:
-        while not (servers := psutil.Process(bench.pid).children()):
-            assert time.monotonic() < deadline, "it has started none"
-            time.sleep(0.05)
+    command = [sys.executable, "-c", BENCH, str(tmp_path / "log")]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        assert bench.stdout.readline() == "started\n"
+        servers = psutil.Process(bench.pid).children()
         bench.terminate()
+    assert servers
     assert psutil.wait_procs(servers, timeout=30)[1] == []
 
 

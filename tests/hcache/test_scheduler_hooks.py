@@ -64,6 +64,7 @@ class Tier:
 
     def __init__(self) -> None:
         self.held = dict[str, None]()
+        self.batch = list[tuple[int, int]]()
         self.waited = 0
 
     def queued(self, rid: str, _keys: object, _prompt: object) -> None:
@@ -80,7 +81,10 @@ class Tier:
         return None
 
     def batch_begins(self) -> None:
-        pass
+        self.batch.clear()
+
+    def batched(self, tokens: int, context_tokens: int) -> None:
+        self.batch.append((tokens, context_tokens))
 
     def take_head_start(self) -> None:
         return None
@@ -202,6 +206,26 @@ def test_with_nothing_to_do_but_to_hold_it_waits_for_news(tier: Tier) -> None:
     assert tier.waited == 1, "nothing is admitted in a step that does not look"
     scheduler.step()
     assert tier.waited == 2
+
+
+def test_plans_know_what_the_batch_computes_by_now(tier: Tier) -> None:
+    """A prompt that goes on in it, and each that is added, from its hit on; not one for which there is no room."""
+    chunk, other, third = (SimpleNamespace(extend_len=n, prefix_len=10 * n, rid=str(n)) for n in (5, 7, 9))
+    adder = SimpleNamespace(can_run_list=[chunk])
+    other.host_hit_length = third.host_hit_length = 0
+
+    def add(_adder: Any, req: Any) -> None:
+        if req is other:
+            adder.can_run_list.append(req)
+
+    scheduler_hooks.after_chunk_added(None, adder, chunk)
+    assert tier.batch == [(5, 50)]
+    adder.tree_cache = SimpleNamespace(linker=None)
+    for req in (other, third):
+        scheduler_hooks.around_add(add, adder, req)
+    assert tier.batch == [(5, 50), (7, 70)]
+    Scheduler("a").step()
+    assert tier.batch == [], "another batch"
 
 
 def test_hits_of_requests_that_run_are_forgotten(tier: Tier) -> None:

@@ -52,6 +52,18 @@ def test_the_threads_own_mode_comes_back_whatever_happens(driver: Driver) -> Non
     assert driver.mode == GLOBAL
 
 
+def test_without_nvidias_driver_nothing_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    reached = False
+    with beside_captures():
+        reached = True
+    assert reached
+
+
 def test_no_other_thread_is_touched(driver: Driver) -> None:
     seen: list[int] = []
     with beside_captures():

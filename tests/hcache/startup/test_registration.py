@@ -251,6 +251,20 @@ def test_another_version_of_the_models_code_has_no_pages(
     assert say(model).fingerprint != before
 
 
+def test_a_configuration_that_a_variable_names_is_known_by_what_it_says(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, named = checkpoint(tmp_path / "model", b"weights"), tmp_path / "quant.json"
+    monkeypatch.setenv("SGLANG_HUMMING_INPUT_QUANT_CONFIG", str(named))
+    named.write_text('{"dtype": "fp8"}')
+    before = say(model).fingerprint
+    assert say(model).fingerprint == before
+    named.write_text('{"dtype": "bf16"}')
+    assert say(model).fingerprint != before
+    monkeypatch.setenv("SGLANG_HUMMING_INPUT_QUANT_CONFIG", '{"dtype": "bf16"}' + " " * 5000)
+    assert say(model).on_file, "what is too long for a name is none"
+
+
 def test_code_of_models_in_a_package_of_its_own_is_known_by_what_it_says(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
