@@ -175,8 +175,14 @@ class Publisher:
         self._last: dict[str, float] = {}  # by stat; of gauges, what they are where there is no figure
 
     def publish(self) -> None:
-        """Set all metrics once. Counters keep increasing when their figure restarts (a new prefetcher or store)."""
+        """Set all metrics once. Counters keep increasing when their figure restarts (a new prefetcher or store).
+
+        Histograms first: who scrapes meanwhile and sees a load counted finds its duration, too.
+        """
         stats = self._stats()
+        for histogram, durations in self._histograms:
+            while durations:
+                histogram.observe(durations.popleft())
         self._inform({name: str(stats[name]) for name in INFO if name in stats})
         numbers = self._last | numbers_of(stats)
         for metric in METRICS:
@@ -189,9 +195,6 @@ class Publisher:
             else:
                 figure.set(value)
                 self._last[metric.stat] = 0
-        for histogram, durations in self._histograms:
-            while durations:
-                histogram.observe(durations.popleft())
 
     def _inform(self, info: dict[str, str]) -> None:
         """Set `hcache_info` once all its labels are known. A new prefetcher may change them: the former go to 0."""

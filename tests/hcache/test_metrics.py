@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 
 from sglang_hcache import metrics, scheduler_hooks
 from sglang_hcache.metrics import HISTOGRAMS, METRICS, Durations, Publisher, numbers_of
@@ -31,6 +31,9 @@ class Published:
     def now(self, name: str, **more: str) -> float | None:
         """After one more look."""
         self._publisher.publish()
+        return self.found(name, **more)
+
+    def found(self, name: str, **more: str) -> float | None:
         return self._registry.get_sample_value(name, {name: str(value) for name, value in LABELS.items()} | more)
 
 
@@ -39,6 +42,19 @@ def test_names_say_what_they_are() -> None:
         assert re.fullmatch(r"hcache_[a-z_]+", metric.name)
     assert len({metric.name for metric in METRICS}) == len({metric.stat for metric in METRICS}) == len(METRICS)
     assert all(name.endswith("_seconds") for name, _ in HISTOGRAMS)
+
+
+def test_who_sees_a_load_counted_finds_its_duration(monkeypatch: pytest.MonkeyPatch) -> None:
+    published, seen, inc = Published(prefetcher="ok", loads_accepted=1), list[float | None](), Counter.inc
+    published.durations["hcache_load_seconds"].append(0.5)
+
+    def scraped_before(counter: Counter, amount: float) -> None:
+        seen.append(published.found("hcache_load_seconds_count"))
+        inc(counter, amount)
+
+    monkeypatch.setattr(Counter, "inc", scraped_before)
+    assert published.now("hcache_loads_accepted_total") == 1
+    assert seen == [1.0]
 
 
 def test_the_page_names_what_there_is() -> None:
