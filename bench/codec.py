@@ -1,19 +1,22 @@
 """The codecs: what packing saves on activations of several kinds, how far lossy codes are off, and how fast it is.
 
-    python -m bench.codec [--json] [--rounds N] [--save]
+    python -m bench.codec [--model CHECKPOINT] [--json] [--rounds N] [--save]
 
-Method: each kind is a page of 64 tokens by 4,096 values in bf16 (a model's: by its own width), drawn from seed 0;
-packed and unpacked again, every bit of the rows that fit compared. `fit` is their share; packed they take `ratio` of
-their bytes. `filled` is what would be left of that if a row ended with its last escape. `entropy` is what an ideal
-code of the exponents would reach, with one distribution a page, and the others are what other layouts would take of
-the same page by counting bits, not codecs that exist: fixed codes of 2, 3 and 4 bits beside an escape, codes of 2
-bits whose escapes have codes of 3 bits, and codes of 3 bits relative to the median exponent of each channel. Lossy
-errors are the root mean square and the largest of the difference over the same of the values. Llama here has random
-weights (bench/models.py) and is left out without transformers: its hidden states have no outlier channels that
-training makes, and its K are before RoPE. The CPU's rates are of the PyTorch references, one thread, raw bytes over
-the median of the rounds after one that warms up. With a GPU: 256 MiB of raw rows are encoded and decoded in one
-launch each with the L2 cold, beside a copy of as many raw bytes from pinned memory in the same run; medians of CUDA
-events. What each wrote, into bytes of 0xA5, must be its reference's, bit by bit; else the exit status is 1.
+Method: each kind is a page of 64 tokens by 4,096 values in bf16, drawn from seed 0; packed and unpacked again, every
+bit of the rows that fit compared. What is usual is that of 64 other tokens of the same kind, or nothing, if more of
+those fit so. `fit` is the share of the rows that fit, and `fit_plain` what it would be of exponents as they are;
+packed they take `ratio` of their bytes. `filled` is what would be left of that if a row ended with its last escape.
+`entropy` is what an ideal code of the relative exponents would reach, with one distribution a page, and the others
+are what other layouts would take of the same page by counting bits, not codecs that exist: fixed codes of 2, 3 and 4
+bits beside an escape, and codes of 2 bits whose escapes have codes of 3 bits. Lossy errors are the root mean square
+and the largest of the difference over the same of the values. Llama here has random weights (bench/models.py) and is
+left out without transformers; its K are before RoPE. Of --model, which bench/trained.py can make with trained
+weights, the rows are those of 2,048 tokens of prose, and usual is what is so of 256 random tokens, as in a server;
+`tokens_fit` is the share of the tokens that fit in all layers. The CPU's rates are of the PyTorch references, one
+thread, raw bytes over the median of the rounds after one that warms up. With a GPU: 256 MiB of raw rows are encoded
+and decoded in one launch each with the L2 cold, beside a copy of as many raw bytes from pinned memory in the same
+run; medians of CUDA events. What each wrote, into bytes of 0xA5, must be its reference's, bit by bit; else the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +37,17 @@ from bench.report import arguments_of, emit
 from sglang_hcache.triton_kernels import packing, quantize
 
 TOKENS, WIDTH = 64, 4096
+PROSE_TOKENS, RANDOM_TOKENS = 2048, 256  # of a checkpoint
 HEAD_DIM = 128
 RAW_ON_GPU = 256 << 20  # bytes; several times the L2
 POISON = 0xA5
 FLUSHED = 1 << 30  # bytes written before each timing: nothing is in the L2, and the launch does not wait for Python
 
 
-def synthetic() -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and `[TOKENS, WIDTH]` bf16."""
+Kind = tuple[str, torch.Tensor, torch.Tensor]  # a name, rows bf16 `[n, width]`, what is usual in them uint8 `[width]`
+
+
+def synthetic() -> Iterator[Kind]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -50,79 +56,129 @@ def synthetic() -> Iterator[tuple[str, torch.Tensor]]:
     def some(share: float) -> torch.Tensor:
         return torch.rand(WIDTH, generator=generator) < share
 
-    def page(values: torch.Tensor) -> torch.Tensor:
-        return values.to(torch.bfloat16)
-
-    base = normal(TOKENS, WIDTH)
+    base = normal(2 * TOKENS, WIDTH)
     heads = torch.exp(0.7 * normal(WIDTH // HEAD_DIM)).repeat_interleave(HEAD_DIM)
-    yield "normal", page(base)
-    yield "hidden: channel scales e^N(0, 0.25)", page(base * torch.exp(0.25 * normal(WIDTH)))
-    yield "hidden: channel scales e^N(0, 0.5)", page(base * torch.exp(0.5 * normal(WIDTH)))
-    yield "hidden: channel scales e^N(0, 1)", page(base * torch.exp(normal(WIDTH)))
     outliers = torch.where(some(0.003), 60.0, torch.exp(0.3 * normal(WIDTH)))
-    yield "hidden: 0.3 % of channels 60 times larger", page(base * outliers)
-    heavy = normal(TOKENS, WIDTH) * (4 / (normal(4, TOKENS, WIDTH) ** 2).sum(0)).sqrt()
-    yield "hidden: heavy tails (Student's t, 4)", page(heavy)
-    yield "hidden: token scales e^N(0, 0.5)", page(base * torch.exp(0.5 * normal(TOKENS, 1)))
-    yield "V: head scales e^N(0, 0.7)", page(base * heads)
+    heavy = normal(2 * TOKENS, WIDTH) * (4 / (normal(4, 2 * TOKENS, WIDTH) ** 2).sum(0)).sqrt()
     channel_means = 3 * normal(WIDTH) * some(0.1)
-    yield (
-        "K: channel scales e^N(0, 0.8), 10 % with a mean",
-        page(base * torch.exp(0.8 * normal(WIDTH)) + channel_means),
-    )
-    yield "zeros: half of the values", page(base.relu())
-    noise = torch.randint(-(2**15), 2**15, (TOKENS, WIDTH), generator=generator)
-    yield "random bits", noise.to(torch.int16).view(torch.bfloat16)
+    kinds = {
+        "normal": base,
+        "hidden: channel scales e^N(0, 0.25)": base * torch.exp(0.25 * normal(WIDTH)),
+        "hidden: channel scales e^N(0, 0.5)": base * torch.exp(0.5 * normal(WIDTH)),
+        "hidden: channel scales e^N(0, 1)": base * torch.exp(normal(WIDTH)),
+        "hidden: channel scales e^N(0, 2)": base * torch.exp(2 * normal(WIDTH)),
+        "hidden: 0.3 % of channels 60 times larger": base * outliers,
+        "hidden: heavy tails (Student's t, 4)": heavy,
+        "hidden: token scales e^N(0, 0.5)": base * torch.exp(0.5 * normal(2 * TOKENS, 1)),
+        "V: head scales e^N(0, 0.7)": base * heads,
+        "K: channel scales e^N(0, 0.8), 10 % with a mean": base * torch.exp(0.8 * normal(WIDTH)) + channel_means,
+        "zeros: half of the values": base.relu(),
+    }
+    noise = torch.randint(-(2**15), 2**15, (2 * TOKENS, WIDTH), generator=generator)
+    bits = {"random bits": noise.to(torch.int16).view(torch.bfloat16)}
+    for name, values in ({kind: rows.to(torch.bfloat16) for kind, rows in kinds.items()} | bits).items():
+        yield name, values[TOKENS:], _usual(values[:TOKENS])
 
 
-def from_random_llama() -> Iterator[tuple[str, torch.Tensor]]:
-    """Hidden states after the norm, K and V of the middle layer of a Llama with random weights."""
-    from transformers import AutoModelForCausalLM
-
+def of_random_llama() -> Iterator[Kind]:
+    """The input of the middle layer's attention, K and V, of a Llama with random weights."""
     from bench.models import ModelSpec, make_model
 
     spec = ModelSpec("llama", hidden_size=512, layers=4, heads=8, intermediate=1024)
     with tempfile.TemporaryDirectory(prefix="hcache-codec-") as folder:
-        model = AutoModelForCausalLM.from_pretrained(make_model(Path(folder) / "llama", spec), dtype=torch.float32)
-    layer = model.model.layers[spec.layers // 2]
-    seen: dict[str, torch.Tensor] = {}
-    modules = {"hidden": layer.input_layernorm, "K": layer.self_attn.k_proj, "V": layer.self_attn.v_proj}
-    for name, module in modules.items():
-        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output[0]}))
-    prompt = torch.randint(5, spec.vocab, (1, 2 * TOKENS), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        model(prompt)
+        seen = activations(make_model(Path(folder) / "llama", spec), [_random_tokens(2 * TOKENS, spec.vocab)])[0]
     for name, values in seen.items():
-        yield f"random-weight Llama: {name}", values[TOKENS:].to(torch.bfloat16)
+        middle = values[spec.layers // 2]
+        yield f"random-weight Llama: {name}", middle[TOKENS:], _usual(middle[:TOKENS])
+
+
+def of_checkpoint(model: Path) -> tuple[list[Kind], float]:
+    """Of some layers' inputs of attention, of all together, and of the middle one's K and V; and `tokens_fit`."""
+    from transformers import AutoConfig
+
+    from bench.trained import text_tokens
+
+    vocab = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    prompts = [text_tokens(model)[:PROSE_TOKENS], _random_tokens(RANDOM_TOKENS, vocab)]
+    prose, random = activations(model, prompts)
+    hidden, usual = prose["hidden"], packing.usual_exponents(random["hidden"])
+    layers, name = len(hidden), model.name
+    kinds = [(f"{name}: hidden, layer {i}", hidden[i], usual[i]) for i in sorted({0, 1, layers // 2, layers - 1})]
+    for other in ("K", "V"):
+        middle = prose[other][layers // 2]
+        kinds.append((f"{name}: {other}", middle, _usual(random[other][layers // 2])))
+    return kinds, float(_fit(hidden, usual).all(0).float().mean())
+
+
+def activations(model: Path, prompts: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+    """For each prompt: the inputs of attention, K before RoPE, and V, bf16 `[layers, tokens, width]`, by name."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def note(name: str, values: torch.Tensor) -> None:
+        seen.setdefault(name, []).append(values[0].to(torch.bfloat16))
+
+    for layer in lm.model.layers:
+        attention = layer.self_attn
+        attention.register_forward_pre_hook(
+            lambda _, args, kwargs: note("hidden", args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        attention.k_proj.register_forward_hook(lambda _, __, output: note("K", output))
+        attention.v_proj.register_forward_hook(lambda _, __, output: note("V", output))
+    found = []
+    for prompt in prompts:
+        seen.clear()
+        with torch.inference_mode():
+            lm(torch.tensor([list(prompt)]))
+        found.append({name: torch.stack(values) for name, values in seen.items()})
+    return found
+
+
+def _usual(rows: torch.Tensor) -> torch.Tensor:
+    """By which more of `[n, width]` fit, as `startup.codec_choice` has it for all layers of a model."""
+    found = [packing.usual_exponents(rows[None])[0], torch.zeros(rows.shape[1], dtype=torch.uint8)]
+    return max(found, key=lambda usual: int(_fit(rows[None], usual[None]).sum()))
+
+
+def _random_tokens(tokens: int, vocab: int) -> list[int]:
+    drawn: list[int] = torch.randint(5, vocab, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    return drawn
 
 
 # --- sizes and errors ---
 
 
-def packed_sizes(page: torch.Tensor) -> dict[str, float | None]:
+def packed_sizes(rows: torch.Tensor, usual: torch.Tensor) -> dict[str, float | None]:
     """Packed over raw bytes, measured, and of other layouts, counted."""
-    width = page.shape[1]
-    packed = packing.pack_rows_reference(page)
+    width = rows.shape[1]
+    packed = packing.pack_rows_reference(rows[None], usual[None])[0]
     fit = packed[:, packing.fits_at(width)] == 0
-    if not torch.equal(packing.unpack_rows_reference(packed[fit]).view(torch.int16), page[fit].view(torch.int16)):
+    unpacked = packing.unpack_rows_reference(packed[fit], usual)
+    if not torch.equal(unpacked.view(torch.int16), rows[fit].view(torch.int16)):
         sys.exit("bench.codec: a row came back changed.")
-    escapes = packed[fit, packing.fits_at(width) + 1 :] != 0  # an exponent of 0 that escapes is not counted
-    filled = (packing.fits_at(width) + 1 + float(escapes.sum(1).double().mean())) / (2 * width) if fit.any() else None
-    exponents = (page.view(torch.int16) >> 7 & 0xFF).to(torch.int64)
+    exponents = (rows.view(torch.int16) >> 7).to(torch.int64) - usual & 0xFF
     counts = torch.bincount(exponents.flatten(), minlength=256).sort(descending=True).values.double()
     share = counts[counts > 0] / counts.sum()
-    relative = (exponents - exponents.median(0).values) & 0xFF
-    by_channel = torch.bincount(relative.flatten(), minlength=256).sort(descending=True).values.double()
+    of_rows = torch.zeros(len(rows), 256).scatter_add_(1, exponents, torch.ones(exponents.shape))
+    escapes = of_rows[fit].sort(1, descending=True).values[:, packing.ESCAPE :].sum(1)
+    filled = (packing.fits_at(width) + 1 + float(escapes.mean())) / (2 * width) if fit.any() else None
     bits = {
         "entropy": float(-(share * share.log2()).sum()),
         "codes_2_bits": _escape_bits(counts, 2),
         "codes_3_bits": _escape_bits(counts, 3),
         "codes_4_bits": _escape_bits(counts, 4),
         "codes_2_then_3_bits": 2 + float((3 * counts[3:].sum() + 8 * counts[10:].sum()) / counts.sum()),
-        "codes_3_bits_by_channel": _escape_bits(by_channel, 3) + 8 / page.shape[0],
     }
-    sizes = {"ratio": packed.shape[1] / (2 * width), "fit": float(fit.float().mean()), "filled": filled}
-    return sizes | {name: (8 + each) / 16 for name, each in bits.items()}
+    sizes = {"ratio": packed.shape[1] / (2 * width), "fit": float(fit.float().mean())}
+    sizes["fit_plain"] = float(_fit(rows[None], torch.zeros_like(usual)[None]).float().mean())
+    return sizes | {"filled": filled} | {name: (8 + each) / 16 for name, each in bits.items()}
+
+
+def _fit(rows: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+    """Which of the rows `[layers, n, width]` fit: bool `[layers, n]`."""
+    return packing.pack_rows_reference(rows, usual)[..., packing.fits_at(rows.shape[-1])] == 0
 
 
 def _escape_bits(counts: torch.Tensor, bits: int) -> float:
@@ -131,7 +187,7 @@ def _escape_bits(counts: torch.Tensor, bits: int) -> float:
 
 
 def lossy_errors(page: torch.Tensor) -> dict[str, dict[str, float]]:
-    """By code; of pages without NaN and infinity."""
+    """By code; of rows without NaN and infinity."""
     errors = {}
     for code in quantize.CODE_TYPES:
         coded = quantize.quantize_rows_reference(page, code)
@@ -147,12 +203,12 @@ def lossy_errors(page: torch.Tensor) -> dict[str, dict[str, float]]:
 # --- rates ---
 
 
-def cpu_rates(page: torch.Tensor, rounds: int) -> dict[str, float]:
+def cpu_rates(page: torch.Tensor, usual: torch.Tensor, rounds: int) -> dict[str, float]:
     """GB/s of raw bytes."""
-    packed = packing.pack_rows_reference(page)
+    (packed,) = packing.pack_rows_reference(page[None], usual[None])
     calls: dict[str, Callable[[], object]] = {
-        "pack": partial(packing.pack_rows_reference, page),
-        "unpack": partial(packing.unpack_rows_reference, packed),
+        "pack": partial(packing.pack_rows_reference, page[None], usual[None]),
+        "unpack": partial(packing.unpack_rows_reference, packed, usual),
     }
     for code in quantize.CODE_TYPES:
         coded = quantize.quantize_rows_reference(page, code)
@@ -170,16 +226,16 @@ def _median_s(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times[1:])
 
 
-def gpu_rates(page: torch.Tensor, rounds: int) -> tuple[dict[str, float], list[str]]:
+def gpu_rates(page: torch.Tensor, usual: torch.Tensor, rounds: int) -> tuple[dict[str, float], list[str]]:
     """GB/s of raw bytes, of many copies of `page`; and what wrote other bytes than its reference."""
     host = page.repeat(RAW_ON_GPU // (2 * page.numel()), 1)
     host = host.pin_memory() if DEVICE == "cuda" else host
-    source = host.to(DEVICE)
-    packed, out = packing.pack_rows_reference(source), torch.empty_like(source)
+    source, usual = host.to(DEVICE), usual.to(DEVICE)
+    (packed,), out = packing.pack_rows_reference(source[None], usual[None]), torch.empty_like(source)
     made = torch.empty_like(packed)
     works: dict[str, tuple[Callable[[], object], torch.Tensor, torch.Tensor]] = {  # with what it writes, and should
-        "pack": (partial(packing.pack_rows, source[None], made[None]), made, packed),
-        "unpack": (partial(packing.unpack_rows, packed, out), out, source),
+        "pack": (partial(packing.pack_rows, source[None], usual[None], made[None]), made, packed),
+        "unpack": (partial(packing.unpack_rows, packed, usual, out), out, source),
         "copy_to_device": (partial(out.copy_, host, non_blocking=True), out, source),
         "copy_on_device": (partial(out.copy_, source), out, source),
     }
@@ -212,20 +268,25 @@ def _median_on_gpu_s(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times[3:])
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    kinds, pages = {}, list(synthetic())
+def measure(rounds: int, model: Path | None = None) -> dict[str, Any]:
+    sizes, kinds, tokens_fit = {}, list(synthetic()), {}
+    (page,) = (kind[1:] for kind in kinds if kind[0] == "hidden: channel scales e^N(0, 0.5)")
     try:
-        pages += from_random_llama()
+        kinds += of_random_llama()
     except Exception as error:  # noqa: BLE001  # where transformers is missing, or another than SGLang's
         print(f"the Llama is left out: {type(error).__name__}: {error}", file=sys.stderr)
-    for name, page in pages:
-        kinds[name] = packed_sizes(page) | ({"lossy": lossy_errors(page)} if page.isfinite().all() else {})
-    page = dict(synthetic())["hidden: channel scales e^N(0, 0.5)"]
-    on_gpu, wrong = gpu_rates(page, rounds) if torch.cuda.is_available() else (None, [])
+    if model is not None:
+        of_model, fitting = of_checkpoint(model)
+        kinds, tokens_fit = kinds + of_model, {"tokens_fit": {model.name: fitting}}
+    for name, rows, usual in kinds:
+        lossy = {"lossy": lossy_errors(rows)} if rows.isfinite().all() else {}
+        sizes[name] = packed_sizes(rows, usual) | lossy
+    torch.set_num_threads(1)
+    on_gpu, wrong = gpu_rates(*page, rounds) if torch.cuda.is_available() else (None, [])
     return {
-        "kinds": kinds,
-        "cpu_gb_s": cpu_rates(page, rounds),
+        "kinds": sizes,
+        **tokens_fit,
+        "cpu_gb_s": cpu_rates(*page, rounds),
         "gpu_gb_s": on_gpu,
         "gpu_wrong": wrong,
         "rounds": rounds,
@@ -237,8 +298,10 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     for name, sizes in report["kinds"].items():
         yield (
             f"{name:>50}: {sizes['ratio']:.3f} of the bytes of {sizes['fit']:.1%} of the rows, "
-            f"filled to {sizes['filled'] or 1:.3f} (entropy {sizes['entropy']:.3f})"
+            f"filled to {sizes['filled'] or 1:.3f} (entropy {sizes['entropy']:.3f}; plain: {sizes['fit_plain']:.1%})"
         )
+    for name, fitting in report.get("tokens_fit", {}).items():
+        yield f"{name:>50}: {fitting:.2%} of the tokens fit in all layers"
     for where in ("cpu", "gpu"):
         for name, rate in (report[f"{where}_gb_s"] or {}).items():
             yield f"{where} {name:>46}: {rate:8.2f}{'' if 'over' in name else ' GB/s'}"
@@ -247,8 +310,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--model", type=Path, help="a checkpoint, whose activations are packed, too")
     arguments = parser.parse_args()
-    report = measure(arguments.rounds)
+    report = measure(arguments.rounds, arguments.model)
     emit(arguments, "codec", report, lines(report))
     if report["gpu_wrong"]:
         sys.exit(f"bench.codec: wrong on the GPU: {', '.join(report['gpu_wrong'])}")

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,18 +172,26 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def make_model(directory: Path, spec: ModelSpec, seed: int = 0) -> Path:
     """Writes the checkpoint and its tokenizer to `directory`, once, and returns `directory`."""
+
+    def write(scratch: Path) -> None:
+        _write_checkpoint(scratch, spec, seed)
+        tokenizer, family = _tokenizer(spec), ARCHITECTURES[spec.architecture]
+        with_tokenizer = tokenizer if family.vision is None else vision.processor(family.model_type, tokenizer)
+        with_tokenizer.save_pretrained(scratch)
+
+    return make_once(directory, spec.digest(seed), {"seed": seed, "spec": asdict(spec)}, write)
+
+
+def make_once(directory: Path, digest: str, about: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """`directory`, filled by `write` unless it is of this `digest`. Raises FileExistsError if it is another's."""
     directory = Path(directory)
-    digest = spec.digest(seed)
     if _made_from(directory) == digest:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
-        _write_checkpoint(scratch, spec, seed)
-        tokenizer, family = _tokenizer(spec), ARCHITECTURES[spec.architecture]
-        with_tokenizer = tokenizer if family.vision is None else vision.processor(family.model_type, tokenizer)
-        with_tokenizer.save_pretrained(scratch)
-        (scratch / MARKER).write_text(json.dumps({"digest": digest, "seed": seed, "spec": asdict(spec)}))
+        write(scratch)
+        (scratch / MARKER).write_text(json.dumps({"digest": digest, **about}))
         _publish(scratch, directory, digest)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -33,20 +34,16 @@ class Codec(Protocol):
     name: str  # one of `config.CODEC_CHOICES`
     lossless: bool
     row_bytes: int
+    identity: str  # of the same name, row_bytes and identity: what one encodes, the other decodes
 
     def encode(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         """`[layers, n, width]` → uint8 `[layers, n, row_bytes]`, contiguous; layers and rows may be apart."""
 
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """uint8 `[n, row_bytes]` → `[n, width]`."""
+    def decode(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """uint8 `[n, row_bytes]` of a layer → `[n, width]`."""
 
     def decodable(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which of the n tokens can be decoded in all layers, of `[layers, n, row_bytes]`."""
-
-
-def make_codec(name: str, width: int, dtype: torch.dtype) -> Codec:
-    """name: one of `config.CODEC_CHOICES`. Raises Unsupported for values that it cannot encode."""
-    return PackedCodec(width, dtype) if name == PackedCodec.name else LossyCodec(name, width, dtype)
 
 
 class PackedCodec:
@@ -55,26 +52,34 @@ class PackedCodec:
     name = "packed"
     lossless = True
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, usual: torch.Tensor) -> None:
+        """usual: see `triton_kernels.packing`; uint8 `[layers, width]`, on the device that rows are encoded on."""
+        self._usual = usual
+        self._width = usual.shape[1]
+        self.row_bytes = packed_row_bytes(self._width)
+        self.identity = hashlib.sha256(usual.cpu().numpy().tobytes()).hexdigest()
+
+    @staticmethod
+    def check(width: int, dtype: torch.dtype) -> None:
+        """Raises Unsupported for rows that it cannot encode."""
         if dtype != torch.bfloat16:
             raise Unsupported(f"--hcache-codec packed is for bfloat16, and this model runs in {dtype}; drop it")
         try:
-            self.row_bytes = packed_row_bytes(width)
+            packed_row_bytes(width)
         except ValueError as error:
             raise Unsupported(f"--hcache-codec packed: {error}; drop it") from error
-        self._width = width
 
     def encode(self, rows: torch.Tensor, out: torch.Tensor) -> None:
         if rows.device.type == "cpu":
-            out.copy_(pack_rows_reference(rows))
+            out.copy_(pack_rows_reference(rows, self._usual))
         else:
-            pack_rows(rows, out)
+            pack_rows(rows, self._usual, out)
 
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+    def decode(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         if rows.device.type == "cpu":
-            return unpack_rows_reference(rows)
+            return unpack_rows_reference(rows, self._usual[layer])
         values = torch.empty(rows.shape[0], self._width, dtype=torch.bfloat16, device=rows.device)
-        unpack_rows(rows, values)
+        unpack_rows(rows, self._usual[layer], values)
         return values
 
     def decodable(self, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -86,8 +91,10 @@ class LossyCodec:
     """Eight bits a value, then the row's scale; `triton_kernels.quantize` says how far off what comes back can be."""
 
     lossless = False
+    identity = ""
 
     def __init__(self, name: str, width: int, dtype: torch.dtype) -> None:
+        """name: one of `config.CODEC_CHOICES`. Raises Unsupported for rows that it cannot encode."""
         try:
             self.row_bytes = lossy_row_bytes(width)
         except ValueError as error:
@@ -101,7 +108,7 @@ class LossyCodec:
         else:
             quantize_rows(rows, out, self._code)
 
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+    def decode(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         if rows.device.type == "cpu":
             return dequantize_rows_reference(rows, self._code, self._dtype)
         values = torch.empty(rows.shape[0], self._width, dtype=self._dtype, device=rows.device)
@@ -120,4 +127,4 @@ class DecodingProjector:
         self._codec = codec
 
     def project(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        self._projector.project(layer, self._codec.decode(rows), positions, slots)
+        self._projector.project(layer, self._codec.decode(layer, rows), positions, slots)

@@ -1,18 +1,21 @@
 """Lossless packing of bf16: the exponents of activations are far from uniform, so three bits name most of them.
 
-Each row is packed by itself, into three quarters of its bytes. Its seven most frequent exponents are its codebook;
-each value has a code of 3 bits, an entry of the codebook or ESCAPE, and a byte of sign and mantissa. The exponents of
-escaped values stand in a list, in the values' order. Every bit pattern comes back as it was. A row with more escapes
-than the list has room for, an eighth of its values less 8, does not fit: it says so, and cannot be unpacked.
+Channels differ in scale, in trained models by orders of magnitude, so exponents are relative, modulo 256, to what is
+usual in their channel: `usual_exponents` of some rows, the same whenever these rows are unpacked. Each row is packed
+by itself, into three quarters of its bytes. Its seven most frequent relative exponents are its codebook; each value
+has a code of 3 bits, an entry of the codebook or ESCAPE, and a byte of sign and mantissa. The exponents of escaped
+values stand in a list, in the values' order. Every bit pattern comes back as it was, whatever is said to be usual. A
+row with more escapes than the list has room for, an eighth of its values less 8, does not fit: it says so, and cannot
+be unpacked.
 
 Little-endian, for a row of w values, w a multiple of 64:
 
     offset        bytes
     0             w          sign (bit 7) and mantissa (bits 6 to 0)
     w             3 w / 8    code bits 0, then 1, then 2, each w / 32 words; bit i of word j: value 32 j + i
-    11 w / 8      7          codebook: exponents of codes 0 to 6, the most frequent first
+    11 w / 8      7          codebook: relative exponents of codes 0 to 6, the most frequent first
     11 w / 8 + 7  1          0: the row is here; 1: it does not fit
-    11 w / 8 + 8  w / 8 - 8  exponents of escaped values, then zeros
+    11 w / 8 + 8  w / 8 - 8  relative exponents of escaped values, then zeros
 """
 
 from __future__ import annotations
@@ -45,12 +48,19 @@ def fits_at(width: int) -> int:
     return width * 11 // 8 + ESCAPE
 
 
-def pack_rows_reference(values: torch.Tensor) -> torch.Tensor:
-    """Values `[…, width]` as uint8 `[…, packed_row_bytes(width)]`: as `pack_rows`, in PyTorch on any device."""
+def usual_exponents(values: torch.Tensor) -> torch.Tensor:
+    """The median exponent of each channel, of bf16 `[layers, n, width]`: uint8 `[layers, width]`, n at least 1."""
+    of_layers = ((layer.view(torch.int16) >> 7 & 0xFF).median(0).values for layer in values)  # one at a time: memory
+    return torch.stack([*of_layers]).to(torch.uint8)
+
+
+def pack_rows_reference(values: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+    """Values `[layers, n, width]` as uint8 `[layers, n, packed_row_bytes(width)]`: as `pack_rows`, in PyTorch."""
     width, rows = values.shape[-1], values.shape[:-1].numel()
     packed = torch.zeros(rows, packed_row_bytes(width), dtype=torch.uint8, device=values.device)
-    bits = values.reshape(rows, width).view(torch.int16).to(torch.int32)
-    exponents = bits >> 7 & 0xFF
+    whole = values.contiguous().view(torch.int16).to(torch.int32)
+    exponents = ((whole >> 7) - usual[:, None].to(torch.int32) & 0xFF).view(rows, width)
+    bits = whole.view(rows, width)
     counts = torch.zeros(rows, 256, dtype=torch.int32, device=values.device)
     counts.scatter_add_(1, exponents.to(torch.int64), torch.ones_like(exponents))
     codebook = counts.argsort(dim=1, descending=True, stable=True)[:, :ESCAPE]
@@ -73,8 +83,8 @@ def pack_rows_reference(values: torch.Tensor) -> torch.Tensor:
     return packed.view(*values.shape[:-1], packed.shape[1])
 
 
-def unpack_rows_reference(packed: torch.Tensor) -> torch.Tensor:
-    """Rows `[n, packed_row_bytes(width)]` uint8, all of which fit, as `[n, width]` bf16 on the same device."""
+def unpack_rows_reference(packed: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+    """Rows `[n, packed_row_bytes(width)]` uint8 of a layer, all of which fit, as `[n, width]` bf16: `unpack_rows`."""
     rows, width = packed.shape[0], packed.shape[1] * 2 // 3
     low, planes, book, _, escapes = _sections(packed)
     lanes = torch.arange(8, device=packed.device)
@@ -85,7 +95,8 @@ def unpack_rows_reference(packed: torch.Tensor) -> torch.Tensor:
     if escapes.shape[1]:
         rank = (escaped.cumsum(1) - 1).clamp(0, escapes.shape[1] - 1)
         named = torch.where(escaped, escapes.to(torch.int32).gather(1, rank), named)
-    whole = (low.to(torch.int32) & 0x80) << 8 | named << 7 | low.to(torch.int32) & 0x7F
+    exponents = named + usual.to(torch.int32) & 0xFF
+    whole = (low.to(torch.int32) & 0x80) << 8 | exponents << 7 | low.to(torch.int32) & 0x7F
     return whole.to(torch.int16).view(torch.bfloat16)
 
 
@@ -109,6 +120,7 @@ def _popcount(word):
 @triton.jit
 def _pack_kernel(
     values,  # *i16 [layers, rows, width]: bf16's bits
+    usual,  # *u8 [layers, width], contiguous
     packed,  # *u8 [layers, rows, 3 / 2 width], contiguous
     width,
     values_layer,  # values from a layer to the next
@@ -119,13 +131,15 @@ def _pack_kernel(
     WORDS: tl.constexpr = TILE // 32
     row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     values += layer * values_layer + row * values_stride
+    usual += layer * width
     packed += (layer * tl.num_programs(0) + row) * (width // 2 * 3)
     bins = tl.arange(0, 256)
     counts = tl.where(bins == 0, width - tl.cdiv(width, TILE) * TILE, 0)  # what is read beyond the row is 0
     for start in range(0, width, TILE):
         place = start + tl.arange(0, TILE)
         bits = tl.load(values + place, mask=place < width, other=0).to(tl.int32)
-        counts += tl.histogram((bits >> 7) & 0xFF, 256)
+        from_usual = (bits >> 7) - tl.load(usual + place, mask=place < width, other=0).to(tl.int32)
+        counts += tl.histogram(from_usual & 0xFF, 256)
     book_low = tl.zeros((), tl.uint32)
     book_high = tl.zeros((), tl.uint32)
     for nth in tl.static_range(7):
@@ -149,7 +163,7 @@ def _pack_kernel(
         inside = index < width
         bits = tl.load(values + index, mask=inside, other=0).to(tl.uint32)
         tl.store(packed + index, (((bits >> 8) & 0x80) | (bits & 0x7F)).to(tl.uint8), mask=inside)
-        exponent = (bits >> 7) & 0xFF
+        exponent = ((bits >> 7) - tl.load(usual + index, mask=inside, other=0).to(tl.uint32)) & 0xFF
         code = tl.full((WORDS, 32), 7, tl.uint32)
         for entry in tl.static_range(7):
             book = book_low if entry < 4 else book_high
@@ -174,6 +188,7 @@ def _pack_kernel(
 @triton.jit
 def _unpack_kernel(
     packed,  # *u8 [rows, 3 / 2 width]
+    usual,  # *u8 [width]
     out,  # *i16 [rows, width]: bf16's bits
     width,
     out_stride,  # values from a row to the next
@@ -211,47 +226,52 @@ def _unpack_kernel(
         listed = inside & (code == 7) & (rank < capacity)
         exponent = tl.load(escapes + rank, mask=listed, other=0).to(tl.uint32)
         book = tl.where(code < 4, book_low, book_high)
-        exponent = tl.where(code == 7, exponent, (book >> ((code & 3) * 8)) & 0xFF)
+        exponent = tl.where(code == 7, exponent, book >> ((code & 3) * 8))
+        exponent = (exponent + tl.load(usual + index, mask=inside, other=0).to(tl.uint32)) & 0xFF
         low = tl.load(packed + index, mask=inside, other=0).to(tl.uint32)
         whole = ((low & 0x80) << 8) | (exponent << 7) | (low & 0x7F)
         tl.store(out + index, whole.to(tl.int16), mask=inside)
         found += tl.sum(of_word, 0)
 
 
-def pack_rows(values: torch.Tensor, out: torch.Tensor) -> None:
+def pack_rows(values: torch.Tensor, usual: torch.Tensor, out: torch.Tensor) -> None:
     """Writes values `[layers, n, width]` bf16 to `out` `[layers, n, packed_row_bytes(width)]` uint8.
 
-    Layers and rows of values may be apart, values of a row may not; out is contiguous. On the current stream, in one
-    launch and without waiting. Byte `fits_at(width)` of each row says whether it can be unpacked. Raises ValueError
+    usual: exponents to which those of each layer's channels are relative, uint8 `[layers, width]`. Layers and rows of
+    values may be apart, values of a row may not; usual and out are contiguous. On the current stream, in one launch
+    and without waiting. Byte `fits_at(width)` of each row says whether it can be unpacked. Raises ValueError
     for other arguments.
     """
     require_rows("values", values, 3, (torch.bfloat16,))
     layers, rows, width = values.shape
+    require_bytes("usual exponents", usual, (layers, width), _ALIGNMENT)
     require_bytes("packed rows", out, (layers, rows, packed_row_bytes(width)), _ALIGNMENT)
     if layers and rows:
-        _pack_kernel[(rows, layers)](
-            values.view(torch.int16), out, width, values.stride(0), values.stride(1), TILE=TILE, num_warps=NUM_WARPS
-        )
+        bits, strides = values.view(torch.int16), values.stride()[:2]
+        _pack_kernel[(rows, layers)](bits, usual, out, width, *strides, TILE=TILE, num_warps=NUM_WARPS)
 
 
-def unpack_rows(packed: torch.Tensor, out: torch.Tensor) -> None:
-    """Decodes rows `[n, packed_row_bytes(width)]` uint8 that fit into `out` `[n, width]` bf16.
+def unpack_rows(packed: torch.Tensor, usual: torch.Tensor, out: torch.Tensor) -> None:
+    """Decodes rows `[n, packed_row_bytes(width)]` uint8 of a layer that fit into `out` `[n, width]` bf16.
 
-    Bit for bit as `unpack_rows_reference`. Rows of out may be apart, values of a row may not; packed is contiguous.
-    Content is not checked, that is for the checksums around it: wrong bytes give wrong values, but no access outside
-    of the row. On the current stream. Raises ValueError for arguments of another shape or kind.
+    Bit for bit as `unpack_rows_reference`. usual: those they were packed with, uint8 `[width]`. Rows of out may be
+    apart, values of a row may not; packed and usual are contiguous. Content is not checked, that is for the checksums
+    around it: wrong bytes give wrong values, but no access outside of the row. On the current stream. Raises
+    ValueError for arguments of another shape or kind.
     """
     require_rows("out", out, 2, (torch.bfloat16,))
     rows, width = out.shape
     require_bytes("packed rows", packed, (rows, packed_row_bytes(width)), _ALIGNMENT)
+    require_bytes("usual exponents", usual, (width,), _ALIGNMENT)
     if rows:
-        _unpack_kernel[(rows,)](packed, out.view(torch.int16), width, out.stride(0), TILE=TILE, num_warps=NUM_WARPS)
+        bits, stride = out.view(torch.int16), out.stride(0)
+        _unpack_kernel[(rows,)](packed, usual, bits, width, stride, TILE=TILE, num_warps=NUM_WARPS)
 
 
 def compile_specs() -> Iterator[KernelSpec]:
     """The configurations that `pack_rows` and `unpack_rows` launch."""
     sizes = {"width": "i32", "values_layer": "i64", "values_stride": "i32", "out_stride": "i32"}
-    pointers = {"values": "*i16", "packed": "*u8", "out": "*i16"}
+    pointers = {"values": "*i16", "usual": "*u8", "packed": "*u8", "out": "*i16"}
     for name, kernel in (("pack", _pack_kernel), ("unpack", _unpack_kernel)):
         constants = {"TILE": TILE}
         signature = signature_of(kernel, pointers | sizes, constants)

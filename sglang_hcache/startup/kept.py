@@ -16,6 +16,7 @@ from sglang_hcache.storage.files import write_atomically
 # Folders in the first directory, one file a model each.
 CALIBRATION = "calibration"  # what was measured
 LAYOUTS = "layouts"  # what is stored of each layer
+EXPONENTS = "exponents"  # what `--hcache-codec packed` takes for usual
 
 
 class Kept:

@@ -170,6 +170,7 @@ class Registration:
         return checkpoint_identity(str(inside) if inside.is_dir() else named, memo)
 
     def _fingerprint(self) -> bytes:
+        codec = self._stored.of(0).codec
         parts: list[tuple[str, object]] = [
             ("model", self._weights or f"{self._this_server}, change {self._weights_changes}"),
             ("loading", (get_model().load_format, _parser(self._model_config), str(self._model_config.model_impl))),
@@ -181,7 +182,7 @@ class Registration:
             ("page_size", self._layout.page_tokens),
             ("row_bytes", self._stored.row_bytes),
             ("hidden_layers", self._stored.layout.hidden),
-            ("codec", self._config.codec),
+            ("codec", (self._config.codec, codec.identity if codec is not None else None)),
         ]
         if windowed := self._stored.windowed:
             parts.append(("windowed_layers", windowed))

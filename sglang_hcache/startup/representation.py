@@ -14,7 +14,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_exec, get_lora, get_parallel, get_spec
 
-from sglang_hcache.codec import Codec, DecodingProjector, make_codec
+from sglang_hcache.codec import Codec, DecodingProjector
 from sglang_hcache.config import Representation
 from sglang_hcache.model import AttentionSite, LayerGroup, Pool, Pools, has_latent, layer_groups
 from sglang_hcache.planner.timeline import Layout
@@ -115,18 +115,15 @@ def formats_of(
     model_runner: Any,
     capture: Capture | str,
     pools: Pools,
-    *,
-    codec_name: str | None,
+    codec: Codec | None = None,
 ) -> Formats:
     """Runs the self-test of hidden states if they are captured: before any request, on all ranks alike.
 
-    capture: or why there is none. codec_name: how they are stored, if not as they are. A lossy one has no part in the
-    test.
+    capture: or why there is none. codec: encodes what is stored of them. A lossy one has no part in the test.
     """
     groups = layer_groups(pools.model, pools.drafts)
     kv_bytes = groups[0].row_bytes
     hidden, model = None, model_runner.model_config
-    codec = make_codec(codec_name, model.hidden_size, model.dtype) if codec_name is not None else None
     projector, obstacle = _hidden_projector(model_runner, capture, pools, codec)
     if projector is not None and codec is not None:
         name = f"{projector.name}, from {codec.name}"

@@ -10,10 +10,9 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_hcache.codec import Codec, DecodingProjector
-from sglang_hcache.device.streams import Event, current_stream
 from sglang_hcache.restoring.host_pages import Projector
 from sglang_hcache.saving.capture import Capture
-from sglang_hcache.startup.synthetic_forward import leaving_no_trace, most_at_once, prefill_random_prompt
+from sglang_hcache.startup.synthetic_forward import captured_prefill
 
 _PROMPT_TOKENS = 130
 
@@ -35,20 +34,6 @@ class SelfTestResult:
         return f"largest error {self.worst:.1e}, tolerated {self.tolerance:.1e}"
 
 
-class _Recorder:
-    """A capture sink that keeps what one forward handed over."""
-
-    def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None
-
-    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
-        self.slots, self.positions, self.rows = slots.clone(), positions.clone(), rows.clone()
-        return current_stream(str(rows.device)).record()
-
-    def drop(self, slots: torch.Tensor) -> None:
-        self.rows = None
-
-
 def run_self_test(
     runner: Any,
     capture: Capture,
@@ -65,28 +50,22 @@ def run_self_test(
     two GEMMs of different shape may differ by: a few roundings to the model's dtype, one to the pool's if that is
     coarser, and the growth of float32 accumulation over `width` products.
     """
-    recorder = _Recorder()
-    capture.sink = recorder
-    try:
-        with leaving_no_trace(runner):
-            prefill_random_prompt(runner, page_size, min(_PROMPT_TOKENS, most_at_once(runner, page_size)))
-            if recorder.rows is None:
-                return SelfTestResult(float("inf"), 0.0)
-            rows, positions, slots = recorder.rows, recorder.positions, recorder.slots
-            if (positions != torch.arange(len(positions), device=positions.device)).any():
-                return SelfTestResult(float("inf"), 0.0, shifted=True)
-            tolerance = _tolerance(rows.dtype, pool.dtype, rows.shape[-1])
-            if codec is None or not codec.lossless:
-                return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)
-            coded = torch.empty(*rows.shape[:2], codec.row_bytes, dtype=torch.uint8, device=rows.device)
-            codec.encode(rows, coded)
-            projector = DecodingProjector(projector, codec)
-            kept = torch.from_numpy(codec.decodable(coded.cpu().numpy())).to(rows.device)
-            not_encoded = 1 - float(kept.float().mean())
-            worst = _worst(coded[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
-            return SelfTestResult(worst, tolerance, not_encoded)
-    finally:
-        capture.sink = None
+    with captured_prefill(runner, capture, page_size, _PROMPT_TOKENS) as captured:
+        if captured.rows is None:
+            return SelfTestResult(float("inf"), 0.0)
+        rows, positions, slots = captured.rows, captured.positions, captured.slots
+        if (positions != torch.arange(len(positions), device=positions.device)).any():
+            return SelfTestResult(float("inf"), 0.0, shifted=True)
+        tolerance = _tolerance(rows.dtype, pool.dtype, rows.shape[-1])
+        if codec is None or not codec.lossless:
+            return SelfTestResult(_worst(rows, positions, slots, projector, pool), tolerance)
+        coded = torch.empty(*rows.shape[:2], codec.row_bytes, dtype=torch.uint8, device=rows.device)
+        codec.encode(rows, coded)
+        projector = DecodingProjector(projector, codec)
+        kept = torch.from_numpy(codec.decodable(coded.cpu().numpy())).to(rows.device)
+        not_encoded = 1 - float(kept.float().mean())
+        worst = _worst(coded[:, kept], positions[kept], slots[kept], projector, pool) if kept.any() else math.inf
+        return SelfTestResult(worst, tolerance, not_encoded)
 
 
 def _worst(

@@ -21,6 +21,7 @@ from sglang_hcache.ranks import taking_turns
 from sglang_hcache.restoring.projector import PoolReader
 from sglang_hcache.saving.capture import Capture
 from sglang_hcache.startup.calibration import calibrate
+from sglang_hcache.startup.codec_choice import codec_of
 from sglang_hcache.startup.kept import CALIBRATION
 from sglang_hcache.startup.layout_choice import choose_by_flag, choose_by_plan
 from sglang_hcache.startup.representation import Stored, formats_of
@@ -57,7 +58,7 @@ def plan(config: HCacheConfig, runner: Any, capture: Capture | str, pools: Pools
 
     capture: or why there is none.
     """
-    formats = formats_of(runner, capture, pools, codec_name=config.codec)
+    formats = formats_of(runner, capture, pools, codec_of(config, runner, capture, pools.page_tokens))
     layers, page_tokens = pools.model.layer_num, pools.page_tokens
     stored = choose_by_flag(config.representation, formats, layers, codec=config.codec)
     if config.plan != "auto":
@@ -93,8 +94,8 @@ def warm_up(stored: Stored, page_tokens: int) -> None:
             PoolReader(group.pool, range(place, place + 1)).read(slots, as_it_was)
             way = stored.of(number)
             rows = torch.zeros(page_tokens, way.row_bytes, dtype=torch.uint8, device=device)
-            if way.codec is not None:  # a lossy one has had no part in the self-test
-                way.codec.encode(way.codec.decode(rows)[None], rows[None])
+            if way.codec is not None and not way.codec.lossless:  # it has had no part in the self-test
+                way.codec.encode(way.codec.decode(number, rows)[None], rows[None])
             way.projector.project(number, rows.view(way.dtype), slots, slots)
             stored.formats.kv.projector.project(number, as_it_was[0], slots, slots)
 

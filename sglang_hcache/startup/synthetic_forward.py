@@ -1,4 +1,4 @@
-"""Forwards of random tokens before the server takes requests, for the self-test and calibration."""
+"""Forwards of random tokens before the server takes requests, for the self-test, codecs and calibration."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from sglang.srt.runtime_context import get_schedule
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.utils import require_mlp_sync, require_mlp_tp_gather
+
+from sglang_hcache.device.streams import Event, current_stream
+from sglang_hcache.saving.capture import Capture
 
 
 def most_tokens(runner: Any, page_size: int) -> int:
@@ -40,6 +43,35 @@ def leaving_no_trace(runner: Any) -> Iterator[None]:
         runner.req_to_token_pool.clear()
         runner.token_to_kv_pool_allocator.clear()
         runner.shared_read_done_event = None  # else a request's first forward would take it for its own
+
+
+class Captured:
+    """A capture sink that keeps what one forward hands over."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+
+    def write(self, slots: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Event:
+        self.slots, self.positions, self.rows = slots.clone(), positions.clone(), rows.clone()
+        return current_stream(str(rows.device)).record()
+
+    def drop(self, slots: torch.Tensor) -> None:
+        self.rows = None
+
+
+@contextlib.contextmanager
+def captured_prefill(runner: Any, capture: Capture, page_size: int, tokens: int) -> Iterator[Captured]:
+    """What `capture` sees of a forward of random tokens, while the pools are as that has left them.
+
+    As `prefill_random_prompt`, of at most so many tokens. Its `rows` are None if the forward was not captured.
+    """
+    capture.sink = captured = Captured()
+    try:
+        with leaving_no_trace(runner):
+            prefill_random_prompt(runner, page_size, min(tokens, most_at_once(runner, page_size)))
+            yield captured
+    finally:
+        capture.sink = None
 
 
 class _NoPrefixCache(SimpleNamespace):

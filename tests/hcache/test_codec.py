@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_hcache.codec import Codec, DecodingProjector, LossyCodec, PackedCodec, make_codec
+from sglang_hcache.codec import Codec, DecodingProjector, LossyCodec, PackedCodec
 from sglang_hcache.model import Unsupported
+from sglang_hcache.triton_kernels.packing import usual_exponents
 
 WIDTH = 64
 
@@ -31,7 +32,7 @@ def test_rows_come_back_close(code: str, dtype: torch.dtype) -> None:
     assert encoded.shape == (3, 17, lossy.row_bytes)
     assert lossy.row_bytes == WIDTH + 4
     for layer in range(3):
-        back = lossy.decode(encoded[layer])
+        back = lossy.decode(layer, encoded[layer])
         assert back.dtype == dtype
         wanted = rows[layer].double()
         off = (back.double() - wanted).abs() / wanted.abs().amax(1, keepdim=True)
@@ -47,18 +48,36 @@ def with_noise(rows: torch.Tensor, layer: int, token: int) -> torch.Tensor:
 
 def test_packed_rows_come_back_as_they_were_or_say_that_they_did_not_fit() -> None:
     rows = with_noise(torch.randn(3, 17, 512).to(torch.bfloat16), layer=1, token=5)
-    packed = make_codec("packed", 512, torch.bfloat16)
+    packed = PackedCodec(usual_exponents(torch.randn(3, 9, 512).to(torch.bfloat16)))
     encoded = encoded_by(packed, rows)
     assert encoded.shape == (3, 17, packed.row_bytes)
     assert packed.row_bytes == 0.75 * 2 * 512
     kept = packed.decodable(encoded.numpy())
     assert np.flatnonzero(~kept).tolist() == [5], "a token goes with any of its layers"
     for layer in range(3):
-        back = packed.decode(encoded[layer, kept])
+        back = packed.decode(layer, encoded[layer, kept])
         assert torch.equal(back.view(torch.int16), rows[layer, kept].view(torch.int16))
 
 
-CODECS: list[Codec] = [LossyCodec("lossy_int8", WIDTH, torch.float32), PackedCodec(WIDTH, torch.bfloat16)]
+def test_each_layer_is_decoded_by_its_own_exponents() -> None:
+    """With those of other layers other values come out, so such a codec has another identity."""
+    rows = torch.randn(2, 9, 512).to(torch.bfloat16) * torch.logspace(-9, 9, 512, base=2.0).to(torch.bfloat16)
+    rows[1] = rows[1].flip(1)
+    usual = usual_exponents(rows)
+    packed, turned = PackedCodec(usual), PackedCodec(usual.flip(0))
+    encoded = encoded_by(packed, rows)
+    assert packed.decodable(encoded.numpy()).all()
+    for layer in range(2):
+        assert torch.equal(packed.decode(layer, encoded[layer]), rows[layer])
+        assert not torch.equal(turned.decode(layer, encoded[layer]), rows[layer])
+    assert packed.identity != turned.identity
+    assert packed.identity == PackedCodec(usual.clone()).identity
+
+
+CODECS: list[Codec] = [
+    LossyCodec("lossy_int8", WIDTH, torch.float32),
+    PackedCodec(torch.zeros(1, WIDTH, dtype=torch.uint8)),
+]
 
 
 def rows_for(codec: Codec, tokens: int) -> torch.Tensor:
@@ -69,9 +88,10 @@ def rows_for(codec: Codec, tokens: int) -> torch.Tensor:
 def test_a_part_of_the_rows_is_decoded_by_itself(codec: Codec) -> None:
     encoded = encoded_by(codec, rows_for(codec, 20) * torch.arange(20)[:, None])[0]
     assert codec.decodable(encoded[None].numpy()).all()
-    assert torch.equal(codec.decode(encoded[5:9]), codec.decode(encoded)[5:9])
-    assert torch.equal(codec.decode(encoded)[5:9].mean(1), torch.arange(5, 9))
-    assert codec.decode(encoded[:0]).shape == (0, WIDTH)
+    whole = codec.decode(0, encoded)
+    assert torch.equal(codec.decode(0, encoded[5:9]), whole[5:9])
+    assert torch.equal(whole[5:9].mean(1), torch.arange(5, 9))
+    assert codec.decode(0, encoded[:0]).shape == (0, WIDTH)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -84,7 +104,7 @@ def test_a_projector_works_on_decoded_rows(codec: Codec) -> None:
 
     encoded, places = encoded_by(codec, rows_for(codec, 4))[0], torch.arange(4)
     DecodingProjector(Recorder(), codec).project(0, encoded, places, places + 1)
-    assert torch.equal(seen[0], codec.decode(encoded))
+    assert torch.equal(seen[0], codec.decode(0, encoded))
     assert torch.equal(seen[1], places)
     assert torch.equal(seen[2], places + 1)
 
@@ -95,4 +115,4 @@ def test_a_projector_works_on_decoded_rows(codec: Codec) -> None:
 )
 def test_values_that_a_code_is_not_for(name: str, width: int, dtype: torch.dtype) -> None:
     with pytest.raises(Unsupported, match=f"--hcache-codec {name}.*drop it"):
-        make_codec(name, width, dtype)
+        PackedCodec.check(width, dtype) if name == "packed" else LossyCodec(name, width, dtype)

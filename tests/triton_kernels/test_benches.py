@@ -187,7 +187,7 @@ def test_the_codec_bench_compares_what_every_kernel_wrote(
     monkeypatch.setattr(codec, "_median_on_gpu_s", once)
     if broken:
         monkeypatch.setattr(packing if "pack" in broken else quantize, broken, lambda *arguments: None)
-    rates, wrong = codec.gpu_rates(page, rounds=1)
+    rates, wrong = codec.gpu_rates(page, packing.usual_exponents(page[None])[0], rounds=1)
     kind = (broken or "").removesuffix("_rows")
     names = [kind] if "pack" in kind else [f"{kind}_{code}" for code in quantize.CODE_TYPES] if kind else []
     assert wrong == names
@@ -199,7 +199,7 @@ def test_a_codec_that_is_wrong_fails_the_bench(
     wrong: list[str], ends: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = {"kinds": {}, "cpu_gb_s": {}, "gpu_gb_s": {}, "gpu_wrong": wrong}
-    monkeypatch.setattr(codec, "measure", lambda rounds: measured)
+    monkeypatch.setattr(codec, "measure", lambda rounds, model: measured)
     monkeypatch.setattr("sys.argv", ["bench.codec"])
     with pytest.raises(SystemExit, match=ends) if ends else contextlib.nullcontext():
         codec.main()

@@ -228,7 +228,7 @@ def test_rows_are_handed_over_encoded(outbox: bool, capture: Capture, modules: l
         assert sink.rows is not None
         assert sink.rows.shape == (1, count, codec.row_bytes)
         step = hidden[:count].abs().amax(1, keepdim=True) / 254
-        assert ((codec.decode(sink.rows[0]) - hidden[:count]).abs() <= step * 1.001).all()
+        assert ((codec.decode(0, sink.rows[0]) - hidden[:count]).abs() <= step * 1.001).all()
 
 
 class Decoder(torch.nn.Module):

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang_hcache import ranks, scheduler_hooks
 from sglang_hcache.config import HCacheConfig
 from sglang_hcache.model import AttentionSite, Pools
-from sglang_hcache.startup import capture_choice, representation, selftest, synthetic_forward
+from sglang_hcache.startup import capture_choice, representation, synthetic_forward
 from sglang_hcache.startup.representation import Formats, formats_of
 
 PAGE, WIDTH, HEADS, HEAD = 16, 8, 2, 32
@@ -52,7 +52,7 @@ def formats(
         positions = torch.arange(first_position, first_position + PAGE)
         capture.sink.write(torch.arange(PAGE, 2 * PAGE), positions, torch.ones(1, PAGE, WIDTH))
 
-    monkeypatch.setattr(selftest, "prefill_random_prompt", prefill)
+    monkeypatch.setattr(synthetic_forward, "prefill_random_prompt", prefill)
     schedule = SimpleNamespace(chunked_prefill_size=4 * PAGE)
     monkeypatch.setattr(synthetic_forward, "get_schedule", lambda: schedule)
     pool = MHATokenToKVPool(4 * PAGE, PAGE, torch.float32, HEADS, HEAD, 1, "cpu", enable_memory_saver=False)
@@ -62,7 +62,7 @@ def formats(
         req_to_token_pool=set(),
         token_to_kv_pool_allocator=SimpleNamespace(size=4 * PAGE, clear=lambda: None),
     )
-    return formats_of(runner, capture, Pools(pool, (), PAGE), codec_name=None), capture
+    return formats_of(runner, capture, Pools(pool, (), PAGE)), capture
 
 
 def test_a_model_whose_replay_raises_is_served_as_k_and_v(
