@@ -15,6 +15,7 @@ FLIPS        ?= 10000
 IO_ERRORS    ?= 20000
 MINUTES      ?= 20
 BENCH_ARGS   ?=
+TRAINED      := .cache/SmolLM2-135M-Instruct
 E2E_ALONE    := $(patsubst %,tests/e2e/test_%.py,architectures identity)
 KERNEL_TESTS := rows packing quantize project_kv
 
@@ -87,7 +88,7 @@ fuzz: setup ## FUZZ_FRAMES hostile frames at the prefetcher's socket
 soak: setup ## MINUTES of mixed load on a real server: memory, arena and disk stay flat
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
-bench: setup ## all benches that need no GPU; almost two hours, on a quiet machine (BENCH_ARGS=--save keeps their figures)
+bench: setup ## all benches that need no GPU; more than two hours, on a quiet machine (BENCH_ARGS=--save keeps their figures)
 	$(BIN)/python -m bench.ttft --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.together --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.replay --modes none,auto --rounds 3 --json $(BENCH_ARGS)
@@ -97,6 +98,9 @@ bench: setup ## all benches that need no GPU; almost two hours, on a quiet machi
 	$(BIN)/python -m bench.paper --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.codec --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.codec_logprobs --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.trained $(TRAINED)
+	$(BIN)/python -m bench.codec --model $(TRAINED) --json $(BENCH_ARGS)
+	$(BIN)/python -m bench.codec_logprobs --model $(TRAINED) --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.regimes --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.wrong_rates --json $(BENCH_ARGS)
 	$(BIN)/python -m bench.layerwise --json $(BENCH_ARGS)

@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,24 +268,30 @@ def _median_on_gpu_s(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times[3:])
 
 
-def measure(rounds: int, model: Path | None = None) -> dict[str, Any]:
-    sizes, kinds, tokens_fit = {}, list(synthetic()), {}
+def measure_checkpoint(model: Path) -> dict[str, Any]:
+    kinds, tokens_fit = of_checkpoint(model)
+    return {"kinds": sizes_of(kinds), "tokens_fit": tokens_fit, **about(__doc__)}
+
+
+def sizes_of(kinds: Iterable[Kind]) -> dict[str, Any]:
+    sizes = {}
+    for name, rows, usual in kinds:
+        lossy = {"lossy": lossy_errors(rows)} if rows.isfinite().all() else {}
+        sizes[name] = packed_sizes(rows, usual) | lossy
+    return sizes
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    kinds = list(synthetic())
     (page,) = (kind[1:] for kind in kinds if kind[0] == "hidden: channel scales e^N(0, 0.5)")
     try:
         kinds += of_random_llama()
     except Exception as error:  # noqa: BLE001  # where transformers is missing, or another than SGLang's
         print(f"the Llama is left out: {type(error).__name__}: {error}", file=sys.stderr)
-    if model is not None:
-        of_model, fitting = of_checkpoint(model)
-        kinds, tokens_fit = kinds + of_model, {"tokens_fit": {model.name: fitting}}
-    for name, rows, usual in kinds:
-        lossy = {"lossy": lossy_errors(rows)} if rows.isfinite().all() else {}
-        sizes[name] = packed_sizes(rows, usual) | lossy
     torch.set_num_threads(1)
     on_gpu, wrong = gpu_rates(*page, rounds) if torch.cuda.is_available() else (None, [])
     return {
-        "kinds": sizes,
-        **tokens_fit,
+        "kinds": sizes_of(kinds),
         "cpu_gb_s": cpu_rates(*page, rounds),
         "gpu_gb_s": on_gpu,
         "gpu_wrong": wrong,
@@ -300,19 +306,23 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             f"{name:>50}: {sizes['ratio']:.3f} of the bytes of {sizes['fit']:.1%} of the rows, "
             f"filled to {sizes['filled'] or 1:.3f} (entropy {sizes['entropy']:.3f}; plain: {sizes['fit_plain']:.1%})"
         )
-    for name, fitting in report.get("tokens_fit", {}).items():
-        yield f"{name:>50}: {fitting:.2%} of the tokens fit in all layers"
+    if "tokens_fit" in report:
+        yield f"{report['tokens_fit']:.2%} of the tokens fit in all layers"
     for where in ("cpu", "gpu"):
-        for name, rate in (report[f"{where}_gb_s"] or {}).items():
+        for name, rate in (report.get(f"{where}_gb_s") or {}).items():
             yield f"{where} {name:>46}: {rate:8.2f}{'' if 'over' in name else ' GB/s'}"
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--model", type=Path, help="a checkpoint, whose activations are packed, too")
+    parser.add_argument("--model", type=Path, help="a checkpoint, whose activations are packed instead")
     arguments = parser.parse_args()
-    report = measure(arguments.rounds, arguments.model)
+    if arguments.model is not None:
+        report = measure_checkpoint(arguments.model)
+        emit(arguments, "codec_trained", report, lines(report))
+        return
+    report = measure(arguments.rounds)
     emit(arguments, "codec", report, lines(report))
     if report["gpu_wrong"]:
         sys.exit(f"bench.codec: wrong on the GPU: {', '.join(report['gpu_wrong'])}")

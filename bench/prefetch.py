@@ -68,7 +68,7 @@ def stream(store: Store, keys: Sequence[bytes], target: np.ndarray[Any, np.dtype
     store.prefetch("bench", keys)
     copied, first_s = 0, 0.0
     while copied < len(keys):
-        slots, done, _ = store.progress("bench")
+        slots, done, *_ = store.progress("bench")
         if len(slots) == copied:
             if done:
                 raise RuntimeError(f"only {copied} of {len(keys)} pages can be had")

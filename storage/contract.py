@@ -37,6 +37,7 @@ class Progress(NamedTuple):
     slots: tuple[int, ...]  # of the leading pages that are there; leased until `release`
     done: bool  # no more will come
     known: bool = True  # whether `slots` counts all leading pages in memory: the others must be read
+    total: int | None = None  # pages that will be there in the end, if each can be read; None: not known yet
 
     def ends_wait(self, *, until_known: bool) -> bool:
         """Of a `wait` for all that was asked for or, if `until_known`, for all that need not be read."""

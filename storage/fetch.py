@@ -38,7 +38,8 @@ class Fetch:
         return self.admitted and self.ready == len(self.keys)
 
     def progress(self, first: int = 0) -> Progress:
-        return Progress(tuple(self.slots[i] for i in range(first, self.ready)), self.done, self.admitted)
+        slots = tuple(self.slots[i] for i in range(first, self.ready))
+        return Progress(slots, self.done, self.admitted, len(self.keys))
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,15 @@ class _Prefetch:
     slots: list[int] = field(default_factory=list)
     known: bool = False
     done: bool = False
+    total: int | None = None
     began_at: float = field(default_factory=time.monotonic)
     ended_at: float = 0.0
     told: Progress = NOTHING_YET  # the last time somebody asked: a scheduler asks for all, at each step
 
     def progress(self) -> Progress:
-        known = self.known or self.done
-        if (len(self.told.slots), self.told.done, self.told.known) != (len(self.slots), self.done, known):
-            self.told = Progress(tuple(self.slots), self.done, known)
+        state = self.done, self.known or self.done, self.total
+        if (len(self.told.slots), *self.told[1:]) != (len(self.slots), *state):
+            self.told = Progress(tuple(self.slots), *state)
         return self.told
 
 
@@ -236,7 +237,7 @@ class PrefetchClient(StoreClient):
                 assert message.first == len(prefetch.slots), "pages are announced in order"
                 prefetch.slots.extend(message.slots)
                 prefetch.known = True
-                prefetch.done = message.done
+                prefetch.done, prefetch.total = message.done, message.total
                 prefetch.ended_at = time.monotonic() if message.done else 0.0
                 self._changed.notify_all()
                 if message.done:

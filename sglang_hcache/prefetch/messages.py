@@ -14,7 +14,7 @@ import msgspec
 from sglang_hcache.storage import contract
 from sglang_hcache.storage.layout import FINGERPRINT_BYTES, KEY_BYTES, ChunkLayout
 
-VERSION = 5
+VERSION = 6
 PREFIX = b"HC" + bytes((VERSION, 0))
 MAX_MESSAGE_BYTES = 4 << 20  # a control message; a prefix of a million tokens is 0.5 MiB of keys
 MAX_KEYS = 1 << 16  # pages in one message
@@ -184,6 +184,7 @@ class Ready(Message):
     first: Count
     slots: Slots
     done: bool
+    total: Count  # pages that will be there in the end, if each can be read
 
 
 class Found(Message):

@@ -220,7 +220,7 @@ class Server:
         if asked is None or asked.done:
             return
         first = asked.announced
-        fresh, done, known = session.space.store.progress(asked.store_owner, first)
+        fresh, done, known, total = session.space.store.progress(asked.store_owner, first)
         if session.remote and session.credit < len(fresh):
             fresh, done = fresh[: session.credit], False
         if not fresh and not done and (asked.known or not known or session.remote):
@@ -234,7 +234,8 @@ class Server:
             session.credit -= len(payload)
             self.counts["pages_sent"] += len(payload)
         places = range(len(fresh)) if session.remote else fresh
-        self._send(session, m.Ready(answers=prefetch, first=first, slots=list(places), done=done), payload)
+        ready = m.Ready(answers=prefetch, first=first, slots=list(places), done=done, total=total or 0)
+        self._send(session, ready, payload)
 
     def _serve_waiting(self) -> None:
         """Retry grants, flushes and messages that had to wait; tell clients that have heard nothing that all is well.
@@ -330,8 +331,8 @@ class Server:
                 page_priority=message.page_priority,
             )
         except Exception:
-            asked.done = True
-            self._send(session, m.Ready(answers=message.seq, first=asked.announced, slots=[], done=True))
+            asked.done, upto = True, asked.announced
+            self._send(session, m.Ready(answers=message.seq, first=upto, slots=[], done=True, total=upto))
             raise
 
     def _cancel(self, session: Session, message: m.Cancel) -> None:

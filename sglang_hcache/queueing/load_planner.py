@@ -123,13 +123,21 @@ class LoadPlanner:
         return plan_load(self._now(), self._layout, hit).pages
 
     def head_start(
-        self, host_pages: int, lower_pages: int, prompt: Prompt, *, queued_pages: int = 0, begun_pages: int = 0
+        self,
+        host_pages: int,
+        lower_pages: int,
+        prompt: Prompt,
+        *,
+        missing_pages: int = 0,
+        queued_pages: int = 0,
+        begun_pages: int = 0,
     ) -> int:
         """How many leading pages of such a hit an idle engine should prefill while those behind them are read.
 
         begun_pages: the first to be read; their reads go on in any case.
         """
-        hit = self._hit(host_pages, prompt, lower_pages, lower_queue_s=self.read_s(queued_pages))
+        queue_s = self.read_s(queued_pages)
+        hit = self._hit(host_pages, prompt, lower_pages, missing_pages=missing_pages, lower_queue_s=queue_s)
         in_vain_s = self.read_s(begun_pages)
         plan = plan_head_start(self._now(), self._layout, hit, in_vain_s=in_vain_s)
         return 0 if plan is None else plan.pages

@@ -166,7 +166,7 @@ class PrefetchQueue:
             return True
         if not late and self._was_being_saved(rid, request):
             return False
-        slots, done, known = self._progress(rid, request)
+        slots, done, known, _ = self._progress(rid, request)
         enough = len(slots) >= pages
         if done and request.retracted and self._others_save and not (enough or late):
             if time.monotonic() - request.asked_at > ASK_AGAIN_S:
@@ -333,10 +333,11 @@ class PrefetchQueue:
         """Whether it need not wait longer: no more pages will come, it has enough, or the policy waits for none."""
         if request.head_start is HeadStartState.UNDER_WAY or self._was_being_saved(rid, request):
             return False
-        slots, done, known = self._progress(rid, request)
+        slots, done, known, total = self._progress(rid, request)
         if self._takes_what_is_there:
             return known
         request.there = len(slots)
+        request.findable = len(request.keys) if total is None else total
         if request.wait is None and known:
             self._plan_wait(request, ahead, done=done)
         if (wait := request.wait) is None:
@@ -347,8 +348,8 @@ class PrefetchQueue:
 
     def _progress(self, rid: str, request: Request) -> Progress:
         """After a while all is taken to be known that is in memory."""
-        slots, done, known = self._store.progress(rid)
-        return Progress(slots, done, done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S)
+        slots, done, known, total = self._store.progress(rid)
+        return Progress(slots, done, done or known or time.monotonic() - request.asked_at > KNOWN_WAIT_S, total)
 
     def _plan_wait(self, request: Request, ahead: Ahead, *, done: bool) -> None:
         request.wait = plan_wait(self._planner, request, ahead, done=done, in_whole=self._in_whole)

@@ -105,7 +105,7 @@ class ReadMeter:
     def _look_at(self, owner: str) -> bool:
         """Whether all that will come is there."""
         reading = self._readings[owner]
-        slots, done, known = self._store.progress(owner)
+        slots, done, known, _ = self._store.progress(owner)
         if known and reading.known_at is None:
             reading.known_at, reading.there = time.monotonic(), len(slots)
         self._came.update(reading.keys[reading.there : len(slots)])

@@ -44,6 +44,7 @@ class Request:
     saved: threading.Event | None = None  # set once what this rank saves of what it was retracted with is stored
     retracted: bool = False  # and asked for again since
     there: int = 0  # pages, when it was last looked at
+    findable: int = field(init=False)  # pages that will be there in the end, as far as was known then
     wait: Wait | None = None
     head_start: HeadStartState = HeadStartState.NOT_THOUGHT_OF
     looked_up: int = 0  # pages, by the last lookup
@@ -55,6 +56,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.place = {key: i for i, key in enumerate(self.keys)}
+        self.findable = len(self.keys)
 
     def prompt_before(self, keys: Sequence[bytes], page_tokens: int) -> Prompt:
         """With pages `keys`, which end where those asked for end: by now the device has more of them, or fewer."""

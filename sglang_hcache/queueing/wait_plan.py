@@ -71,12 +71,12 @@ def plan_wait(planner: Planner, request: Request, ahead: Ahead, *, done: bool, i
     done: no more of its pages will come, so reads for other requests do not matter. in_whole: a part of a hit may be
     of no use; if more than half is worth waiting for, all is waited for.
     """
-    pages, there = len(request.keys), request.there
+    pages, there, findable = len(request.keys), request.there, request.findable
     queued_pages = lower_pages = 0
     if not done:
         queued_pages = ahead.pages_read_before(request.keys)
         left_s = max(request.waits_until - time.monotonic(), ahead.pass_s)
-        lower_pages = min(pages - there, max(0, planner.pages_read_within(left_s) - queued_pages))
+        lower_pages = min(findable - there, max(0, planner.pages_read_within(left_s) - queued_pages))
     enough = planner.worth_waiting_for(
         there,
         lower_pages,
@@ -85,20 +85,21 @@ def plan_wait(planner: Planner, request: Request, ahead: Ahead, *, done: bool, i
         start_s=ahead.pass_s,
         queued_pages=queued_pages,
     )
-    if in_whole and 2 * enough > pages:
-        enough = pages
-    tries = not done and pages - there >= MEASURED_PAGES and enough < pages and planner.tries_drives()
+    if in_whole and 2 * enough > findable:
+        enough = findable
+    tries = not done and findable - there >= MEASURED_PAGES and enough < findable and planner.tries_drives()
     pass_s, beside_s = planner.pass_s(enough, request.prompt, missing_pages=pages - enough)
     return Wait(enough, pass_s, beside_s, tries)
 
 
 def head_start_pages(planner: Planner, request: Request, ahead: Ahead, *, reads_at_once: int) -> int:
     """How many of its pages an idle engine should prefill while the others are read."""
-    missing = len(request.keys) - request.there
+    on_the_way = request.findable - request.there
     return planner.head_start(
         request.there,
-        missing,
+        on_the_way,
         request.prompt,
+        missing_pages=len(request.keys) - request.findable,
         queued_pages=ahead.pages_read_before(request.keys),
-        begun_pages=min(missing, reads_at_once),
+        begun_pages=min(on_the_way, reads_at_once),
     )

@@ -98,7 +98,7 @@ def fetched(
 ) -> int:
     """How many of the pages can be had in a run; asserts that they are right."""
     client.prefetch(owner, keys_of(pages))
-    slots, done, _ = client.wait(owner, timeout_s)
+    slots, done, *_ = client.wait(owner, timeout_s)
     assert done, "a prefetch hangs"
     for slot, page in zip(slots, pages, strict=False):
         assert holds(client.memory[slot], page), f"a wrong page was served for {page}"

@@ -102,7 +102,7 @@ def test_what_a_drive_that_hangs_was_to_read_is_not_waited_for(tmp_path: Path, h
     store.prefetch("given up", [key_of(page)])
     assert hang.begun.wait(60)
     store.cut("given up")
-    assert store.progress("given up") == ((), True, True)
+    assert store.progress("given up")[:3] == ((), True, True)
     store.release("given up")
     save(store, range(100, 132))
     store.prefetch("all that may be leased", keys_of(range(100, 132)))

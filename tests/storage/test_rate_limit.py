@@ -109,10 +109,10 @@ def test_a_bug_costs_pages_but_no_reader(
         patch.setattr(owner, name, bug)
         store.prefetch("lost", keys_of(range(16)))
         if name == "take":
-            assert store.wait("lost", 60) == ((), True, True)
+            assert store.wait("lost", 60)[:3] == ((), True, True)
         else:
             assert until(lambda: bug.call_count >= 16)
-            assert store.progress("lost") == ((), False, True)
+            assert store.progress("lost")[:3] == ((), False, True)
     assert until(lambda: "a bug of ours" in caplog.text)
     assert all(reader.is_alive() for reader in store._readers)
     store.release("lost")

@@ -138,7 +138,7 @@ def test_write_back_writes_when_a_prefetch_waits_for_slots(tmp_path: Path) -> No
     save(store, range(100, 140))
     assert on_file(store) == 30
     store.prefetch("reader", keys_of(range(30)))
-    slots, done, _ = store.wait("reader", 60)
+    slots, done, *_ = store.wait("reader", 60)
     assert done, "it waits for ever"
     assert len(slots) == 30
     assert on_file(store) > 30
@@ -169,7 +169,7 @@ def test_a_prefetch_of_more_than_memory_holds_does_not_wait_for_every_page_to_be
     store.drop_host()
     save(store, range(90, 94))
     store.prefetch("reader", keys_of(range(30)))
-    slots, done, _ = store.wait("reader", 60)
+    slots, done, *_ = store.wait("reader", 60)
     assert done
     assert len(slots) >= 12
     store.close()

@@ -199,7 +199,7 @@ def test_a_codec_that_is_wrong_fails_the_bench(
     wrong: list[str], ends: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = {"kinds": {}, "cpu_gb_s": {}, "gpu_gb_s": {}, "gpu_wrong": wrong}
-    monkeypatch.setattr(codec, "measure", lambda rounds, model: measured)
+    monkeypatch.setattr(codec, "measure", lambda rounds: measured)
     monkeypatch.setattr("sys.argv", ["bench.codec"])
     with pytest.raises(SystemExit, match=ends) if ends else contextlib.nullcontext():
         codec.main()

@@ -82,6 +82,31 @@ def test_pages_that_are_worth_it_are_waited_for(store: LocalStore, disk: threadi
     assert requests.ready("a", keys_of(range(10))) == 10
 
 
+def test_pages_that_nobody_has_stored_are_not_waited_for(
+    store: LocalStore, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are prefilled, whatever is read; and the drives are not busy with them for those behind."""
+    asked, believes = list[tuple[int, int, dict[str, Any]]](), planner(ssd_bytes_per_s=1e10)
+
+    def no_head_start(host_pages: int, lower_pages: int, _prompt: Prompt, **others: Any) -> int:
+        asked.append((host_pages, lower_pages, others))
+        return 0
+
+    monkeypatch.setattr(believes, "head_start", no_head_start)
+    requests = queue_of(store, HoldRule(), believes, one_rank=True)
+    requests.queued("a", keys_of(range(30)), Prompt(new_tokens=1, device_tokens=0, divisible=True))
+    requests.queued("b", keys_of(range(8)), Prompt(new_tokens=1, device_tokens=0, divisible=True))
+    assert requests.admissible(idle=True) == []
+    assert [(lower, others["missing_pages"], others["queued_pages"]) for _, lower, others in asked] == [
+        (10, 20, 0),
+        (8, 0, 2),
+    ]
+    disk.set()
+    wait_until_admissible(requests, "a")
+    assert requests.ready("a", keys_of(range(30))) == 10
+    requests.clear()
+
+
 def test_reads_are_timed_however_late_their_end_is_seen(
     store: LocalStore, disk: threading.Event, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
