@@ -50,7 +50,8 @@ def fits_at(width: int) -> int:
 
 def usual_exponents(values: torch.Tensor) -> torch.Tensor:
     """The median exponent of each channel, of bf16 `[layers, n, width]`: uint8 `[layers, width]`, n at least 1."""
-    of_layers = ((layer.view(torch.int16) >> 7 & 0xFF).median(0).values for layer in values)  # one at a time: memory
+    middle = (values.shape[1] - 1) // 2  # `median` is not deterministic on a GPU
+    of_layers = ((layer.view(torch.int16) >> 7 & 0xFF).sort(0).values[middle] for layer in values)
     return torch.stack([*of_layers]).to(torch.uint8)
 
 

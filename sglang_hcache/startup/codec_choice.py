@@ -12,7 +12,7 @@ import torch
 
 from sglang_hcache.codec import Codec, LossyCodec, PackedCodec
 from sglang_hcache.config import HCacheConfig
-from sglang_hcache.ranks import of_first_rank, taking_turns
+from sglang_hcache.ranks import all_ranks, of_first_rank, taking_turns
 from sglang_hcache.saving.capture import Capture
 from sglang_hcache.startup.kept import EXPONENTS, Kept
 from sglang_hcache.startup.synthetic_forward import captured_prefill
@@ -37,8 +37,10 @@ def codec_of(config: HCacheConfig, runner: Any, capture: Capture | str, page_tok
     folder = Path(config.directories[0]) / EXPONENTS
     with taking_turns(folder):  # so that all replicas store the same
         with captured_prefill(runner, capture, page_tokens, _PROMPT_TOKENS) as captured:
-            if (rows := captured.rows) is None:
-                return None  # which the self-test will see
+            rows = captured.rows
+        if not all_ranks(rows is not None):
+            return None  # the self-test will say so
+        assert rows is not None
         about = {"model": model.model_path, "layers": len(capture.sites), "width": model.hidden_size}
         return PackedCodec(_kept_or_measured(Kept(folder, about), rows))
 
