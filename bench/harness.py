@@ -272,6 +272,14 @@ class Server(Client):
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def reported_leaks(self) -> list[str]:
+        """What SGLang's checks of its memory pools said.
+
+        Not what Python's resource tracker says of tqdm's lock, as any server's processes are killed at their end.
+        """
+        lines = self.log_text().splitlines()
+        return [line for line in lines if "leak" in line.lower() and "leaked semaphore objects" not in line]
+
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:])
 

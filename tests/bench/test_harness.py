@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.harness import in_turn
+from bench.harness import Server, in_turn
 
 BENCH = """
 import sys
@@ -41,6 +41,18 @@ def test_a_bench_that_is_terminated_leaves_no_server_behind(tmp_path: Path) -> N
         bench.terminate()
     assert servers
     assert psutil.wait_procs(servers, timeout=30)[1] == []
+
+
+def test_leaks_of_memory_pools_are_told_from_what_python_says_at_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    server = Server(Path("model"), log=log)
+    assert server.reported_leaks() == []
+    told = ["pool memory leak detected! available_size=1", "AssertionError: Full Pool Mem Leak Detected! x"]
+    log.write_text(
+        f"{told[0]}\nPrefill batch\n{told[1]}\n"
+        "resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore objects\n"
+    )
+    assert server.reported_leaks() == told
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd", "abcdef"])

@@ -64,4 +64,4 @@ def test_ranks_on_two_nodes_restore_alike(
     assert state["loads_failed"] == state["pages_leased"] == state["pages_incomplete"] == 0
     of_each = [pages_in(store) for store in stores]
     assert of_each[0] == of_each[1] > PREFIX_TOKENS // PAGE, "both have all hidden states"
-    assert "leak" not in first.log_text() + second.log_text()
+    assert first.reported_leaks() == second.reported_leaks() == []

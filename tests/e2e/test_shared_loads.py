@@ -53,7 +53,7 @@ def ask_together(server: Server, wanted: list[Answer]) -> tuple[dict[str, int], 
     after = server.tier_state()
     assert_equal(answers, wanted)
     assert nothing_is_held(server)
-    assert "leak" not in server.log_text()
+    assert server.reported_leaks() == []
     return {name: after[name] - before[name] for name in ("tokens_restored", "loads_shared", "loads_failed")}, answers
 
 
