@@ -40,6 +40,7 @@ from typing import Any
 
 from bench.client import RequestFailed
 from bench.harness import Answer, ModelSpec, Server, ServerDied, make_model, random_prompt
+from tests.e2e.conftest import sent_together
 from tests.e2e.scenarios import tail_logprobs, worst
 
 SERVER_ARGS = ("--page-size", "64", "--max-total-tokens", "1536", "--chunked-prefill-size", "256", "--sleep-on-idle")
@@ -86,10 +87,7 @@ def forks(server: Server) -> list[Answer]:
         server.generate(prefix, 1)
         server.generate(random_prompt(1400, seed=seed + 1), 1)
         requests = [tail_logprobs(prefix + random_prompt(40 + i, seed=seed + 2 + i)) for i in range(3)]
-        with ThreadPoolExecutor(4) as pool:
-            pool.submit(server.generate, random_prompt(1200, seed=seed + 6), 1)  # all are there when it is over
-            time.sleep(0.5)
-            answers += pool.map(server.send, requests)
+        answers += sent_together(server, requests)
     return answers
 
 
