@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -50,11 +50,8 @@ STORE = FOLDER / "store"
 
 BEFORE_RESTART = "AABBABAB"  # whose turn it is
 AFTER_RESTART = "A"
-DOCUMENT_CHARS = 1600  # of a conversation's first message; a character is a token
-QUESTION_CHARS = 120  # of its other messages
+QUESTION_CHARS = 120  # of a conversation's messages but the first; a character is a token
 ANSWER_TOKENS = 16
-POOL_TOKENS = 2560  # holds one conversation to its end, but not both
-COMMON_ARGS = ("--max-total-tokens", str(POOL_TOKENS), "--sleep-on-idle")
 TIER_ARGS = (
     *("--hicache-backend", "hcache", "--hcache-dir", str(STORE)),
     *("--hcache-representation", "hidden", "--hcache-plan", "always"),
@@ -67,7 +64,6 @@ WORDS = (
 )
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-WARM_UP_TOKENS = 1000  # of an unrelated prompt, sent to each server before it is timed
 
 PLAIN_UPDATE_S = 10.0  # between two progress lines where they cannot overwrite each other
 MAX_WIDTH = 110  # of a line of the shown command
@@ -79,7 +75,10 @@ class Setup:
 
     device: str
     spec: ModelSpec
+    document_chars: int  # of a conversation's first message
+    pool_tokens: int  # holds one conversation to its end, but not both
     args: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -128,6 +127,10 @@ class Stored:
     form: str  # "hidden" or "kv"
 
 
+class Failure(RuntimeError):
+    """A server cannot start here; or it died or did not do as asked, then the message names its log."""
+
+
 class Stopped(BaseException):
     """A signal asked the demo to end; its number is the argument."""
 
@@ -163,17 +166,42 @@ class Progress:
 
 
 def choose_setup() -> Setup:
-    """On a GPU bfloat16 is what the kernels take, and equal outputs need SGLang's deterministic mode."""
+    """On a GPU bfloat16 is what the kernels take, and equal outputs need SGLang's deterministic mode.
+
+    There prompts are longer, as it prefills those of a CPU in the time of a few launches. Raises Failure where SGLang
+    could not start.
+    """
     if not on_accelerator():
         spec = ModelSpec("llama", hidden_size=768, layers=6, heads=12, intermediate=2112, vocab=VOCABULARY)
-        return Setup(f"CPU, {os.cpu_count()} cores", spec, ("--chunked-prefill-size", "1024"))
+        args = ("--chunked-prefill-size", "1024")
+        return Setup(f"CPU, {os.cpu_count()} cores", spec, document_chars=1600, pool_tokens=2560, args=args)
     import torch
+    from torch.utils.cpp_extension import CUDA_HOME
 
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        raise Failure(
+            "SGLang compiles kernels as it starts: install the CUDA toolkit, or set CUDA_HOME to where it is"
+        )
     spec = ModelSpec(
-        "llama", hidden_size=2048, layers=16, heads=32, intermediate=5632, vocab=VOCABULARY, dtype="bfloat16"
+        "llama",
+        hidden_size=2048,
+        layers=16,
+        heads=32,
+        intermediate=5632,
+        vocab=VOCABULARY,
+        dtype="bfloat16",
+        max_position_embeddings=16384,
     )
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
-    return Setup(str(name), spec, ("--attention-backend", "triton", "--enable-deterministic-inference"))
+    return Setup(
+        str(name),
+        spec,
+        document_chars=12800,
+        pool_tokens=20480,
+        args=("--attention-backend", "triton", "--enable-deterministic-inference"),
+        # Else the deterministic mode compiles a product for each number of rows, when that is first seen.
+        env={"SGLANG_ENABLE_JIT_DEEPGEMM": "0"},
+    )
 
 
 def speaking_model(directory: Path, spec: ModelSpec) -> Path:
@@ -204,18 +232,18 @@ def speaking_model(directory: Path, spec: ModelSpec) -> Path:
 # ---- the script ----
 
 
-def script() -> list[Turn]:
+def script(document_chars: int) -> list[Turn]:
     order = BEFORE_RESTART + AFTER_RESTART
     turns = []
     for index, name in enumerate(order):
         number = order[: index + 1].count(name)
-        turns.append(Turn(name, number, _message(name, number), index >= len(BEFORE_RESTART)))
+        turns.append(Turn(name, number, _message(name, number, document_chars), index >= len(BEFORE_RESTART)))
     return turns
 
 
-def _message(conversation: str, number: int) -> str:
+def _message(conversation: str, number: int, document_chars: int) -> str:
     generator = random.Random(f"{conversation}{number}")
-    length = DOCUMENT_CHARS if number == 1 else QUESTION_CHARS
+    length = document_chars if number == 1 else QUESTION_CHARS
     text = f"Message {number} of conversation {conversation}:"
     while len(text) < length:
         text += " " + generator.choice(WORDS.split())
@@ -233,10 +261,6 @@ def messages(turns: Sequence[Turn], index: int, answers: Sequence[Answer]) -> li
 
 
 # ---- the runs ----
-
-
-class Failure(RuntimeError):
-    """A server died or did not do as asked; the message names its log."""
 
 
 @contextmanager
@@ -261,7 +285,7 @@ class Demo:
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup = setup
         self.progress = progress
-        self.turns = script()
+        self.turns = script(setup.document_chars)
         self._servers: list[Server] = []
         self._model = FOLDER / "model"
 
@@ -302,14 +326,26 @@ class Demo:
             self.progress.show(f"starting the server {title}: {elapsed_s:.0f} s")
 
         log = FOLDER / f"{title.replace(', ', '-').replace(' ', '-')}.log"
-        server = Server(self._model, (*COMMON_ARGS, *self.setup.args, *args), log=log, progress=starting)
+        common = ("--max-total-tokens", str(self.setup.pool_tokens), "--sleep-on-idle", *self.setup.args)
+        server = Server(self._model, (*common, *args), log=log, env=self.setup.env, progress=starting)
         self._servers.append(server)
-        self.progress.keep(f"\nserver {title}:\n{_shown(server.command())}")
+        environment = [f"{name}={value}" for name, value in self.setup.env.items()]
+        self.progress.keep(f"\nserver {title}:\n{_shown([*environment, *server.command()])}")
         with blaming(server), server:
             self.progress.keep(f"up after {server.start_s:.0f} s, log in {_relative(log)}")
-            # A process's first real forward is slow, with the tier or without; it is not what the table compares.
-            server.generate(random_prompt(WARM_UP_TOKENS, seed=0, vocab=VOCABULARY), 2)
+            self.progress.show("warming up")
+            self._warm_up(server)
             yield server
+
+    def _warm_up(self, server: Server) -> None:
+        """A process's first forward and its first restoration are slow, and not what the table compares.
+
+        An unrelated prompt as long as a conversation, then another one that evicts it, and the first one again.
+        """
+        for seed in (0, 1, 0):
+            prompt = random_prompt(self.setup.document_chars + QUESTION_CHARS, seed=seed, vocab=VOCABULARY)
+            server.generate(prompt, 2)
+        server.flush_cache()
 
     def _converse(self, rows: list[Row], until: int, stock: Server, tier: Server) -> None:
         """Adds the turns before `until` to `rows`."""
@@ -333,7 +369,7 @@ def report(rows: Sequence[Row], stored: Stored, setup: Setup) -> str:
 def _table(rows: Sequence[Row], setup: Setup) -> list[str]:
     spec = setup.spec
     title = f"Llama, {spec.layers} layers of {spec.hidden_size}, {spec.dtype}, on {setup.device}; "
-    title += f"KV pool of {POOL_TOKENS:,} tokens; times to the first token"
+    title += f"KV pool of {setup.pool_tokens:,} tokens; times to the first token"
     head = ["turn", "prompt", "from device", "restored", "prefilled", "with tier", "without", "same output"]
     cells = [head, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -427,7 +463,11 @@ def main() -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, _end)
     progress = Progress(sys.stdout)
-    setup = choose_setup()
+    try:
+        setup = choose_setup()
+    except Failure as failure:
+        progress.keep(f"demo: FAILED: {failure}")
+        return 1
     demo = Demo(setup, progress)
     try:
         rows, stored = demo.run()

@@ -60,6 +60,8 @@ CPU_ARGS = (
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
 )
 ACCELERATOR_ARGS = ("--mem-fraction-static", "0.3")
+CPU_START_S = 240.0
+ACCELERATOR_START_S = 1200.0  # SGLang compiles kernels when it first starts
 
 
 # Below those that the kernel gives to whoever asks for any, and those that SGLang takes for itself.
@@ -152,7 +154,7 @@ class Server(Client):
         *,
         log: Path,
         env: Mapping[str, str] | None = None,
-        start_timeout_s: float = 240.0,
+        start_timeout_s: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__(free_port(), HOST)
@@ -161,7 +163,7 @@ class Server(Client):
         self.args = tuple(args)
         self.log = Path(log)
         self.env = dict(env or {})
-        self.start_timeout_s = start_timeout_s
+        self.start_timeout_s = start_timeout_s or (ACCELERATOR_START_S if on_accelerator() else CPU_START_S)
         self.progress = progress
         self.start_s = 0.0  # seconds from launch to the first answered request
         self.stop_s = 0.0  # seconds from the signal until no process is left

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-# A call holds locks of the driver for about 0.1 s a gigabyte, for which other processes' CUDA calls wait, too.
-_MOST_AT_ONCE = 1 << 30
+# A call holds locks of the driver for about 0.1 s a gigabyte, for which all CUDA calls wait, other processes' too.
+_MOST_AT_ONCE = 64 << 20
+_BREATH_S = 0.0005  # after each call, so that those who wait come next
 
 
 class PinnedMemory:
@@ -36,6 +38,7 @@ class PinnedMemory:
                 )
                 return
             self._parts.append(part.data_ptr())
+            time.sleep(_BREATH_S)
         self.pinned = True
 
     def release(self) -> None:
@@ -45,6 +48,7 @@ class PinnedMemory:
                 _forget_error()
                 reason = torch.cuda.cudart().cudaGetErrorString(error)
                 logger.warning("hcache: CUDA keeps a part of host memory registered (%s)", reason)
+            time.sleep(_BREATH_S)
         self.pinned = False
 
 

@@ -37,7 +37,8 @@ def capture_of(runner: Any, wanted: str, rows: int) -> tuple[Capture | None, str
     if wanted != Representation.HIDDEN:
         if why := _why_not_smaller(width, sites):
             return None, why
-        if why := _why_no_room(capture_bytes(len(sites), rows=rows, width=width, dtype=dtype)):
+        needed = capture_bytes(len(sites), rows=rows, width=width, dtype=dtype)
+        if why := _why_no_room(needed, int(runner.pre_model_load_memory * (1 << 30))):
             return None, why
     return Capture(sites, rows=rows, width=width, dtype=dtype, device=runner.device), ""
 
@@ -50,13 +51,16 @@ def _why_not_smaller(width: int, sites: Sequence[AttentionSite]) -> str | None:
     return None if width < kv_width else f"{width} values a token and layer as hidden states, {kv_width} as K and V"
 
 
-def _why_no_room(needed: int) -> str | None:
-    """Why `needed` bytes would take too much, on any rank, from the KV pool that SGLang sizes next; else None."""
+def _why_no_room(needed: int, before_loading: int) -> str | None:
+    """Why `needed` bytes would take too much, on any rank, from the KV pool that SGLang sizes next; else None.
+
+    before_loading: bytes that were free then, of which SGLang leaves a share to all else.
+    """
     if not torch.cuda.is_available():
         return None
     torch.cuda.empty_cache()  # what loading has left there
-    free, total = torch.cuda.mem_get_info()
-    for_pool = max(0, free - total * (1 - get_schedule().mem_fraction_static))
+    free, _ = torch.cuda.mem_get_info()
+    for_pool = max(0, free - before_loading * (1 - get_schedule().mem_fraction_static))
     fits = needed <= _MOST_OF_POOL * for_pool
     why = f"capturing hidden states takes {needed / 1e9:.1f} GB of the {for_pool / 1e9:.1f} GB for the KV pool"
     if not fits:

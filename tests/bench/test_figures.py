@@ -70,9 +70,14 @@ def test_replays(name: str, workload: str, row: str) -> None:
         f"{found['calls']}, {found['prompt_tokens_mean']:,.0f}",
         f"{without['seconds']:.0f} → {with_it['seconds']:.0f} s",
         *(f"{without[f'ttft_{at}_s']:.2f} → {with_it[f'ttft_{at}_s']:.2f} s" for at in ("p50", "p90", "p99")),
-        f"{with_it['restored']:.0%}".replace("%", " %"),
+        f"{cached(without)} → {cached(with_it)} of {100 * found['ideal']:.0f} %",
     ]
     assert not without["different"] + with_it["different"] + without["failed"] + with_it["failed"]
+
+
+def cached(mode: dict[str, Any]) -> str:
+    """Percent of the prompt tokens."""
+    return f"{100 * (mode['from_device'] + mode['restored']):.0f}"
 
 
 def test_requests_that_come_together_by_lpm() -> None:
@@ -92,6 +97,14 @@ def test_the_time_of_a_plan() -> None:
     planned = result("planner")["plan_us"]
     text = " ".join((ROOT / "docs" / "planner.md").read_text().split())
     assert f": {planned['ahead']['p50']:.0f} µs, {planned['streams']['p50']:.0f} µs with streaming drives" in text
+
+
+def test_the_planner_beside_single_methods() -> None:
+    table, names = (ROOT / "docs" / "planner.md").read_text(), {"llama": "MHA", "llama_gqa": "GQA"}
+    for row in result("regimes")["rows"]:
+        name = f"{names[row['model']]}, {row['regime']}"
+        figures = [row[method] for method in ("recompute", "kv", "hidden", "auto", "auto_over_best")]
+        assert f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |" in table
 
 
 def test_the_planners_cases_are_those_of_the_models_that_are_known() -> None:

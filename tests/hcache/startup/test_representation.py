@@ -129,7 +129,7 @@ def test_what_can_never_be_stored_is_not_captured(
     if "free" in changes:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (changes["free"], 10 * GB))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (changes["free"], 20 * GB))
         monkeypatch.setattr(capture_choice, "get_schedule", lambda: SimpleNamespace(mem_fraction_static=0.8))
         monkeypatch.setattr(capture_choice, "all_ranks", bool)
     module = Attention()
@@ -153,6 +153,7 @@ def test_what_can_never_be_stored_is_not_captured(
         model=module,
         model_config=model,
         device="cpu",
+        pre_model_load_memory=10 * GB / (1 << 30),  # another process has the other half
     )
     scheduler_hooks.after_load_model(None, runner)
     assert (scheduler_hooks.capture is not None) is captured
