@@ -93,6 +93,9 @@ _DRAFTING = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")  # a chain of drafts, by 
 _NO_RADIX_CACHE = "requires the default UnifiedRadixCache"  # what SGLang says of an external linker without one
 
 
+_of_command_line = False  # arguments were parsed from one, so what is wrong with them is told in one line
+
+
 class FlagError(ValueError):
     """Flags that conflict with each other or with this machine; the message is one line and says what to do."""
 
@@ -186,27 +189,34 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """AROUND hook of `ServerArgs.from_cli_args`: invalid flags print one line on stderr and exit."""
+    global _of_command_line
+    _of_command_line = True
     try:
         translate(vars(args))
     except FlagError as error:
-        raise SystemExit(f"sglang: error: {error}") from None
+        raise _exit(error) from None
     return original(cls, args)
+
+
+def _exit(error: FlagError) -> SystemExit:
+    return SystemExit(f"sglang: error: {error}")
 
 
 def resolve(original: Callable[..., Any], server_args: Any) -> Any:
     """AROUND hook of `ServerArgs.resolve_once`, where SGLang may decide against a radix cache by itself.
 
-    Raises `FlagError` then: what SGLang says of it names a flag that nobody has given.
+    Raises `FlagError` then, or exits as above: what SGLang says of it names a flag that nobody has given.
     """
     try:
         return original(server_args)
     except ValueError as error:
         if _NO_RADIX_CACHE in str(error) and names_our_linker(server_args.unified_cache_external_linker_config):
-            raise FlagError(
+            refused = FlagError(
                 "--hicache-backend hcache needs a radix cache, without which SGLang serves this model with these "
                 "flags: drop it, or what switches the radix cache off, such as --enable-deterministic-inference with "
                 "--attention-backend flashinfer"
-            ) from None
+            )
+            raise (_exit(refused) if _of_command_line else refused) from None
         raise
 
 

@@ -158,8 +158,9 @@ def test_a_contradiction_names_the_flag_and_what_to_do(field: str, value: object
     assert "\n" not in message
 
 
-def test_a_radix_cache_that_sglang_switches_off(tmp_path: Path) -> None:
+def test_a_radix_cache_that_sglang_switches_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own message, which it raises once it has resolved all arguments."""
+    monkeypatch.setattr(flags, "_of_command_line", False)
     ours, others = (
         ServerArgs(
             model_path="m",
@@ -177,6 +178,11 @@ def test_a_radix_cache_that_sglang_switches_off(tmp_path: Path) -> None:
         flags.resolve(handle_hicache, ours)
     with pytest.raises(ValueError, match=r"^--enable-unified-cache-external-linker requires"):
         flags.resolve(handle_hicache, others)
+    flags.from_cli_args(lambda _cls, args: args, ServerArgs, argparse.Namespace())
+    with pytest.raises(
+        SystemExit, match=r"^sglang: error: --hicache-backend hcache needs a radix cache, .*: drop it"
+    ):
+        flags.resolve(handle_hicache, ours)
 
 
 @pytest.mark.parametrize(
