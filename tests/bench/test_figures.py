@@ -80,6 +80,22 @@ def cached(mode: dict[str, Any]) -> str:
     return f"{100 * (mode['from_device'] + mode['restored']):.0f}"
 
 
+def test_what_it_costs_where_nothing_is_reused() -> None:
+    (found,) = result("replay_azure")["workloads"]
+    without, with_it = found["modes"]["none"], found["modes"]["auto"]
+    time, cpu, ttft = (f"{with_it[name] / without[name] - 1:.0%}"[:-1] for name in ("seconds", "cpu_s", "ttft_p50_s"))
+    text = " ".join(README.split())
+    assert f"{time} % of the time, {cpu} % of the CPU time and {ttft} % of the median TTFT" in text
+    assert f"{time} % more time (as much as runs differ), {ttft} % more median TTFT and {cpu} % more CPU time" in text
+
+
+def test_what_gains_nothing() -> None:
+    storage, text = result("storage"), " ".join(README.split())
+    assert f"gains nothing ({result('together')['ratio_apart']['auto']['median']:.2f} ×)" in text
+    read, verified = (storage["gb_s"][kind] / storage["gb_s"]["fio_read"] for kind in ("read", "verified"))
+    assert f"at {read:.2f} times `fio`'s rate is without verifying, {verified:.2f} times with it" in text
+
+
 def test_requests_that_come_together_by_lpm() -> None:
     kv, hidden = (result("together")["ratio_recompute_lpm"][tier]["median"] for tier in ("auto", "hidden"))
     assert f"they came to {kv:.1f} × as K and V and {hidden:.1f} × as hidden states" in " ".join(README.split())
